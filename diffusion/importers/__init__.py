@@ -1,0 +1,1 @@
+"""Readers of checkpoints in other projects' formats."""

@@ -1,0 +1,56 @@
+"""Which implementation of an op runs, and why the others do not.
+
+A backend is a pair of functions that take the op's arguments: `run` computes, and `supports` returns None
+where `run` can serve these arguments, or else the reason why not, as a short sentence for the user.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Backend(NamedTuple):
+    run: Callable[..., Any]
+    supports: Callable[..., str | None]
+
+
+def always(*args, **kwargs) -> None:
+    """The `supports` of a backend that serves every valid call, such as a plain PyTorch reference."""
+
+
+class Op:
+    """An op and its backends, listed in the order in which "auto" tries them.
+
+    `validate` raises ValueError for arguments that no backend could serve; it runs before the choice.
+    """
+
+    def __init__(self, name: str, backends: dict[str, Backend], validate: Callable[..., None] = always):
+        self.name = name
+        self.backends = backends
+        self.validate = validate
+
+    def choose(self, backend: str, *args, **kwargs) -> str:
+        """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
+        self.validate(*args, **kwargs)
+        if backend == "auto":
+            return next(name for name, b in self.backends.items() if b.supports(*args, **kwargs) is None)
+        if backend not in self.backends:
+            raise ValueError(
+                f"{self.name} has no backend {backend!r}; choose from: auto, {', '.join(self.backends)}"
+            )
+        reason = self.backends[backend].supports(*args, **kwargs)
+        if reason is not None:
+            raise ValueError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
+        return backend
+
+    def __call__(self, *args, backend: str = "auto", **kwargs):
+        return self.backends[self.choose(backend, *args, **kwargs)].run(*args, **kwargs)
+
+    def explain(self, *args, backend: str = "auto", **kwargs) -> str:
+        """One line for each backend: the one that runs, and for the others why they do not."""
+        chosen = self.choose(backend, *args, **kwargs)
+        lines = [f"{self.name}: {chosen}"]
+        for name, candidate in self.backends.items():
+            if name != chosen:
+                reason = candidate.supports(*args, **kwargs) or f"available; {chosen!r} is preferred"
+                lines.append(f"  not {name}: {reason}")
+        return "\n".join(lines)
