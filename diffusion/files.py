@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all: made beside their target, then renamed over it."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
+    """Gives one temporary path for each target; all are renamed onto their targets if the block succeeds.
+
+    Missing parent folders are made. If the block raises, nothing is left behind and the targets are as
+    they were. ValueError, naming the target, if its folder cannot be written.
+    """
+    targets = [Path(target) for target in targets]
+    check_writable(*targets)
+    temporary = []
+    try:
+        for target in targets:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+            os.close(handle)
+            temporary.append(Path(name))
+        yield temporary
+        for path, target in zip(temporary, targets, strict=True):
+            _sync(path)
+            os.chmod(path, 0o666 & ~_umask())
+            os.replace(path, target)
+    except OSError as error:
+        raise ValueError(f"cannot write {targets[0]}: {error.strerror or error}") from error
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def check_writable(*targets: str | os.PathLike) -> None:
+    """ValueError if one of these files could not be created or replaced; makes missing parent folders.
+
+    Called before long work, so that an hour of sampling does not end in an error about a folder.
+    """
+    for target in map(Path, targets):
+        if target.is_dir():
+            raise ValueError(f"cannot write {target}: it is a folder, not a file")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

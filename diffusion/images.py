@@ -1,0 +1,91 @@
+"""Images to files: grids as PNG, the reverse process as GIF, arrays as .npz."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .files import replacing
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Images [..., C, H, W] in [-1, 1] to uint8 0..255, rounded to nearest; values outside are clipped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def make_grid(x: torch.Tensor, columns: int | None = None, padding: int = 2, scale: int = 1) -> Image.Image:
+    """One picture of images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row on a black ground.
+
+    columns: images in a row; by default ten, or fewer where that makes the grid square. padding: pixels
+    between images. scale: each pixel is drawn as scale x scale. ValueError for other shapes.
+    """
+    if x.ndim != 4 or x.shape[0] == 0 or x.shape[1] not in (1, 3):
+        raise ValueError(f"a picture needs images [N, 1 or 3, H, W] with N > 0, not {list(x.shape)}")
+    count, channels, height, width = x.shape
+    columns = columns or min(10, math.ceil(math.sqrt(count)) if count < 100 and count % 10 else 10, count)
+    if columns < 1 or padding < 0 or scale < 1:
+        raise ValueError(f"columns {columns} and scale {scale} must be at least 1, padding {padding} at least 0")
+    rows = math.ceil(count / columns)
+    pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = height * scale, width * scale
+    canvas = np.zeros(
+        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), np.uint8
+    )
+    for index, image in enumerate(pixels):
+        top = padding + index // columns * (height + padding)
+        left = padding + index % columns * (width + padding)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+
+
+def save_grid(
+    x: torch.Tensor,
+    path: str | os.PathLike,
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int = 1,
+) -> None:
+    """Writes images [N, C, H, W] in [-1, 1] as one PNG; see `make_grid`. ValueError if it cannot be written."""
+    grid = make_grid(x, columns, padding, scale)
+    with replacing(path) as (temporary,):
+        grid.save(temporary, format="PNG")
+
+
+def save_gif(
+    frames: Sequence[torch.Tensor],
+    path: str | os.PathLike,
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int = 1,
+    duration: float = 0.08,
+    hold: float = 1.5,
+) -> None:
+    """Writes an endless GIF of image batches, each [N, C, H, W] in [-1, 1].
+
+    duration: seconds a frame; hold: seconds for the last one. ValueError without frames, for other
+    shapes, or if the file cannot be written.
+    """
+    if not frames:
+        raise ValueError("a GIF needs at least one frame")
+    pictures = [make_grid(frame, columns, padding, scale) for frame in frames]
+    durations = [round(1000 * duration)] * (len(pictures) - 1) + [round(1000 * hold)]
+    with replacing(path) as (temporary,):
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        )
+
+
+def save_npz(
+    x: torch.Tensor, path: str | os.PathLike, labels: Sequence[int] | None = None, **metadata
+) -> None:
+    """Writes `images` uint8 [N, H, W, C] (the layout of evaluation suites), `labels` int64 [N], and metadata."""
+    arrays = {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = np.asarray(labels, dtype=np.int64)
+    arrays.update({key: np.asarray(value) for key, value in metadata.items()})
+    with replacing(path) as (temporary,), open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
