@@ -1,0 +1,160 @@
+"""The forward process and what a model is trained to predict of it.
+
+Everywhere x_t = alpha x_0 + sigma eps with alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 -
+alphas_cumprod[t]). The coefficients are computed in float64 and cast last, to float32 or to the images'
+dtype where that is wider; so bfloat16 images give float32 results.
+"""
+
+import torch
+
+from .schedule import NoiseSchedule
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """ValueError unless it is "epsilon" (the noise), "sample" (x_0) or "v_prediction"."""
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"unknown prediction type {prediction_type!r}; choose from: {', '.join(PREDICTION_TYPES)}"
+        )
+
+
+def x0_coefficients(prediction_type: str, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p_x, p_o) such that x_0 = p_x * x_t + p_o * model_output, in the shape and dtype of alphas_cumprod.
+
+    "epsilon": Ho et al. 2020, arXiv 2006.11239, eq. 15; "v_prediction": Salimans & Ho 2022, arXiv 2202.00512,
+    appendix D. ValueError for epsilon where alphas_cumprod is 0: x_t is then pure noise.
+    """
+    check_prediction_type(prediction_type)
+    alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    if prediction_type == "sample":
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction_type == "v_prediction":
+        return alpha, -sigma
+    if (alphas_cumprod == 0).any():
+        raise ValueError(
+            "epsilon prediction cannot give x0 where the schedule's SNR is zero; "
+            "use v_prediction or sample, or a schedule without zero terminal SNR"
+        )
+    return 1 / alpha, -sigma / alpha
+
+
+def epsilon_coefficients(
+    prediction_type: str, alphas_cumprod: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q_x, q_o) such that eps = q_x * x_t + q_o * model_output, in the shape and dtype of alphas_cumprod."""
+    check_prediction_type(prediction_type)
+    alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    if prediction_type == "epsilon":
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction_type == "v_prediction":
+        return sigma, alpha
+    return 1 / sigma, -alpha / sigma
+
+
+def _at(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """table[t] for t [B], cast for arithmetic with `like` [B, ...] and shaped [B, 1, ...]."""
+    if t.dtype != torch.int64 or t.shape != like.shape[:1]:
+        raise ValueError(
+            f"t must be int64 of shape [{len(like)}], one timestep an image, not {t.dtype} {list(t.shape)}"
+        )
+    if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < len(table):
+        raise ValueError(f"timesteps must be in 0..{len(table) - 1}; got {t.min()} to {t.max()}")
+    table = table.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+    return table.index_select(0, t).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _check_shapes(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the images' shape {list(x.shape)}, not {list(other.shape)}")
+
+
+def q_sample(schedule: NoiseSchedule, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """x_t ~ q(x_t | x_0) = alpha x_0 + sigma noise (Ho et al. 2020, arXiv 2006.11239, eq. 4).
+
+    x0: images [B, ...] in [-1, 1]; t: int64 [B] in 0..T-1; noise: standard normal, like x0. Returns x_t like
+    x0. ValueError for other shapes or timesteps (the range is checked where t is on the CPU).
+    """
+    _check_shapes(x0, noise, "noise")
+    alpha = _at(schedule.alphas_cumprod.sqrt(), t, x0)
+    sigma = _at((1 - schedule.alphas_cumprod).sqrt(), t, x0)
+    return alpha * x0 + sigma * noise
+
+
+def target(
+    schedule: NoiseSchedule, prediction_type: str, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """What the model should put out for x_t = q_sample(schedule, x0, t, noise): noise, x0 or
+    v = alpha noise - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512, section 4). Shapes as in `q_sample`.
+    """
+    check_prediction_type(prediction_type)
+    _check_shapes(x0, noise, "noise")
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return x0
+    alpha = _at(schedule.alphas_cumprod.sqrt(), t, x0)
+    sigma = _at((1 - schedule.alphas_cumprod).sqrt(), t, x0)
+    return alpha * noise - sigma * x0
+
+
+def predict_x0(
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    model_output: torch.Tensor,
+) -> torch.Tensor:
+    """x_0 as the model sees it, from x_t and its output there, both [B, ...]; t int64 [B]. Not clipped.
+
+    ValueError for epsilon prediction with a schedule of zero terminal SNR, whatever t.
+    """
+    _check_shapes(x, model_output, "model_output")
+    p_x, p_o = x0_coefficients(prediction_type, schedule.alphas_cumprod)
+    return _at(p_x, t, x) * x + _at(p_o, t, x) * model_output
+
+
+def predict_epsilon(
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    model_output: torch.Tensor,
+) -> torch.Tensor:
+    """The noise in x_t as the model sees it; shapes as in `predict_x0`."""
+    _check_shapes(x, model_output, "model_output")
+    q_x, q_o = epsilon_coefficients(prediction_type, schedule.alphas_cumprod)
+    return _at(q_x, t, x) * x + _at(q_o, t, x) * model_output
+
+
+def loss_weight(
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    t: torch.Tensor,
+    weighting: str = "uniform",
+    gamma: float = 5.0,
+) -> torch.Tensor:
+    """Weight of each image's mean squared error in model_output, float32 [B], for t int64 [B].
+
+    "uniform": 1, Ho et al.'s L_simple when the model predicts epsilon. "min_snr": min(SNR, gamma) as the
+    weight of the error in x_0 (Hang et al. 2023, arXiv 2303.09556, section 3.4), which is
+    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v;
+    SNR = alphas_cumprod / (1 - alphas_cumprod). ValueError for another weighting or gamma <= 0.
+    """
+    check_prediction_type(prediction_type)
+    if weighting == "uniform":
+        weights = torch.ones_like(schedule.alphas_cumprod)
+    elif weighting == "min_snr":
+        if not gamma > 0:
+            raise ValueError(f"min-SNR's gamma must be positive, not {gamma}")
+        snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+        if prediction_type == "epsilon":
+            weights = (gamma / snr).clamp(max=1)
+        elif prediction_type == "sample":
+            weights = snr.clamp(max=gamma)
+        else:
+            weights = snr.clamp(max=gamma) / (snr + 1)
+    else:
+        raise ValueError(f"unknown loss weighting {weighting!r}; choose from: uniform, min_snr")
+    return _at(weights, t, t.float())

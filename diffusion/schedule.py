@@ -1,0 +1,182 @@
+"""The noise schedule: how much noise is in x_t, for every timestep, in float64."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+def _linspace(start: float, end: float, T: int) -> torch.Tensor:
+    return torch.linspace(start, end, T, dtype=torch.float64)
+
+
+def _linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+    return _linspace(beta_start, beta_end, T)
+
+
+def _scaled_linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+    if min(beta_start, beta_end) < 0:
+        raise ValueError(f"betas must be in (0, 1); got beta_start {beta_start}, beta_end {beta_end}")
+    return _linspace(beta_start**0.5, beta_end**0.5, T) ** 2
+
+
+def _cosine(T: int, s: float, max_beta: float) -> torch.Tensor:
+    if not s > -1:
+        raise ValueError(f"the cosine schedule's offset s must be greater than -1, not {s}")
+    alphas_cumprod = torch.cos((_linspace(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
+
+
+def _sigmoid(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+    return torch.sigmoid(_linspace(-6, 6, T)) * (beta_end - beta_start) + beta_start
+
+
+# Each kind of schedule: the function that makes its betas, and the names of its numbers.
+_KINDS = {
+    "linear": (_linear, ("beta_start", "beta_end")),
+    "scaled_linear": (_scaled_linear, ("beta_start", "beta_end")),
+    "cosine": (_cosine, ("s", "max_beta")),
+    "sigmoid": (_sigmoid, ("beta_start", "beta_end")),
+}
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"the schedule's {name} must be a finite number, not {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps for t = 0..T-1 (Ho et al. 2020,
+    arXiv 2006.11239, eq. 4).
+
+    Made by `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_config`. The tables are
+    float64 on the CPU, each [T]; whoever computes with them casts the final coefficients, not the tables.
+
+    betas: float64 [T] such that alphas_cumprod falls strictly, starts below 1 and stays above 0, but for
+    the last, which may be 0 (zero terminal SNR). ValueError otherwise.
+    """
+
+    betas: torch.Tensor
+    _config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.betas.ndim != 1 or len(self.betas) == 0:
+            raise ValueError(
+                f"betas must be a list of at least one number, not of shape {list(self.betas.shape)}"
+            )
+        if not ((self.betas > 0) & (self.betas <= 1)).all():
+            raise ValueError(
+                f"betas must be in (0, 1]; these lie in [{self.betas.min():g}, {self.betas.max():g}]"
+            )
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        if not (self.alphas_cumprod < before).all():
+            raise ValueError(
+                "betas must let alphas_cumprod fall at every timestep, and reach 0 at the last one only; "
+                "make them larger than 1e-15 or fewer, and only the last of them 1"
+            )
+
+    @property
+    def T(self) -> int:
+        """Number of timesteps, which are 0..T-1."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas(self) -> torch.Tensor:
+        """1 - betas, float64 [T]."""
+        return 1 - self.betas
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """Product of alphas[0..t], float64 [T]: the signal's share of x_t's variance."""
+        return torch.cumprod(self.alphas, dim=0)
+
+    @classmethod
+    def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
+        """Betas evenly spaced from beta_start to beta_end, both in (0, 1) (Ho et al. 2020, section 4)."""
+        return cls.from_config({"kind": "linear", "T": T, "beta_start": beta_start, "beta_end": beta_end})
+
+    @classmethod
+    def scaled_linear(
+        cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> "NoiseSchedule":
+        """Square roots of the betas evenly spaced (Rombach et al. 2022, arXiv 2112.10752)."""
+        return cls.from_config(
+            {"kind": "scaled_linear", "T": T, "beta_start": beta_start, "beta_end": beta_end}
+        )
+
+    @classmethod
+    def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
+        """alphas_cumprod a squared cosine with offset s > -1, betas at most max_beta (Nichol & Dhariwal 2021,
+        arXiv 2102.09672, eq. 17)."""
+        return cls.from_config({"kind": "cosine", "T": T, "s": s, "max_beta": max_beta})
+
+    @classmethod
+    def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
+        """Betas on a logistic curve, over [-6, 6], from beta_start to beta_end (Xu et al. 2022, GeoDiff,
+        arXiv 2203.02923)."""
+        return cls.from_config({"kind": "sigmoid", "T": T, "beta_start": beta_start, "beta_end": beta_end})
+
+    @classmethod
+    def from_betas(cls, betas: Any) -> "NoiseSchedule":
+        """A schedule from T numbers, a sequence, array or tensor; the class says what they must satisfy."""
+        try:
+            betas = torch.as_tensor(betas).detach().to(device="cpu", dtype=torch.float64, copy=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"betas must be a list of numbers: {error}") from None
+        return cls(betas, {"kind": "betas", "betas": betas.tolist()})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
+        """The schedule that `to_config` described; ValueError for an unknown kind or other keys."""
+        if not isinstance(config, dict):
+            raise ValueError(f"a schedule's configuration must be a dictionary, not {config!r}")
+        numbers = dict(config)
+        kind = numbers.pop("kind", None)
+        zero_terminal_snr = numbers.pop("zero_terminal_snr", False)
+        if not isinstance(zero_terminal_snr, bool):
+            raise ValueError(
+                f"the schedule's zero_terminal_snr must be true or false, not {zero_terminal_snr!r}"
+            )
+        if kind == "betas":
+            if set(numbers) != {"betas"}:
+                raise ValueError(
+                    f"a schedule of kind 'betas' needs just the key betas, not {sorted(numbers)}"
+                )
+            schedule = cls.from_betas(numbers["betas"])
+        elif kind in _KINDS:
+            make_betas, names = _KINDS[kind]
+            if set(numbers) != {"T", *names}:
+                raise ValueError(
+                    f"a {kind} schedule needs the keys T, {', '.join(names)}, not {sorted(numbers)}"
+                )
+            T = numbers.pop("T")
+            if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+                raise ValueError(f"T must be a whole number of timesteps, at least 1, not {T!r}")
+            numbers = {name: _number(name, value) for name, value in numbers.items()}
+            schedule = cls(make_betas(T, **numbers), {"kind": kind, "T": T, **numbers})
+        else:
+            raise ValueError(f"unknown kind of schedule {kind!r}; choose from: {', '.join(_KINDS)}, betas")
+        return schedule.rescale_zero_terminal_snr() if zero_terminal_snr else schedule
+
+    def to_config(self) -> dict[str, Any]:
+        """The schedule as a dictionary that JSON can hold; `from_config` makes the same schedule of it."""
+        return dict(self._config)
+
+    def rescale_zero_terminal_snr(self) -> "NoiseSchedule":
+        """This schedule shifted and scaled so that alphas_cumprod[T-1] is 0 and alphas_cumprod[0] stays.
+
+        Lin et al. 2023, arXiv 2305.08891, algorithm 1. ValueError when T is 1.
+
+        Only x0- and v-prediction say anything at the last timestep of such a schedule.
+        """
+        if self.T == 1:
+            raise ValueError("zero terminal SNR needs T of at least 2")
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        alphas_cumprod = root**2
+        alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+        return NoiseSchedule(1 - alphas, {**self._config, "zero_terminal_snr": True})
