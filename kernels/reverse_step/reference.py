@@ -1,0 +1,40 @@
+"""The reverse step in plain PyTorch: the ground truth for every other backend."""
+
+import torch
+from torch import Tensor
+
+from ..philox.reference import philox_normal
+from .row import as_row
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    row,
+    *,
+    model_output_uncond: Tensor | None = None,
+    x0_prev: Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    sample_ids=None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    row = as_row(row)
+    channels = x.shape[1]
+    out = model_output[:, :channels].to(x.dtype)
+    if model_output_uncond is not None:
+        uncond = model_output_uncond[:, :channels].to(x.dtype)
+        out = uncond + row.guidance_scale * (out - uncond)
+    x0 = torch.clamp(row.p_x * x + row.p_o * out, -row.clip, row.clip)
+    x_next = row.a * x + row.b * x0 + row.e * out
+    if row.d != 0:
+        x_next = x_next + row.d * x0_prev
+    if row.s != 0:
+        if noise is None:
+            noise = philox_normal(x.shape, seed=seed, sample_ids=sample_ids, stream=stream, device=x.device)
+        sigma = row.s
+        if model_output.shape[1] != channels:
+            fraction = (model_output[:, channels:].to(x.dtype) + 1) / 2
+            sigma = sigma * torch.exp(0.5 * (fraction * row.log_var_max + (1 - fraction) * row.log_var_min))
+        x_next = x_next + sigma * noise.to(x.dtype)
+    return x_next, x0
