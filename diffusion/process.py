@@ -20,11 +20,21 @@ def check_prediction_type(prediction_type: str) -> None:
         )
 
 
+def check_x0_determined(prediction_type: str, alphas_cumprod: torch.Tensor) -> None:
+    """ValueError for epsilon prediction where alphas_cumprod is 0: x_t and the prediction are both noise."""
+    check_prediction_type(prediction_type)
+    if prediction_type == "epsilon" and (alphas_cumprod == 0).any():
+        raise ValueError(
+            "epsilon prediction cannot give x0 where the schedule's SNR is zero; "
+            "use v_prediction or sample, or a schedule without zero terminal SNR"
+        )
+
+
 def x0_coefficients(prediction_type: str, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(p_x, p_o) such that x_0 = p_x * x_t + p_o * model_output, in the shape and dtype of alphas_cumprod.
 
     "epsilon": Ho et al. 2020, arXiv 2006.11239, eq. 15; "v_prediction": Salimans & Ho 2022, arXiv 2202.00512,
-    appendix D. ValueError for epsilon where alphas_cumprod is 0: x_t is then pure noise.
+    appendix D. ValueError for epsilon where alphas_cumprod is 0.
     """
     check_prediction_type(prediction_type)
     alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
@@ -32,11 +42,7 @@ def x0_coefficients(prediction_type: str, alphas_cumprod: torch.Tensor) -> tuple
         return torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction_type == "v_prediction":
         return alpha, -sigma
-    if (alphas_cumprod == 0).any():
-        raise ValueError(
-            "epsilon prediction cannot give x0 where the schedule's SNR is zero; "
-            "use v_prediction or sample, or a schedule without zero terminal SNR"
-        )
+    check_x0_determined(prediction_type, alphas_cumprod)
     return 1 / alpha, -sigma / alpha
 
 
