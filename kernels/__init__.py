@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 
+from . import attention as _attention
+from . import group_norm_silu as _group_norm_silu
 from . import philox as _philox
 from . import reverse_step as _reverse_step
+from .attention import attention
+from .group_norm_silu import group_norm_silu
 from .philox import philox_normal
 from .reverse_step import Row, reverse_step
 
-__all__ = ["Row", "explain", "philox_normal", "reverse_step"]
+__all__ = ["Row", "attention", "explain", "group_norm_silu", "philox_normal", "reverse_step"]
 
-_OPS = {folder.op.name: folder.op for folder in (_philox, _reverse_step)}
+_OPS = {folder.op.name: folder.op for folder in (_attention, _group_norm_silu, _philox, _reverse_step)}
 
 
 def explain(op: str | Callable, *args, backend: str = "auto", **kwargs) -> str:
