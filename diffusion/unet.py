@@ -12,16 +12,17 @@ __all__ = ["UNet", "UNetConfig", "timestep_embedding"]
 
 
 def timestep_embedding(
-    timesteps: torch.Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float, dtype: torch.dtype
+    timesteps: torch.Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> torch.Tensor:
-    """Sinusoidal embedding [B, dim] of timesteps [B] (Vaswani et al. 2017, section 3.5).
+    """Sinusoidal embedding [B, dim] of floating-point timesteps [B], in their dtype (Vaswani et al. 2017,
+    section 3.5).
 
     Sines first, or cosines with flip_sin_to_cos; the frequencies are 10000 ** (-i / (dim / 2 - freq_shift))
-    for i = 0..dim/2-1. dtype: of the computation and of the result, float32 or float64.
+    for i = 0..dim/2-1.
     """
     half = dim // 2
-    exponents = torch.arange(half, dtype=dtype, device=timesteps.device) * -math.log(10000.0)
-    angles = timesteps.to(dtype)[:, None] * torch.exp(exponents / (half - freq_shift))
+    exponents = torch.arange(half, dtype=timesteps.dtype, device=timesteps.device) * -math.log(10000.0)
+    angles = timesteps[:, None] * torch.exp(exponents / (half - freq_shift))
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(waves, dim=1)
 
@@ -98,11 +99,10 @@ class UNet(nn.Module):
             raise ValueError(f"timesteps must have shape [B], not {list(timesteps.shape)}")
         precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
         waves = timestep_embedding(
-            timesteps,
+            timesteps.to(precise) * config.timestep_scale,
             config.channels,
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
-            dtype=precise,
         )
         embedding = self.time_mlp(waves.to(weight.dtype))
         if config.num_classes is not None:

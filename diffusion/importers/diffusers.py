@@ -1,0 +1,291 @@
+"""Reads the folders of diffusers: pipelines of a UNet2DModel and a scheduler."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reading import load_weights, read_json, read_safetensors, read_torch
+from ..schedule import NoiseSchedule
+from ..unet import UNet, UNetConfig
+from .naming import Parts, Source, convert
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+# What an option is where a UNet2DModel's configuration does not mention it.
+_DEFAULTS = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,  # of a learned time embedding only
+}
+# Options of which our UNet has one value only; the first is that of a configuration without it.
+_FIXED = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "class_embed_type": (None,),
+}
+_RESAMPLING = {"conv": "conv", "resnet": "resblock", None: "conv"}
+# scheduler class -> whether it clips its predictions where its configuration does not say
+_SCHEDULERS = {"DDPMScheduler": True, "DDIMScheduler": True, "DPMSolverMultistepScheduler": False}
+_VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "learned_range": "learned_range",
+    None: "fixed_small",
+}
+
+
+def is_diffusers(folder: str | os.PathLike) -> bool:
+    """Whether the folder looks like one of diffusers: a pipeline, or a model alone."""
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        return True
+    try:
+        return "_class_name" in read_json(folder / "config.json")
+    except ValueError:
+        return False
+
+
+def load(folder: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
+    """A pipeline's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
+
+    folder: with `unet/` and `scheduler/`, or the files of both side by side. The conventions are
+    "prediction_type" ("epsilon", "sample" or "v_prediction"), "variance" ("fixed_small", "fixed_large" or
+    "learned_range") and "clip" (the largest absolute value of a predicted image, or None).
+    ValueError, in one line: a file that is missing or damaged, or an option that cannot be represented.
+    """
+    folder = Path(folder)
+    path = _part(folder, "scheduler") / "scheduler_config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; without it the noise schedule is unknown")
+    schedule, conventions = _located(path, read_scheduler, read_json(path))
+    unet = load_unet(_part(folder, "unet"))
+    if unet.config.learned_variance != (conventions["variance"] == "learned_range"):
+        raise ValueError(
+            f"{path}: a variance of type {conventions['variance']!r} does not go with a UNet of "
+            f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
+        )
+    return unet, schedule, conventions
+
+
+def load_unet(folder: str | os.PathLike) -> UNet:
+    """A UNet2DModel from `config.json` and its weights, safetensors or .bin, in float32 on the CPU.
+
+    ValueError, in one line: a file that is missing or damaged, or an option that cannot be represented.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    config = _located(path, unet_config, read_json(path))
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
+    tensors = read_torch(weights) if weights.suffix == ".bin" else read_safetensors(weights)
+    unet = _located(path, UNet, config)
+    load_weights(unet, convert_weights(config, tensors, str(weights)), weights)
+    return unet
+
+
+def _part(folder: Path, name: str) -> Path:
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _located(path: Path, function, *args):
+    """function(*args), with the file's name in its errors."""
+    try:
+        return function(*args)
+    except (TypeError, ValueError) as error:  # TypeError: a list where JSON should hold a string
+        raise ValueError(f"{path}: {error}") from error
+
+
+def unet_config(config: dict[str, Any]) -> UNetConfig:
+    """Our configuration for that of a UNet2DModel; ValueError naming what cannot be represented."""
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(f"_class_name {config['_class_name']!r} cannot be imported, only UNet2DModel")
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key, values in _FIXED.items():
+        if given.pop(key, values[0]) not in values:
+            raise ValueError(f"{key} {config[key]!r} cannot be imported, only {values[0]!r}")
+    unknown = sorted(given.keys() - _DEFAULTS.keys())
+    if unknown:
+        raise ValueError(f"UNet2DModel's option {unknown[0]!r} is not known")
+    options = _DEFAULTS | given
+    widths = options["block_out_channels"]
+    if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
+        raise ValueError(f"block_out_channels must be positive integers, not {widths!r}")
+    if options["sample_size"] is None:
+        raise ValueError("sample_size must be given, an integer or [height, width]")
+    down = _levels("down_block_types", "Down", options, len(widths))
+    up = _levels("up_block_types", "Up", options, len(widths))[::-1]
+    if [attends for attends, _ in down] != [attends for attends, _ in up]:
+        raise ValueError("up_block_types cannot be imported: attention is not where down_block_types have it")
+    if options["resnet_time_scale_shift"] not in ("default", "scale_shift"):
+        raise ValueError(f"resnet_time_scale_shift {options['resnet_time_scale_shift']!r} cannot be imported")
+    if options["downsample_padding"] not in (0, 1):
+        raise ValueError(f"downsample_padding {options['downsample_padding']!r} cannot be imported")
+    scale_shift = options["resnet_time_scale_shift"] == "scale_shift"
+    mid_groups = options["attn_norm_num_groups"]
+    return UNetConfig(
+        sample_size=options["sample_size"],
+        in_channels=options["in_channels"],
+        out_channels=options["out_channels"],
+        channels=widths[0],
+        channel_mult=[width / widths[0] for width in widths],
+        num_res_blocks=options["layers_per_block"],
+        attention_levels=[level for level, (attends, _) in enumerate(down) if attends],
+        mid_attention=options["add_attention"],
+        mid_attention_groups=0 if mid_groups is None and scale_shift else mid_groups,
+        head_channels=options["attention_head_dim"],
+        time_embed_dim=options["time_embedding_dim"],
+        scale_shift=scale_shift,
+        flip_sin_to_cos=options["flip_sin_to_cos"],
+        freq_shift=options["freq_shift"],
+        downsample=[how for _, how in down[:-1]],
+        upsample=[how for _, how in up[1:]],
+        downsample_padding="symmetric" if options["downsample_padding"] else "asymmetric",
+        norm_groups=options["norm_num_groups"],
+        norm_eps=options["norm_eps"],
+        dropout=options["dropout"],
+        num_classes=options["num_class_embeds"],
+        has_null_label=False,
+    )
+
+
+def _levels(key: str, way: str, options: dict[str, Any], count: int) -> list[tuple[bool, str]]:
+    """For each block: whether it has attention, and how it changes the resolution."""
+    names = options[key]
+    if not isinstance(names, list) or len(names) != count:
+        raise ValueError(f"{key} must name {count} blocks, one for each of block_out_channels")
+    resampling = options[f"{way.lower()}sample_type"]
+    if resampling not in _RESAMPLING:
+        raise ValueError(
+            f"{way.lower()}sample_type {resampling!r} cannot be imported, only 'conv' and 'resnet'"
+        )
+    blocks = {
+        f"{way}Block2D": (False, "conv"),
+        f"Attn{way}Block2D": (True, _RESAMPLING[resampling]),
+        f"Resnet{way}sampleBlock2D": (False, "resblock"),
+    }
+    for name in names:
+        if name not in blocks:
+            raise ValueError(f"{key} {name!r} cannot be imported, only {', '.join(blocks)}")
+    return [blocks[name] for name in names]
+
+
+def convert_weights(
+    config: UNetConfig, tensors: dict[str, torch.Tensor], origin: str = "the state dict"
+) -> dict[str, torch.Tensor]:
+    """Our state dict from that of a UNet2DModel. origin: what error messages call it."""
+    parts = Parts(
+        [
+            ("time_mlp.0", "time_embedding.linear_1"),
+            ("time_mlp.2", "time_embedding.linear_2"),
+            ("input_conv", "conv_in"),
+            ("output_norm", "conv_norm_out"),
+            ("output_conv", "conv_out"),
+        ],
+        [],
+        [],
+    )
+    if config.num_classes is not None:
+        parts.plain.append(("label_embedding", "class_embedding"))
+
+    def level(name: str, foreign: str, index: int, blocks: int, how: str | None, resampler: str) -> None:
+        for i in range(blocks):
+            parts.residual.append((f"{name}.blocks.{i}", f"{foreign}.resnets.{i}"))
+            if index in config.attention_levels:
+                parts.attention.append((f"{name}.attentions.{i}", f"{foreign}.attentions.{i}"))
+        if how == "resblock":
+            parts.residual.append((f"{name}.resample", f"{foreign}.{resampler}.0"))
+        elif how == "conv":
+            parts.plain.append((f"{name}.resample.conv", f"{foreign}.{resampler}.0.conv"))
+
+    blocks, levels = config.level_blocks, len(config.channel_mult)
+    for i, how in enumerate(config.level_downsample):
+        level(f"down.{i}", f"down_blocks.{i}", i, blocks[i], how, "downsamplers")
+    parts.residual.append(("mid.blocks.0", "mid_block.resnets.0"))
+    parts.residual.append(("mid.blocks.1", "mid_block.resnets.1"))
+    if config.mid_attention:
+        parts.attention.append(("mid.attention", "mid_block.attentions.0"))
+    for i, how in reversed(list(enumerate(config.level_upsample))):
+        level(f"up.{i}", f"up_blocks.{levels - 1 - i}", i, blocks[i] + 1, how, "upsamplers")
+    names = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"}
+    return convert(Source(tensors, origin), parts, names, "time_emb_proj", _take_attention)
+
+
+def _take_attention(source: Source, foreign: str) -> dict[str, torch.Tensor]:
+    old = f"{foreign}.query.weight" in source  # the names before diffusers 0.13
+    names = ("query", "key", "value") if old else ("to_q", "to_k", "to_v")
+    proj = "proj_attn" if old else "to_out.0"
+    ours = {}
+    for kind in ("weight", "bias"):
+        ours[f"qkv.{kind}"] = torch.cat([source.take(f"{foreign}.{name}.{kind}") for name in names])
+        ours[f"proj.{kind}"] = source.take(f"{foreign}.{proj}.{kind}")
+        if f"{foreign}.group_norm.{kind}" in source:
+            ours[f"norm.{kind}"] = source.take(f"{foreign}.group_norm.{kind}")
+    return {
+        name: t.reshape(t.shape[:2]) if name.endswith("weight") and t.ndim > 2 else t
+        for name, t in ours.items()
+    }
+
+
+def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]]:
+    """The noise schedule and conventions of a scheduler's configuration; see `load`.
+
+    ValueError naming what cannot be represented. How the timesteps of a sampler are spaced is the
+    sampler's business, and not looked at.
+    """
+    name = config.get("_class_name")
+    if name not in _SCHEDULERS:
+        raise ValueError(f"_class_name {name!r} cannot be imported, only {', '.join(_SCHEDULERS)}")
+    prediction = config.get("prediction_type", "epsilon" if config.get("predict_epsilon", True) else "sample")
+    if prediction not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"prediction_type {prediction!r} cannot be imported")
+    variance = config.get("variance_type")
+    if variance not in _VARIANCES:
+        raise ValueError(f"variance_type {variance!r} cannot be imported")
+    if config.get("thresholding"):
+        raise ValueError("thresholding cannot be imported: it is an option of sampling, dynamic_threshold")
+    clips = config.get("clip_sample", _SCHEDULERS[name])
+    clip = config.get("clip_sample_range", 1.0) if clips else None
+    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        raise ValueError(f"clip_sample_range must be a positive number, not {clip!r}")
+    conventions = {"prediction_type": prediction, "variance": _VARIANCES[variance], "clip": clip}
+    return _schedule(config), conventions
+
+
+def _schedule(config: dict[str, Any]) -> NoiseSchedule:
+    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    if config.get("trained_betas") is not None:
+        schedule = NoiseSchedule.from_betas(config["trained_betas"])
+    elif kind in ("linear", "scaled_linear", "sigmoid"):
+        schedule = NoiseSchedule.from_config({"kind": kind, "T": T, **ends})
+    elif kind == "squaredcos_cap_v2":
+        schedule = NoiseSchedule.cosine(T)
+    else:
+        raise ValueError(f"beta_schedule {kind!r} cannot be imported")
+    return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule

@@ -1,0 +1,232 @@
+"""Reads the .pt checkpoints of OpenAI's improved-diffusion and guided-diffusion.
+
+Such a file holds tensors only; what the model is, its users give as flags on the command line. `load`
+takes the same flags, with guided-diffusion's defaults.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reading import load_weights, read_torch
+from ..schedule import NoiseSchedule
+from ..unet import UNet, UNetConfig
+from .naming import Parts, Source, convert
+
+# Flags that change training or sampling but not the model, or only how it is computed.
+_WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "timestep_respacing"}
+_DEFAULTS = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "num_head_channels": -1,
+    "attention_resolutions": "16,8",
+    "channel_mult": "",
+    "dropout": 0.0,
+    "class_cond": False,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "conv_resample": True,
+    "use_new_attention_order": False,
+    "learn_sigma": False,
+    "sigma_small": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+}
+_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+
+
+def load(path: str | os.PathLike, **flags: Any) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
+    """A checkpoint's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
+
+    flags: those of guided-diffusion's scripts and UNetModel, by name, as Python values (class_cond=True) or in their
+    spelling on the command line (channel_mult="1,2,2"). Those that are left out have guided-diffusion's
+    defaults; improved-diffusion's scripts have another one for rescale_timesteps, which is True there.
+    Channels and number of classes are read from the tensors. The model has no null label.
+
+    The conventions are "prediction_type" ("epsilon" or "sample"), "variance" ("fixed_small", "fixed_large"
+    or "learned_range") and "clip" (1.0).
+    ValueError, in one line: a file that is missing, damaged, or does not go with the flags; a flag that is
+    unknown or cannot be represented.
+    """
+    unknown = sorted(flags.keys() - _DEFAULTS.keys() - _WITHOUT_EFFECT)
+    if unknown:
+        raise ValueError(f"unknown flag {unknown[0]!r}; choose from: {', '.join(sorted(_DEFAULTS))}")
+    for flag in flags.keys() & _DEFAULTS.keys():
+        _check_type(flag, flags[flag], _DEFAULTS[flag])
+    path, options = Path(path), _DEFAULTS | flags
+    schedule = _schedule(options)
+    tensors = read_torch(path)
+    config = _config(options, tensors, path)
+    unet = UNet(config)
+    weights = convert_weights(config, tensors, options["use_new_attention_order"], str(path))
+    load_weights(unet, weights, path)
+    fixed = "fixed_small" if options["sigma_small"] else "fixed_large"
+    conventions = {
+        "prediction_type": "sample" if options["predict_xstart"] else "epsilon",
+        "variance": "learned_range" if options["learn_sigma"] else fixed,
+        "clip": 1.0,
+    }
+    return unet, schedule, conventions
+
+
+def _check_type(flag: str, value: Any, default: Any) -> None:
+    """ValueError unless the value is of the default's type; lists of numbers may be text or a sequence."""
+    accepted = {str: (str, list, tuple), float: (int, float)}.get(type(default), (type(default),))
+    if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool):
+        raise ValueError(f"flag {flag} must be like {default!r}, not {value!r}")
+
+
+def _schedule(options: dict[str, Any]) -> NoiseSchedule:
+    T, kind = options["diffusion_steps"], options["noise_schedule"]
+    if kind == "cosine":
+        return NoiseSchedule.cosine(T)
+    if kind != "linear" or T < 1:
+        raise ValueError(f"noise_schedule {kind!r} of {T} steps cannot be imported, only linear and cosine")
+    # Ho et al.'s betas for 1000 steps, stretched so that any number of steps ends at the same noise.
+    return NoiseSchedule.linear(T, 1e-4 * 1000 / T, 0.02 * 1000 / T)
+
+
+def _config(options: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> UNetConfig:
+    size, heads = options["image_size"], options["num_heads"]
+    if options["num_heads_upsample"] not in (-1, heads) and options["num_head_channels"] == -1:
+        raise ValueError("num_heads_upsample cannot be imported, unless it is num_heads")
+    first, label = tensors.get("input_blocks.0.0.weight"), tensors.get("label_emb.weight")
+    if first is None or first.ndim != 4:
+        raise ValueError(f"{path} holds no UNet of guided-diffusion: no input_blocks.0.0.weight")
+    if (label is not None) != options["class_cond"]:
+        raise ValueError(f"{path} has {'' if label is not None else 'no '}label_emb, unlike class_cond says")
+    mults = _numbers("channel_mult", options["channel_mult"]) or _CHANNEL_MULT.get(size)
+    if not mults:
+        raise ValueError(f"channel_mult must be given for an image_size of {size}")
+    factors = [
+        size // max(1, int(n)) for n in _numbers("attention_resolutions", options["attention_resolutions"])
+    ]
+    how = "resblock" if options["resblock_updown"] else "conv" if options["conv_resample"] else "plain"
+    in_channels = first.shape[1]
+    return UNetConfig(
+        sample_size=size,
+        in_channels=in_channels,
+        out_channels=in_channels * (2 if options["learn_sigma"] else 1),
+        channels=options["num_channels"],
+        channel_mult=mults,
+        num_res_blocks=options["num_res_blocks"],
+        attention_levels=[level for level in range(len(mults)) if 2**level in factors],
+        num_heads=heads,
+        head_channels=None if options["num_head_channels"] == -1 else options["num_head_channels"],
+        scale_shift=options["use_scale_shift_norm"],
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        timestep_scale=1000 / options["diffusion_steps"] if options["rescale_timesteps"] else 1,
+        downsample=how,
+        upsample=how,
+        downsample_padding="symmetric",
+        norm_groups=32,
+        norm_eps=1e-5,
+        dropout=options["dropout"],
+        num_classes=None if label is None else label.shape[0],
+        has_null_label=False,
+    )
+
+
+def _numbers(name: str, value: str | Sequence[int | float]) -> tuple[int | float, ...]:
+    try:
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
+        return tuple(int(item) if float(item) == int(float(item)) else float(item) for item in items)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be numbers, or text such as '1,2,4', not {value!r}") from error
+
+
+def convert_weights(
+    config: UNetConfig,
+    tensors: dict[str, torch.Tensor],
+    new_attention_order: bool = False,
+    origin: str = "the state dict",
+) -> dict[str, torch.Tensor]:
+    """Our state dict from that of an improved-diffusion or guided-diffusion UNetModel.
+
+    new_attention_order: the flag use_new_attention_order. origin: what error messages call the state dict.
+    """
+    parts = Parts(
+        [
+            ("time_mlp.0", "time_embed.0"),
+            ("time_mlp.2", "time_embed.2"),
+            ("input_conv", "input_blocks.0.0"),
+            ("output_norm", "out.0"),
+            ("output_conv", "out.2"),
+        ],
+        [],
+        [],
+    )
+    if config.num_classes is not None:
+        parts.plain.append(("label_embedding", "label_emb"))
+
+    def block(level: str, i: int, attends: bool, foreign: str) -> None:
+        parts.residual.append((f"{level}.blocks.{i}", f"{foreign}.0"))
+        if attends:
+            parts.attention.append((f"{level}.attentions.{i}", f"{foreign}.1"))
+
+    def resample(level: str, how: str, foreign: str, conv: str) -> None:
+        if how == "resblock":
+            parts.residual.append((f"{level}.resample", foreign))
+        elif how == "conv":
+            parts.plain.append((f"{level}.resample.conv", f"{foreign}.{conv}"))
+
+    n = 1
+    for level, how in enumerate(config.level_downsample):
+        for i in range(config.level_blocks[level]):
+            block(f"down.{level}", i, level in config.attention_levels, f"input_blocks.{n}")
+            n += 1
+        if how is not None:
+            resample(f"down.{level}", how, f"input_blocks.{n}.0", "op")
+            n += 1
+    parts.residual.append(("mid.blocks.0", "middle_block.0"))
+    parts.residual.append(("mid.blocks.1", "middle_block.2"))
+    parts.attention.append(("mid.attention", "middle_block.1"))
+    n = 0
+    for level, how in reversed(list(enumerate(config.level_upsample))):
+        attends = level in config.attention_levels
+        for i in range(config.level_blocks[level] + 1):
+            block(f"up.{level}", i, attends, f"output_blocks.{n}")
+            n += 1
+        if how is not None:
+            resample(f"up.{level}", how, f"output_blocks.{n - 1}.{2 if attends else 1}", "conv")
+    names = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "skip": "skip_connection",
+    }
+
+    def take_attention(source: Source, foreign: str) -> dict[str, torch.Tensor]:
+        ours = {}
+        for kind in ("weight", "bias"):
+            qkv = source.take(f"{foreign}.qkv.{kind}").flatten(1 if kind == "weight" else 0)
+            if not new_attention_order:  # its rows are ordered by head, then q, k, v; ours by q, k, v first
+                heads = config.num_heads
+                if config.head_channels is not None:
+                    heads = len(qkv) // (3 * config.head_channels)
+                if heads == 0 or len(qkv) % (3 * heads):
+                    raise ValueError(f"{origin}: {foreign}.qkv cannot be divided into {heads} heads")
+                qkv = qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            ours[f"qkv.{kind}"] = qkv
+            proj = source.take(f"{foreign}.proj_out.{kind}")
+            ours[f"proj.{kind}"] = proj.flatten(1) if kind == "weight" else proj
+            ours[f"norm.{kind}"] = source.take(f"{foreign}.norm.{kind}")
+        return ours
+
+    return convert(Source(tensors, origin), parts, names, "emb_layers.1", take_attention)

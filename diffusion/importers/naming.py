@@ -1,0 +1,77 @@
+"""Carries tensors from a foreign state dict into ours, by pairs of names.
+
+Our UNet and the foreign ones hold the same tensors, but for two: ours joins q, k and v of an attention
+into one matrix, and the embedding's projections of all residual blocks into another, in the order in which
+the blocks run.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Parts(NamedTuple):
+    """Pairs of a prefix of ours and the foreign one, in the order in which the network runs."""
+
+    plain: list[tuple[str, str]]  # one weight and bias, or a table of weights
+    residual: list[tuple[str, str]]
+    attention: list[tuple[str, str]]
+
+
+class Source:
+    """A foreign state dict, of which each tensor is taken once."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], origin: str):
+        self.tensors, self.origin = dict(tensors), origin
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def take(self, name: str) -> torch.Tensor:
+        """Removes and returns a tensor; ValueError if there is none of this name."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.origin} is of another architecture than its configuration: no {name}")
+        return self.tensors.pop(name)
+
+
+def convert(
+    source: Source,
+    parts: Parts,
+    residual_names: dict[str, str],
+    embedding_name: str,
+    take_attention: Callable[[Source, str], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Our state dict from a foreign one.
+
+    residual_names: our names within a residual block -> the foreign ones, where `skip` may be absent;
+    embedding_name: the foreign name of its projection of the embedding. take_attention: (source, foreign
+    prefix) -> our tensors of one attention. ValueError if tensors are missing or left over.
+    """
+    ours: dict[str, torch.Tensor] = {}
+
+    def copy(name: str, foreign: str) -> None:
+        ours[f"{name}.weight"] = source.take(f"{foreign}.weight")
+        if f"{foreign}.bias" in source:
+            ours[f"{name}.bias"] = source.take(f"{foreign}.bias")
+
+    for name, foreign in parts.plain:
+        copy(name, foreign)
+    projections: dict[str, list[torch.Tensor]] = {"weight": [], "bias": []}
+    for name, foreign in parts.residual:
+        for inner, foreign_inner in residual_names.items():
+            if inner != "skip" or f"{foreign}.{foreign_inner}.weight" in source:
+                copy(f"{name}.{inner}", f"{foreign}.{foreign_inner}")
+        for kind, rows in projections.items():
+            rows.append(source.take(f"{foreign}.{embedding_name}.{kind}"))
+    for kind, rows in projections.items():
+        ours[f"embedding_projection.{kind}"] = torch.cat(rows)
+    for name, foreign in parts.attention:
+        for inner, tensor in take_attention(source, foreign).items():
+            ours[f"{name}.{inner}"] = tensor
+    if source.tensors:
+        raise ValueError(
+            f"{source.origin} is of another architecture than its configuration: "
+            f"{len(source.tensors)} tensors too many, such as {min(source.tensors)}"
+        )
+    return ours
