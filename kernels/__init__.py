@@ -1,27 +1,40 @@
 """The ops: each one public function that chooses among backends which compute the same."""
 
+import inspect
 from collections.abc import Callable
 
 from . import attention as _attention
 from . import group_norm_silu as _group_norm_silu
 from . import philox as _philox
 from . import reverse_step as _reverse_step
+from ._native import build_info
 from .attention import attention
 from .group_norm_silu import group_norm_silu
 from .philox import philox_normal
 from .reverse_step import Row, reverse_step
 
-__all__ = ["Row", "attention", "explain", "group_norm_silu", "philox_normal", "reverse_step"]
+__all__ = ["Row", "attention", "build_info", "explain", "group_norm_silu", "philox_normal", "reverse_step"]
 
-_OPS = {folder.op.name: folder.op for folder in (_attention, _group_norm_silu, _philox, _reverse_step)}
+_OPS = {
+    function.__name__: (function, folder.op)
+    for function, folder in (
+        (attention, _attention),
+        (group_norm_silu, _group_norm_silu),
+        (philox_normal, _philox),
+        (reverse_step, _reverse_step),
+    )
+}
 
 
-def explain(op: str | Callable, *args, backend: str = "auto", **kwargs) -> str:
-    """Which backend the op (a name, or its public function) would run for this call, and why not the others.
+def explain(op: str | Callable, *args, **kwargs) -> str:
+    """Which backend an op (its name or public function) would run for these arguments, and why not the others.
 
-    Raises ValueError where the call itself would.
+    The arguments are those of the public function, `backend` included. Raises ValueError where it would.
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _OPS:
         raise ValueError(f"unknown op {name!r}; choose from: {', '.join(_OPS)}")
-    return _OPS[name].explain(*args, backend=backend, **kwargs)
+    function, implementation = _OPS[name]
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return implementation.explain(*call.args, **call.kwargs)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Backend, Op, always
-from . import reference
+from . import native_impl, reference
 
 __all__ = ["op", "philox_normal", "validate_counters"]
 
@@ -38,7 +38,15 @@ def _validate(shape, *, seed, sample_ids, stream, device):
     validate_counters(shape, seed=seed, sample_ids=sample_ids, stream=stream)
 
 
-op = Op("philox_normal", {"reference": Backend(reference.philox_normal, always)}, _validate)
+op = Op(
+    "philox_normal",
+    {
+        "cuda": Backend(native_impl.philox_normal, native_impl.supports_cuda),
+        "cpp": Backend(native_impl.philox_normal, native_impl.supports_cpp),
+        "reference": Backend(reference.philox_normal, always),
+    },
+    _validate,
+)
 
 
 def philox_normal(
@@ -62,7 +70,7 @@ def philox_normal(
         sample_ids: int64 [B], default 0 .. B-1.
         stream: in [0, 2**32): by convention 0 for the initial noise, i + 1 for the noise of step i.
         device: where the result is.
-        backend: "auto", "reference", ...
+        backend: "auto", "cuda", "cpp" or "reference"; they agree to 2 units in the last place.
 
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve this call.

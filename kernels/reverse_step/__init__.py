@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._dispatch import Backend, Op, always
 from ..philox import validate_counters
-from . import reference
+from . import native_impl, reference
 from .row import Row, as_row
 
 __all__ = ["Row", "as_row", "op", "reverse_step"]
@@ -43,7 +43,15 @@ def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed
     validate_counters(x.shape, seed=seed, sample_ids=sample_ids, stream=stream)
 
 
-op = Op("reverse_step", {"reference": Backend(reference.reverse_step, always)}, _validate)
+op = Op(
+    "reverse_step",
+    {
+        "cuda": Backend(native_impl.reverse_step, native_impl.supports_cuda),
+        "cpp": Backend(native_impl.reverse_step, native_impl.supports_cpp),
+        "reference": Backend(reference.reverse_step, always),
+    },
+    _validate,
+)
 
 
 def reverse_step(
@@ -78,7 +86,7 @@ def reverse_step(
         x0_prev: the previous step's x0, of x's shape; needed where row.d is not 0.
         noise: z, of x's shape; by default philox_normal(x.shape, seed, sample_ids, stream).
         seed, sample_ids, stream: see `philox_normal`. Nothing is drawn where row.s is 0.
-        backend: "auto", "reference", ...
+        backend: "auto", "cuda", "cpp" or "reference"; only the reference is differentiable.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.

@@ -1,0 +1,48 @@
+// What the host and the device share: annotations, bit casts and a fused multiply-add that rounds once.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FD_HD __host__ __device__ __forceinline__
+#else
+#define FD_HD inline __attribute__((always_inline))
+#endif
+
+namespace fused_diffusion {
+
+template <class To, class From>
+FD_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+#if defined(__CUDACC__)
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+#else
+  return __builtin_bit_cast(To, from);
+#endif
+}
+
+// The processor's own instruction. Which one it is, the compiler knows once this is inlined.
+struct HardwareFma {
+  static FD_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+};
+
+// The same bits without the instruction: the product is exact in float64, and a sum rounded to odd there
+// rounds correctly to float32 (Boldo & Melquiond 2008).
+struct PortableFma {
+  static FD_HD float fma(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b, addend = c;
+    const double sum = product + addend;
+    const double back = sum - product;
+    const double error = (product - (sum - back)) + (addend - back);
+    const int64_t bits = bit_cast<int64_t>(sum);
+    const int64_t even = ~bits & 1;  // only an even last bit moves, towards the exact sum
+    const int64_t step = (error > 0) == (sum > 0) ? even : -even;
+    const bool inexact = error < 0 || error > 0;  // false for NaN
+    return static_cast<float>(bit_cast<double>(inexact ? bits + step : bits));
+  }
+};
+
+}  // namespace fused_diffusion

@@ -1,0 +1,94 @@
+// How the CPU runs an op: tiles of one sample, the instruction set chosen at run time, PyTorch's threads.
+//
+// A kernel is a struct with `template <class M> void run(int64_t begin, int64_t end) const` over tiles. All
+// that it calls is always inlined, so the compiler vectorises the same lines once for each instruction set.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "philox.h"
+
+namespace fused_diffusion {
+
+constexpr int64_t kTileBlocks = 64;
+constexpr int64_t kTile = 4 * kTileBlocks;
+constexpr int64_t kTilesPerThread = 16;  // below this, another thread costs more than it saves
+
+enum class Simd { baseline, avx2, avx512 };
+
+Simd simd_in_use();  // module.cpp
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+using BaselineFma = HardwareFma;
+#else
+using BaselineFma = PortableFma;
+#endif
+
+template <class Kernel>
+void run_baseline(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<BaselineFma>(begin, end);
+}
+
+#if defined(__x86_64__)
+template <class Kernel>
+__attribute__((target("avx2,fma"))) void run_avx2(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<HardwareFma>(begin, end);
+}
+
+template <class Kernel>
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(
+    const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<HardwareFma>(begin, end);
+}
+#endif
+
+template <class Kernel>
+void run_tiles(const Kernel& kernel, int64_t tiles) {
+  const Simd simd = simd_in_use();
+  torch::stable::parallel_for(0, tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+    if (simd == Simd::avx512) return run_avx512(kernel, begin, end);
+    if (simd == Simd::avx2) return run_avx2(kernel, begin, end);
+#endif
+    (void)simd;
+    run_baseline(kernel, begin, end);
+  });
+}
+
+// A tile: `size` elements from `first` on, of sample `sample`.
+struct Tile {
+  int64_t sample, first, size;
+};
+
+FD_HD int64_t tiles_per_sample(int64_t elements) { return (elements + kTile - 1) / kTile; }
+
+FD_HD Tile tile_at(int64_t index, int64_t elements) {
+  const int64_t tiles = tiles_per_sample(elements), first = index % tiles * kTile;
+  return {index / tiles, first, elements - first < kTile ? elements - first : kTile};
+}
+
+// The normals of a tile, and up to 63 more, so that whole vectors are computed.
+template <class M>
+FD_HD void normal_tile(float* __restrict z, const Tile& tile, uint32_t stream, uint64_t id, uint64_t seed) {
+  alignas(64) uint32_t w[4][kTileBlocks];
+  alignas(64) float n[4][kTileBlocks];
+  const uint32_t first = static_cast<uint32_t>(tile.first / 4);
+  const int64_t blocks = (tile.size + 63) / 64 * 16;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Words words = philox_block(first + static_cast<uint32_t>(i), stream, id, seed);
+    w[0][i] = words.w0;
+    w[1][i] = words.w1;
+    w[2][i] = words.w2;
+    w[3][i] = words.w3;
+  }
+  for (int64_t i = 0; i < blocks; ++i) box_muller<M>(w[0][i], w[1][i], n[0][i], n[1][i]);
+  for (int64_t i = 0; i < blocks; ++i) box_muller<M>(w[2][i], w[3][i], n[2][i], n[3][i]);
+  for (int64_t i = 0; i < blocks; ++i) {
+    z[4 * i + 0] = n[0][i];
+    z[4 * i + 1] = n[1][i];
+    z[4 * i + 2] = n[2][i];
+    z[4 * i + 3] = n[3][i];
+  }
+}
+
+}  // namespace fused_diffusion

@@ -1,0 +1,58 @@
+// How an op reaches the GPU: the current stream of the tensor's device, through the stable ABI.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "philox.h"
+
+namespace fused_diffusion {
+
+constexpr int kThreads = 256;
+
+inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Blocks along x for the noise blocks of a sample, along y for the samples; kernels stride over both.
+inline dim3 grid_for(int64_t batch, int64_t noise_blocks) {
+  const int64_t across = (noise_blocks + kThreads - 1) / kThreads;
+  return dim3(static_cast<unsigned>(std::min<int64_t>(across, 1 << 16)),
+              static_cast<unsigned>(std::min<int64_t>(batch, 65535)));
+}
+
+__device__ __forceinline__ void normal_block(float (&z)[4], uint32_t block, uint32_t stream, uint64_t id,
+                                             uint64_t seed) {
+  const Words words = philox_block(block, stream, id, seed);
+  box_muller<HardwareFma>(words.w0, words.w1, z[0], z[1]);
+  box_muller<HardwareFma>(words.w2, words.w3, z[2], z[3]);
+}
+
+// Four consecutive elements, as one 16-byte access where `vector` says that all four exist and are aligned.
+__device__ __forceinline__ void load4(float (&to)[4], const float* from, int64_t left, bool vector) {
+  if (vector) {
+    const float4 v = *reinterpret_cast<const float4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    for (int i = 0; i < 4; ++i) to[i] = i < left ? from[i] : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store4(float* to, const float (&from)[4], int64_t left, bool vector) {
+  if (vector) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) to[i] = from[i];
+    }
+  }
+}
+
+}  // namespace fused_diffusion

@@ -1,0 +1,64 @@
+// What is no tensor op: which instruction sets this processor has and which one runs. Plain C functions for
+// ctypes, so that the library depends on no version of Python.
+#include <atomic>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace fused_diffusion {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+
+Simd best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Simd::baseline;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Simd::avx512;
+  }
+  return Simd::avx2;
+#else
+  return Simd::baseline;
+#endif
+}
+
+std::atomic<Simd> in_use{best()};
+
+}  // namespace
+
+Simd simd_in_use() { return in_use.load(std::memory_order_relaxed); }
+
+}  // namespace fused_diffusion
+
+#define FD_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The widest instruction set that both this library and the processor have.
+FD_EXPORT const char* fused_diffusion_simd_best() {
+  return fused_diffusion::kNames[static_cast<int>(fused_diffusion::best())];
+}
+
+FD_EXPORT const char* fused_diffusion_simd_in_use() {
+  return fused_diffusion::kNames[static_cast<int>(fused_diffusion::simd_in_use())];
+}
+
+// Runs everything from now on with the named set; 0 if the processor does not have it.
+FD_EXPORT int fused_diffusion_simd_use(const char* name) {
+  using namespace fused_diffusion;
+  for (int i = 0; i <= static_cast<int>(best()); ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) {
+      in_use.store(static_cast<Simd>(i), std::memory_order_relaxed);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+FD_EXPORT const char* fused_diffusion_compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}

@@ -1,0 +1,93 @@
+"""Loads the compiled libraries once, and keeps the reason where one is missing.
+
+`_cpp.so` and `_cuda.so` register their kernels with the dispatcher for the ops that the op folders define.
+They use LibTorch's stable ABI and no symbol of Python, so one build serves every torch from 2.10 on.
+"""
+
+import ctypes
+import json
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+RECORD = FOLDER / "_build.json"  # what setup.py built, or why not
+
+
+def _read_record() -> dict[str, dict[str, str]]:
+    try:
+        return json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(name: str, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The loaded library, or the reason why there is none, as a short sentence."""
+    if not path.exists():
+        reason = _record.get(name, {}).get("reason", "this installation has no record of a build")
+        return None, f"the {name} library was not built: {reason}"
+    try:
+        torch.ops.load_library(str(path))
+        return ctypes.CDLL(str(path)), None
+    except OSError as error:
+        return None, f"the {name} library cannot be loaded: {' '.join(str(error).split())}"
+
+
+def _load_cpp(path: Path = FOLDER / "_cpp.so") -> tuple[ctypes.CDLL | None, str | None]:
+    library, reason = _load("cpp", path)
+    if library is None:
+        return None, reason
+    try:
+        for function in ("simd_best", "simd_in_use", "compiler"):
+            getattr(library, f"fused_diffusion_{function}").restype = ctypes.c_char_p
+        library.fused_diffusion_simd_use.argtypes = [ctypes.c_char_p]
+    except AttributeError as error:
+        return None, f"the cpp library is not of this version: {error}"
+    return library, None
+
+
+def _load_cuda(path: Path = FOLDER / "_cuda.so") -> tuple[ctypes.CDLL | None, str | None]:
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return None, "torch finds no CUDA device"
+    return _load("cuda", path)
+
+
+_record = _read_record()
+_cpp, CPP_MISSING = _load_cpp()
+_cuda, CUDA_MISSING = _load_cuda()
+
+
+def use_simd(variant: str) -> None:
+    """Runs the C++ ops with one instruction set: "baseline", "avx2", "avx512" or "best".
+
+    The bits of every result are the same in all of them. ValueError if the processor does not have it.
+    """
+    if _cpp is None:
+        raise ValueError(f"no instruction set can be chosen: {CPP_MISSING}")
+    name = _cpp.fused_diffusion_simd_best() if variant == "best" else variant.encode()
+    if not _cpp.fused_diffusion_simd_use(name):
+        raise ValueError(
+            f"this processor has no {variant!r}; choose from: {', '.join(simd_variants())}, best"
+        )
+
+
+def simd_variants() -> list[str]:
+    """The instruction sets that this processor and the library have, narrowest first."""
+    if _cpp is None:
+        return []
+    names = ["baseline", "avx2", "avx512"]
+    return names[: names.index(_cpp.fused_diffusion_simd_best().decode()) + 1]
+
+
+def build_info() -> dict[str, str]:
+    """What is built and loaded, as lines to print: each library, the instruction sets, the CUDA archs."""
+    cuda = _record.get("cuda", {})
+    info = {"cpp": CPP_MISSING or "loaded", "cuda": CUDA_MISSING or "loaded"}
+    if _cpp is not None:
+        info["compiler"] = _cpp.fused_diffusion_compiler().decode()
+        info["simd"] = _cpp.fused_diffusion_simd_in_use().decode()
+        info["simd variants"] = ", ".join(simd_variants())
+    info["cuda archs"] = cuda.get("archs") or f"none: {cuda.get('reason', 'no record of a build')}"
+    return info
