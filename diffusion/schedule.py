@@ -124,7 +124,7 @@ class NoiseSchedule:
     def from_betas(cls, betas: Any) -> "NoiseSchedule":
         """A schedule from T numbers, a sequence, array or tensor; the class says what they must satisfy."""
         try:
-            betas = torch.as_tensor(betas).detach().to(device="cpu", dtype=torch.float64, copy=True)
+            betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"betas must be a list of numbers: {error}") from None
         return cls(betas, {"kind": "betas", "betas": betas.tolist()})
