@@ -1,14 +1,199 @@
-from setuptools import setup
+"""Builds the C++ and the CUDA library, each where its compiler is found; installs pure Python otherwise.
+
+Both use LibTorch's stable ABI and no symbol of Python, so a wheel serves every Python and torch that the
+metadata allows. Environment: DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO_CUDA=1 only the first; CXX,
+CXXFLAGS and CUDA_HOME are honoured. What was built, or why not, is recorded in kernels/_build.json.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+TORCH_MINIMUM = (2, 10)
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Every processor is to compute the same bits, so nothing is contracted or reassociated.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", STABLE_ABI]
+CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", STABLE_ABI]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
+CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}  # the last is PTX
+
+SOURCES = {
+    "diffusion.kernels._cpp": ["csrc/module.cpp", "csrc/philox.cpp", "csrc/reverse_step.cpp"],
+    "diffusion.kernels._cuda": ["csrc/philox.cu", "csrc/reverse_step.cu"],
+}
+
+
+class CannotBuild(Exception):
+    """Why a library is not built; the installation goes on without it."""
+
+
+def find_torch() -> Path | None:
+    """The folder of a new enough torch: importable here, or in the environment that pip installs into.
+
+    The second spares pip from fetching torch again for its isolated build; only headers are needed.
+    """
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    installed = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
+    folders += [Path(folder, "torch") for folder in installed]
+    for folder in folders:
+        version = folder / "version.py"
+        match = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
+        if match and (int(match[1]), int(match[2])) >= TORCH_MINIMUM:
+            return folder
+    return None
+
+
+def find_compiler() -> list[str]:
+    if os.environ.get("DIFFUSION_NO_NATIVE") == "1":
+        raise CannotBuild("DIFFUSION_NO_NATIVE=1 was set")
+    if sys.platform == "win32":
+        raise CannotBuild("there is no build for Windows")
+    wanted = os.environ.get("CXX")
+    for candidate in [wanted] if wanted else ["g++", "clang++", "c++"]:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    raise CannotBuild(f"there is no C++ compiler {wanted or 'g++ or clang++'}")
+
+
+def find_nvcc() -> str:
+    if os.environ.get("DIFFUSION_NO_CUDA") == "1":
+        raise CannotBuild("DIFFUSION_NO_CUDA=1 was set")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    for candidate in [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if shutil.which(candidate):
+            return shutil.which(candidate)
+    raise CannotBuild("there is no nvcc")
+
+
+def torch_to_build_with() -> list[str]:
+    """What pip must fetch before the build: torch, where there is a compiler but no torch to be found."""
+    try:
+        find_compiler()
+    except CannotBuild:
+        return []
+    return [] if find_torch() else ["torch>={}.{}".format(*TORCH_MINIMUM)]
+
+
+def run(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        raise CannotBuild(f"{command[0]} failed: {errors[0] if errors else f'status {result.returncode}'}")
+
+
+class BuildLibraries(build_ext):
+    """Compiles the two libraries; one that cannot be built is left out, with one line that says why."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extensions(self):
+        record = {}
+        for extension in self.extensions:
+            name = extension.name.rpartition("_")[2]
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.unlink(missing_ok=True)
+            try:
+                record[name] = self.build_library(extension, target, find_compiler())
+            except CannotBuild as error:
+                record[name] = {"reason": str(error)}
+                print(f"fused-diffusion: the {name} library is not built: {error}", file=sys.stderr)
+        self.built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (target.parent / "_build.json").write_text(json.dumps(record, indent=1))
+
+    def build_library(self, extension, target: Path, cxx: list[str]) -> dict[str, str]:
+        torch = find_torch()
+        if torch is None:
+            raise CannotBuild("there is no torch>={}.{} to build with".format(*TORCH_MINIMUM))
+        cuda = extension.name.endswith("_cuda")
+        include = ["-isystem", str(torch / "include")]
+        if cuda:
+            nvcc = [find_nvcc(), "-ccbin", cxx[0]]
+            archs = [f"-gencode=arch={virtual},code={real}" for real, virtual in CUDA_ARCHS.items()]
+            compile_command = [*nvcc, *NVCC_FLAGS, *archs, *include]
+            link_command = [*nvcc, "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed"]
+        else:
+            flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+            compile_command = [*cxx, *flags, *CXX_FLAGS, *include]
+            link_command = [*cxx, *flags, "-shared"]
+
+        temporary = Path(self.build_temp)
+        temporary.mkdir(parents=True, exist_ok=True)
+        objects = [str(temporary / (Path(source).name + ".o")) for source in extension.sources]
+        commands = [
+            [*compile_command, "-c", source, "-o", o]
+            for source, o in zip(extension.sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
+        if sys.platform == "darwin":  # symbols are looked up in the libraries that torch has loaded
+            libraries = ["-undefined", "dynamic_lookup"]
+        else:  # libtorch.so stands for libtorch_cuda.so, which a CPU torch does not have
+            libraries = [f"-L{torch / 'lib'}", *(["-ltorch"] if cuda else []), "-ltorch_cpu"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        run([*link_command, "-o", str(partial), *objects, *libraries])
+        partial.rename(target)
+        return {"archs": " ".join(CUDA_ARCHS)} if cuda else {}
+
+    def copy_extensions_to_source(self):
+        """For an editable installation: the libraries and the record go beside kernels/_native.py."""
+        for extension in self.extensions:
+            built, target = Path(self.get_ext_fullpath(extension.name)), Path(self.inplace_path(extension))
+            target.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copyfile(built, target)
+        shutil.copyfile(built.parent / "_build.json", target.parent / "_build.json")
+
+    def inplace_path(self, extension) -> str:
+        package = extension.name.rpartition(".")[0]
+        folder = self.get_finalized_command("build_py").get_package_dir(package)
+        return os.path.join(folder, extension.name.rpartition(".")[2] + ".so")
+
+
+class Wheel(bdist_wheel):
+    """Tags the wheel by what is in it: any Python, and this platform only where a library was built."""
+
+    def run(self):
+        build = self.get_finalized_command("build")
+        shutil.rmtree(build.build_lib, ignore_errors=True)  # no file of an earlier build goes along
+        self.run_command("build")
+        self.root_is_pure = not self.get_finalized_command("build_ext").built
+        super().run()
+
+    def get_tag(self):
+        platform = "any" if self.root_is_pure else super().get_tag()[2]
+        return "py3", "none", platform
+
 
 setup(
     packages=[
-        "diffusion",
-        "diffusion.importers",
+        *find_packages(include=["diffusion", "diffusion.*"]),
         "diffusion.kernels",
-        "diffusion.kernels.attention",
-        "diffusion.kernels.group_norm_silu",
-        "diffusion.kernels.philox",
-        "diffusion.kernels.reverse_step",
+        *(f"diffusion.kernels.{op}" for op in find_packages("kernels")),
     ],
     package_dir={"diffusion": "diffusion", "diffusion.kernels": "kernels"},
+    package_data={"diffusion": [f"weights/**/*.{suffix}" for suffix in ("json", "safetensors", "npz")]},
+    ext_modules=[Extension(name, sources, optional=True) for name, sources in SOURCES.items()],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    setup_requires=torch_to_build_with(),
 )
