@@ -1,3 +1,23 @@
 """Fast sampling and training of pixel-space diffusion models with classifier-free guidance."""
 
+from . import kernels, steps
+from .ddpm import DDPM, load
+from .images import save_gif, save_grid
+from .schedule import NoiseSchedule
+from .steps import StepTable
+from .unet import UNet, UNetConfig
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DDPM",
+    "NoiseSchedule",
+    "StepTable",
+    "UNet",
+    "UNetConfig",
+    "kernels",
+    "load",
+    "save_gif",
+    "save_grid",
+    "steps",
+]

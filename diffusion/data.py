@@ -23,7 +23,8 @@ def load_mnist(
         from torchvision.datasets import MNIST
     except Exception as error:  # beside a torch it was not built for, torchvision raises RuntimeError
         raise ValueError(
-            f'MNIST is read by torchvision, which cannot be imported ({error}); pip install "fused-diffusion[train]"'
+            f"MNIST is read by torchvision, which cannot be imported ({error}); "
+            'pip install "fused-diffusion[train]"'
         ) from error
     folder = Path(data_dir) / "MNIST" / "raw"
     try:
@@ -33,7 +34,9 @@ def load_mnist(
         raise ValueError(f"cannot read MNIST in {data_dir}: {missing or error}".replace("\n", " ")) from error
     images, labels = dataset.data.unsqueeze(1).contiguous(), dataset.targets.long()
     if images.shape[1:] != (1, 28, 28) or len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"cannot read MNIST in {data_dir}: images {list(images.shape)}, labels {len(labels)}")
+        raise ValueError(
+            f"cannot read MNIST in {data_dir}: images {list(images.shape)}, labels {len(labels)}"
+        )
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"cannot read MNIST in {data_dir}: labels reach {labels.min()} to {labels.max()}")
     return images, labels

@@ -19,7 +19,10 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     temporary = []
     try:
         for target in targets:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(
+                dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix
+            )
             os.close(handle)
             temporary.append(Path(name))
         yield temporary
@@ -35,19 +38,24 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
 
 
 def check_writable(*targets: str | os.PathLike) -> None:
-    """ValueError if one of these files could not be created or replaced; makes missing parent folders.
+    """ValueError if one of these files could not be created or replaced; leaves nothing behind.
 
     Called before long work, so that an hour of sampling does not end in an error about a folder.
     """
     for target in map(Path, targets):
         if target.is_dir():
             raise ValueError(f"cannot write {target}: it is a folder, not a file")
+        missing = [folder for folder in target.parents if not folder.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
         except OSError as error:
             raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _sync(path: Path) -> None:

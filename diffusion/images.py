@@ -19,15 +19,17 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 def make_grid(x: torch.Tensor, columns: int | None = None, padding: int = 2, scale: int = 1) -> Image.Image:
     """One picture of images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row on a black ground.
 
-    columns: images in a row; by default ten, or fewer where that makes the grid square. padding: pixels
-    between images. scale: each pixel is drawn as scale x scale. ValueError for other shapes.
+    columns: images in a row, ten by default. padding: pixels between images. scale: each
+    pixel is drawn as scale x scale. ValueError for other shapes.
     """
     if x.ndim != 4 or x.shape[0] == 0 or x.shape[1] not in (1, 3):
         raise ValueError(f"a picture needs images [N, 1 or 3, H, W] with N > 0, not {list(x.shape)}")
     count, channels, height, width = x.shape
-    columns = columns or min(10, math.ceil(math.sqrt(count)) if count < 100 and count % 10 else 10, count)
+    columns = min(10, count) if columns is None else columns
     if columns < 1 or padding < 0 or scale < 1:
-        raise ValueError(f"columns {columns} and scale {scale} must be at least 1, padding {padding} at least 0")
+        raise ValueError(
+            f"columns {columns} and scale {scale} must be at least 1, padding {padding} at least 0"
+        )
     rows = math.ceil(count / columns)
     pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -49,7 +51,7 @@ def save_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> None:
-    """Writes images [N, C, H, W] in [-1, 1] as one PNG; see `make_grid`. ValueError if it cannot be written."""
+    """Writes images [N, C, H, W] in [-1, 1] as one PNG; see `make_grid`. ValueError if it cannot be."""
     grid = make_grid(x, columns, padding, scale)
     with replacing(path) as (temporary,):
         grid.save(temporary, format="PNG")
@@ -82,7 +84,7 @@ def save_gif(
 def save_npz(
     x: torch.Tensor, path: str | os.PathLike, labels: Sequence[int] | None = None, **metadata
 ) -> None:
-    """Writes `images` uint8 [N, H, W, C] (the layout of evaluation suites), `labels` int64 [N], and metadata."""
+    """Writes `images` uint8 [N, H, W, C] (evaluation suites' layout), `labels` int64 [N], metadata."""
     arrays = {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = np.asarray(labels, dtype=np.int64)

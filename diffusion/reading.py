@@ -54,7 +54,7 @@ def read_torch(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(unet: UNet, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Puts `weights` into `unet`; ValueError if they are of another architecture or not finite."""
+    """Puts `weights` into `unet`, as float32; ValueError if they do not fit it or are not finite."""
     expected = unet.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -70,7 +70,9 @@ def load_weights(unet: UNet, weights: dict[str, torch.Tensor], path: Path) -> No
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {key} holds NaN or infinite values")
-    unet.load_state_dict(weights)
+    # A UNet on the meta device has no memory of its own yet.
+    assign = any(tensor.is_meta for tensor in expected.values())
+    unet.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=assign)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,112 @@
+"""Model folders: `config.json` beside `model.safetensors`. Nothing here ever unpickles code."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .files import replacing
+from .importers import diffusers
+from .reading import load_weights, read_json, read_safetensors
+from .schedule import NoiseSchedule
+from .unet import UNet, UNetConfig
+
+FORMAT = "fused-diffusion"
+FORMAT_VERSION = 1
+CONVENTIONS = ("prediction_type", "clip", "variance")
+BUNDLED = Path(__file__).parent / "weights"
+
+
+def bundled_models() -> list[str]:
+    """Names that `load` finds inside the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/model.safetensors") if is_model(path.parent))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether the folder's config.json says that this package wrote it as a model."""
+    try:
+        return read_json(folder / "config.json").get("format") == FORMAT
+    except ValueError:
+        return False
+
+
+def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtype | None = None) -> None:
+    """Writes a model folder; a former model in it is replaced only once the new files are complete.
+
+    config: what to put beside the UNet's own configuration. dtype: that of the stored weights. ValueError
+    if the folder cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
+    weights = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in unet.state_dict().items()
+    }
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "unet": unet.config.to_dict(), **config}
+    with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
+        save_file(weights, weights_path)
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
+    """Reads a model: its UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
+
+    name: a bundled model's name, a model folder, a diffusers folder, or "hf:owner/name" for either on the
+    Hugging Face hub (needs huggingface_hub). The conventions are "prediction_type", "clip", "variance" and,
+    where there are any, "metadata". ValueError, in one line, for anything that is missing, damaged, or not
+    a model.
+    """
+    folder = _locate(str(name))
+    path = folder / "config.json"
+    if not is_model(folder) and diffusers.is_diffusers(folder):
+        return diffusers.load(folder)
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path} is not that of a model, neither of this package nor of diffusers")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of format version {config.get('format_version')}; this release reads {FORMAT_VERSION}"
+        )
+    missing = [key for key in ("unet", "schedule", *CONVENTIONS) if key not in config]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}")
+    try:
+        with torch.device("meta"):  # no memory until the weights are known to fit
+            unet = UNet(UNetConfig.from_dict(config["unet"]))
+        schedule = NoiseSchedule.from_config(config["schedule"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    load_weights(unet, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+    return unet, schedule, {key: config[key] for key in (*CONVENTIONS, "metadata") if key in config}
+
+
+def _locate(name: str) -> Path:
+    if name.startswith("hf:"):
+        return _download(name[3:])
+    if name in bundled_models():
+        return BUNDLED / name
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{name} is a file; a model is a folder with config.json and model.safetensors")
+    raise ValueError(
+        f"unknown model {name!r}: no such folder; bundled models: {', '.join(bundled_models())}; "
+        'models on the hub are written "hf:owner/name"'
+    )
+
+
+def _download(repository: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError("models from the hub need huggingface_hub: pip install huggingface_hub") from error
+    patterns = ["*.json", "*.safetensors", "*.bin"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # its errors are of many kinds: HTTP, validation, file system
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot fetch hf:{repository}: {reason}") from error

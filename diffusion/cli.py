@@ -1,0 +1,49 @@
+"""The command line: sample, train, evaluate, import, info."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from . import __version__
+from .commands import evaluate, import_model, info, sample, train
+
+COMMANDS = {
+    "sample": sample,
+    "train": train,
+    "evaluate": evaluate,
+    "import": import_model,
+    "info": info,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command. Exit status 0; 2 after an error of the user's, told in one line; 130 after Ctrl-C."""
+    parser = _Parser(prog="diffusion", description="Sample, train and judge diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        summary = command.__doc__.splitlines()[0]
+        subparser = subparsers.add_parser(name, help=summary, description=command.__doc__)
+        command.add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    try:
+        COMMANDS[parsed.command].run(parsed)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"diffusion: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

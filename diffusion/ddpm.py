@@ -1,0 +1,327 @@
+"""DDPM: a UNet, its noise schedule and the conventions it was trained with."""
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint, engine
+from .devices import check_dtype, resolve_device, resolve_dtype
+from .guidance import drop_labels
+from .process import check_prediction_type, loss_weight, q_sample, target
+from .schedule import NoiseSchedule
+from .steps import SAMPLERS, StepTable
+from .thresholding import thresholded_step
+from .unet import UNet
+
+BATCH_SIZE = 64  # images sampled together when the caller does not say
+
+
+class DDPM(nn.Module):
+    """A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239) of images in [-1, 1].
+
+    unet: predicts from (x_t, t, label). schedule: of T timesteps. prediction_type: what the UNet puts out,
+    "epsilon", "sample" (x_0) or "v_prediction". clip: the range [-clip, clip] that predicted images are held
+    to while sampling, or None. variance: default of the "ddpm" sampler, "learned_range" for a UNet with
+    learned variance. metadata: anything else that `save` should write to config.json.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        *,
+        prediction_type: str = "epsilon",
+        clip: float | None = 1.0,
+        variance: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        check_prediction_type(prediction_type)
+        self.unet = unet
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.clip = clip
+        self.variance = variance or ("learned_range" if unet.config.learned_variance else "fixed_small")
+        self.metadata = dict(metadata or {})
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of class labels, or None for an unconditional model."""
+        return self.unet.config.num_classes
+
+    def copy(self) -> "DDPM":
+        """The same model with weights of its own."""
+        return copy.deepcopy(self)
+
+    def loss(
+        self,
+        x0: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        label_dropout: float = 0.0,
+        weighting: str = "uniform",
+    ) -> torch.Tensor:
+        """Mean weighted squared error of the prediction at random timesteps; a scalar.
+
+        x0: images [B, C, H, W] in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
+        label_dropout is replaced by the null label. The timesteps of a batch are spread evenly over 0..T-1
+        from one uniform draw (Kingma et al. 2021, arXiv 2107.00630, appendix I.1), which lowers the
+        variance. Draws from PyTorch's global generators.
+        """
+        if self.unet.config.learned_variance:
+            raise ValueError("training a learned variance needs the hybrid loss, which is not available")
+        batch, T = len(x0), self.schedule.T
+        u = (torch.rand((), device=x0.device) + torch.arange(batch, device=x0.device) / batch) % 1
+        t = (u * T).long().clamp(max=T - 1)
+        noise = torch.randn_like(x0)
+        if labels is not None and label_dropout:
+            labels = drop_labels(labels, label_dropout, self.unet.config.null_label)
+        output = self.unet(q_sample(self.schedule, x0, t, noise), t, labels).float()
+        errors = (
+            (output - target(self.schedule, self.prediction_type, x0, t, noise)).square().flatten(1).mean(1)
+        )
+        return (loss_weight(self.schedule, self.prediction_type, t, weighting) * errors).mean()
+
+    def steps(self, sampler: str = "ddpm", steps: int | None = None, **options) -> StepTable:
+        """The table of a sampler for this model: "ddpm", "ddim" or "dpm++".
+
+        steps: 1..T, or None for the full chain. options: see `diffusion.steps`. ValueError for an unknown
+        sampler or option.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose from: {', '.join(SAMPLERS)}")
+        fill = SAMPLERS[sampler]
+        known = [name for name in signature(fill).parameters if name not in ("schedule", "steps")]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"sampler {sampler!r} has no option {unknown[0]!r}; choose from: {', '.join(known)}"
+            )
+        defaults = {"prediction_type": self.prediction_type, "clip": self.clip}
+        if "variance" in known:
+            defaults["variance"] = self.variance
+        return fill(self.schedule, steps, **(defaults | options))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        *,
+        num_samples: int | None = None,
+        guidance_scale: float = 1.0,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        seed: int = 0,
+        sample_ids: Sequence[int] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+        noise: engine.Noise | None = None,
+        backend: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        callback: engine.Callback | None = None,
+        guidance_rescale: float = 0.0,
+        dynamic_threshold: float | None = None,
+        dynamic_threshold_max: float = math.inf,
+        **sampler_options,
+    ) -> torch.Tensor:
+        """Samples images, float32 [N, C, H, W] on the model's device, in [-1, 1] unless clip=None is given.
+
+        labels: a class for each image, or None to sample without. num_samples: N; by default one image a
+            label, or one. A single label is repeated.
+        guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
+            0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1.
+        sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
+        seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
+            the batch it is made in; sample_ids are 0..N-1 by default.
+        batch_size: images made at a time.
+        noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
+            step i. With a batch_size it is called anew for each batch, so it must be a function of k.
+        backend: of the kernels; "auto" picks.
+        dtype: of the UNet, "float32", "bfloat16" or "float16"; the latent is float32 always.
+        progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch.
+        guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
+        dynamic_threshold: quantile in [0, 1] that predicted images are held to instead of clip, such as 0.995
+            (Saharia et al. 2022, arXiv 2205.11487); dynamic_threshold_max: its upper bound, at least 1.
+        sampler_options: `eta` (ddim), `variance` (ddpm), `sde` (dpm++), `spacing`, `clip`,
+            `guidance_interval`; see `diffusion.steps`.
+
+        ValueError for anything that is out of range or does not fit the model.
+        """
+        labels, ids = self._images(labels, num_samples, sample_ids)
+        guidance = _number("guidance_scale", guidance_scale)
+        if labels is None and guidance != 1:
+            raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
+        if labels is not None and self.unet.config.null_label is None and guidance != 1:
+            raise ValueError("this model has no null label, so guidance_scale must be 1")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer in 0..2^64-1, not {seed!r}")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+        threshold = None
+        if dynamic_threshold is not None:
+            sampler_options.setdefault("clip", None)
+            threshold = partial(thresholded_step, ratio=dynamic_threshold, max_value=dynamic_threshold_max)
+        table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
+        unet = self._inference_unet(device, dtype)
+        place = next(unet.parameters()).device
+        config = unet.config
+        shape = (config.in_channels, *config.image_shape)
+        size = batch_size or (len(ids) if noise is not None else BATCH_SIZE)
+        images = torch.empty(len(ids), *shape, device=place)
+        with _Progress(len(ids), len(table), progress) as bar:
+            for start in range(0, len(ids), size):
+                part = slice(start, start + size)
+                batch = engine.Batch(
+                    labels=None if labels is None else labels[part].to(place),
+                    sample_ids=ids[part],
+                    seed=seed,
+                    noise=None if noise is None else _sliced(noise, part, len(ids), shape),
+                )
+                images[part] = engine.run(
+                    unet,
+                    table,
+                    batch,
+                    shape,
+                    guidance_rescale=guidance_rescale,
+                    threshold=threshold,
+                    backend=backend,
+                    callback=bar.following(callback, len(ids[part])),
+                )
+        return images
+
+    def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:
+        """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
+
+        dtype: that of the stored weights, by default the model's own. metadata: JSON values for config.json.
+        ValueError if the folder cannot be written.
+        """
+        config = {
+            "schedule": self.schedule.to_config(),
+            "prediction_type": self.prediction_type,
+            "clip": self.clip,
+            "variance": self.variance,
+            "metadata": self.metadata | metadata,
+        }
+        checkpoint.write(folder, self.unet, config, dtype)
+
+    def _images(self, labels, num_samples, sample_ids) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Labels int64 [N] or None, and sample ids int64 [N], both on the CPU."""
+        if labels is not None:
+            labels = _integers("labels", [labels] if isinstance(labels, int) else labels)
+            if self.num_classes is None:
+                raise ValueError("labels are given, but this model is unconditional")
+            outside = [label for label in labels.tolist() if not 0 <= label < self.num_classes]
+            if outside:
+                raise ValueError(f"unknown label {outside[0]}; this model knows 0 to {self.num_classes - 1}")
+        if labels is None and self.unet.config.null_label is None and self.num_classes is not None:
+            raise ValueError("this model was trained without a null label, so it needs labels")
+        count = len(labels) if labels is not None else 1
+        if sample_ids is not None:
+            sample_ids = _integers("sample_ids", sample_ids)
+            if len(sample_ids) and sample_ids.min() < 0:
+                raise ValueError(f"sample_ids must not be negative, but one is {sample_ids.min()}")
+            count = len(sample_ids) if count == 1 else count
+        if num_samples is not None:
+            if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+                raise ValueError(f"num_samples must be an integer of at least 1, not {num_samples!r}")
+            count = num_samples
+        if count == 0:
+            raise ValueError("labels are empty; give at least one")
+        if labels is not None and len(labels) == 1:
+            labels = labels.expand(count).clone()
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"there are {len(labels)} labels for {count} images")
+        if sample_ids is None:
+            sample_ids = torch.arange(count)
+        if len(sample_ids) != count:
+            raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
+        return labels, sample_ids
+
+    def _inference_unet(self, device, dtype) -> UNet:
+        """The UNet in eval mode on a device and in a dtype; the model's own where it is that already."""
+        own = next(self.unet.parameters())
+        device, dtype = resolve_device(device or own.device), resolve_dtype(dtype or own.dtype)
+        check_dtype(device, dtype)
+        unet = self.unet
+        if (own.device, own.dtype) != (device, dtype) or unet.training:
+            unet = copy.deepcopy(unet).to(device, dtype).eval()
+        return unet
+
+
+def load(name: str | os.PathLike, device: str | torch.device | None = None) -> DDPM:
+    """A model by name: "mnist" and other bundled ones, a model folder, a diffusers folder, "hf:owner/name".
+
+    device: where to put it, the CPU by default. ValueError for what is missing, damaged or no model.
+    """
+    device = resolve_device(device or "cpu")
+    unet, schedule, conventions = checkpoint.read(name)
+    try:
+        model = DDPM(unet, schedule, **conventions)
+    except ValueError as error:
+        raise ValueError(f"the configuration of {name}: {error}") from error
+    return model.to(device).eval()
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _integers(name: str, values: Any) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be integers, not {values!r}") from error
+    if tensor.numel() == 0 and tensor.ndim == 1:
+        return tensor.long()
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be a list of integers, not {values!r}")
+    return tensor.long()
+
+
+def _sliced(noise: engine.Noise, part: slice, count: int, shape: tuple[int, ...]) -> engine.Noise:
+    """The rows `part` of an injected noise; ValueError unless it is [count, *shape]."""
+
+    def rows(k: int) -> torch.Tensor:
+        z = noise(k)
+        if not isinstance(z, torch.Tensor) or z.shape != (count, *shape):
+            found = list(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+            raise ValueError(f"noise({k}) must be a tensor {[count, *shape]}, not {found}")
+        return z[part].float()
+
+    return rows
+
+
+class _Progress:
+    """A bar of finished images, which counts a step as its share of an image."""
+
+    def __init__(self, images: int, steps: int, shown: bool):
+        layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
+        self.bar = tqdm(total=images, unit=" images", bar_format=layout, disable=not shown)
+        self.steps = steps
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def following(self, callback: engine.Callback | None, images: int) -> engine.Callback:
+        """A callback that moves the bar by one step of a batch, after the caller's own."""
+
+        def after(i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+            if callback is not None:
+                callback(i, x, x0)
+            self.bar.update(images / self.steps)
+
+        return after
