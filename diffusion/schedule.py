@@ -147,7 +147,7 @@ class NoiseSchedule:
                     f"a schedule of kind 'betas' needs just the key betas, not {sorted(numbers)}"
                 )
             schedule = cls.from_betas(numbers["betas"])
-        elif kind in _KINDS:
+        elif isinstance(kind, str) and kind in _KINDS:
             make_betas, names = _KINDS[kind]
             if set(numbers) != {"T", *names}:
                 raise ValueError(

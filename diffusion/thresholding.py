@@ -21,7 +21,7 @@ def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float =
     magnitudes = x0.abs().flatten(1)
     position = ratio * (magnitudes.shape[1] - 1)
     below = math.floor(position)
-    # topk instead of torch.quantile, which refuses more than 2^24 elements.
+    # topk, because torch.quantile refuses more than 2^24 elements up to torch 2.13 at least.
     largest = magnitudes.topk(magnitudes.shape[1] - below, dim=1).values
     lower, upper = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
     s = torch.lerp(lower, upper, position - below).clamp(1, max_value)
