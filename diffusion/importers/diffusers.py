@@ -104,7 +104,8 @@ def load_unet(folder: str | os.PathLike) -> UNet:
     if weights is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
     tensors = read_torch(weights) if weights.suffix == ".bin" else read_safetensors(weights)
-    unet = _located(path, UNet, config)
+    with torch.device("meta"):  # no memory until the weights are known to fit
+        unet = _located(path, UNet, config)
     load_weights(unet, convert_weights(config, tensors, str(weights)), weights)
     return unet
 

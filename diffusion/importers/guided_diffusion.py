@@ -52,8 +52,8 @@ _CHANNEL_MULT = {
 def load(path: str | os.PathLike, **flags: Any) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
     """A checkpoint's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
-    flags: those of guided-diffusion's scripts and UNetModel, by name, as Python values (class_cond=True) or in their
-    spelling on the command line (channel_mult="1,2,2"). Those that are left out have guided-diffusion's
+    flags: those of guided-diffusion's scripts and of its UNetModel, by name, as Python values
+    (class_cond=True; channel_mult=(1, 2, 2) or "1,2,2"). Those that are left out have guided-diffusion's
     defaults; improved-diffusion's scripts have another one for rescale_timesteps, which is True there.
     Channels and number of classes are read from the tensors. The model has no null label.
 
@@ -71,7 +71,8 @@ def load(path: str | os.PathLike, **flags: Any) -> tuple[UNet, NoiseSchedule, di
     schedule = _schedule(options)
     tensors = read_torch(path)
     config = _config(options, tensors, path)
-    unet = UNet(config)
+    with torch.device("meta"):  # no memory until the weights are known to fit
+        unet = UNet(config)
     weights = convert_weights(config, tensors, options["use_new_attention_order"], str(path))
     load_weights(unet, weights, path)
     fixed = "fixed_small" if options["sigma_small"] else "fixed_large"

@@ -1,0 +1,288 @@
+"""UNetConfig and UNet. That the UNet computes what others compute is in test_importers.py."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffusion.unet import UNet, UNetConfig, timestep_embedding
+
+TINY = UNetConfig(
+    sample_size=8,
+    in_channels=2,
+    out_channels=2,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    norm_groups=4,
+)
+CONDITIONAL = replace(TINY, num_classes=3)
+
+
+def randomized(config: UNetConfig, seed: int = 0) -> UNet:
+    """The same UNet for the same seed, in which no weight is zero."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        unet = UNet(config).eval()
+        for parameter in unet.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return unet
+
+
+def inputs(config: UNetConfig, batch: int = 2, size=None):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, config.in_channels, *(size or config.image_shape), generator=generator)
+    return x, torch.arange(batch) * 400 + 3
+
+
+VARIANTS = {
+    "tiny": TINY,
+    "conditional": CONDITIONAL,
+    "no_null_label": replace(CONDITIONAL, has_null_label=False),
+    "scale_shift": replace(TINY, scale_shift=True),
+    "resblock": replace(TINY, downsample="resblock", upsample="resblock"),
+    "plain": replace(TINY, downsample="plain", upsample="plain"),
+    "mixed": replace(
+        TINY, channel_mult=(1, 2, 2), downsample=("conv", "plain"), upsample=("plain", "resblock")
+    ),
+    "symmetric": replace(TINY, downsample_padding="symmetric"),
+    "heads": replace(TINY, attention_levels=(0, 1), num_heads=2),
+    "head_channels": replace(TINY, attention_levels=(0, 1), head_channels=4),
+    "no_attention": replace(TINY, attention_levels=(), mid_attention=False),
+    "bare_mid_attention": replace(TINY, mid_attention_groups=0),
+    "mid_groups": replace(TINY, mid_attention_groups=2),
+    "blocks_per_level": replace(TINY, channel_mult=(1, 1.5, 2), num_res_blocks=(1, 3, 2)),
+    "one_level": replace(TINY, channel_mult=(2,), attention_levels=(0,)),
+    "learned_variance": replace(TINY, out_channels=4),
+    "embedding": replace(TINY, flip_sin_to_cos=True, freq_shift=0, time_embed_dim=12, timestep_scale=0.25),
+    "oblong": replace(TINY, sample_size=(8, 12)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shapes_and_gradients(name):
+    """Every architecture puts out its channels, and every parameter has a say in them."""
+    config = VARIANTS[name]
+    unet = randomized(config)
+    x, t = inputs(config)
+    labels = torch.tensor([0, 2]) if config.num_classes else None
+    out = unet(x, t, labels)
+    assert out.shape == (2, config.out_channels, *config.image_shape)
+    assert (out[0] - out[1]).abs().max() > 0.01
+    out.square().sum().backward()
+    without = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not without
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config_round_trip(name):
+    config = VARIANTS[name]
+    assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layouts_agree(name):
+    config = VARIANTS[name]
+    unet = randomized(config).double()
+    x, t = inputs(config)
+    labels = torch.tensor([0, 2]) if config.num_classes else None
+    with torch.no_grad():
+        expected = unet(x.double(), t, labels)
+        out = unet.to(memory_format=torch.channels_last)(
+            x.double().contiguous(memory_format=torch.channels_last), t, labels
+        )
+    torch.testing.assert_close(out, expected)
+
+
+def test_defaults_are_ddpm():
+    """Ho et al. 2020, appendix B: 35.7 million parameters for CIFAR-10."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in UNet(UNetConfig()).parameters())
+    assert round(count / 1e6, 1) == 35.7
+
+
+def test_starts_at_zero():
+    """DDPM's last convolution starts at zero, and so does the end of every branch."""
+    x, t = inputs(TINY)
+    unet = UNet(TINY)
+    assert unet(x, t).abs().max() == 0
+    block = unet.mid.blocks[0]
+    h, embedding = torch.randn(2, 16, 4, 4), torch.randn(2, 16)
+    assert torch.equal(block(h, embedding), h)
+    assert torch.equal(unet.mid.attention(h), h)
+
+
+def test_initial_projections_do_not_depend_on_the_number_of_blocks():
+    """Glorot's bound is sqrt(6 / (fan_in + fan_out)), of each block's own projection."""
+    unet = UNet(replace(TINY, num_res_blocks=6))
+    first = unet.embedding_projection.weight[:8]  # of a block of 8 channels; the embedding has 32
+    assert 0.95 * math.sqrt(6 / 40) < first.abs().max() <= math.sqrt(6 / 40)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_timestep_embedding(flip, shift):
+    t = [0.0, 1.0, 250.5, 999.0]
+    out = timestep_embedding(torch.tensor(t, dtype=torch.float64), 10, flip_sin_to_cos=flip, freq_shift=shift)
+    for row, step in zip(out.tolist(), t, strict=True):
+        angles = [step * 10000 ** (-i / (5 - shift)) for i in range(5)]
+        sines, cosines = [math.sin(a) for a in angles], [math.cos(a) for a in angles]
+        assert row == pytest.approx(cosines + sines if flip else sines + cosines, abs=1e-9)
+
+
+def test_timestep_scale():
+    x, t = inputs(TINY)
+    scaled = randomized(replace(TINY, timestep_scale=0.25))
+    torch.testing.assert_close(scaled(x, 4 * t), randomized(TINY)(x, t))
+    torch.testing.assert_close(scaled(x, t), randomized(TINY)(x, t / 4))
+
+
+def test_labels():
+    """None is the null label for everyone, and no label is like another."""
+    unet = randomized(CONDITIONAL)
+    x, t = inputs(CONDITIONAL, batch=1)
+    with torch.no_grad():
+        outs = [unet(x, t, torch.tensor([label])) for label in range(4)]
+        torch.testing.assert_close(unet(x, t), outs[3])
+    assert CONDITIONAL.null_label == 3
+    for i in range(4):
+        for j in range(i):
+            assert (outs[i] - outs[j]).abs().max() > 1e-3
+
+
+def test_embedding_can_be_computed_ahead():
+    unet = randomized(CONDITIONAL)
+    x, t = inputs(CONDITIONAL)
+    labels = torch.tensor([1, 3])
+    table = unet.embed(torch.arange(1000)[::7], torch.full((143,), 1))
+    torch.testing.assert_close(unet.denoise(x, unet.embed(t, labels)), unet(x, t, labels))
+    torch.testing.assert_close(
+        unet.denoise(x, table[[5, 5]]), unet(x, torch.tensor([35, 35]), torch.tensor([1, 1]))
+    )
+
+
+def test_precisions():
+    unet, (x, t) = randomized(TINY), inputs(TINY)
+    with torch.no_grad():
+        single = unet(x, t)
+        double = unet.double()(x, t)
+        half = unet.bfloat16()(x, t)
+    assert (single.dtype, double.dtype, half.dtype) == (torch.float32, torch.float64, torch.bfloat16)
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
+    assert (half.double() - double).abs().max() < 0.1 * double.abs().max()
+
+
+def test_dropout_in_training_only():
+    unet, (x, t) = randomized(replace(TINY, dropout=0.5)), inputs(TINY)
+    torch.testing.assert_close(unet(x, t), randomized(TINY)(x, t))
+    unet.train()
+    assert not torch.equal(unet(x, t), unet(x, t))
+
+
+def test_other_sizes_than_its_own():
+    unet = randomized(TINY)
+    x, t = inputs(TINY, size=(12, 6))
+    assert unet(x, t).shape == (2, 2, 12, 6)
+
+
+def test_compiles_whole():
+    unet = randomized(replace(CONDITIONAL, scale_shift=True))
+    x, t = inputs(CONDITIONAL)
+    labels = torch.tensor([0, 3])
+    with torch.no_grad():
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, t, labels), unet(x, t, labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample_size": 30}, "30x30 cannot be halved 3 times; height and width must be multiples of 8"),
+        ({"sample_size": [32, 36]}, "32x36 cannot be halved"),
+        ({"sample_size": 0}, "0x0"),
+        ({"sample_size": [32]}, "sample_size must be"),
+        ({"sample_size": None}, "sample_size must be"),
+        ({"sample_size": True}, "sample_size must be"),
+        ({"in_channels": 0}, "in_channels must be at least 1"),
+        ({"in_channels": 3.0}, "in_channels must be int"),
+        ({"out_channels": "3"}, "out_channels must be int"),
+        ({"channels": 33}, "channels must be even"),
+        ({"channel_mult": []}, "channel_mult must be"),
+        ({"channel_mult": [1, 0]}, "channel_mult must be positive"),
+        ({"channel_mult": [1, math.nan]}, "channel_mult must be"),
+        ({"channel_mult": 2}, "channel_mult must be"),
+        ({"num_res_blocks": 0}, "num_res_blocks must be at least 1"),
+        ({"num_res_blocks": [2, 2]}, "num_res_blocks must be at least 1, or 4"),
+        ({"attention_levels": [4]}, r"attention_levels must be in 0\.\.3"),
+        ({"attention_levels": [-1]}, "attention_levels must be"),
+        ({"mid_attention": 1}, "mid_attention must be bool"),
+        ({"mid_attention_groups": -1}, "mid_attention_groups must be 0 or more"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"head_channels": 0}, "head_channels must be at least 1"),
+        ({"time_embed_dim": 0}, "time_embed_dim must be at least 1"),
+        ({"scale_shift": "yes"}, "scale_shift must be bool"),
+        ({"freq_shift": 64}, "freq_shift must be"),
+        ({"timestep_scale": 0}, "timestep_scale must be positive"),
+        ({"downsample": "fir"}, "downsample must be one of conv, resblock, plain, or 3 of them"),
+        ({"upsample": ["conv"]}, "upsample must be one of"),
+        ({"downsample_padding": 1}, "downsample_padding must be str"),
+        ({"downsample_padding": "same"}, "downsample_padding must be 'asymmetric' or 'symmetric'"),
+        ({"norm_groups": 0}, "norm_groups must be at least 1"),
+        ({"norm_eps": 0}, r"norm_eps must be in \(0, 1\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"width": 3}, "unknown UNet option 'width'; choose from: sample_size, "),
+        ([], "must be a dictionary"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        UNetConfig.from_dict(options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_groups": 3}, "8 channels cannot be divided into 3 normalisation groups"),
+        ({"attention_levels": (1,), "num_heads": 3}, "16 channels cannot be divided into attention heads"),
+        ({"head_channels": 5}, "16 channels cannot be divided into attention heads of width 5"),
+    ],
+)
+def test_architectures_that_do_not_divide(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(replace(TINY, **options))
+
+
+@pytest.mark.parametrize(
+    ("config", "call", "message"),
+    [
+        (TINY, lambda u, x, t: u(x[:, :, :7], t), "7x8 cannot be halved 1 times"),
+        (TINY, lambda u, x, t: u(x[:, :1], t), r"x must have shape \[B, 2, H, W\], not \[2, 1, 8, 8\]"),
+        (TINY, lambda u, x, t: u(x[0], t), "x must have shape"),
+        (TINY, lambda u, x, t: u(x, t[:1]), "2 images cannot go with timesteps"),
+        (TINY, lambda u, x, t: u(x, t[0]), r"timesteps must have shape \[B\]"),
+        (TINY, lambda u, x, t: u(x, t, t), "unconditional"),
+        (
+            CONDITIONAL,
+            lambda u, x, t: u(x, t, torch.tensor([0, 4])),
+            r"in 0\.\.3 \(3 for no label\), not 0\.\.4",
+        ),
+        (CONDITIONAL, lambda u, x, t: u(x, t, torch.tensor([-1, 0])), r"labels must be in 0\.\.3"),
+        (CONDITIONAL, lambda u, x, t: u(x, t, torch.tensor([1])), "labels must be integers of shape"),
+        (CONDITIONAL, lambda u, x, t: u(x, t, torch.tensor([1.0, 2.0])), "labels must be integers"),
+        (VARIANTS["no_null_label"], lambda u, x, t: u(x, t), "trained without a null label"),
+        (
+            VARIANTS["no_null_label"],
+            lambda u, x, t: u(x, t, t.new_tensor([0, 3])),
+            r"labels must be in 0\.\.2,",
+        ),
+    ],
+)
+def test_bad_calls(config, call, message):
+    unet = UNet(config)
+    with pytest.raises(ValueError, match=message) as error:
+        call(unet, *inputs(config))
+    assert "\n" not in str(error.value)
