@@ -75,7 +75,7 @@ def find_nvcc() -> str:
     if os.environ.get("DIFFUSION_NO_CUDA") == "1":
         raise CannotBuild("DIFFUSION_NO_CUDA=1 was set")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    for candidate in [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]:
+    for candidate in [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]:
         if shutil.which(candidate):
             return shutil.which(candidate)
     raise CannotBuild("there is no nvcc")
@@ -108,14 +108,19 @@ class BuildLibraries(build_ext):
     def build_extensions(self):
         record = {}
         for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        for extension in self.extensions:
             name = extension.name.rpartition("_")[2]
             target = Path(self.get_ext_fullpath(extension.name))
-            target.unlink(missing_ok=True)
             try:
                 record[name] = self.build_library(extension, target, find_compiler())
             except CannotBuild as error:
                 record[name] = {"reason": str(error)}
-                print(f"fused-diffusion: the {name} library is not built: {error}", file=sys.stderr)
+                what = "installing pure Python" if name == "cpp" else f"no {name} library"
+                print(f"fused-diffusion: {what}: {error}", file=sys.stderr)
+                if name == "cpp":
+                    record["cuda"] = {"reason": str(error)}
+                    break
         self.built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         (target.parent / "_build.json").write_text(json.dumps(record, indent=1))
@@ -177,7 +182,10 @@ class Wheel(bdist_wheel):
         build = self.get_finalized_command("build")
         shutil.rmtree(build.build_lib, ignore_errors=True)  # no file of an earlier build goes along
         self.run_command("build")
-        self.root_is_pure = not self.get_finalized_command("build_ext").built
+        self.skip_build = True
+        if not self.get_finalized_command("build_ext").built:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
         super().run()
 
     def get_tag(self):

@@ -27,7 +27,7 @@ _OPS = {
 
 
 def explain(op: str | Callable, *args, **kwargs) -> str:
-    """Which backend an op (its name or public function) would run for these arguments, and why not the others.
+    """Which backend an op (its name or public function) would run for these arguments, and why no other.
 
     The arguments are those of the public function, `backend` included. Raises ValueError where it would.
     """

@@ -28,11 +28,15 @@ class Op:
         self.backends = backends
         self.validate = validate
 
+    def serving(self, *args, **kwargs) -> list[str]:
+        """Names of the backends that could serve this call, in the order of preference."""
+        return [name for name, b in self.backends.items() if b.supports(*args, **kwargs) is None]
+
     def choose(self, backend: str, *args, **kwargs) -> str:
         """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
         self.validate(*args, **kwargs)
         if backend == "auto":
-            return next(name for name, b in self.backends.items() if b.supports(*args, **kwargs) is None)
+            return self.serving(*args, **kwargs)[0]
         if backend not in self.backends:
             raise ValueError(
                 f"{self.name} has no backend {backend!r}; choose from: auto, {', '.join(self.backends)}"

@@ -1,0 +1,23 @@
+"""What the tests of the C++ ops share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusion.kernels import _native
+
+requires_native = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
+
+
+def every_variant() -> Iterator[str]:
+    """Every instruction set with 1, 2 and 3 threads in turn."""
+    threads = torch.get_num_threads()
+    try:
+        for variant in _native.simd_variants():
+            _native.use_simd(variant)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                yield f"{variant}, {count} threads"
+    finally:
+        _native.use_simd("best")
+        torch.set_num_threads(threads)

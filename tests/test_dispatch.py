@@ -1,0 +1,109 @@
+"""Which backend runs, and that none is left out in silence."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from diffusion.kernels import _native, build_info, explain, philox_normal, reverse_step
+from diffusion.kernels._dispatch import Backend, Op, always
+from diffusion.kernels.reverse_step.cases import CASES
+
+ON_EVEN = Backend(lambda n: f"even {n}", lambda n: None if n % 2 == 0 else f"{n} is odd")
+ON_ALL = Backend(lambda n: f"any {n}", always)
+
+
+def refuse_negative(n):
+    if n < 0:
+        raise ValueError(f"n is {n}, not at least 0")
+
+
+OP = Op("toy", {"even": ON_EVEN, "any": ON_ALL}, refuse_negative)
+
+
+def test_auto_takes_the_first_backend_that_serves():
+    assert OP(4) == "even 4"
+    assert OP(3) == "any 3"
+
+
+def test_an_explicit_backend_runs_or_says_why_not():
+    assert OP(4, backend="any") == "any 4"
+    with pytest.raises(ValueError, match="toy: backend 'even' cannot serve this call: 3 is odd"):
+        OP(3, backend="even")
+    with pytest.raises(ValueError, match="toy has no backend 'odd'; choose from: auto, even, any"):
+        OP(3, backend="odd")
+
+
+def test_validation_comes_before_the_choice():
+    for backend in ("auto", "even", "nonsense"):
+        with pytest.raises(ValueError, match="n is -1, not at least 0"):
+            OP(-1, backend=backend)
+
+
+def test_explain_names_the_choice_and_the_reasons():
+    assert OP.explain(3) == "toy: any\n  not even: 3 is odd"
+    assert OP.explain(4) == "toy: even\n  not any: available; 'even' is preferred"
+    assert OP.explain(4, backend="any") == "toy: any\n  not even: available; 'any' is preferred"
+
+
+def test_explain_takes_the_public_functions_arguments():
+    args, kwargs = CASES["mnist"].inputs()
+    expected = explain("reverse_step", *args, **kwargs)
+    assert explain(reverse_step, *args, **kwargs) == expected
+    assert explain(philox_normal, (2, 3), seed=1, backend="reference").startswith("philox_normal: reference")
+    assert "not cuda: it runs on CUDA devices, not on cpu" in expected
+    with pytest.raises(ValueError, match="unknown op 'softmax'; choose from: attention"):
+        explain("softmax", torch.ones(2))
+    with pytest.raises(ValueError, match="runs on CUDA devices"):
+        explain(reverse_step, *args, backend="cuda", **kwargs)
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]))
+
+
+@pytest.mark.skipif(os.environ.get("DIFFUSION_NO_NATIVE") == "1", reason="DIFFUSION_NO_NATIVE=1")
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_the_cpp_library_is_loaded_where_there_is_a_compiler():
+    """Otherwise every test of it would be skipped, and nobody would know."""
+    assert _native.CPP_MISSING is None
+    assert explain(philox_normal, (2, 3), seed=1).startswith("philox_normal: cpp")
+
+
+def test_build_info_says_what_is_there():
+    info = build_info()
+    assert info["cpp"] == (_native.CPP_MISSING or "loaded")
+    assert info["cuda"] == (_native.CUDA_MISSING or "loaded")
+    assert all(isinstance(value, str) and "\n" not in value for value in info.values())
+    if _native.CPP_MISSING is None:
+        assert info["simd"] == info["simd variants"].split(", ")[-1]
+
+
+def test_a_broken_library_gives_a_reason(tmp_path):
+    path = tmp_path / "_cpp.so"
+    library, reason = _native._load_cpp(path)
+    assert library is None
+    assert reason.startswith("the cpp library was not built")
+    path.write_bytes(b"not a library" * 100)
+    library, reason = _native._load_cpp(path)
+    assert library is None
+    assert reason.startswith("the cpp library cannot be loaded")
+    assert "\n" not in reason
+
+
+def test_a_library_of_another_version_gives_a_reason(tmp_path):
+    """Any other shared library loads but lacks the functions."""
+    path = tmp_path / "_cpp.so"
+    shutil.copy(torch._C.__file__, path)
+    library, reason = _native._load_cpp(path)
+    assert library is None
+    assert "fused_diffusion_simd_best" in reason or "cannot be loaded" in reason
+
+
+def test_instruction_sets_can_be_chosen_by_name():
+    if _native.CPP_MISSING is None:
+        for variant in (*_native.simd_variants(), "best"):
+            _native.use_simd(variant)
+            assert build_info()["simd"] == (_native.simd_variants()[-1] if variant == "best" else variant)
+    with pytest.raises(ValueError, match=r"no instruction set|has no 'mmx'"):
+        _native.use_simd("mmx")
