@@ -1,5 +1,11 @@
 """Fast sampling and training of pixel-space diffusion models with classifier-free guidance."""
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    # Run from a clone, where kernels/ lies beside this folder; installed, it lies within.
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import kernels, steps
 from .ddpm import DDPM, load
 from .images import save_gif, save_grid

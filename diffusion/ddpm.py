@@ -108,7 +108,12 @@ class DDPM(nn.Module):
         defaults = {"prediction_type": self.prediction_type, "clip": self.clip}
         if "variance" in known:
             defaults["variance"] = self.variance
-        return fill(self.schedule, steps, **(defaults | options))
+        table = fill(self.schedule, steps, **(defaults | options))
+        if table.learned_variance and not self.unet.config.learned_variance:
+            raise ValueError(
+                "variance 'learned_range' needs a UNet that puts out a variance; this one does not"
+            )
+        return table
 
     @torch.no_grad()
     def sample(
@@ -196,6 +201,10 @@ class DDPM(nn.Module):
                     backend=backend,
                     callback=bar.following(callback, len(ids[part])),
                 )
+        if not images.isfinite().all():
+            raise ValueError(
+                f"the UNet gave NaN or infinite values in {str(next(unet.parameters()).dtype)[6:]}"
+            )
         return images
 
     def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:

@@ -60,6 +60,9 @@ def run(
         row = table.row(i)
         guided = batch.labels is not None and row.guidance_scale != 1
         output, unconditional = _evaluate(unet, x.to(dtype), row.timestep, batch.labels, guided)
+        if not table.learned_variance:  # what lies beyond the image's channels is a variance that is not used
+            output = output[:, : shape[0]]
+            unconditional = unconditional[:, : shape[0]] if guided else None
         if guided and (guidance_rescale or threshold is not None):
             output = _combined(output, unconditional, row.guidance_scale, guidance_rescale, shape[0])
             unconditional = None

@@ -1,0 +1,310 @@
+"""DDPM.sample: against diffusers' schedulers, guidance, batches, conventions, and what it refuses."""
+
+import diffusers
+import pytest
+import torch
+from conftest import make_model
+
+from diffusion import kernels
+from diffusion.guidance import rescale_guidance
+from diffusion.thresholding import dynamic_threshold
+
+
+def fixed_noise(count: int, shape=(2, 8, 8)):
+    """k -> standard normals that depend on k alone."""
+    return lambda k: torch.randn(count, *shape, generator=torch.Generator().manual_seed(1000 + k))
+
+
+SCHEDULERS = {
+    "ddpm": (diffusers.DDPMScheduler, {"variance_type": "fixed_small"}, {}),
+    "ddpm, fixed_large": (
+        diffusers.DDPMScheduler,
+        {"variance_type": "fixed_large"},
+        {"variance": "fixed_large"},
+    ),
+    "ddim": (diffusers.DDIMScheduler, {}, {}),
+    "ddim, eta 1": (diffusers.DDIMScheduler, {}, {"eta": 1.0}),
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, {}, {"clip": None}),
+    "dpm++, sde": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"clip": None, "sde": True},
+    ),
+}
+
+
+def diffusers_chain(model, scheduler, noise, steps, **step_options):
+    """diffusers' own loop: the scheduler's timesteps and updates, with its noise replaced by ours."""
+    scheduler.set_timesteps(steps)
+    drawn = iter(range(1, steps + 1))
+    module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
+    original, x = module.randn_tensor, noise(0)
+    try:
+        for i, t in enumerate(scheduler.timesteps):
+            module.randn_tensor = lambda *args, k=i + 1, **kwargs: noise(k)
+            with torch.no_grad():
+                output = model.unet(x, t.expand(len(x)), None)
+            x = scheduler.step(output, t, x, **step_options).prev_sample
+    finally:
+        module.randn_tensor = original
+    assert next(drawn) == 1
+    return x
+
+
+@pytest.mark.parametrize("steps", [50, 20])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sample_equals_diffusers(name, prediction_type, steps):
+    cls, theirs, ours = SCHEDULERS[name]
+    sampler = name.partition(",")[0]
+    model, noise = make_model(prediction_type=prediction_type), fixed_noise(3)
+    scheduler = cls(
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=prediction_type,
+        timestep_spacing="leading",
+        **theirs,
+    )
+    options = {"eta": ours["eta"]} if "eta" in ours else {}
+    expected = diffusers_chain(model, scheduler, noise, steps, **options)
+    x = model.sample(num_samples=3, sampler=sampler, steps=steps, noise=noise, **ours)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_full_chain_equals_diffusers():
+    model, noise = make_model(), fixed_noise(2)
+    scheduler = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+    expected = diffusers_chain(model, scheduler, noise, 1000)
+    torch.testing.assert_close(model.sample(num_samples=2, noise=noise), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_learned_variance_equals_diffusers():
+    model, noise = make_model(learned_variance=True), fixed_noise(2)
+    assert model.variance == "learned_range"
+    scheduler = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="learned_range")
+    expected = diffusers_chain(model, scheduler, noise, 50)
+    torch.testing.assert_close(
+        model.sample(num_samples=2, steps=50, noise=noise), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_learned_variance_is_left_aside_where_the_sampler_has_its_own():
+    model, noise = make_model(learned_variance=True), fixed_noise(2)
+    first_half = make_model()
+    state = model.unet.state_dict()
+    first_half.unet.load_state_dict(
+        state | {f"output_conv.{name}": state[f"output_conv.{name}"][:2] for name in ("weight", "bias")}
+    )
+    for options in ({"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm", "variance": "fixed_large"}):
+        expected = first_half.sample(num_samples=2, steps=10, noise=noise, **options)
+        torch.testing.assert_close(model.sample(num_samples=2, steps=10, noise=noise, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm", "steps": 50}, {"sampler": "dpm++", "sde": True}])
+def test_an_image_does_not_depend_on_its_batch(conditional, options):
+    options = {"sampler": "ddim", "steps": 20, "guidance_scale": 3.0, "seed": 7} | options
+    labels = [i % 10 for i in range(64)]
+    together = conditional.sample(labels, **options)
+    for size in (1, 7):
+        torch.testing.assert_close(
+            conditional.sample(labels[:14], batch_size=size, **options), together[:14], atol=1e-4, rtol=0
+        )
+    alone = conditional.sample([labels[41]], sample_ids=[41], **options)
+    torch.testing.assert_close(alone[0], together[41], atol=1e-4, rtol=0)
+    assert (together[1] - together[11]).abs().max() > 0.01  # same label, another image
+
+
+def test_the_seed_matters_and_repeats(model):
+    first, again = (model.sample(num_samples=2, steps=5, seed=3) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, model.sample(num_samples=2, steps=5, seed=4))
+
+
+def evaluations(model):
+    """A list that receives the labels of every evaluation of the UNet."""
+    seen = []
+    model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    return seen
+
+
+def test_guidance_evaluates_both_halves_in_one_batch(conditional):
+    seen = evaluations(conditional)
+    conditional.sample([3, 4], guidance_scale=2.0, sampler="ddim", steps=3)
+    assert [labels.tolist() for labels in seen] == [[3, 4, 10, 10]] * 3
+
+
+def test_guidance_interval_skips_the_unconditional_half(conditional):
+    seen = evaluations(conditional)
+    conditional.sample([3], guidance_scale=2.0, guidance_interval=(300, 600), sampler="ddim", steps=10)
+    # Timesteps 900, 800, ..., 0; those from 600 to 300 are guided.
+    assert [len(labels) for labels in seen] == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_guidance_scales_one_and_zero(conditional):
+    options = {"sampler": "ddim", "steps": 10}
+    seen = evaluations(conditional)
+    one = conditional.sample([3, 4], guidance_scale=1.0, **options)
+    assert all(labels.tolist() == [3, 4] for labels in seen)
+    zero = conditional.sample([3, 4], guidance_scale=0.0, **options)
+    unconditional = conditional.sample(num_samples=2, **options)
+    torch.testing.assert_close(zero, unconditional, atol=1e-5, rtol=0)
+    assert (one - zero).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_guided_step_rescale_and_threshold(conditional, sampler):
+    """The whole of guidance against its formulas, written out for each step in float64."""
+    noise, labels = fixed_noise(2), torch.tensor([3, 4])
+    table = conditional.steps(sampler, 8, guidance_scale=4.0, clip=None)
+    x, previous = noise(0).double(), None
+    unet = conditional.unet
+    for i in range(8):
+        row = table.row(i)
+        t = torch.full((2,), int(row.timestep))
+        with torch.no_grad():
+            cond, null = unet(x.float(), t, labels).double(), unet(x.float(), t, None).double()
+        out = rescale_guidance(null + 4.0 * (cond - null), cond, 0.7)
+        x0 = dynamic_threshold(row.p_x * x + row.p_o * out, 0.9, 2.0)
+        x = row.a * x + row.b * x0 + row.e * out + row.s * noise(i + 1)
+        x = x + row.d * previous if row.d else x
+        previous = x0
+    sample = conditional.sample(
+        [3, 4],
+        guidance_scale=4.0,
+        guidance_rescale=0.7,
+        dynamic_threshold=0.9,
+        dynamic_threshold_max=2.0,
+        sampler=sampler,
+        steps=8,
+        noise=noise,
+    )
+    torch.testing.assert_close(sample.double(), x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("ddpm", {}),
+        ("ddpm", {"variance": "fixed_large", "spacing": "trailing"}),
+        ("ddim", {"eta": 1.0}),
+        ("dpm++", {"sde": True}),
+    ],
+)
+def test_the_last_step_adds_no_noise(model, sampler, options):
+    asked, noise = [], fixed_noise(1)
+
+    def recorded(k):
+        asked.append(k)
+        return noise(k)
+
+    model.sample(sampler=sampler, steps=6, noise=recorded, **options)
+    assert asked == [0, 1, 2, 3, 4, 5]  # 6 would be the noise of the last step
+    assert model.steps(sampler, 6, **options).row(5).s == 0
+
+
+def test_injected_noise_equals_the_packages_own(model):
+    ids = torch.tensor([5, 2**40])
+
+    def noise(k):
+        return kernels.philox_normal((2, 2, 8, 8), seed=9, sample_ids=ids, stream=k)
+
+    own = model.sample(sample_ids=ids, seed=9, steps=10)
+    assert torch.equal(model.sample(num_samples=2, noise=noise, steps=10), own)
+
+
+def test_callback_sees_every_step_and_the_result(model):
+    seen = []
+    result = model.sample(num_samples=3, steps=4, batch_size=2, callback=lambda *args: seen.append(args))
+    assert [i for i, _, _ in seen] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [len(x) for _, x, _ in seen] == [2] * 4 + [1] * 4
+    assert torch.equal(torch.cat([seen[3][1], seen[7][1]]), result)
+    assert seen[2][2].abs().max() <= 1  # x0 is clipped
+
+
+def test_progress_counts_images(model, capsys):
+    model.sample(num_samples=3, steps=4, batch_size=2, progress=True)
+    assert "3/3 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_low_precision_stays_close_and_leaves_the_model_alone(conditional, dtype):
+    options = {"sampler": "ddim", "steps": 10}
+    exact = conditional.sample([1, 2], guidance_scale=2.0, **options)
+    rough = conditional.sample([1, 2], guidance_scale=2.0, dtype=dtype, **options)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().mean() < 0.05
+    assert next(conditional.unet.parameters()).dtype == torch.float32
+
+
+def test_sampling_a_training_model_uses_no_dropout_and_keeps_its_mode():
+    model = make_model(prediction_type="sample")
+    expected = model.sample(steps=5)
+    model.train()
+    for block in model.unet.modules():
+        if hasattr(block, "dropout"):
+            block.dropout = 0.5
+    assert torch.equal(model.sample(steps=5), expected)
+    assert model.unet.training
+
+
+def test_reference_backend_draws_the_same_images(conditional):
+    options = {"sampler": "ddpm", "steps": 20, "guidance_scale": 2.0}
+    auto = conditional.sample([1, 2], **options)
+    torch.testing.assert_close(
+        conditional.sample([1, 2], backend="reference", **options), auto, atol=1e-4, rtol=0
+    )
+
+
+BAD = {
+    "label too large": ({"labels": [10]}, "unknown label 10"),
+    "negative label": ({"labels": [-1]}, "unknown label -1"),
+    "label of another type": ({"labels": ["three"]}, "labels must be integers"),
+    "fractional label": ({"labels": [1.5]}, "labels must be a list of integers"),
+    "no labels": ({"labels": []}, "labels are empty"),
+    "label count": ({"labels": [1, 2], "num_samples": 3}, "2 labels for 3 images"),
+    "no images": ({"num_samples": 0}, "num_samples"),
+    "sampler": ({"sampler": "euler"}, "unknown sampler 'euler'"),
+    "sampler option": ({"eta": 1.0}, "sampler 'ddpm' has no option 'eta'"),
+    "spacing": ({"spacing": "karras"}, "spacing"),
+    "variance": ({"variance": "other"}, "variance"),
+    "no steps": ({"steps": 0}, "steps"),
+    "negative steps": ({"steps": -3}, "steps"),
+    "too many steps": ({"steps": 1001}, "1000"),
+    "fractional steps": ({"steps": 2.5}, "steps"),
+    "seed": ({"seed": -1}, "seed"),
+    "seed too large": ({"seed": 2**64}, "seed"),
+    "guidance": ({"labels": [1], "guidance_scale": float("nan")}, "guidance_scale"),
+    "guidance without labels": ({"guidance_scale": 2.0}, "needs labels"),
+    "batch size": ({"batch_size": 0}, "batch_size"),
+    "sample ids": ({"num_samples": 2, "sample_ids": [1, 2, 3]}, "3 sample_ids for 2 images"),
+    "negative sample id": ({"sample_ids": [-1]}, "sample_ids"),
+    "backend": ({"backend": "vulkan"}, "backend 'vulkan'"),
+    "device": ({"device": "cuda:99"}, "device"),
+    "unknown device": ({"device": "abacus"}, "abacus"),
+    "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'"),
+    "noise shape": ({"noise": lambda k: torch.zeros(1, 3, 8, 8)}, r"noise\(0\)"),
+    "rescale": ({"labels": [1], "guidance_scale": 2.0, "guidance_rescale": 2.0}, "rescale"),
+    "threshold": ({"dynamic_threshold": 2.0}, "threshold"),
+    "learned variance": ({"variance": "learned_range"}, "variance"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_refused_in_one_line(conditional, case):
+    arguments, expected = BAD[case]
+    with pytest.raises(ValueError, match=expected) as caught:
+        conditional.sample(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_with_an_unconditional_model_are_refused(model):
+    with pytest.raises(ValueError, match="unconditional"):
+        model.sample([1])
+
+
+def test_a_model_that_gives_nan_is_reported(model):
+    with torch.no_grad():
+        model.unet.output_conv.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        model.sample(steps=2)
