@@ -17,7 +17,7 @@ from .devices import check_dtype, resolve_device, resolve_dtype
 from .guidance import drop_labels
 from .process import check_prediction_type, loss_weight, q_sample, target
 from .schedule import NoiseSchedule
-from .steps import SAMPLERS, StepTable
+from .steps import SAMPLERS, VARIANCES, StepTable
 from .thresholding import thresholded_step
 from .unet import UNet
 
@@ -50,6 +50,10 @@ class DDPM(nn.Module):
         self.prediction_type = prediction_type
         self.clip = clip
         self.variance = variance or ("learned_range" if unet.config.learned_variance else "fixed_small")
+        if self.variance not in VARIANCES:
+            raise ValueError(f"unknown variance {variance!r}; choose from: {', '.join(VARIANCES)}")
+        if clip is not None and not _number("clip", clip) > 0:
+            raise ValueError(f"clip must be positive, or None for no clipping, not {clip}")
         self.metadata = dict(metadata or {})
 
     @property

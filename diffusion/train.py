@@ -46,7 +46,6 @@ def train(
     recipe = trainer.recipe
     rows = _LogFile(log, trainer.step)
     started, before = time.perf_counter(), trainer.seconds
-    losses: list[torch.Tensor] = []
 
     def save() -> None:
         trainer.seconds = before + time.perf_counter() - started
@@ -63,13 +62,12 @@ def train(
     with bar, _repeatable():
         try:
             while trainer.step < recipe.steps:
-                loss, norm = trainer.train_step()
-                losses.append(loss)
+                norm = trainer.train_step()
                 bar.update(recipe.batch_size)
                 step, last = trainer.step, trainer.step == recipe.steps
                 if step % log_every == 0 or last:
-                    mean, norm = torch.stack(losses).mean().item(), norm.item()
-                    losses.clear()
+                    mean, norm = torch.stack(trainer.losses).mean().item(), norm.item()
+                    trainer.losses.clear()
                     if not (mean < float("inf")):
                         raise ValueError(
                             f"the loss is {mean} at step {step}; {_last_good(state)}; "

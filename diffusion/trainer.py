@@ -53,9 +53,10 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.unet.parameters(), lr=recipe.learning_rate)
         self.step = 0
         self.seconds = 0.0
+        self.losses: list[torch.Tensor] = []  # of the steps since the last line of the log
 
-    def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step; returns its loss and gradient norm, as tensors on the device."""
+    def train_step(self) -> torch.Tensor:
+        """One optimiser step; appends its loss to `losses` and returns its gradient's norm, on the device."""
         recipe = self.recipe
         x, labels = self._batch(self.step)
         torch.manual_seed(_seed(recipe.seed, "step", self.step))
@@ -75,7 +76,8 @@ class Trainer:
                 list(self.ema.unet.parameters()), list(self.model.unet.parameters()), 1 - decay
             )
         self.step += 1
-        return loss.detach(), norm.detach()
+        self.losses.append(loss.detach())
+        return norm.detach()
 
     def validation_loss(self, batch_size: int = 256) -> float:
         """Mean loss of the averaged weights on the validation images, with the same noise each time."""
@@ -107,7 +109,13 @@ class Trainer:
                 tensors[f"adam.{key}.{name}"] = value
         tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.unet.named_parameters()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        about = {"recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds}
+        losses = [loss.item() for loss in self.losses]
+        about = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": losses,
+        }
         with replacing(path) as (temporary,):
             save_file(tensors, temporary, metadata={"training": json.dumps(about)})
 
@@ -135,10 +143,11 @@ class Trainer:
                     k: value if k == "step" else value.to(self.device) for k, value in state.items()
                 }
         self.step, self.seconds = about["step"], about["seconds"]
+        self.losses = list(torch.tensor(about["losses"], device=self.device))
 
 
 def read_state(path: Path) -> dict:
-    """`recipe`, `step` and `seconds` of a training state, without its tensors; ValueError if it is none."""
+    """What a training state says of itself beside its tensors; ValueError if it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["training"])
@@ -146,6 +155,7 @@ def read_state(path: Path) -> dict:
             "recipe": dict(about["recipe"]),
             "step": int(about["step"]),
             "seconds": float(about["seconds"]),
+            "losses": [float(loss) for loss in about["losses"]],
         }
     except FileNotFoundError as error:
         raise ValueError(f"there is no run to resume: {path} is missing") from error

@@ -11,15 +11,16 @@ def make_model(
     *,
     prediction_type: str = "epsilon",
     learned_variance: bool = False,
+    channels: int = 2,
     T: int = 1000,
     seed: int = 0,
     **options,
 ) -> DDPM:
-    """A model of 2x8x8 images, about 10,000 parameters, none of them zero."""
+    """A model of 8x8 images, about 10,000 parameters, none of them zero."""
     config = UNetConfig(
         sample_size=8,
-        in_channels=2,
-        out_channels=4 if learned_variance else 2,
+        in_channels=channels,
+        out_channels=2 * channels if learned_variance else channels,
         channels=8,
         channel_mult=(1, 2),
         num_res_blocks=1,

@@ -1,0 +1,203 @@
+"""Model folders: what is saved samples the same bits; what is damaged is refused in one line."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+import diffusion
+from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_model(),
+        lambda: make_model(10, prediction_type="v_prediction", clip=None, T=100),
+        lambda: make_model(learned_variance=True, metadata={"note": "kept"}),
+    ],
+)
+def test_a_loaded_model_samples_the_same_bits(make, tmp_path):
+    model = make()
+    model.save(tmp_path / "model")
+    loaded = diffusion.load(tmp_path / "model")
+    labels = None if model.num_classes is None else [3, 1]
+    options = {"num_samples": 2, "steps": 10, "seed": 5}
+    assert torch.equal(loaded.sample(labels, **options), model.sample(labels, **options))
+    for name in ("prediction_type", "clip", "variance", "metadata"):
+        assert getattr(loaded, name) == getattr(model, name)
+    assert torch.equal(loaded.schedule.betas, model.schedule.betas)
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+
+
+def test_a_model_may_be_stored_in_half_precision(tmp_path):
+    model = make_model()
+    model.save(tmp_path, dtype=torch.bfloat16)
+    loaded = diffusion.load(tmp_path)
+    for name, tensor in loaded.unet.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.unet.state_dict()[name].bfloat16().float())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model(10).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+class Malice:
+    """Unpickling this would make a folder."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+DAMAGE = {
+    "weights missing": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "weights truncated": (lambda f: truncate(f / "model.safetensors", 9000), "truncated or damaged"),
+    "weights almost whole": (
+        lambda f: truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1),
+        "truncated or damaged",
+    ),
+    "weights empty": (lambda f: truncate(f / "model.safetensors", 0), "truncated or damaged"),
+    "weights are a folder": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+        "model.safetensors",
+    ),
+    "a huge header": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}"),
+        "truncated or damaged",
+    ),
+    "NaN": (
+        lambda f: edit_weights(f, lambda w: w["output_conv.weight"].fill_(float("nan"))),
+        "NaN or infinite",
+    ),
+    "infinity": (
+        lambda f: edit_weights(f, lambda w: w["output_conv.bias"].fill_(float("inf"))),
+        "NaN or infinite",
+    ),
+    "a tensor missing": (
+        lambda f: edit_weights(f, lambda w: w.pop("output_conv.bias")),
+        "another architecture",
+    ),
+    "a tensor too many": (
+        lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(1))),
+        "another architecture",
+    ),
+    "another width": (
+        lambda f: edit_config(f, lambda c: c["unet"].update(channels=16)),
+        "another architecture",
+    ),
+    "a width beyond memory": (
+        lambda f: edit_config(f, lambda c: c["unet"].update(channels=2**24)),
+        "another architecture",
+    ),
+    "unknown UNet option": (
+        lambda f: edit_config(f, lambda c: c["unet"].update(wings=2)),
+        "unknown UNet option 'wings'",
+    ),
+    "a size that cannot be halved": (
+        lambda f: edit_config(f, lambda c: c["unet"].update(sample_size=9)),
+        "halved",
+    ),
+    "no schedule": (lambda f: edit_config(f, lambda c: c.pop("schedule")), "schedule"),
+    "schedule of nonsense": (
+        lambda f: edit_config(f, lambda c: c.update(schedule={"kind": "linear", "T": -4})),
+        "config.json",
+    ),
+    "unknown prediction": (lambda f: edit_config(f, lambda c: c.update(prediction_type="x")), "prediction"),
+    "clip is text": (lambda f: edit_config(f, lambda c: c.update(clip="1")), "clip"),
+    "unknown variance": (lambda f: edit_config(f, lambda c: c.update(variance="wild")), "variance"),
+    "another format version": (
+        lambda f: edit_config(f, lambda c: c.update(format_version=99)),
+        "format version 99",
+    ),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "a JSON list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "binary JSON": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "not valid JSON"),
+    "another's JSON": (lambda f: (f / "config.json").write_text("{}"), "not that of a model"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "a pickle": (
+        lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(Malice(f / "made"))),
+        "truncated or damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_refused_in_one_line(case, folder):
+    damage, expected = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(ValueError, match=expected) as caught:
+        diffusion.load(folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "made").exists()
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown model 'nonesuch'.*mnist"):
+        diffusion.load("nonesuch")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        diffusion.load(tmp_path / "file")
+    with pytest.raises(ValueError, match="no device"):
+        diffusion.load("mnist", device="abacus")
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"hf:nobody/nothing|huggingface_hub") as caught:
+        diffusion.load("hf:nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_saving_over_a_model_keeps_it_until_the_new_one_is_whole(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diffusion.checkpoint, "save_file", fails)
+    with pytest.raises(ValueError, match="No space left"):
+        make_model(10, seed=1).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_targets_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(ValueError, match="cannot write"):
+            make_model().save(target)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_model_can_be_built_from_its_parts():
+    unet = UNet(UNetConfig(sample_size=8, in_channels=1, out_channels=1, channels=8, channel_mult=(1,),
+                           num_res_blocks=1, attention_levels=(), norm_groups=4))  # fmt: skip
+    x = DDPM(unet, NoiseSchedule.linear(10)).sample(num_samples=2)
+    assert x.shape == (2, 1, 8, 8)
+    assert x.abs().max() <= 1

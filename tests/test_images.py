@@ -1,0 +1,90 @@
+"""Pictures: values, layout, and files that are whole or absent."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion import save_gif, save_grid
+from diffusion.images import save_npz, to_uint8
+
+
+def test_rounding_to_bytes():
+    x = torch.tensor([-2.0, -1.0, -1 + 1 / 255, 0.0, 1 - 1.01 / 255, 1.0, 3.0])
+    # 255 (x + 1) / 2 = ..., 0, 0.5 (to even: 0), 127.5 (to even: 128), 254.495, 255, ...
+    assert to_uint8(x).tolist() == [0, 0, 0, 128, 254, 255, 255]
+
+
+def test_grid_places_images_row_by_row(tmp_path):
+    x = torch.stack([torch.full((1, 2, 3), value) for value in (-1.0, 0.2, 1.0)])
+    save_grid(x, tmp_path / "grid.png", columns=2, padding=1, scale=2)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape == (2 * 4 + 3, 2 * 6 + 3)
+    assert (picture[1:5, 8:14] == 153).all()
+    assert (picture[6:10, 1:7] == 255).all()
+    assert picture[1:5, 1:7].sum() == picture[6:10, 8:14].sum() == 0
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_colours_keep_their_order(tmp_path):
+    x = torch.tensor([1.0, -1.0, 0.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    save_grid(x, tmp_path / "c.png", padding=0)
+    assert np.asarray(Image.open(tmp_path / "c.png"))[0, 0].tolist() == [255, 0, 128]
+
+
+def test_gif_has_every_frame(tmp_path):
+    save_gif([torch.full((2, 1, 4, 4), v) for v in (-1.0, 0.0, 1.0)], tmp_path / "a.gif", duration=0.1)
+    picture = Image.open(tmp_path / "a.gif")
+    assert picture.n_frames == 3
+    picture.seek(2)
+    assert np.asarray(picture.convert("L")).max() == 255
+    assert picture.info["loop"] == 0
+
+
+def test_npz_holds_images_in_the_layout_of_evaluation_suites(tmp_path):
+    x = torch.rand(3, 1, 4, 5) * 2 - 1
+    save_npz(x, tmp_path / "a.npz", [7, 8, 9], seed=3)
+    arrays = np.load(tmp_path / "a.npz")
+    assert arrays["images"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["images"], to_uint8(x).permute(0, 2, 3, 1).numpy())
+    assert arrays["labels"].tolist() == [7, 8, 9]
+    assert arrays["seed"] == 3
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (0, 1, 4, 4), (2, 2, 4, 4)])
+def test_other_shapes_are_refused(shape, tmp_path):
+    with pytest.raises(ValueError, match="a picture needs images"):
+        save_grid(torch.zeros(shape), tmp_path / "a.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gif_without_frames_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one frame"):
+        save_gif([], tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize("save", [save_grid, save_npz, lambda x, path: save_gif([x], path)])
+def test_targets_that_cannot_be_written(save, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="cannot write"):
+        save(torch.zeros(1, 1, 4, 4), tmp_path / "file" / "a.png")
+    with pytest.raises(ValueError, match="cannot write"):
+        save(torch.zeros(1, 1, 4, 4), tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save_grid(torch.zeros(1, 1, 4, 4), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fails(self, file, **options):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(ValueError, match="No space left"):
+        save_grid(torch.ones(1, 1, 4, 4), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.png"]

@@ -1,0 +1,388 @@
+"""Training: what a step does, and runs that stop, fail or are killed and go on as if they had not."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import diffusion
+from diffusion.cli import main
+from diffusion.data import load_mnist
+from diffusion.recipe import RECIPES, Recipe
+from diffusion.train import train
+from diffusion.trainer import Trainer
+
+DATA = Path(__file__).parent / "data"
+RECIPE = Recipe(
+    unet={
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "channels": 8,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attention_levels": [],
+        "norm_groups": 4,
+        "dropout": 0.1,
+        "num_classes": 3,
+    },
+    steps=12,
+    batch_size=8,
+    warmup_steps=3,
+    ema_decay=0.9,
+)
+
+
+def make_trainer(recipe: Recipe = RECIPE, **options) -> Trainer:
+    """On 44 bright and dark squares, so that epochs end within a run and leave images over."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(44) % 3
+    images = (labels * 100).reshape(-1, 1, 1, 1) + torch.randint(0, 50, (44, 1, 8, 8), generator=generator)
+    images = images.to(torch.uint8)
+    if recipe.unet["num_classes"] is None:
+        labels = None
+    validation = (images[:10], None if labels is None else labels[:10])
+    return Trainer(recipe, images, labels, validation, **options)
+
+
+def run(out, trainer=None, **options):
+    options = {"log_every": 2, "save_every": 5, "sample_every": 100, "validate_every": 4} | options
+    return train(trainer or make_trainer(), out, progress=False, **options)
+
+
+def state_of(out) -> dict[str, torch.Tensor]:
+    return load_file(out / "state.safetensors")
+
+
+def assert_same_run(a, b):
+    first, second = state_of(a), state_of(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    logs = [list(csv.reader((out / "log.csv").open())) for out in (a, b)]
+    assert [row[:-1] for row in logs[0]] == [row[:-1] for row in logs[1]]  # but for the seconds
+    models = [load_file(out / "model.safetensors") for out in (a, b)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("unbroken")
+    run(out)
+    return out
+
+
+def test_a_run_leaves_model_log_state_and_samples(unbroken):
+    assert sorted(os.listdir(unbroken)) == [
+        "config.json",
+        "log.csv",
+        "model.safetensors",
+        "samples",
+        "state.safetensors",
+    ]
+    assert os.listdir(unbroken / "samples") == ["step-0000012.png"]
+    rows = list(csv.DictReader((unbroken / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert [bool(row["validation_loss"]) for row in rows] == [False, True, False, True, False, True]
+    ema = {k[4:]: v for k, v in state_of(unbroken).items() if k.startswith("ema.")}
+    model = diffusion.load(unbroken)
+    assert all(torch.equal(ema[name], tensor) for name, tensor in model.unet.state_dict().items())
+    assert model.metadata["training"]["step"] == 12
+    assert model.prediction_type == RECIPE.prediction_type
+
+
+def test_the_loss_falls():
+    trainer = make_trainer(
+        replace(RECIPE, steps=150, learning_rate=3e-3, unet=RECIPE.unet | {"dropout": 0.0})
+    )
+    before = trainer.validation_loss()
+    for _ in range(150):
+        trainer.train_step()
+    assert trainer.validation_loss() < 0.6 * before
+
+
+def test_a_run_that_fails_resumes_as_if_it_had_not(unbroken, tmp_path):
+    trainer = make_trainer()
+    step = trainer.train_step
+
+    def fails_in_step_8():
+        if trainer.step == 8:
+            raise RuntimeError("power cut")
+        return step()
+
+    trainer.train_step = fails_in_step_8
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, trainer)
+    run(tmp_path, resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_ctrl_c_saves_and_resumes(unbroken, tmp_path):
+    trainer = make_trainer()
+    step = trainer.train_step
+
+    def interrupted_in_step_8():
+        if trainer.step == 8:
+            raise KeyboardInterrupt
+        return step()
+
+    trainer.train_step = interrupted_in_step_8
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, trainer)
+    resumed = make_trainer()
+    resumed.load(tmp_path / "state.safetensors")
+    assert resumed.step == 8
+    run(tmp_path, resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_train import make_trainer, run
+trainer = make_trainer()
+step = trainer.train_step
+def slow():
+    time.sleep(0.05)
+    return step()
+trainer.train_step = slow
+run(Path(sys.argv[1]), trainer, save_every=1)
+"""
+
+
+def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken, tmp_path):
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    # One thread in both processes: the order of sums depends on the number of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "state.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(tmp_path, resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
+    run(tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    names = sorted(os.listdir(tmp_path))
+
+    def fails(tensors, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusion.trainer.save_file", fails)
+    with pytest.raises(ValueError, match="No space left"):
+        make_trainer().save(tmp_path / "state.safetensors")
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_step_is_adam_with_clipping_warm_up_and_ema():
+    recipe = replace(RECIPE, gradient_clip=1e-3, unet=RECIPE.unet | {"dropout": 0.0})
+    trainer = make_trainer(recipe)
+    reference = make_trainer(recipe)
+    optimizer = torch.optim.Adam(reference.model.unet.parameters(), lr=1.0)
+    for step in range(3):
+        norm = trainer.train_step()
+        # The same step from its parts; the gradient comes from the trainer, unclipped, by its norm.
+        assert norm > 1e-3
+        for ours, theirs in zip(
+            trainer.model.unet.parameters(), reference.model.unet.parameters(), strict=True
+        ):
+            theirs.grad = ours.grad.clone()
+        total = torch.stack([p.grad.square().sum() for p in reference.model.unet.parameters()]).sum().sqrt()
+        torch.testing.assert_close(total.item(), 1e-3, rtol=1e-3, atol=0)
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * min((step + 1) / 4, (12 - step) / 9)
+        optimizer.step()
+        before = [p.clone() for p in reference.ema.unet.parameters()]
+        decay = min(recipe.ema_decay, (1 + step) / (10 + step))
+        for average, last, weight in zip(
+            reference.ema.unet.parameters(), before, reference.model.unet.parameters(), strict=True
+        ):
+            average.copy_(decay * last + (1 - decay) * weight)
+        for ours, theirs in ((trainer.model, reference.model), (trainer.ema, reference.ema)):
+            for a, b in zip(ours.unet.parameters(), theirs.unet.parameters(), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    recipe = replace(RECIPE, learning_rate=1.0, steps=10, warmup_steps=4)
+    rates = [recipe.learning_rate_at(step) for step in range(10)]
+    assert rates[:4] == [0.2, 0.4, 0.6, 0.8]
+    assert rates[4] == 1.0
+    assert rates[4:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_every_image_is_seen_once_an_epoch():
+    trainer = make_trainer()
+    trainer.images = torch.arange(44, dtype=torch.uint8).reshape(44, 1, 1, 1)
+    seen = [((trainer._batch(step)[0] + 1) * 127.5).round().flatten().int().tolist() for step in range(10)]
+    first, second = [*chain(*seen[:5])], [*chain(*seen[5:])]
+    assert len(set(first)) == len(first) == 40  # the four that fill no batch are others in every epoch
+    assert len(set(second)) == 40
+    assert first != second
+
+
+def test_unconditional_and_autocast(tmp_path):
+    recipe = replace(RECIPE, unet=RECIPE.unet | {"num_classes": None}, steps=3)
+    model = run(tmp_path, make_trainer(recipe, autocast=True))
+    assert model.num_classes is None
+    assert model.sample(steps=2).isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = make_trainer(replace(RECIPE, steps=50))
+    step = trainer.train_step
+
+    def explodes_in_step_7():
+        norm = step()
+        if trainer.step > 7:
+            trainer.losses[-1] *= float("nan")
+        return norm
+
+    trainer.train_step = explodes_in_step_7
+    with pytest.raises(ValueError, match=r"loss is nan at step 8; .*last good checkpoint.*learning rate"):
+        run(tmp_path, trainer)
+    resumed = make_trainer(replace(RECIPE, steps=50))
+    resumed.load(tmp_path / "state.safetensors")
+    assert resumed.step == 5
+
+
+def test_what_cannot_be_resumed(unbroken, tmp_path):
+    with pytest.raises(ValueError, match="no run to resume"):
+        run(tmp_path / "empty", resume=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(unbroken)
+    with pytest.raises(ValueError, match="another recipe: it differs in batch_size, seed"):
+        run(unbroken, make_trainer(replace(RECIPE, seed=1, batch_size=4)), resume=True)
+    whole = (unbroken / "state.safetensors").read_bytes()
+    for damage in (whole[:-1], whole[:100], b"", b"no tensors"):
+        (tmp_path / "state.safetensors").write_bytes(damage)
+        with pytest.raises(ValueError, match="damaged") as caught:
+            run(tmp_path, resume=True)
+        assert "\n" not in str(caught.value)
+    tensors = state_of(unbroken)
+    save_file({k: v for k, v in tensors.items() if "exp_avg" not in k}, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="no training state"):
+        run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"label_dropout": -0.1}, "label_dropout"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+    ],
+)
+def test_recipes_of_nonsense(change, expected):
+    with pytest.raises(ValueError, match=expected):
+        replace(RECIPE, **change)
+
+
+def test_data_that_do_not_fit():
+    images, labels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
+    for bad_images, bad_labels, expected in (
+        (images.float(), labels, "uint8"),
+        (images.expand(20, 3, 8, 8), labels, "uint8"),
+        (images[:4], labels[:4], "one batch"),
+        (images, None, "needs labels"),
+        (images, labels[:5], "int64"),
+        (images, labels + 3, r"in 0\.\.2"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            Trainer(RECIPE, bad_images, bad_labels)
+
+
+def torchvision_works() -> bool:
+    try:
+        import torchvision.datasets  # noqa: F401
+    except Exception:  # RuntimeError, beside a torch it was not built for
+        return False
+    return True
+
+
+@pytest.mark.skipif(torchvision_works(), reason="torchvision can be imported here")
+def test_without_torchvision_the_way_out_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--data-dir", str(DATA), "--out", "run"])
+    assert caught.value.code == 2
+    assert "fused-diffusion[train]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
+class TestMnist:
+    def test_digits_are_read(self):
+        images, labels = load_mnist(DATA, "train")
+        assert images.shape == (256, 1, 28, 28)
+        assert images.dtype == torch.uint8
+        assert set(labels.tolist()) == set(range(10))
+
+    def test_the_command_trains_and_resumes(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self: 0.5)
+        words = ["train", "--data", "mnist", "--data-dir", str(DATA), "--out", str(tmp_path / "run")]
+        words += ["--steps", "4", "--batch-size", "4", "--save-every", "2"]
+        monkeypatch.setattr("diffusion.train._save_samples", lambda model, path: None)
+        main(words)
+        output = capsys.readouterr()
+        assert "4 steps in" in output.out
+        assert "images/s" in output.err
+        assert "loss" in output.err
+        model = diffusion.load(tmp_path / "run")
+        assert model.unet.config.to_dict().items() >= RECIPES["mnist"].unet.items()
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "resume" in capsys.readouterr().err
+        main([*words, "--resume"])  # has nothing left to do
+
+    def test_an_unconditional_model(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self: 0.5)
+        monkeypatch.setattr("diffusion.train._save_samples", lambda model, path: None)
+        out = tmp_path / "run"
+        main(["train", "--data-dir", str(DATA), "--out", str(out), "--steps", "2", "--unconditional"])
+        assert diffusion.load(out).num_classes is None
+
+    @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+    def test_damaged_files_are_refused(self, damage, tmp_path):
+        folder = tmp_path / "MNIST" / "raw"
+        folder.mkdir(parents=True)
+        for path in (DATA / "MNIST" / "raw").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        victim = folder / "train-images-idx3-ubyte"
+        if damage == "truncated":
+            victim.write_bytes(victim.read_bytes()[:1000])
+        elif damage == "garbage":
+            victim.write_bytes(b"\x01" * 1000)
+        else:
+            victim.unlink()
+        with pytest.raises(ValueError, match="cannot read MNIST") as caught:
+            load_mnist(tmp_path, "train")
+        assert "\n" not in str(caught.value)
+
+    def test_unknown_split_and_missing_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="split"):
+            load_mnist(DATA, "validation")
+        with pytest.raises(ValueError, match="there is no"):
+            load_mnist(tmp_path, "train")
