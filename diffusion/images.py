@@ -16,20 +16,27 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def check_grid(channels: int, columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
+    """ValueError for what `make_grid` would refuse, before there are images."""
+    if channels not in (1, 3):
+        raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
+    if scale < 1 or padding < 0 or (columns is not None and columns < 1):
+        raise ValueError(
+            f"columns {columns} and scale {scale} must be at least 1, padding {padding} at least 0"
+        )
+
+
 def make_grid(x: torch.Tensor, columns: int | None = None, padding: int = 2, scale: int = 1) -> Image.Image:
     """One picture of images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row on a black ground.
 
     columns: images in a row, ten by default. padding: pixels between images. scale: each
     pixel is drawn as scale x scale. ValueError for other shapes.
     """
-    if x.ndim != 4 or x.shape[0] == 0 or x.shape[1] not in (1, 3):
-        raise ValueError(f"a picture needs images [N, 1 or 3, H, W] with N > 0, not {list(x.shape)}")
+    if x.ndim != 4 or x.shape[0] == 0:
+        raise ValueError(f"a picture needs images [N, C, H, W] with N > 0, not {list(x.shape)}")
     count, channels, height, width = x.shape
+    check_grid(channels, columns, padding, scale)
     columns = min(10, count) if columns is None else columns
-    if columns < 1 or padding < 0 or scale < 1:
-        raise ValueError(
-            f"columns {columns} and scale {scale} must be at least 1, padding {padding} at least 0"
-        )
     rows = math.ceil(count / columns)
     pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -8,7 +8,7 @@ import torch
 
 from ..ddpm import DDPM, load
 from ..files import check_writable
-from ..images import save_gif, save_grid, save_npz
+from ..images import check_grid, save_gif, save_grid, save_npz
 from ..steps import SAMPLERS
 
 GIF_FRAMES = 50  # at most, spread evenly over the steps
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz")
     check_writable(out)
     model = load(args.model, args.device or default_device())
+    if out.suffix.lower() != ".npz":
+        check_grid(model.unet.config.in_channels, args.columns, scale=args.scale)
     labels, num = choose_labels(model, args.labels, args.num)
     guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
     steps = args.steps if args.steps is not None or args.sampler == "ddpm" else 50
