@@ -19,8 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit("fused-diffusion is built with setuptools>=77; run: pip install -U setuptools") from None
 
 TORCH_MINIMUM = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
