@@ -166,17 +166,12 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self):
         """For an editable installation: the libraries and the record go beside kernels/_native.py."""
-        for extension in self.extensions:
-            built, target = Path(self.get_ext_fullpath(extension.name)), Path(self.inplace_path(extension))
-            target.unlink(missing_ok=True)
-            if built.exists():
-                shutil.copyfile(built, target)
-        shutil.copyfile(built.parent / "_build.json", target.parent / "_build.json")
-
-    def inplace_path(self, extension) -> str:
-        package = extension.name.rpartition(".")[0]
-        folder = self.get_finalized_command("build_py").get_package_dir(package)
-        return os.path.join(folder, extension.name.rpartition(".")[2] + ".so")
+        built = Path(self.build_lib, "diffusion", "kernels")
+        folder = Path(self.get_finalized_command("build_py").get_package_dir("diffusion.kernels"))
+        for name in ("_cpp.so", "_cuda.so", "_build.json"):
+            (folder / name).unlink(missing_ok=True)
+            if (built / name).exists():
+                shutil.copyfile(built / name, folder / name)
 
 
 class Wheel(bdist_wheel):
