@@ -1,0 +1,179 @@
+"""How good a model's digits are: read by an independent classifier, and compared with real ones."""
+
+import os
+import statistics
+from collections import Counter
+from typing import Any
+
+import torch
+
+from .classifier import (
+    CLASSES,
+    Classifier,
+    Reference,
+    balanced_labels,
+    classify,
+    load_classifier,
+    measure_reference,
+)
+from .frechet import frechet_distance, moments
+from .images import to_uint8
+
+
+def class_accuracy(digits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """How many digits int64 [N], as a classifier read them, are the labels int64 [N] that were asked for.
+
+    Returns `samples`, `correct`, `accuracy` in [0, 1] and `misread`: for each pair that was confused, most
+    frequent first, what was `asked`, what was `seen` and the `count`. ValueError if N is 0 or differs.
+    """
+    if digits.shape != labels.shape or digits.ndim != 1 or len(digits) == 0:
+        raise ValueError(
+            f"digits and labels must both be [N], not {list(digits.shape)} and {list(labels.shape)}"
+        )
+    pairs = Counter((asked, seen) for asked, seen in zip(labels.tolist(), digits.tolist(), strict=True))
+    misread = sorted((-count, asked, seen) for (asked, seen), count in pairs.items() if asked != seen)
+    correct = len(labels) + sum(entry[0] for entry in misread)
+    return {
+        "samples": len(labels),
+        "correct": correct,
+        "accuracy": correct / len(labels),
+        "misread": [{"asked": asked, "seen": seen, "count": -count} for count, asked, seen in misread],
+    }
+
+
+def evaluate(
+    model: Any,
+    *,
+    num: int = 1000,
+    guidance_scale: float = 2.0,
+    sampler: str = "ddim",
+    steps: int | None = 50,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+    classifier: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Class accuracy under guidance and Fréchet distance without it, of a model of 28x28 digits.
+
+    model: a DDPM of images [1, 28, 28], conditional on the ten digits or unconditional (then only the
+    distance is measured). num: samples for each measurement, label k % 10 for sample k. steps=None is the
+    full chain. classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one.
+    data_dir: measure the reference (training moments, real test digits) on MNIST there, for samples of `num`
+    digits, instead of taking what is stored beside the classifier. options: further arguments of
+    `DDPM.sample`, such as backend, dtype and device.
+
+    Samples are rounded to 8 bits like real digits before the classifier sees them. The Fréchet distance is
+    that of Heusel et al. 2017 (equation 6) in this classifier's 64 penultimate features, not in Inception's:
+    it compares with itself only. A model's `ratio` is to real test digits drawn as its samples are, as many
+    of each class for a conditional model and at random for an unconditional one; `real` has both. The
+    distance shrinks with the number of samples, so a ratio is None where the real digits were measured for
+    another number than `num`.
+
+    Returns a JSON-able dict with `classifier`, `protocol`, `class_accuracy` (None if unconditional) and
+    `frechet`; `format_report` prints it. ValueError for a model of other images, num below 10, or samples
+    that are not finite.
+    """
+    _check_model(model)
+    labels = balanced_labels(num)
+    judge, reference = load_classifier(classifier)
+    if data_dir is not None:
+        reference = measure_reference(judge, data_dir, sample_size=num)
+    options |= {
+        "sampler": sampler,
+        "steps": steps,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+
+    accuracy = None
+    if model.num_classes is not None:
+        samples = model.sample(labels=labels.tolist(), guidance_scale=guidance_scale, **options)
+        accuracy = class_accuracy(_read(judge, samples)[1], labels)
+        accuracy["guidance_scale"] = guidance_scale
+        samples = model.sample(labels=labels.tolist(), guidance_scale=1.0, **options)
+    else:
+        samples = model.sample(num_samples=num, **options)
+    return {
+        "classifier": {
+            "path": str(judge.folder),
+            "test_accuracy": reference.test_accuracy,
+            "feature_dimension": judge.num_features,
+        },
+        "protocol": {"samples": num, "sampler": sampler, "steps": steps, "seed": seed},
+        "class_accuracy": accuracy,
+        "frechet": _frechet(
+            _read(judge, samples)[0], reference, "random" if accuracy is None else "balanced"
+        ),
+    }
+
+
+def format_report(result: dict[str, Any]) -> str:
+    """The result of `evaluate` as lines to print."""
+    judge, protocol = result["classifier"], result["protocol"]
+    accuracy, frechet = result["class_accuracy"], result["frechet"]
+    steps = "full chain" if protocol["steps"] is None else f"{protocol['steps']} steps"
+    lines = [
+        f"classifier  {judge['path']}, {judge['test_accuracy']:.2%} of MNIST's test digits",
+        f"samples     {protocol['samples']:,}, {protocol['sampler']}, {steps}, seed {protocol['seed']}, "
+        "rounded to 8 bits",
+    ]
+    if accuracy:
+        lines.append(
+            f"accuracy    {accuracy['accuracy']:.1%} are seen as the digit asked for "
+            f"({accuracy['correct']:,} of {accuracy['samples']:,}, guidance {accuracy['guidance_scale']:g})"
+        )
+        pairs = (f"{pair['asked']} as {pair['seen']}: {pair['count']}" for pair in accuracy["misread"])
+        lines.append(f"misread     {', '.join(pairs) or 'none'}")
+    lines.append(
+        f"distance    {frechet['distance']:.4f} Fréchet distance in MNIST classifier features "
+        f"({judge['feature_dimension']} of them, guidance 1)"
+    )
+    for drawn, how in (("balanced", "as many of each class"), ("random", "at random")):
+        real = frechet["real"][drawn]
+        ratio = "no ratio: give --data-dir" if real["ratio"] is None else f"ratio {real['ratio']:.2f}"
+        lines.append(
+            f"real        {real['distance']:.4f} (+- {real['spread']:.4f}) that of "
+            f"{frechet['real_samples']:,} real test digits, {how}: {ratio}"
+        )
+    lines.append(f"reference   {frechet['reference']}")
+    return "\n".join(lines)
+
+
+def _check_model(model: Any) -> None:
+    config = model.unet.config
+    shape = (config.in_channels, *config.image_shape)
+    if shape != (1, 28, 28) or model.num_classes not in (None, CLASSES):
+        raise ValueError(
+            "evaluation is for models of MNIST's digits, 1x28x28 with ten classes or none; this one has "
+            f"{'x'.join(map(str, shape))} with {model.num_classes or 'no'} classes"
+        )
+
+
+def _read(judge: Classifier, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and digits of samples in [-1, 1], rounded to 8 bits."""
+    if not samples.isfinite().all():
+        bad = int((~samples.flatten(1).isfinite()).any(1).sum())
+        raise ValueError(f"{bad} of the model's {len(samples)} samples hold NaN or infinite values")
+    return classify(judge, to_uint8(samples.cpu()))
+
+
+def _frechet(features: torch.Tensor, reference: Reference, drawn: str) -> dict[str, Any]:
+    """The distance of features [N, F], and those of real digits; `ratio` is to those that are drawn alike."""
+    distance = frechet_distance(*moments(features), reference.mean, reference.cov)
+    comparable = reference.sample_size == len(features)
+    real = {}
+    for name, distances in (("balanced", reference.real_balanced), ("random", reference.real_random)):
+        mean = statistics.fmean(distances)
+        spread = statistics.stdev(distances) if len(distances) > 1 else 0.0
+        real[name] = {"distance": mean, "spread": spread, "ratio": distance / mean if comparable else None}
+    return {
+        "distance": distance,
+        "ratio": real[drawn]["ratio"],
+        "drawn": drawn,
+        "real": real,
+        "real_samples": reference.sample_size,
+        "reference": reference.source,
+    }
