@@ -15,7 +15,8 @@ from .unet import UNet, UNetConfig
 
 FORMAT = "fused-diffusion"
 FORMAT_VERSION = 1
-CONVENTIONS = ("prediction_type", "clip", "variance")
+REQUIRED = ("prediction_type", "clip", "variance")
+OPTIONAL = ("sampler_options", "metadata")
 BUNDLED = Path(__file__).parent / "weights"
 
 
@@ -55,8 +56,8 @@ def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
     """Reads a model: its UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
     name: a bundled model's name, a model folder, a diffusers folder, or "hf:owner/name" for either on the
-    Hugging Face hub (needs huggingface_hub). The conventions are "prediction_type", "clip", "variance" and,
-    where there are any, "metadata". ValueError, in one line, for anything that is missing, damaged, or not
+    Hugging Face hub (needs huggingface_hub). The conventions are those arguments of `DDPM` which
+    the checkpoint has. ValueError, in one line, for anything that is missing, damaged, or not
     a model.
     """
     folder = _locate(str(name))
@@ -70,7 +71,7 @@ def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
         raise ValueError(
             f"{path} is of format version {config.get('format_version')}; this release reads {FORMAT_VERSION}"
         )
-    missing = [key for key in ("unet", "schedule", *CONVENTIONS) if key not in config]
+    missing = [key for key in ("unet", "schedule", *REQUIRED) if key not in config]
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}")
     try:
@@ -80,7 +81,7 @@ def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     load_weights(unet, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-    return unet, schedule, {key: config[key] for key in (*CONVENTIONS, "metadata") if key in config}
+    return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
 
 
 def _locate(name: str) -> Path:

@@ -30,7 +30,9 @@ class DDPM(nn.Module):
     unet: predicts from (x_t, t, label). schedule: of T timesteps. prediction_type: what the UNet puts out,
     "epsilon", "sample" (x_0) or "v_prediction". clip: the range [-clip, clip] that predicted images are held
     to while sampling, or None. variance: default of the "ddpm" sampler, "learned_range" for a UNet with
-    learned variance. metadata: anything else that `save` should write to config.json.
+    learned variance. sampler_options: this model's defaults for a sampler's options, by the sampler's name,
+    such as {"ddim": {"use_clipped_model_output": True}}, which DDIM needs under guidance. metadata: anything
+    else that `save` should write to config.json.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class DDPM(nn.Module):
         prediction_type: str = "epsilon",
         clip: float | None = 1.0,
         variance: str | None = None,
+        sampler_options: dict[str, dict[str, Any]] | None = None,
         metadata: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -54,6 +57,14 @@ class DDPM(nn.Module):
             raise ValueError(f"unknown variance {variance!r}; choose from: {', '.join(VARIANCES)}")
         if clip is not None and not _number("clip", clip) > 0:
             raise ValueError(f"clip must be positive, or None for no clipping, not {clip}")
+        self.sampler_options = copy.deepcopy(sampler_options or {})
+        tables = self.sampler_options.values() if isinstance(self.sampler_options, dict) else [None]
+        if not all(isinstance(options, dict) for options in tables):
+            raise ValueError(
+                f"sampler_options must be a dictionary for each sampler, not {sampler_options!r}"
+            )
+        for sampler, options in self.sampler_options.items():
+            _check_options(sampler, options)
         self.metadata = dict(metadata or {})
 
     @property
@@ -100,19 +111,12 @@ class DDPM(nn.Module):
         steps: 1..T, or None for the full chain. options: see `diffusion.steps`. ValueError for an unknown
         sampler or option.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose from: {', '.join(SAMPLERS)}")
-        fill = SAMPLERS[sampler]
-        known = [name for name in signature(fill).parameters if name not in ("schedule", "steps")]
-        unknown = sorted(options.keys() - set(known))
-        if unknown:
-            raise ValueError(
-                f"sampler {sampler!r} has no option {unknown[0]!r}; choose from: {', '.join(known)}"
-            )
+        _check_options(sampler, options)
         defaults = {"prediction_type": self.prediction_type, "clip": self.clip}
-        if "variance" in known:
+        if sampler == "ddpm":
             defaults["variance"] = self.variance
-        table = fill(self.schedule, steps, **(defaults | options))
+        defaults |= self.sampler_options.get(sampler, {})
+        table = SAMPLERS[sampler](self.schedule, steps, **(defaults | options))
         if table.learned_variance and not self.unet.config.learned_variance:
             raise ValueError(
                 "variance 'learned_range' needs a UNet that puts out a variance; this one does not"
@@ -160,8 +164,8 @@ class DDPM(nn.Module):
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
         dynamic_threshold: quantile in [0, 1] that predicted images are held to instead of clip, such as 0.995
             (Saharia et al. 2022, arXiv 2205.11487); dynamic_threshold_max: its upper bound, at least 1.
-        sampler_options: `eta` (ddim), `variance` (ddpm), `sde` (dpm++), `spacing`, `clip`,
-            `guidance_interval`; see `diffusion.steps`.
+        sampler_options: `eta`, `use_clipped_model_output` (ddim), `variance` (ddpm), `sde` (dpm++),
+            `spacing`, `clip`, `guidance_interval`; see `diffusion.steps`.
 
         ValueError for anything that is out of range or does not fit the model.
         """
@@ -222,6 +226,7 @@ class DDPM(nn.Module):
             "prediction_type": self.prediction_type,
             "clip": self.clip,
             "variance": self.variance,
+            "sampler_options": self.sampler_options,
             "metadata": self.metadata | metadata,
         }
         checkpoint.write(folder, self.unet, config, dtype)
@@ -282,6 +287,16 @@ def load(name: str | os.PathLike, device: str | torch.device | None = None) -> D
     except ValueError as error:
         raise ValueError(f"the configuration of {name}: {error}") from error
     return model.to(device).eval()
+
+
+def _check_options(sampler: str, options: dict[str, Any]) -> None:
+    """ValueError unless there is a sampler of this name and it has these options."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose from: {', '.join(SAMPLERS)}")
+    known = [name for name in signature(SAMPLERS[sampler]).parameters if name not in ("schedule", "steps")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"sampler {sampler!r} has no option {unknown[0]!r}; choose from: {', '.join(known)}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -158,15 +158,20 @@ def ddim(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     eta: float = 0.0,
+    use_clipped_model_output: bool = False,
 ) -> StepTable:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). eta: 0 is deterministic, 1 is ancestral.
+
+    use_clipped_model_output: whether the noise prediction follows from the clipped x_0, as in
+    guided-diffusion, or is the model's own, as in diffusers unless told otherwise. Under guidance the
+    difference is large: where x_0 is clipped and the noise prediction is not, the two no longer make up x,
+    and images fall apart.
 
     A step from timestep t leads to t - T // steps whatever the spacing, as in diffusers, and to x_0 where
     that is negative; with spacing "quad" it leads to the next timestep visited. So with trailing, where steps
     does not divide T, the last step can end a little above 0. The last step is taken with eta = 0, where
-    diffusers would then add noise. The noise prediction comes from the model output as it is, not from the
-    clipped x_0. ValueError for an eta that is negative, or so large that some step would add more noise than
-    its timestep has.
+    diffusers would then add noise. ValueError for an eta that is negative, or so large that some step would
+    add more noise than its timestep has.
     """
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta must be a finite number, at least 0; got {eta}")
@@ -182,7 +187,12 @@ def ddim(
     if (remaining < -1e-12).any():
         raise ValueError(f"eta {eta} is too large: a step would add more noise than its timestep has; try 1")
     direction = remaining.clamp(min=0).sqrt()
-    q_x, q_o = epsilon_coefficients(prediction_type, current)
+    if use_clipped_model_output:  # eps = (x - alpha x_0) / sigma
+        a = direction / (1 - current).sqrt()
+        columns = {"a": a, "b": following.sqrt() - a * current.sqrt()}
+    else:
+        q_x, q_o = epsilon_coefficients(prediction_type, current)
+        columns = {"a": direction * q_x, "b": following.sqrt(), "e": direction * q_o}
     return _step_table(
         timesteps,
         current,
@@ -190,10 +200,8 @@ def ddim(
         clip,
         guidance_scale,
         guidance_interval,
-        a=direction * q_x,
-        b=following.sqrt(),
-        e=direction * q_o,
         s=s,
+        **columns,
     )
 
 

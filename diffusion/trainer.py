@@ -47,7 +47,12 @@ class Trainer:
             torch.manual_seed(_seed(recipe.seed, "weights", 0))
             unet = UNet(config)
         schedule = NoiseSchedule.from_config(recipe.schedule)
-        self.model = DDPM(unet, schedule, prediction_type=recipe.prediction_type).to(self.device)
+        self.model = DDPM(
+            unet,
+            schedule,
+            prediction_type=recipe.prediction_type,
+            sampler_options={"ddim": {"use_clipped_model_output": True}},
+        ).to(self.device)
         self.ema = self.model.copy()
         self.ema.unet.eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.model.unet.parameters(), lr=recipe.learning_rate)

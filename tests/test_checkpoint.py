@@ -18,7 +18,9 @@ from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
     [
         lambda: make_model(),
         lambda: make_model(10, prediction_type="v_prediction", clip=None, T=100),
-        lambda: make_model(learned_variance=True, metadata={"note": "kept"}),
+        lambda: make_model(
+            learned_variance=True, sampler_options={"ddim": {"eta": 0.5}}, metadata={"note": "kept"}
+        ),
     ],
 )
 def test_a_loaded_model_samples_the_same_bits(make, tmp_path):
@@ -28,7 +30,7 @@ def test_a_loaded_model_samples_the_same_bits(make, tmp_path):
     labels = None if model.num_classes is None else [3, 1]
     options = {"num_samples": 2, "steps": 10, "seed": 5}
     assert torch.equal(loaded.sample(labels, **options), model.sample(labels, **options))
-    for name in ("prediction_type", "clip", "variance", "metadata"):
+    for name in ("prediction_type", "clip", "variance", "sampler_options", "metadata"):
         assert getattr(loaded, name) == getattr(model, name)
     assert torch.equal(loaded.schedule.betas, model.schedule.betas)
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
@@ -131,6 +133,10 @@ DAMAGE = {
     "unknown prediction": (lambda f: edit_config(f, lambda c: c.update(prediction_type="x")), "prediction"),
     "clip is text": (lambda f: edit_config(f, lambda c: c.update(clip="1")), "clip"),
     "unknown variance": (lambda f: edit_config(f, lambda c: c.update(variance="wild")), "variance"),
+    "unknown sampler option": (
+        lambda f: edit_config(f, lambda c: c.update(sampler_options={"ddim": {"speed": 9}})),
+        "no option 'speed'",
+    ),
     "another format version": (
         lambda f: edit_config(f, lambda c: c.update(format_version=99)),
         "format version 99",

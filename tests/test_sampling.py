@@ -24,6 +24,7 @@ SCHEDULERS = {
     ),
     "ddim": (diffusers.DDIMScheduler, {}, {}),
     "ddim, eta 1": (diffusers.DDIMScheduler, {}, {"eta": 1.0}),
+    "ddim, clipped": (diffusers.DDIMScheduler, {}, {"use_clipped_model_output": True}),
     "dpm++": (diffusers.DPMSolverMultistepScheduler, {}, {"clip": None}),
     "dpm++, sde": (
         diffusers.DPMSolverMultistepScheduler,
@@ -65,7 +66,7 @@ def test_sample_equals_diffusers(name, prediction_type, steps):
         timestep_spacing="leading",
         **theirs,
     )
-    options = {"eta": ours["eta"]} if "eta" in ours else {}
+    options = ours if sampler == "ddim" else {}
     expected = diffusers_chain(model, scheduler, noise, steps, **options)
     x = model.sample(num_samples=3, sampler=sampler, steps=steps, noise=noise, **ours)
     assert expected.abs().max() > 0.1
@@ -254,6 +255,21 @@ def test_reference_backend_draws_the_same_images(conditional):
     torch.testing.assert_close(
         conditional.sample([1, 2], backend="reference", **options), auto, atol=1e-4, rtol=0
     )
+
+
+def test_a_models_own_sampler_options_are_defaults():
+    chosen = make_model(10, sampler_options={"ddim": {"use_clipped_model_output": True}})
+    plain = make_model(10)
+    options = {"guidance_scale": 5.0, "sampler": "ddim", "steps": 5}
+    clipped = plain.sample([1], use_clipped_model_output=True, **options)
+    assert torch.equal(chosen.sample([1], **options), clipped)
+    as_it_is = plain.sample([1], **options)
+    assert torch.equal(chosen.sample([1], use_clipped_model_output=False, **options), as_it_is)
+    assert (clipped - as_it_is).abs().max() > 0.01
+    assert torch.equal(chosen.sample(steps=3), plain.sample(steps=3))
+    for wrong in ({"euler": {}}, {"ddim": {"variance": 1}}, {"ddim": 3}, [1]):
+        with pytest.raises(ValueError, match=r"sampler|option"):
+            make_model(sampler_options=wrong)
 
 
 BAD = {
