@@ -5,6 +5,9 @@ import torch
 
 from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
 
+# The models here are too small for more: on a busy machine, threads would only wait for each other.
+torch.set_num_threads(1)
+
 
 def make_model(
     num_classes: int | None = None,

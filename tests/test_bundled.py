@@ -1,11 +1,16 @@
 """The bundled model: small enough, and its digits are the ones asked for."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import diffusion
 from diffusion.checkpoint import BUNDLED
 from diffusion.classifier import classify, load_classifier
+from diffusion.cli import main
 from diffusion.images import to_uint8
 from diffusion.recipe import RECIPES
 
@@ -40,3 +45,12 @@ def test_the_first_lines_of_the_readme(mnist, tmp_path):
     assert x.min() >= -1
     assert x.max() <= 1
     diffusion.save_grid(x, tmp_path / "digits.png")
+
+
+def test_the_readmes_picture_is_what_its_first_command_draws(tmp_path):
+    main(["sample", "--out", str(tmp_path / "digits.png")])
+    committed = np.asarray(Image.open(Path(__file__).parents[1] / "docs" / "digits.png"), dtype=float)
+    drawn = np.asarray(Image.open(tmp_path / "digits.png"), dtype=float)
+    assert drawn.shape == committed.shape
+    # Another processor sums in another order, and rounding to bytes can then fall the other way.
+    assert np.abs(drawn - committed).mean() < 0.5
