@@ -350,6 +350,6 @@ class _Progress:
         def after(i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
             if callback is not None:
                 callback(i, x, x0)
-            self.bar.update(images / self.steps)
+            self.bar.update(min(images / self.steps, self.bar.total - self.bar.n))  # sums may round up
 
         return after
