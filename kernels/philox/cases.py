@@ -22,6 +22,7 @@ class Case(NamedTuple):
 CASES = {
     "mnist": Case((16, 1, 28, 28)),
     "cifar10": Case((8, 3, 32, 32), seed=1, stream=1000),
+    "imagenet64": Case((8, 3, 64, 64), seed=9),
     "whole_tiles": Case((3, 256), seed=2),
     "odd": Case((5, 3, 7, 11), seed=3, stream=7),
     "one_element": Case((6, 1), seed=4),

@@ -54,6 +54,7 @@ class Case(NamedTuple):
 CASES = {
     "mnist": Case((16, 1, 28, 28), EPSILON),
     "cifar10_guided": Case((8, 3, 32, 32), EPSILON._replace(guidance_scale=3.0), guided=True),
+    "imagenet64_guided": Case((8, 3, 64, 64), EPSILON._replace(guidance_scale=1.5), guided=True),
     "sample": Case((2, 3, 8, 8), SAMPLE),
     "v_prediction": Case((2, 3, 8, 8), V_PREDICTION, guided=True),
     "unclipped": Case((2, 3, 8, 8), EPSILON._replace(clip=math.inf)),
