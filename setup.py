@@ -36,7 +36,13 @@ NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}  # the last is PTX
 
 SOURCES = {
-    "diffusion.kernels._cpp": ["csrc/module.cpp", "csrc/philox.cpp", "csrc/reverse_step.cpp"],
+    "diffusion.kernels._cpp": [
+        "csrc/module.cpp",
+        "csrc/philox.cpp",
+        "csrc/philox_avx2.cpp",
+        "csrc/philox_avx512.cpp",
+        "csrc/reverse_step.cpp",
+    ],
     "diffusion.kernels._cuda": ["csrc/philox.cu", "csrc/reverse_step.cu"],
 }
 

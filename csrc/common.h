@@ -27,6 +27,16 @@ FD_HD To bit_cast(From from) {
 // The processor's own instruction. Which one it is, the compiler knows once this is inlined.
 struct HardwareFma {
   static FD_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+  // A word rounded to float32.
+  static FD_HD float from_word(uint32_t w) {
+#if defined(__CUDACC__)
+    return static_cast<float>(w);
+#else  // no instruction before AVX-512: the halves are exact, so their sum rounds once
+    return fma(static_cast<float>(static_cast<int32_t>(w >> 16)), 65536.0f,
+               static_cast<float>(static_cast<int32_t>(w & 0xFFFF)));
+#endif
+  }
 };
 
 // The same bits without the instruction: the product is exact in float64, and a sum rounded to odd there
@@ -42,6 +52,11 @@ struct PortableFma {
     const int64_t step = (error > 0) == (sum > 0) ? even : -even;
     const bool inexact = error < 0 || error > 0;  // false for NaN
     return static_cast<float>(bit_cast<double>(inexact ? bits + step : bits));
+  }
+
+  static FD_HD float from_word(uint32_t w) {
+    return static_cast<float>(static_cast<int32_t>(w >> 16)) * 65536.0f +
+           static_cast<float>(static_cast<int32_t>(w & 0xFFFF));
   }
 };
 

@@ -18,27 +18,60 @@ enum class Simd { baseline, avx2, avx512 };
 
 Simd simd_in_use();  // module.cpp
 
+// What a kernel calls as M: arithmetic, and the words of a tile of noise.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-using BaselineFma = HardwareFma;
+struct Baseline : HardwareFma {
 #else
-using BaselineFma = PortableFma;
+struct Baseline : PortableFma {
 #endif
+  static FD_HD void words(uint32_t (&w)[4][kTileBlocks], uint32_t first, int64_t blocks, uint32_t stream,
+                          uint64_t id, uint64_t seed) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Words<uint32_t> block = philox_block(first + static_cast<uint32_t>(i), stream, id, seed);
+      w[0][i] = block.w0;
+      w[1][i] = block.w1;
+      w[2][i] = block.w2;
+      w[3][i] = block.w3;
+    }
+  }
+};
 
 template <class Kernel>
 void run_baseline(const Kernel& kernel, int64_t begin, int64_t end) {
-  kernel.template run<BaselineFma>(begin, end);
+  kernel.template run<Baseline>(begin, end);
 }
 
 #if defined(__x86_64__)
+void philox_words_avx2(uint32_t* w, int64_t row, uint32_t first, int64_t blocks, uint32_t stream, uint64_t id,
+                       uint64_t seed);  // philox_avx2.cpp
+void philox_words_avx512(uint32_t* w, int64_t row, uint32_t first, int64_t blocks, uint32_t stream, uint64_t id,
+                         uint64_t seed);  // philox_avx512.cpp
+
+struct Avx2 : HardwareFma {
+  static FD_HD void words(uint32_t (&w)[4][kTileBlocks], uint32_t first, int64_t blocks, uint32_t stream,
+                          uint64_t id, uint64_t seed) {
+    philox_words_avx2(w[0], kTileBlocks, first, blocks, stream, id, seed);
+  }
+};
+
+struct Avx512 : HardwareFma {
+  static FD_HD float from_word(uint32_t w) { return static_cast<float>(w); }
+
+  static FD_HD void words(uint32_t (&w)[4][kTileBlocks], uint32_t first, int64_t blocks, uint32_t stream,
+                          uint64_t id, uint64_t seed) {
+    philox_words_avx512(w[0], kTileBlocks, first, blocks, stream, id, seed);
+  }
+};
+
 template <class Kernel>
 __attribute__((target("avx2,fma"))) void run_avx2(const Kernel& kernel, int64_t begin, int64_t end) {
-  kernel.template run<HardwareFma>(begin, end);
+  kernel.template run<Avx2>(begin, end);
 }
 
 template <class Kernel>
 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(
     const Kernel& kernel, int64_t begin, int64_t end) {
-  kernel.template run<HardwareFma>(begin, end);
+  kernel.template run<Avx512>(begin, end);
 }
 #endif
 
@@ -67,20 +100,13 @@ FD_HD Tile tile_at(int64_t index, int64_t elements) {
   return {index / tiles, first, elements - first < kTile ? elements - first : kTile};
 }
 
-// The normals of a tile, and up to 63 more, so that whole vectors are computed.
+// The normals of a tile, and up to 127 more, so that whole vectors are computed.
 template <class M>
 FD_HD void normal_tile(float* __restrict z, const Tile& tile, uint32_t stream, uint64_t id, uint64_t seed) {
   alignas(64) uint32_t w[4][kTileBlocks];
   alignas(64) float n[4][kTileBlocks];
-  const uint32_t first = static_cast<uint32_t>(tile.first / 4);
-  const int64_t blocks = (tile.size + 63) / 64 * 16;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const Words words = philox_block(first + static_cast<uint32_t>(i), stream, id, seed);
-    w[0][i] = words.w0;
-    w[1][i] = words.w1;
-    w[2][i] = words.w2;
-    w[3][i] = words.w3;
-  }
+  const int64_t blocks = (tile.size + 127) / 128 * 32;
+  M::words(w, static_cast<uint32_t>(tile.first / 4), blocks, stream, id, seed);
   for (int64_t i = 0; i < blocks; ++i) box_muller<M>(w[0][i], w[1][i], n[0][i], n[1][i]);
   for (int64_t i = 0; i < blocks; ++i) box_muller<M>(w[2][i], w[3][i], n[2][i], n[3][i]);
   for (int64_t i = 0; i < blocks; ++i) {

@@ -31,7 +31,7 @@ inline dim3 grid_for(int64_t batch, int64_t noise_blocks) {
 
 __device__ __forceinline__ void normal_block(float (&z)[4], uint32_t block, uint32_t stream, uint64_t id,
                                              uint64_t seed) {
-  const Words words = philox_block(block, stream, id, seed);
+  const Words<uint32_t> words = philox_block(block, stream, id, seed);
   box_muller<HardwareFma>(words.w0, words.w1, z[0], z[1]);
   box_muller<HardwareFma>(words.w2, words.w3, z[2], z[3]);
 }

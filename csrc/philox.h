@@ -6,81 +6,90 @@
 
 namespace fused_diffusion {
 
+// A word is the low half of a 64-bit lane; what its high half holds does not matter. So each round is two
+// products, two shifts and two exclusive ors, in a scalar as in a vector, and no lane is ever moved.
+template <class Lanes>
 struct Words {
-  uint32_t w0, w1, w2, w3;
+  Lanes w0, w1, w2, w3;
 };
 
-FD_HD Words philox4x32(Words c, uint32_t k0, uint32_t k1) {
+FD_HD uint64_t wide_product(uint64_t word, uint32_t constant) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(word)) * constant;
+}
+
+template <class Lanes>
+FD_HD Words<Lanes> philox_round(const Words<Lanes>& c, uint32_t k0, uint32_t k1) {
+  const Lanes p0 = wide_product(c.w0, 0xD2511F53u), p1 = wide_product(c.w2, 0xCD9E8D57u);
+  return {p1 >> 32 ^ c.w1 ^ static_cast<uint64_t>(k0), p1, p0 >> 32 ^ c.w3 ^ static_cast<uint64_t>(k1), p0};
+}
+
+constexpr int kRounds = 10;
+
+// Counters of several blocks with one key, round by round, so that their latencies overlap.
+template <int kCount, class Lanes>
+FD_HD void philox4x32(Words<Lanes> (&c)[kCount], uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c.w0;
-    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c.w2;
-    c = {static_cast<uint32_t>(p1 >> 32) ^ c.w1 ^ k0, static_cast<uint32_t>(p1),
-         static_cast<uint32_t>(p0 >> 32) ^ c.w3 ^ k1, static_cast<uint32_t>(p0)};
+  for (int round = 0; round < kRounds; ++round) {
+    for (int i = 0; i < kCount; ++i) c[i] = philox_round(c[i], k0, k1);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return c;
 }
 
 // One block of four normals: counter (block, stream, sample_id), key seed.
-FD_HD Words philox_block(uint32_t block, uint32_t stream, uint64_t sample_id, uint64_t seed) {
-  return philox4x32({block, stream, static_cast<uint32_t>(sample_id), static_cast<uint32_t>(sample_id >> 32)},
-                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+FD_HD Words<uint32_t> philox_block(uint32_t block, uint32_t stream, uint64_t sample_id, uint64_t seed) {
+  Words<uint64_t> c[1] = {{block, stream, sample_id, sample_id >> 32}};
+  philox4x32(c, seed);
+  return {static_cast<uint32_t>(c[0].w0), static_cast<uint32_t>(c[0].w1), static_cast<uint32_t>(c[0].w2),
+          static_cast<uint32_t>(c[0].w3)};
 }
 
-// A word in (0, 1]: float32(w) * 2^-32 + 2^-33. The halves are exact, so their sum is float32(w).
-FD_HD float uniform(uint32_t w) {
-  const float word = static_cast<float>(static_cast<int32_t>(w >> 16)) * 65536.0f +
-                     static_cast<float>(static_cast<int32_t>(w & 0xFFFF));
-  return word * 0x1p-32f + 0x1p-33f;
-}
-
-// sqrt(-2 ln u) for u in [2^-33, 1] as radius + tail.
+// sqrt(-2 ln u) as radius + tail, for u = float32(w) 2^-32 + 2^-33 in [2^-33, 1].
 template <class M>
-FD_HD void box_muller_radius(float u, float& radius, float& tail) {
+FD_HD void box_muller_radius(uint32_t w, float& radius, float& tail) {
   // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-  const int32_t bits = bit_cast<int32_t>(u);
+  const int32_t bits = bit_cast<int32_t>(M::fma(M::from_word(w), 0x1p-32f, 0x1p-33f));
   const int32_t e = (bits - 0x3F3504F3) >> 23;
   const float f = bit_cast<float>(bits - static_cast<int32_t>(static_cast<uint32_t>(e) << 23)) - 1.0f;
 
-  // ln u = e ln2 + f - f^2/2 + f^3 P(f); the large terms are summed with their rounding errors.
+  // -2 ln u = -2 e ln2 - 2 f + f^2 + f^3 P(f); the large terms are summed with their rounding errors.
   const float square = f * f;
   const float square_tail = M::fma(f, f, -square);
-  float p = -0x1.48075ap-4f;
-  p = M::fma(p, f, 0x1.0bdf94p-3f);
-  p = M::fma(p, f, -0x1.0d3346p-3f);
-  p = M::fma(p, f, 0x1.219d8ep-3f);
-  p = M::fma(p, f, -0x1.545de8p-3f);
-  p = M::fma(p, f, 0x1.99b40cp-3f);
-  p = M::fma(p, f, -0x1.0002b4p-2f);
-  p = M::fma(p, f, 0x1.55551ep-2f);
+  float p = 0x1.48075ap-3f;
+  p = M::fma(p, f, -0x1.0bdf94p-2f);
+  p = M::fma(p, f, 0x1.0d3346p-2f);
+  p = M::fma(p, f, -0x1.219d8ep-2f);
+  p = M::fma(p, f, 0x1.545de8p-2f);
+  p = M::fma(p, f, -0x1.99b40cp-2f);
+  p = M::fma(p, f, 0x1.0002b4p-1f);
+  p = M::fma(p, f, -0x1.55551ep-1f);
   const float exponent = static_cast<float>(e);
-  const float scaled = exponent * 0x1.62e4p-1f;  // exact: 15 bits times 6 bits
-  const float sum = scaled + f;
-  const float sum_tail = (scaled - sum) + f;
-  const float log = sum - 0.5f * square;
-  float log_tail = (sum - log) - 0.5f * square;
-  log_tail += sum_tail - 0.5f * square_tail;
-  log_tail = M::fma(exponent, 0x1.7f7d1cp-20f, log_tail);
+  const float scaled = exponent * -0x1.62e4p+0f;  // exact: 15 bits times 6 bits
+  const float sum = M::fma(f, -2.0f, scaled);
+  const float sum_tail = M::fma(f, -2.0f, scaled - sum);
+  const float log = sum + square;
+  float log_tail = (sum - log) + square;
+  log_tail += sum_tail + square_tail;
+  log_tail = M::fma(exponent, -0x1.7f7d1cp-19f, log_tail);
   log_tail = M::fma(square * f, p, log_tail);
 
-  const float x = -2.0f * (log + log_tail);
-  const float x_tail = -2.0f * ((log - (log + log_tail)) + log_tail);
+  const float x = log + log_tail;
+  const float x_tail = (log - x) + log_tail;
   radius = __builtin_sqrtf(x);
-  // One Newton step; 12 % accuracy is plenty for 1 / radius here, and it is finite at radius 0.
-  const float reciprocal = bit_cast<float>(0x7EF311C7 - bit_cast<int32_t>(radius));
-  tail = (M::fma(-radius, radius, x) + x_tail) * (0.5f * reciprocal);
+  // One Newton step; 12 % accuracy is plenty for 1 / (2 radius) here, and it is finite at radius 0.
+  const float half_reciprocal = bit_cast<float>(0x7E7311C7 - bit_cast<int32_t>(radius));
+  tail = (M::fma(-radius, radius, x) + x_tail) * half_reciprocal;
 }
 
 // (radius + tail) * (cos, sin)(2 pi u); the angle is reduced in turns, where that is exact.
 template <class M>
-FD_HD void box_muller_rotate(float radius, float tail, float u, float& n0, float& n1) {
-  const float turns = 4.0f * u;
+FD_HD void box_muller_rotate(float radius, float tail, uint32_t w, float& n0, float& n1) {
+  const float turns = M::fma(M::from_word(w), 0x1p-30f, 0x1p-31f);  // 4 u
   const float shifted = turns + 0x1.8p23f;  // the low bits of this sum are round(turns)
   const uint32_t quarter = bit_cast<uint32_t>(shifted);
   const float f = turns - (shifted - 0x1.8p23f);
@@ -111,8 +120,9 @@ FD_HD void box_muller_rotate(float radius, float tail, float u, float& n0, float
 template <class M>
 FD_HD void box_muller(uint32_t w0, uint32_t w1, float& n0, float& n1) {
   float radius, tail;
-  box_muller_radius<M>(uniform(w0), radius, tail);
-  box_muller_rotate<M>(radius, tail, uniform(w1), n0, n1);
+  box_muller_radius<M>(w0, radius, tail);
+  box_muller_rotate<M>(radius, tail, w1, n0, n1);
 }
+
 
 }  // namespace fused_diffusion
