@@ -4,10 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
+#define FD_INLINE __attribute__((always_inline))  // what is not inlined is not compiled for AVX either
 #if defined(__CUDACC__)
 #define FD_HD __host__ __device__ __forceinline__
 #else
-#define FD_HD inline __attribute__((always_inline))
+#define FD_HD inline FD_INLINE
 #endif
 
 namespace fused_diffusion {

@@ -11,9 +11,20 @@ from ._native import build_info
 from .attention import attention
 from .group_norm_silu import group_norm_silu
 from .philox import philox_normal
-from .reverse_step import Row, reverse_step
+from .reverse_step import Row, in_place, reverse_step
+from .reverse_step.in_place import reverse_step_, step_counter
 
-__all__ = ["Row", "attention", "build_info", "explain", "group_norm_silu", "philox_normal", "reverse_step"]
+__all__ = [
+    "Row",
+    "attention",
+    "build_info",
+    "explain",
+    "group_norm_silu",
+    "philox_normal",
+    "reverse_step",
+    "reverse_step_",
+    "step_counter",
+]
 
 _OPS = {
     function.__name__: (function, folder.op)
@@ -22,6 +33,7 @@ _OPS = {
         (group_norm_silu, _group_norm_silu),
         (philox_normal, _philox),
         (reverse_step, _reverse_step),
+        (reverse_step_, in_place),
     )
 }
 

@@ -217,7 +217,7 @@ def test_nonsense_is_refused(change, message):
         (dict(model_output=torch.zeros(2, 3, 4, dtype=torch.float64)), "model_output is torch.float64"),
         (dict(model_output_uncond=torch.zeros(2, 3, 4).half()), "model_output_uncond is torch.float16"),
         (dict(noise=torch.zeros(2, 3, 4).double()), "noise is torch.float64, not float32"),
-        (dict(model_output=torch.zeros(2, 4, 3).mT), "model_output is not contiguous"),
+        (dict(noise=torch.zeros(2, 4, 3).mT), "noise is not contiguous"),
         (dict(x=torch.zeros(2, 3, 4, requires_grad=True)), "x requires a gradient"),
     ],
 )
@@ -240,7 +240,7 @@ def test_the_reference_is_differentiable():
 def op_arguments(case, dtype=torch.float32):
     (x, out, row), kwargs = call(case, dtype)
     rows = torch.tensor([[math.nan] * 12, row, [math.nan] * 12], dtype=torch.float64)
-    counter = torch.tensor([1, philox_native.signed(kwargs["seed"]), kwargs["stream"] - 1])
+    counter = torch.tensor([1, philox_native.signed(kwargs["seed"]), kwargs["stream"] - 1, 0])
     ids = philox_native.sample_ids_tensor(kwargs["sample_ids"], len(x), "cpu")
     return [x, out, kwargs["model_output_uncond"], kwargs["x0_prev"], kwargs["noise"], rows, counter, ids]
 
@@ -275,9 +275,9 @@ def test_the_op_takes_its_row_and_stream_from_the_counter(case):
         (5, torch.zeros(3, 11, dtype=torch.float64), "table must be"),
         (5, torch.zeros(0, 12, dtype=torch.float64), "table must be"),
         (5, torch.zeros(1, 12, dtype=torch.float64), "step 1 is outside of the table's 1"),
-        (5, torch.ones(3, 12, dtype=torch.float64), "row.d is not 0, so x0_prev is needed"),
-        (6, torch.tensor([-1, 0, 0]), "step -1 is outside"),
-        (6, torch.zeros(2, dtype=torch.int64), "counter must be"),
+        (5, torch.ones(3, 12, dtype=torch.float64), "row.d is not 0, so the previous x0 is needed"),
+        (6, torch.tensor([-1, 0, 0, 0]), "step -1 is outside"),
+        (6, torch.zeros(3, dtype=torch.int64), "counter must be"),
         (7, torch.zeros(15, dtype=torch.int64), "sample_ids must be"),
     ],
 )

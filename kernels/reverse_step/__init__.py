@@ -14,35 +14,35 @@ __all__ = ["Row", "as_row", "op", "reverse_step"]
 
 
 def _same(shape, other) -> bool:
-    """Size by size: whole symbolic shapes compared at once cost torch.compile half a minute."""
+    if not torch.compiler.is_compiling():
+        return shape == other
+    # Size by size: whole symbolic shapes compared at once cost torch.compile half a minute.
     return len(shape) == len(other) and all(m == n for m, n in zip(shape, other, strict=True))
 
 
 def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream):
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x is a {x.dim()}-dimensional {x.dtype} tensor, not float32 or float64 [B, C, ...]")
-    learned = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-    fits = _same(model_output.shape, x.shape) or _same(model_output.shape, learned)
+    fits = _same(model_output.shape, x.shape)
+    if not fits:
+        learned = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        fits = _same(model_output.shape, learned)
     if not fits or not model_output.is_floating_point():
         raise ValueError(
             f"model_output is {model_output.dtype} {tuple(model_output.shape)}, not floating-point "
-            f"{tuple(x.shape)}, or {learned} with learned variance"
+            f"{tuple(x.shape)}, or [B, 2C, ...] with learned variance"
         )
-    if model_output_uncond is not None and not _same(model_output_uncond.shape, model_output.shape):
-        raise ValueError(
-            f"model_output_uncond has shape {tuple(model_output_uncond.shape)}, "
-            f"not model_output's {tuple(model_output.shape)}"
-        )
-    for name, tensor in (("x0_prev", x0_prev), ("noise", noise)):
-        if tensor is not None and not _same(tensor.shape, x.shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not x's {tuple(x.shape)}")
-    for name, tensor in (
-        ("model_output", model_output),
-        ("model_output_uncond", model_output_uncond),
-        ("x0_prev", x0_prev),
-        ("noise", noise),
+    for name, tensor, like, whose in (
+        ("model_output", model_output, model_output, "model_output"),
+        ("model_output_uncond", model_output_uncond, model_output, "model_output"),
+        ("x0_prev", x0_prev, x, "x"),
+        ("noise", noise, x, "x"),
     ):
-        if tensor is not None and tensor.device != x.device:
+        if tensor is None:
+            continue
+        if not _same(tensor.shape, like.shape):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {whose}'s {tuple(like.shape)}")
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, not on x's {x.device}")
     if as_row(row).d != 0 and x0_prev is None:
         raise ValueError("row.d is not 0, so x0_prev (the previous step's x0) is needed")

@@ -7,12 +7,20 @@ from .. import _native
 from ..philox.native_impl import sample_ids_tensor, signed
 from .row import Row, as_row
 
-# table: float64 [rows, 12]. counter: int64 [3], (step, seed, stream of step 0). Both are on x's device: the
-# row is table[step] and the noise stream is stream + step, so that one CUDA graph serves every step.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the UNet's input and output
+
+# table: float64 [rows, 12]. counter: int64 [4], (step, seed, stream of step 0, 0). Both are on x's device: the
+# row is table[step] and the noise stream is stream + step, so that one CUDA graph serves every step. The last
+# entry counts CUDA blocks within a call.
 torch.library.define(
     "fused_diffusion::reverse_step",
     "(Tensor x, Tensor model_output, Tensor? model_output_uncond, Tensor? x0_prev, Tensor? noise, "
     "Tensor table, Tensor counter, Tensor sample_ids) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "fused_diffusion::reverse_step_",
+    "(Tensor(a!) x, Tensor model_output, Tensor? model_output_uncond, Tensor(b!)? x0, Tensor? noise, "
+    "Tensor table, Tensor(c!) counter, Tensor sample_ids, Tensor(d!)? unet_input) -> ()",
 )
 
 
@@ -21,28 +29,48 @@ def _fake(x, model_output, model_output_uncond, x0_prev, noise, table, counter, 
     return torch.empty_like(x), torch.empty_like(x)
 
 
-def _supports(x, model_output, model_output_uncond, x0_prev, noise) -> str | None:
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}, not float32"
-    if model_output.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"model_output is {model_output.dtype}, not float32, bfloat16 or float16"
-    if model_output_uncond is not None and model_output_uncond.dtype != model_output.dtype:
-        return f"model_output_uncond is {model_output_uncond.dtype}, not model_output's {model_output.dtype}"
-    tensors = {
-        "x": x,
-        "model_output": model_output,
-        "model_output_uncond": model_output_uncond,
-        "x0_prev": x0_prev,
-        "noise": noise,
-    }
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if name in ("x0_prev", "noise") and tensor.dtype != torch.float32:
+@torch.library.register_fake("fused_diffusion::reverse_step_")
+def _fake_in_place(
+    x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
+) -> None:
+    return None
+
+
+def _has_even_positions(tensor: Tensor) -> bool:
+    """Whether the positions of [B, C, ...] lie at one distance, as in contiguous and channels_last tensors."""
+    if tensor.is_contiguous():
+        return True
+    strides = [(s, n) for s, n in zip(tensor.stride()[2:], tensor.shape[2:], strict=True) if n != 1]
+    return all(s == below * n for (s, _), (below, n) in zip(strides, strides[1:], strict=False))
+
+
+def _supports(x, model_output, model_output_uncond, **images) -> str | None:
+    """`images`: the other tensors of x's shape, dtype and layout."""
+    differentiable = torch.is_grad_enabled()
+    for name, tensor in (("x", x), *images.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}, not float32"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if differentiable and tensor.requires_grad:
             return f"{name} requires a gradient, which this backend does not compute"
+    if model_output.dtype not in DTYPES:
+        return f"model_output is {model_output.dtype}, not float32, bfloat16 or float16"
+    if not _has_even_positions(model_output):
+        return "model_output is neither contiguous nor channels_last"
+    if differentiable and model_output.requires_grad:
+        return "model_output requires a gradient, which this backend does not compute"
+    if model_output_uncond is not None:
+        if model_output_uncond.dtype != model_output.dtype:
+            return (
+                f"model_output_uncond is {model_output_uncond.dtype}, not model_output's {model_output.dtype}"
+            )
+        if model_output_uncond.stride() != model_output.stride():
+            return "model_output_uncond and model_output differ in their strides"
+        if differentiable and model_output_uncond.requires_grad:
+            return "model_output_uncond requires a gradient, which this backend does not compute"
     return None
 
 
@@ -51,7 +79,9 @@ def supports_cpp(
 ) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on the CPU, not on {x.device}"
-    return _native.CPP_MISSING or _supports(x, model_output, model_output_uncond, x0_prev, noise)
+    return _native.CPP_MISSING or _supports(
+        x, model_output, model_output_uncond, x0_prev=x0_prev, noise=noise
+    )
 
 
 def supports_cuda(
@@ -59,7 +89,13 @@ def supports_cuda(
 ) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on CUDA devices, not on {x.device}"
-    return _native.CUDA_MISSING or _supports(x, model_output, model_output_uncond, x0_prev, noise)
+    return _native.CUDA_MISSING or _supports(
+        x, model_output, model_output_uncond, x0_prev=x0_prev, noise=noise
+    )
+
+
+def step_counter(seed: int, stream: int, device) -> Tensor:
+    return torch.tensor([0, signed(seed), stream, 0], dtype=torch.int64, device=device)
 
 
 def reverse_step(
@@ -75,8 +111,45 @@ def reverse_step(
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     table = torch.tensor([as_row(row)], dtype=torch.float64, device=x.device)
-    counter = torch.tensor([0, signed(seed), stream], dtype=torch.int64, device=x.device)
+    counter = step_counter(seed, stream, x.device)
     ids = sample_ids_tensor(sample_ids, x.shape[0], x.device)
     return torch.ops.fused_diffusion.reverse_step(
         x, model_output, model_output_uncond, x0_prev, noise, table, counter, ids
+    )
+
+
+def _supports_in_place(x, model_output, model_output_uncond, x0, noise, unet_input) -> str | None:
+    if unet_input is not None:
+        if unet_input.dtype not in DTYPES:
+            return f"unet_input is {unet_input.dtype}, not float32, bfloat16 or float16"
+        if not _has_even_positions(unet_input):
+            return "unet_input is neither contiguous nor channels_last"
+    return _supports(x, model_output, model_output_uncond, x0=x0, noise=noise)
+
+
+def supports_cpp_in_place(
+    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
+) -> str | None:
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, not on {x.device}"
+    return _native.CPP_MISSING or _supports_in_place(
+        x, model_output, model_output_uncond, x0, noise, unet_input
+    )
+
+
+def supports_cuda_in_place(
+    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
+) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on CUDA devices, not on {x.device}"
+    return _native.CUDA_MISSING or _supports_in_place(
+        x, model_output, model_output_uncond, x0, noise, unet_input
+    )
+
+
+def reverse_step_(
+    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
+) -> None:
+    torch.ops.fused_diffusion.reverse_step_(
+        x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
     )

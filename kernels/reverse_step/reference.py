@@ -38,3 +38,26 @@ def reverse_step(
             sigma = sigma * torch.exp(0.5 * (fraction * row.log_var_max + (1 - fraction) * row.log_var_min))
         x_next = x_next + sigma * noise.to(x.dtype)
     return x_next, x0
+
+
+def reverse_step_(
+    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
+) -> None:
+    step, seed, stream, _ = counter.tolist()
+    x_next, predicted = reverse_step(
+        x,
+        model_output,
+        table[step],
+        model_output_uncond=model_output_uncond,
+        x0_prev=x0,
+        noise=noise,
+        seed=seed % 2**64,
+        sample_ids=sample_ids,
+        stream=(stream + step) % 2**32,
+    )
+    x.copy_(x_next)
+    if x0 is not None:
+        x0.copy_(predicted)
+    if unet_input is not None and len(x):
+        unet_input.unflatten(0, (-1, len(x))).copy_(x)
+    counter[0] += 1
