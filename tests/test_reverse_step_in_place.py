@@ -109,7 +109,7 @@ def test_every_case(backend, case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_channels_of_a_wider_output(backend):
-    """The image's half of an output with a variance that is not used: a slice, neither copied nor contiguous."""
+    """The image's half of an output with a variance that is not used: a slice."""
     x, both, _, table, ids = buffers(learned=True)
     cond, uncond = (half[:, : SHAPE[1]] for half in both.chunk(2))
     expected, _ = reverse_step(

@@ -1,5 +1,7 @@
 """The C++ and CUDA reverse step: csrc/reverse_step.{h,cpp,cu}, noise included, in one pass."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,9 @@ from .row import Row, as_row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the UNet's input and output
 
-# table: float64 [rows, 12]. counter: int64 [4], (step, seed, stream of step 0, 0). Both are on x's device: the
-# row is table[step] and the noise stream is stream + step, so that one CUDA graph serves every step. The last
-# entry counts CUDA blocks within a call.
+# table: float64 [rows, 12]. counter: int64 [4], (step, seed, stream of step 0, 0). Both are on x's device:
+# the row is table[step] and the noise stream is stream + step, so that one CUDA graph serves every step. The
+# last entry counts CUDA blocks within a call.
 torch.library.define(
     "fused_diffusion::reverse_step",
     "(Tensor x, Tensor model_output, Tensor? model_output_uncond, Tensor? x0_prev, Tensor? noise, "
@@ -37,11 +39,11 @@ def _fake_in_place(
 
 
 def _has_even_positions(tensor: Tensor) -> bool:
-    """Whether the positions of [B, C, ...] lie at one distance, as in contiguous and channels_last tensors."""
+    """Whether the positions of [B, C, ...] lie at one distance, as where it is contiguous or channels_last."""
     if tensor.is_contiguous():
         return True
     strides = [(s, n) for s, n in zip(tensor.stride()[2:], tensor.shape[2:], strict=True) if n != 1]
-    return all(s == below * n for (s, _), (below, n) in zip(strides, strides[1:], strict=False))
+    return all(s == below * n for (s, _), (below, n) in pairwise(strides))
 
 
 def _supports(x, model_output, model_output_uncond, **images) -> str | None:
