@@ -39,7 +39,7 @@ def _fake_in_place(
 
 
 def _has_even_positions(tensor: Tensor) -> bool:
-    """Whether the positions of [B, C, ...] lie at one distance, as where it is contiguous or channels_last."""
+    """Whether the positions of [B, C, ...] lie at one distance, as in a contiguous or channels_last one."""
     if tensor.is_contiguous():
         return True
     strides = [(s, n) for s, n in zip(tensor.stride()[2:], tensor.shape[2:], strict=True) if n != 1]
