@@ -54,7 +54,7 @@ MNIST = Recipe(
         "in_channels": 1,
         "out_channels": 1,
         "channels": 16,
-        "channel_mult": [1, 2, 4],
+        "channel_mult": [1, 3, 6],
         "num_res_blocks": 1,
         "attention_levels": [2],
         "time_embed_dim": 128,
@@ -62,8 +62,8 @@ MNIST = Recipe(
         "norm_groups": 8,
         "num_classes": 10,
     },
-    steps=8000,
-    batch_size=32,
-    learning_rate=1.5e-3,
+    steps=11500,
+    batch_size=64,
+    learning_rate=2e-3,
 )
 RECIPES = {"mnist": MNIST}

@@ -21,6 +21,14 @@ from .recipe import Recipe
 from .schedule import NoiseSchedule
 from .unet import UNet, UNetConfig
 
+# How the models trained here are sampled unless the caller says otherwise. With few steps it matters to start
+# at the last timestep, where noise is all there is (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+SAMPLER_OPTIONS = {
+    "ddpm": {"spacing": "trailing"},
+    "ddim": {"spacing": "trailing", "use_clipped_model_output": True},
+    "dpm++": {"spacing": "trailing"},
+}
+
 
 class Trainer:
     """A run: the model, its average, the optimiser, and the step they have reached.
@@ -51,7 +59,7 @@ class Trainer:
             unet,
             schedule,
             prediction_type=recipe.prediction_type,
-            sampler_options={"ddim": {"use_clipped_model_output": True}},
+            sampler_options=SAMPLER_OPTIONS,
         ).to(self.device)
         self.ema = self.model.copy()
         self.ema.unet.eval().requires_grad_(False)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     add("--steps", type=int, help="steps of the chain (default: 50; for ddpm all)")
-    add("--spacing", help="timesteps: leading, linspace, trailing or quad (default: leading)")
+    add("--spacing", help="leading, linspace, trailing or quad (default: the model's, or leading)")
     add("--eta", type=float, help="ddim: 0 is deterministic, 1 as noisy as ddpm")
     add("--variance", help="ddpm: fixed_small, fixed_large or learned_range")
     add("--sde", action="store_true", default=None, help="dpm++: the stochastic form")
