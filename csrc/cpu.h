@@ -14,7 +14,7 @@ constexpr int64_t kTileBlocks = 64;
 constexpr int64_t kTile = 4 * kTileBlocks;
 constexpr int64_t kTilesPerThread = 128;  // 32768 elements, like PyTorch: a smaller share is not worth a thread
 
-enum class Simd { baseline, avx2, avx512 };
+enum class Simd { baseline, avx2, avx512, avx512_bf16 };
 
 Simd simd_in_use();  // module.cpp
 
@@ -80,7 +80,7 @@ void run_tiles(const Kernel& kernel, int64_t tiles) {
   const Simd simd = simd_in_use();
   torch::stable::parallel_for(0, tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-    if (simd == Simd::avx512) return run_avx512(kernel, begin, end);
+    if (simd >= Simd::avx512) return run_avx512(kernel, begin, end);
     if (simd == Simd::avx2) return run_avx2(kernel, begin, end);
 #endif
     (void)simd;

@@ -1,24 +1,35 @@
 """Which implementation of an op runs, and why the others do not.
 
-A backend is a pair of functions that take the op's arguments: `run` computes, and `supports` returns None
-where `run` can serve these arguments, or else the reason why not, as a short sentence for the user.
+A backend is a few functions that take the op's arguments: `run` computes, and `supports` returns None where
+`run` can serve these arguments, or else the reason why not, as a short sentence for the user. `slower` gives
+the reason why "auto" passes over a backend that could serve, where the benchmarks favour another one.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class Backend(NamedTuple):
-    run: Callable[..., Any]
-    supports: Callable[..., str | None]
-
-
 def always(*args, **kwargs) -> None:
     """The `supports` of a backend that serves every valid call, such as a plain PyTorch reference."""
 
 
+def constant_in_graphs(function: Callable) -> Callable:
+    """Has torch.compile call the function once, as torch.compiler.assume_constant_result does.
+
+    That decorator imports the whole compiler, which takes longer than all of this package.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+class Backend(NamedTuple):
+    run: Callable[..., Any]
+    supports: Callable[..., str | None]
+    slower: Callable[..., str | None] = always
+
+
 class Op:
-    """An op and its backends, listed in the order in which "auto" tries them.
+    """An op and its backends, listed in the order in which "auto" tries them; the last is never slower.
 
     `validate` raises ValueError for arguments that no backend could serve; it runs before the choice.
     """
@@ -36,7 +47,8 @@ class Op:
         """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
         self.validate(*args, **kwargs)
         if backend == "auto":
-            return self.serving(*args, **kwargs)[0]
+            serving = self.serving(*args, **kwargs)
+            return next(name for name in serving if self.backends[name].slower(*args, **kwargs) is None)
         if backend not in self.backends:
             raise ValueError(
                 f"{self.name} has no backend {backend!r}; choose from: auto, {', '.join(self.backends)}"
@@ -55,6 +67,7 @@ class Op:
         lines = [f"{self.name}: {chosen}"]
         for name, candidate in self.backends.items():
             if name != chosen:
-                reason = candidate.supports(*args, **kwargs) or f"available; {chosen!r} is preferred"
+                reason = candidate.supports(*args, **kwargs) or candidate.slower(*args, **kwargs)
+                reason = reason or f"available; {chosen!r} is preferred"
                 lines.append(f"  not {name}: {reason}")
         return "\n".join(lines)

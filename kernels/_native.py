@@ -57,27 +57,37 @@ def _load_cuda(path: Path = FOLDER / "_cuda.so") -> tuple[ctypes.CDLL | None, st
 _record = _read_record()
 _cpp, CPP_MISSING = _load_cpp()
 _cuda, CUDA_MISSING = _load_cuda()
+_simd = "" if _cpp is None else _cpp.fused_diffusion_simd_in_use().decode()
+
+
+def simd_in_use() -> str:
+    """The instruction set that the C++ ops run with; empty where they are missing."""
+    return _simd
 
 
 def use_simd(variant: str) -> None:
-    """Runs the C++ ops with one instruction set: "baseline", "avx2", "avx512" or "best".
+    """Runs the C++ ops with one instruction set: "baseline", "avx2", "avx512", "avx512_bf16" or "best".
 
-    The bits of every result are the same in all of them. ValueError if the processor does not have it.
+    The bits of every result are the same in all of them, but for attention in bfloat16, which avx512_bf16
+    multiplies in pairs, and for group_norm_silu, whose sums over a contiguous tensor run in the order of the
+    vectors. ValueError if the processor does not have it.
     """
     if _cpp is None:
         raise ValueError(f"no instruction set can be chosen: {CPP_MISSING}")
+    global _simd
     name = _cpp.fused_diffusion_simd_best() if variant == "best" else variant.encode()
     if not _cpp.fused_diffusion_simd_use(name):
         raise ValueError(
             f"this processor has no {variant!r}; choose from: {', '.join(simd_variants())}, best"
         )
+    _simd = name.decode()
 
 
 def simd_variants() -> list[str]:
     """The instruction sets that this processor and the library have, narrowest first."""
     if _cpp is None:
         return []
-    names = ["baseline", "avx2", "avx512"]
+    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
     return names[: names.index(_cpp.fused_diffusion_simd_best().decode()) + 1]
 
 
@@ -87,7 +97,7 @@ def build_info() -> dict[str, str]:
     info = {"cpp": CPP_MISSING or "loaded", "cuda": CUDA_MISSING or "loaded"}
     if _cpp is not None:
         info["compiler"] = _cpp.fused_diffusion_compiler().decode()
-        info["simd"] = _cpp.fused_diffusion_simd_in_use().decode()
+        info["simd"] = simd_in_use()
         info["simd variants"] = ", ".join(simd_variants())
     info["cuda archs"] = cuda.get("archs") or f"none: {cuda.get('reason', 'no record of a build')}"
     return info

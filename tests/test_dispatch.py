@@ -46,6 +46,14 @@ def test_explain_names_the_choice_and_the_reasons():
     assert OP.explain(4, backend="any") == "toy: any\n  not even: available; 'any' is preferred"
 
 
+def test_auto_passes_over_a_slower_backend_and_says_why():
+    slow_below_ten = ON_EVEN._replace(slower=lambda n: f"{n} is below ten" if n < 10 else None)
+    op = Op("toy", {"even": slow_below_ten, "any": ON_ALL})
+    assert (op(12), op(4), op(4, backend="even")) == ("even 12", "any 4", "even 4")
+    assert op.explain(4) == "toy: any\n  not even: 4 is below ten"
+    assert op.explain(3) == "toy: any\n  not even: 3 is odd"
+
+
 def test_explain_takes_the_public_functions_arguments():
     args, kwargs = CASES["mnist"].inputs()
     expected = explain("reverse_step", *args, **kwargs)

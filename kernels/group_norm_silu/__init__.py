@@ -3,7 +3,7 @@
 import torch
 
 from .._dispatch import Backend, Op, always
-from . import reference
+from . import native_impl, reference, triton_impl
 
 ACTIVATIONS = ("silu", "none")
 
@@ -28,7 +28,16 @@ def _validate(
         raise ValueError(f"group_norm_silu: activation must be 'silu' or 'none', not {activation!r}")
 
 
-op = Op("group_norm_silu", {"reference": Backend(reference.group_norm_silu, always)}, _validate)
+op = Op(
+    "group_norm_silu",
+    {
+        "cuda": Backend(native_impl.group_norm_silu, native_impl.supports_cuda),
+        "triton": Backend(triton_impl.group_norm_silu, triton_impl.supports),
+        "cpp": Backend(native_impl.group_norm_silu, native_impl.supports_cpp),
+        "reference": Backend(reference.group_norm_silu, always),
+    },
+    _validate,
+)
 
 
 def group_norm_silu(
