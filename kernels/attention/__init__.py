@@ -3,7 +3,7 @@
 import torch
 
 from .._dispatch import Backend, Op, always
-from . import reference
+from . import native_impl, reference, triton_impl
 
 
 def _validate(q, k, v, *, scale=None) -> None:
@@ -16,7 +16,16 @@ def _validate(q, k, v, *, scale=None) -> None:
         )
 
 
-op = Op("attention", {"reference": Backend(reference.attention, always)}, _validate)
+op = Op(
+    "attention",
+    {
+        "cuda": Backend(native_impl.attention, native_impl.supports_cuda),
+        "triton": Backend(triton_impl.attention, triton_impl.supports),
+        "cpp": Backend(native_impl.attention, native_impl.supports_cpp, native_impl.slower_cpp),
+        "reference": Backend(reference.attention, always),
+    },
+    _validate,
+)
 
 
 def attention(

@@ -1,0 +1,78 @@
+"""attention as torch.library operators: schemas, fakes and the derivative, the same for every backend.
+
+`fused_diffusion::attention` is implemented by the compiled libraries. A backend in Python registers operators
+of its own with the same schemas:
+
+    register("attention_triton", forward, backward)
+    out, logsumexp = torch.ops.fused_diffusion.attention_triton(q, k, v, scale)
+
+q, k, v: [B, H, S, D] of one dtype, any strides but a contiguous last dimension (usually views of one
+[B, S, 3, H, D] tensor). out, dq, dk and dv: of q's shape and dtype, in the memory of a contiguous
+[B, S, H, D], so that merging the heads copies nothing. logsumexp: float32 [B, H, S], the logarithm of the
+softmax's denominator, max included; it carries no gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FORWARD = "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor logsumexp)"
+BACKWARD = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, float scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def empty_like_heads(q: Tensor) -> Tensor:
+    """Uninitialised, of q's shape and dtype, in the memory of a contiguous [B, S, H, D]."""
+    batch, heads, positions, width = q.shape
+    return q.new_empty((batch, positions, heads, width)).transpose(1, 2)
+
+
+def _fake(q, k, v, scale):
+    return empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(grad, q, k, v, out, logsumexp, scale):
+    return empty_like_heads(q), empty_like_heads(q), empty_like_heads(q)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    out, logsumexp = output
+    ctx.save_for_backward(q, k, v, out, logsumexp)
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.set_materialize_grads(False)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("the gradient of attention cannot be differentiated again")
+
+
+def define(name: str) -> None:
+    """Defines fused_diffusion::<name> and fused_diffusion::<name>_backward, as yet without kernels."""
+    forward, backward = f"fused_diffusion::{name}", f"fused_diffusion::{name}_backward"
+    torch.library.define(forward, FORWARD)
+    torch.library.define(backward, BACKWARD)
+    torch.library.register_fake(forward, _fake)
+    torch.library.register_fake(backward, _fake_backward)
+    run_backward = getattr(torch.ops.fused_diffusion, f"{name}_backward")
+
+    def derivative(ctx, grad, _):
+        if grad.stride(-1) != 1:  # such as the gradient of a sum, which is one number everywhere
+            grad = grad.contiguous()
+        return *run_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+    torch.library.register_autograd(forward, derivative, setup_context=_setup_context)
+    torch.library.register_autograd(backward, _no_second_derivative)
+
+
+def register(name: str, forward: Callable, backward: Callable) -> None:
+    """Defines both operators and implements them in Python, on the CPU and on CUDA devices."""
+    define(name)
+    torch.library.impl(f"fused_diffusion::{name}", ("cpu", "cuda"), forward)
+    torch.library.impl(f"fused_diffusion::{name}_backward", ("cpu", "cuda"), backward)
+
+
+define("attention")
