@@ -2,7 +2,7 @@
 // processor runs, in the order of the reference, without contraction.
 #pragma once
 
-#include "common.h"
+#include "floats.h"
 
 namespace fused_diffusion {
 
@@ -20,42 +20,6 @@ FD_HD Row load_row(const double* table, int64_t rows, int64_t step) {
   float v[kRowLength];
   for (int i = 0; i < kRowLength; ++i) v[i] = inside ? static_cast<float>(r[i]) : __builtin_nanf("");
   return {v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-FD_HD float to_float(float value) { return value; }
-
-FD_HD float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
-
-FD_HD float to_float(Half value) {
-  const uint32_t magnitude = value.bits & 0x7FFFu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
-  return bit_cast<float>((magnitude < 0x7C00u ? finite : magnitude << 13 | 0x7F800000u) | sign);
-}
-
-// Rounded to nearest, ties to even; NaN stays NaN.
-FD_HD void from_float(float value, float& to) { to = value; }
-
-FD_HD void from_float(float value, BFloat16& to) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? bits >> 16 | 0x40u : rounded);
-}
-
-FD_HD void from_float(float value, Half& to) {
-  const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7FFFFFFFu;
-  // Below 2^-14 the spacing is that of 0.5f's last bit; from 65520 on it is infinity, and above that NaN.
-  const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
-  const uint32_t large = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-  const uint32_t rounded = magnitude < 0x38800000u ? small : magnitude < 0x477FF000u ? normal : large;
-  to.bits = static_cast<uint16_t>(rounded | (bits >> 16 & 0x8000u));
 }
 
 // exp(x) to 1 ulp; overflows to infinity and underflows to 0 like expf.

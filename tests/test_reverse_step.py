@@ -200,7 +200,7 @@ class TestMeaning:
         (dict(seed=-1), "seed is -1"),
         (dict(stream=-1), "stream is -1"),
         (dict(sample_ids=[1, 2, 3]), "3 sample_ids for a batch of 2"),
-        (dict(backend="triton"), "no backend 'triton'; choose from: auto, "),
+        (dict(backend="quantum"), "no backend 'quantum'; choose from: auto, "),
     ],
 )
 def test_nonsense_is_refused(change, message):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Backend, Op, always
-from . import native_impl, reference
+from . import native_impl, reference, triton_impl
 
 __all__ = ["op", "philox_normal", "validate_counters"]
 
@@ -43,6 +43,7 @@ op = Op(
     {
         "cuda": Backend(native_impl.philox_normal, native_impl.supports_cuda),
         "cpp": Backend(native_impl.philox_normal, native_impl.supports_cpp),
+        "triton": Backend(triton_impl.philox_normal, triton_impl.supports),
         "reference": Backend(reference.philox_normal, always),
     },
     _validate,
@@ -70,7 +71,7 @@ def philox_normal(
         sample_ids: int64 [B], default 0 .. B-1.
         stream: in [0, 2**32): by convention 0 for the initial noise, i + 1 for the noise of step i.
         device: where the result is.
-        backend: "auto", "cuda", "cpp" or "reference"; they agree to 2 units in the last place.
+        backend: "auto", "cuda", "cpp", "triton" or "reference"; they agree to 2 units in the last place.
 
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve this call.

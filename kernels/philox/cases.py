@@ -35,3 +35,6 @@ CASES = {
     "repeated_ids": Case((3, 10), sample_ids=(7, 7, 7)),
     "last_stream": Case((2, 65), stream=2**32 - 1),
 }
+
+# The shapes of real models.
+BENCHMARKED = ("mnist", "cifar10", "imagenet64")

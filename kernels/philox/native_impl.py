@@ -7,14 +7,15 @@ from torch import Tensor
 
 from .. import _native
 
-torch.library.define(
-    "fused_diffusion::philox_normal", "(Tensor sample_ids, int seed, int stream, SymInt elements) -> Tensor"
-)
+SCHEMA = "(Tensor sample_ids, int seed, int stream, SymInt elements) -> Tensor"
 
 
-@torch.library.register_fake("fused_diffusion::philox_normal")
-def _fake(sample_ids, seed, stream, elements):
+def fake(sample_ids, seed, stream, elements) -> Tensor:
     return sample_ids.new_empty((sample_ids.shape[0], elements), dtype=torch.float32)
+
+
+torch.library.define("fused_diffusion::philox_normal", SCHEMA)
+torch.library.register_fake("fused_diffusion::philox_normal", fake)
 
 
 def signed(seed: int) -> int:

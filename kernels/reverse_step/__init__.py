@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._dispatch import Backend, Op, always
 from ..philox import validate_counters
-from . import native_impl, reference
+from . import native_impl, reference, triton_impl
 from .row import Row, as_row
 
 __all__ = ["Row", "as_row", "op", "reverse_step"]
@@ -54,6 +54,7 @@ op = Op(
     {
         "cuda": Backend(native_impl.reverse_step, native_impl.supports_cuda),
         "cpp": Backend(native_impl.reverse_step, native_impl.supports_cpp),
+        "triton": Backend(triton_impl.reverse_step, triton_impl.supports),
         "reference": Backend(reference.reverse_step, always),
     },
     _validate,
@@ -92,7 +93,7 @@ def reverse_step(
         x0_prev: the previous step's x0, of x's shape; needed where row.d is not 0.
         noise: z, of x's shape; by default philox_normal(x.shape, seed, sample_ids, stream).
         seed, sample_ids, stream: see `philox_normal`. Nothing is drawn where row.s is 0.
-        backend: "auto", "cuda", "cpp" or "reference"; only the reference is differentiable.
+        backend: "auto", "cuda", "cpp", "triton" or "reference"; only the reference is differentiable.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from .native_impl import step_counter
 from .row import Row
 
 # DDPM's step t = 500 of the linear schedule, T = 1000, for each prediction type: out's share in x0.
@@ -54,6 +55,7 @@ class Case(NamedTuple):
 CASES = {
     "mnist": Case((16, 1, 28, 28), EPSILON),
     "cifar10_guided": Case((8, 3, 32, 32), EPSILON._replace(guidance_scale=3.0), guided=True),
+    "cifar10_guided_64": Case((64, 3, 32, 32), EPSILON._replace(guidance_scale=3.0), guided=True),
     "imagenet64_guided": Case((8, 3, 64, 64), EPSILON._replace(guidance_scale=1.5), guided=True),
     "sample": Case((2, 3, 8, 8), SAMPLE),
     "v_prediction": Case((2, 3, 8, 8), V_PREDICTION, guided=True),
@@ -76,3 +78,36 @@ CASES = {
     "empty_batch": Case((0, 3, 8, 8), EPSILON),
     "empty_sample": Case((2, 3, 0, 8), EPSILON),
 }  # fmt: skip
+
+# The shapes of real models.
+BENCHMARKED = (
+    "mnist",
+    "cifar10_guided",
+    "cifar10_guided_64",
+    "imagenet64_guided",
+    "learned_variance",
+    "multistep",
+)
+
+
+class InPlace(NamedTuple):
+    """A case of `reverse_step_`, which also writes the next input of a UNet: twice where it is guided."""
+
+    case: Case
+    rows: int = 1 << 16  # each of them the same, for as many calls
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    ) -> tuple[tuple, dict]:
+        """Positional and keyword arguments of a call, model outputs and unet_input in `dtype`."""
+        (x, out, row), options = self.case.inputs(dtype, device, seed)
+        table = torch.tensor([row], dtype=torch.float64, device=device).repeat(self.rows, 1)
+        counter = step_counter(options["seed"], options["stream"], device)
+        ids = options["sample_ids"]
+        return (x, out, table, counter), {
+            "sample_ids": torch.arange(len(x), device=device) if ids is None else ids,
+            "model_output_uncond": options["model_output_uncond"],
+            "x0": options["x0_prev"],
+            "noise": options["noise"],
+            "unet_input": x.new_empty(((1 + self.case.guided) * len(x), *x.shape[1:]), dtype=dtype),
+        }

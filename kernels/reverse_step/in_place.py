@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._dispatch import Backend, Op, always
 from ..philox import validate_counters
-from . import native_impl, reference
+from . import native_impl, reference, triton_impl
 
 
 def step_counter(seed: int, *, stream: int = 1, device: torch.device | str = "cpu") -> Tensor:
@@ -56,6 +56,7 @@ op = Op(
     {
         "cuda": Backend(native_impl.reverse_step_, native_impl.supports_cuda_in_place),
         "cpp": Backend(native_impl.reverse_step_, native_impl.supports_cpp_in_place),
+        "triton": Backend(triton_impl.reverse_step_, triton_impl.supports_in_place),
         "reference": Backend(reference.reverse_step_, always),
     },
     _validate,
@@ -90,7 +91,7 @@ def reverse_step_(
         noise: z of this step, instead of the counter-based noise.
         unet_input: is overwritten with x_{t-1}, in its dtype and layout: [B, C, ...], or [2B, C, ...] for
             x_{t-1} twice, as guidance needs it.
-        backend: "auto", "cuda", "cpp" or "reference".
+        backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.

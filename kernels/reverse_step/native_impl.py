@@ -14,28 +14,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the UNet's input a
 # table: float64 [rows, 12]. counter: int64 [4], (step, seed, stream of step 0, 0). Both are on x's device:
 # the row is table[step] and the noise stream is stream + step, so that one CUDA graph serves every step. The
 # last entry counts CUDA blocks within a call.
-torch.library.define(
-    "fused_diffusion::reverse_step",
+SCHEMA = (
     "(Tensor x, Tensor model_output, Tensor? model_output_uncond, Tensor? x0_prev, Tensor? noise, "
-    "Tensor table, Tensor counter, Tensor sample_ids) -> (Tensor, Tensor)",
+    "Tensor table, Tensor counter, Tensor sample_ids) -> (Tensor, Tensor)"
 )
-torch.library.define(
-    "fused_diffusion::reverse_step_",
+SCHEMA_IN_PLACE = (
     "(Tensor(a!) x, Tensor model_output, Tensor? model_output_uncond, Tensor(b!)? x0, Tensor? noise, "
-    "Tensor table, Tensor(c!) counter, Tensor sample_ids, Tensor(d!)? unet_input) -> ()",
+    "Tensor table, Tensor(c!) counter, Tensor sample_ids, Tensor(d!)? unet_input) -> ()"
 )
 
 
-@torch.library.register_fake("fused_diffusion::reverse_step")
+def define(name: str) -> None:
+    """Defines fused_diffusion::<name> and, in place, fused_diffusion::<name>_, as yet without kernels."""
+    torch.library.define(f"fused_diffusion::{name}", SCHEMA)
+    torch.library.define(f"fused_diffusion::{name}_", SCHEMA_IN_PLACE)
+    torch.library.register_fake(f"fused_diffusion::{name}", _fake)
+    torch.library.register_fake(f"fused_diffusion::{name}_", _fake_in_place)
+
+
 def _fake(x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.register_fake("fused_diffusion::reverse_step_")
 def _fake_in_place(
     x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
 ) -> None:
     return None
+
+
+define("reverse_step")
 
 
 def _has_even_positions(tensor: Tensor) -> bool:
@@ -46,7 +53,7 @@ def _has_even_positions(tensor: Tensor) -> bool:
     return all(s == below * n for (s, _), (below, n) in pairwise(strides))
 
 
-def _supports(x, model_output, model_output_uncond, **images) -> str | None:
+def unsupported(x, model_output, model_output_uncond, **images) -> str | None:
     """`images`: the other tensors of x's shape, dtype and layout."""
     differentiable = torch.is_grad_enabled()
     for name, tensor in (("x", x), *images.items()):
@@ -81,7 +88,7 @@ def supports_cpp(
 ) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on the CPU, not on {x.device}"
-    return _native.CPP_MISSING or _supports(
+    return _native.CPP_MISSING or unsupported(
         x, model_output, model_output_uncond, x0_prev=x0_prev, noise=noise
     )
 
@@ -91,7 +98,7 @@ def supports_cuda(
 ) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on CUDA devices, not on {x.device}"
-    return _native.CUDA_MISSING or _supports(
+    return _native.CUDA_MISSING or unsupported(
         x, model_output, model_output_uncond, x0_prev=x0_prev, noise=noise
     )
 
@@ -100,7 +107,7 @@ def step_counter(seed: int, stream: int, device) -> Tensor:
     return torch.tensor([0, signed(seed), stream, 0], dtype=torch.int64, device=device)
 
 
-def reverse_step(
+def arguments(
     x: Tensor,
     model_output: Tensor,
     row: Row,
@@ -111,22 +118,25 @@ def reverse_step(
     seed: int,
     sample_ids,
     stream: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple:
+    """The operator's arguments, from those of the public function."""
     table = torch.tensor([as_row(row)], dtype=torch.float64, device=x.device)
     counter = step_counter(seed, stream, x.device)
     ids = sample_ids_tensor(sample_ids, x.shape[0], x.device)
-    return torch.ops.fused_diffusion.reverse_step(
-        x, model_output, model_output_uncond, x0_prev, noise, table, counter, ids
-    )
+    return x, model_output, model_output_uncond, x0_prev, noise, table, counter, ids
 
 
-def _supports_in_place(x, model_output, model_output_uncond, x0, noise, unet_input) -> str | None:
+def reverse_step(x: Tensor, model_output: Tensor, row: Row, **options) -> tuple[Tensor, Tensor]:
+    return torch.ops.fused_diffusion.reverse_step(*arguments(x, model_output, row, **options))
+
+
+def unsupported_in_place(x, model_output, model_output_uncond, x0, noise, unet_input) -> str | None:
     if unet_input is not None:
         if unet_input.dtype not in DTYPES:
             return f"unet_input is {unet_input.dtype}, not float32, bfloat16 or float16"
         if not _has_even_positions(unet_input):
             return "unet_input is neither contiguous nor channels_last"
-    return _supports(x, model_output, model_output_uncond, x0=x0, noise=noise)
+    return unsupported(x, model_output, model_output_uncond, x0=x0, noise=noise)
 
 
 def supports_cpp_in_place(
@@ -134,7 +144,7 @@ def supports_cpp_in_place(
 ) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on the CPU, not on {x.device}"
-    return _native.CPP_MISSING or _supports_in_place(
+    return _native.CPP_MISSING or unsupported_in_place(
         x, model_output, model_output_uncond, x0, noise, unet_input
     )
 
@@ -144,7 +154,7 @@ def supports_cuda_in_place(
 ) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on CUDA devices, not on {x.device}"
-    return _native.CUDA_MISSING or _supports_in_place(
+    return _native.CUDA_MISSING or unsupported_in_place(
         x, model_output, model_output_uncond, x0, noise, unet_input
     )
 
