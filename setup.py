@@ -38,12 +38,21 @@ CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "com
 SOURCES = {
     "diffusion.kernels._cpp": [
         "csrc/module.cpp",
+        "csrc/attention.cpp",
+        "csrc/group_norm_silu.cpp",
         "csrc/philox.cpp",
         "csrc/philox_avx2.cpp",
         "csrc/philox_avx512.cpp",
         "csrc/reverse_step.cpp",
     ],
-    "diffusion.kernels._cuda": ["csrc/philox.cu", "csrc/reverse_step.cu"],
+    "diffusion.kernels._cuda": [
+        "csrc/attention.cu",
+        "csrc/attention_backward.cu",
+        "csrc/group_norm_silu.cu",
+        "csrc/group_norm_silu_backward.cu",
+        "csrc/philox.cu",
+        "csrc/reverse_step.cu",
+    ],
 }
 
 

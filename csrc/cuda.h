@@ -1,10 +1,10 @@
-// How an op reaches the GPU: the current stream of the tensor's device, through the stable ABI.
+// How an op reaches the GPU: the current stream of the tensor's device, through the stable ABI, and launches. All
+// of it is C++, so that the tests can run the kernels on the host.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -20,6 +20,35 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   const AOTITorchError error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "there is no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
+}
+
+inline void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// The bytes that the launch gave to the block.
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+// kernel<<<grid, block, shared, stream>>>(arguments...)
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+            const Arguments&... arguments) {
+  if (shared > (48 << 10)) {  // which a kernel has without asking
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Blocks along x for the noise blocks of a sample, along y for the samples; kernels stride over both.

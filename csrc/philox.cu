@@ -36,10 +36,9 @@ Tensor philox_normal(const Tensor& sample_ids, int64_t seed, int64_t stream, int
   Tensor out = torch::stable::new_empty(sample_ids, {batch, elements}, ScalarType::Float);
   if (batch * elements == 0) return out;
   const torch::stable::accelerator::DeviceGuard guard(sample_ids.get_device_index());
-  philox_normal_kernel<<<grid_for(batch, (elements + 3) / 4), kThreads, 0, current_stream(sample_ids)>>>(
-      static_cast<float*>(out.mutable_data_ptr()), static_cast<const int64_t*>(sample_ids.const_data_ptr()),
-      batch, elements, static_cast<uint64_t>(seed), static_cast<uint32_t>(stream));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(philox_normal_kernel, grid_for(batch, (elements + 3) / 4), kThreads, 0, current_stream(sample_ids),
+         static_cast<float*>(out.mutable_data_ptr()), static_cast<const int64_t*>(sample_ids.const_data_ptr()), batch,
+         elements, static_cast<uint64_t>(seed), static_cast<uint32_t>(stream));
   return out;
 }
 

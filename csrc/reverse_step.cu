@@ -172,13 +172,12 @@ struct Launch {
     // An empty batch still has its step.
     const dim3 grid = grid_for(std::max<int64_t>(args.batch, 1), std::max<int64_t>((elements + 3) / 4, 1));
     if (args.output_type == Type::float32) {
-      reverse_step_kernel<float><<<grid, kThreads, 0, stream>>>(args, vectors);
+      launch(reverse_step_kernel<float>, grid, kThreads, 0, stream, args, vectors);
     } else if (args.output_type == Type::bfloat16) {
-      reverse_step_kernel<BFloat16><<<grid, kThreads, 0, stream>>>(args, vectors);
+      launch(reverse_step_kernel<BFloat16>, grid, kThreads, 0, stream, args, vectors);
     } else {
-      reverse_step_kernel<Half><<<grid, kThreads, 0, stream>>>(args, vectors);
+      launch(reverse_step_kernel<Half>, grid, kThreads, 0, stream, args, vectors);
     }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
