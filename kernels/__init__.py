@@ -9,6 +9,7 @@ from . import philox as _philox
 from . import reverse_step as _reverse_step
 from ._native import build_info
 from .attention import attention
+from .benchmarking import benchmark_table
 from .group_norm_silu import group_norm_silu
 from .philox import philox_normal
 from .reverse_step import Row, in_place, reverse_step
@@ -17,6 +18,7 @@ from .reverse_step.in_place import reverse_step_, step_counter
 __all__ = [
     "Row",
     "attention",
+    "benchmark_table",
     "build_info",
     "explain",
     "group_norm_silu",

@@ -1,0 +1,54 @@
+"""Every op, backend and peer on the shapes of real models: pytest benchmarks --benchmark-only.
+
+Nothing whose result is wrong is timed. diffusion.kernels.benchmark_table has the same, interleaved.
+"""
+
+import pytest
+import torch
+from diffusion.kernels.benchmarking import SUBJECTS
+
+pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=5, warmup=False)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NATIVE = {"cpu": ["cpp"], "cuda": ["cuda", "triton"]}[DEVICE]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def cases(op):
+    return [
+        (op, case, dtype) for case in SUBJECTS[op].cases for dtype in DTYPES if dtype in SUBJECTS[op].dtypes
+    ]
+
+
+def diffusers_step(case, x, model_output, row, *, model_output_uncond=None, **counters):
+    """Classifier-free guidance and one step of diffusers' DDPMScheduler, as its pipelines write them."""
+    if model_output_uncond is not None:
+        difference = model_output - model_output_uncond
+        model_output = model_output_uncond + row.guidance_scale * difference
+    return SCHEDULER.step(model_output, int(row.timestep), x, return_dict=False)
+
+
+SCHEDULER = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=1000)
+DIFFUSERS = {"diffusers": diffusers_step}
+STEPS = ["mnist", "cifar10_guided", "cifar10_guided_64", "imagenet64_guided"]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "case", "dtype"), cases("group_norm_silu") + cases("attention"), ids=str)
+@pytest.mark.parametrize("run", [*NATIVE, "reference", "torch"])
+def test_differentiable(timed, run, op, case, dtype, backward):
+    timed(run, op, case, dtype, DEVICE, backward=backward)
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "dtype"), [c for op in ("philox_normal", "reverse_step_") for c in cases(op)], ids=str
+)
+@pytest.mark.parametrize("run", [*NATIVE, "reference", "torch"])
+def test_sampling(timed, run, op, case, dtype):
+    timed(run, op, case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("run", [*NATIVE, "reference", "diffusers"])
+def test_reverse_step(timed, run, case):
+    timed(run, "reverse_step", case, torch.float32, DEVICE, peers=DIFFUSERS)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the repository.
+# Any finding ends the run. Arguments go to pytest, instead of all tests of the ops.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$work"
+cd "$work"
+
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+DIFFUSION_NO_CUDA=1 CXXFLAGS=$flags python3 setup.py build_ext --inplace >build.log 2>&1 || { tail build.log; exit 1; }
+test -s kernels/_cpp.so || { tail build.log; exit 1; }
+if [ $# = 0 ]; then
+    set -- tests/test_philox.py tests/test_reverse_step.py tests/test_reverse_step_in_place.py
+    for name in group_norm_silu attention; do
+        if [ -e "tests/test_$name.py" ]; then set -- "$@" "tests/test_$name.py"; fi
+    done
+    set -- "$@" -k "not compile and not opcheck"
+fi
+export PYTHONPATH=$work LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
+python3 -m pytest -q -p no:cacheprovider "$@"
