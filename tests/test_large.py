@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def needs(gib):
-    return pytest.mark.skipif(MEMORY < gib * GIB, reason=f"needs {gib} GiB of free memory")
+    return pytest.mark.skipif(gib * GIB > MEMORY, reason=f"needs {gib} GiB of free memory")
 
 
 @needs(11)
