@@ -17,7 +17,7 @@
 namespace fused_diffusion {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 19;      // half of a second cache of today
+constexpr int64_t kBlockBytes = 1 << 18;      // a quarter of a second cache of today
 constexpr int64_t kElementsPerThread = 1 << 15;  // like PyTorch: a smaller share is not worth a thread
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kChannelDoubles = 9;  // of scratch

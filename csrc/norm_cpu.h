@@ -311,14 +311,18 @@ FD_HD Vec silu(Vec u) {
   return u / fma(power_of_two<T>(u), factor, factor);
 }
 
+// ahead: how far behind x the next block lies, which memory can fetch in the meantime.
 template <bool kSilu, class T, class C>
-void normalise(const Block<T>& block, C columns, int64_t c, const T* x, T* y, int64_t rows, int64_t stride) {
-  constexpr int kCount = C::kVectorCount;
+void normalise(const Block<T>& block, C columns, int64_t c, const T* x, T* y, int64_t rows, int64_t stride,
+               int64_t ahead) {
+  constexpr int kCount = C::kVectorCount, kLine = 64 / static_cast<int>(sizeof(T));
+  constexpr int kStep = kLine > kLanes ? kLine / kLanes : 1;  // vectors to a cache line
   Vec centre[kCount], gain[kCount], offset[kCount];
   block.spread_channels(columns, block.channel.centre, c, centre);
   block.spread_channels(columns, block.channel.gain, c, gain);
   block.spread_channels(columns, block.channel.offset, c, offset);
   for (int64_t r = 0; r < rows; ++r, x += stride, y += stride) {
+    for (int i = 0; i < kCount; i += kStep) __builtin_prefetch(x + ahead + i * kLanes, 0, 2);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
       const Vec z = fma(columns.read(x, i) - centre[i], gain[i], offset[i]);
@@ -336,11 +340,12 @@ void forward(const NormArguments& args, void* y, int64_t groups, double* scratch
     block.read_parameters();
     block.group_statistics();
     block.map_channels(args.silu ? -kLog2E : 1.0f);
+    const int64_t ahead = i + 1 < end ? Block<T>(args, groups, scratch, i + 1).at - block.at : 0;
     block.each_part(kTileRows, [&](auto columns, int64_t c, int64_t at, int64_t rows, int64_t stride) FD_INLINE {
       if (args.silu) {
-        normalise<true>(block, columns, c, x + at, to + at, rows, stride);
+        normalise<true>(block, columns, c, x + at, to + at, rows, stride, ahead);
       } else {
-        normalise<false>(block, columns, c, x + at, to + at, rows, stride);
+        normalise<false>(block, columns, c, x + at, to + at, rows, stride, ahead);
       }
     });
   }
