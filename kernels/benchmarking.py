@@ -389,6 +389,8 @@ def benchmark_table(
         peer, ratio      "torch", and how many times as long as auto's choice it takes (None: auto is wrong)
     ValueError: an unknown op or case.
     """
+    if isinstance(ops, str) or isinstance(cases, str):
+        raise ValueError("ops and cases are lists of names")
     ops = list(SUBJECTS) if ops is None else list(ops)
     unknown = [name for name in ops if name not in SUBJECTS]
     if unknown:
@@ -399,6 +401,9 @@ def benchmark_table(
     if unknown:
         raise ValueError(f"unknown case {unknown[0]!r}; choose from: {', '.join(known)}")
     dtypes = DTYPES if dtypes is None else tuple(dtypes)
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown:
+        raise ValueError(f"unknown dtype {unknown[0]!r}; choose from: {', '.join(map(str, DTYPES))}")
     return [
         Comparison(name, case, dtype, device, backward=direction).row(case_name, seconds)
         for name in ops

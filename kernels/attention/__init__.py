@@ -14,6 +14,9 @@ def _validate(q, k, v, *, scale=None) -> None:
         raise ValueError(
             f"attention needs q, k and v of one floating-point dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.device != q.device:
+            raise ValueError(f"attention: {name} is on {tensor.device}, not on q's {q.device}")
 
 
 op = Op(

@@ -61,7 +61,7 @@ def define(name: str) -> None:
 
     def derivative(ctx, grad, _):
         if grad.stride(-1) != 1:  # such as the gradient of a sum, which is one number everywhere
-            grad = grad.contiguous()
+            grad = grad.clone(memory_format=torch.contiguous_format)
         return *run_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
     torch.library.register_autograd(forward, derivative, setup_context=_setup_context)

@@ -22,6 +22,8 @@ def _shared_memory(device_index: int | None) -> int:
 def _supports(q, k, v) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {q.dtype}, not float32, bfloat16 or float16"
+    if q.shape[-1] == 0:
+        return "the width of a head is 0"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return f"the last dimension of {name} is not contiguous"
@@ -48,7 +50,7 @@ def supports_cuda(q, k, v, *, scale=None) -> str | None:
 
 
 def slower_cpp(q, k, v, *, scale=None) -> str | None:
-    """Where PyTorch's own op wins on a CPU, by benchmarks/test_attention.py.
+    """Where PyTorch's own op wins on a CPU, by benchmarks/test_ops.py.
 
     In float32 on AVX-512 the forward pass is 1.1 to 1.4 times as fast from 2**19 products of the logits on;
     below it is 0.6 to 1.0 times, since calling the operator takes 8 us longer. On AVX2 it is 0.98 times at

@@ -18,6 +18,8 @@ def _validate(
     n, c = x.shape[:2]
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"group_norm_silu: {c} channels cannot be divided into {num_groups} groups")
+    if not eps >= 0:
+        raise ValueError(f"group_norm_silu: eps must not be negative or NaN, and is {eps}")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != (c,):
             raise ValueError(f"group_norm_silu: {name} must have shape [{c}], not {list(vector.shape)}")

@@ -165,3 +165,6 @@ def reverse_step_(
     torch.ops.fused_diffusion.reverse_step_(
         x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
     )
+    if not torch.compiler.is_compiling():  # whose graphs know what the operator changes
+        changed = [t for t in (x, x0, counter, unet_input) if t is not None and not t.is_inference()]
+        torch.autograd.graph.increment_version(changed)

@@ -28,13 +28,16 @@ class Row(NamedTuple):
 
 
 def as_row(row: Row | Sequence[float] | torch.Tensor) -> Row:
-    """`row` as a Row; ValueError unless it is 12 numbers in Row's order."""
-    if isinstance(row, Row):
+    """`row` as a Row; ValueError unless it is 12 numbers in Row's order, none NaN, clip not negative."""
+    if isinstance(row, Row) and torch.compiler.is_compiling():  # its numbers are then symbols
         return row
-    values = row.tolist() if isinstance(row, torch.Tensor) else list(row)
-    if len(values) != len(Row._fields) or any(isinstance(v, list) for v in values):
-        raise ValueError(f"row has {len(values)} entries, not the 12 numbers {', '.join(Row._fields)}")
-    row = Row(*(float(v) for v in values))
+    if not isinstance(row, Row):
+        values = row.tolist() if isinstance(row, torch.Tensor) else list(row)
+        if len(values) != len(Row._fields) or any(isinstance(v, list) for v in values):
+            raise ValueError(f"row has {len(values)} entries, not the 12 numbers {', '.join(Row._fields)}")
+        row = Row(*(float(v) for v in values))
+    if row.clip < 0:
+        raise ValueError(f"row.clip must not be negative, and is {row.clip}")
     if any(math.isnan(v) for v in row):
         raise ValueError(f"row holds NaN: {row}")
     return row
