@@ -312,6 +312,8 @@ __attribute__((noinline)) void unpack_transposed(T* out, int64_t row, const floa
 
 // ---- Forward.
 
+// maximum: of the logits before they are scaled, with their sign turned where the scale is negative. Differences
+// are taken before the scale multiplies them, so that no rounding makes the exponent of the largest more than 0.
 struct alignas(64) Softmax {
   float maximum[kQueries], sum[kQueries], rescale[kQueries];
 };
@@ -320,16 +322,16 @@ struct alignas(64) Softmax {
 template <class Math>
 __attribute__((noinline)) void fold_tile(float* logits, Softmax& softmax, int64_t keys, int64_t lanes, float scale,
                                          bool first) {
-  const Vec factor = spread(scale);
+  const Vec direction = spread(scale < 0.0f ? -1.0f : 1.0f), factor = spread(scale < 0.0f ? -scale : scale);
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     float* column = logits + lane;
-    Vec largest = load(column) * factor;
-    for (int64_t key = 1; key < keys; ++key) largest = larger(load(column + key * kQueries) * factor, largest);
+    Vec largest = load(column) * direction;
+    for (int64_t key = 1; key < keys; ++key) largest = larger(load(column + key * kQueries) * direction, largest);
     Vec sum = {};
     if (!first) {
       const Vec before = load(softmax.maximum + lane);
       largest = larger(before, largest);
-      const Vec rescale = exponential(before - largest);
+      const Vec rescale = exponential((before - largest) * factor);
       store(softmax.rescale + lane, rescale);
       sum = load(softmax.sum + lane) * rescale;
     }
@@ -337,12 +339,12 @@ __attribute__((noinline)) void fold_tile(float* logits, Softmax& softmax, int64_
     Vec tile_sum = {};
     for (int64_t key = 0; key < keys; key += Math::kPack) {
       float* at = column + key * kQueries;
-      const Vec weight = exponential(fma(load(at), factor, -largest));
+      const Vec weight = exponential(fma(load(at), direction, -largest) * factor);
       tile_sum += weight;
       if constexpr (Math::kPack == 1) {
         store(at, weight);
       } else {
-        const Vec next = key + 1 < keys ? exponential(fma(load(at + kQueries), factor, -largest)) : Vec{};
+        const Vec next = key + 1 < keys ? exponential(fma(load(at + kQueries), direction, -largest) * factor) : Vec{};
         tile_sum += next;
         store(column + key / 2 * kQueries, Math::pair(weight, next));
       }
@@ -380,7 +382,7 @@ void forward(const AttentionArguments& g, int64_t queries, int64_t begin, int64_
                      out_t, kQueries, D, lanes, words_of<Math>(keys), key > 0);
     }
     float* logsumexp = g.logsumexp + (b * g.heads + h) * S + first;
-    for (int64_t i = 0; i < count; ++i) logsumexp[i] = softmax.maximum[i] + logf(softmax.sum[i]);
+    for (int64_t i = 0; i < count; ++i) logsumexp[i] = softmax.maximum[i] * fabsf(g.scale) + logf(softmax.sum[i]);
     for (int64_t i = 0; i < lanes; ++i) softmax.sum[i] = 1.0f / softmax.sum[i];
     unpack_transposed(g.out.at<T>(b, h) + first * g.out.row, g.out.row, out_t, softmax.sum, count, D);
   }
@@ -397,16 +399,16 @@ void forward(const AttentionArguments& g, int64_t queries, int64_t begin, int64_
 template <class Math>
 __attribute__((noinline)) void differentiate_softmax(float* p, float* dp, float* ds, int64_t keys, int64_t lanes,
                                                      float scale) {
-  const Vec factor = spread(scale);
+  const Vec direction = spread(scale < 0.0f ? -1.0f : 1.0f), factor = spread(scale), size = direction * factor;
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-    Vec largest = load(p + lane) * factor;
-    for (int64_t key = 1; key < keys; ++key) largest = larger(load(p + key * kQueries + lane) * factor, largest);
+    Vec largest = load(p + lane) * direction;
+    for (int64_t key = 1; key < keys; ++key) largest = larger(load(p + key * kQueries + lane) * direction, largest);
     Vec sum = {}, mean = {};
     for (int64_t first = 0; first < keys; first += kKeys) {
       Vec tile_sum = {}, tile_mean = {};
       for (int64_t key = first; key < keys && key < first + kKeys; ++key) {
         const int64_t at = key * kQueries + lane;
-        const Vec weight = exponential(fma(load(p + at), factor, -largest));
+        const Vec weight = exponential(fma(load(p + at), direction, -largest) * size);
         tile_sum += weight;
         tile_mean = fma(weight, load(dp + at), tile_mean);
         store(p + at, weight);

@@ -60,6 +60,8 @@ def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
     the checkpoint has. ValueError, in one line, for anything that is missing, damaged, or not
     a model.
     """
+    if not str(name):
+        raise ValueError("the name of a model must not be empty")
     folder = _locate(str(name))
     path = folder / "config.json"
     if not is_model(folder) and diffusers.is_diffusers(folder):

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, engine
+from . import checkpoint, engine, kernels
 from .devices import check_dtype, resolve_device, resolve_dtype
-from .guidance import drop_labels
+from .guidance import check_rescale, drop_labels
+from .memory import check_fits
 from .process import check_prediction_type, loss_weight, q_sample, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
-from .thresholding import thresholded_step
+from .thresholding import check_threshold, thresholded_step
 from .unet import UNet
 
 BATCH_SIZE = 64  # images sampled together when the caller does not say
@@ -169,6 +170,8 @@ class DDPM(nn.Module):
 
         ValueError for anything that is out of range or does not fit the model.
         """
+        if num_samples is not None:
+            self.check_count(num_samples)
         labels, ids = self._images(labels, num_samples, sample_ids)
         guidance = _number("guidance_scale", guidance_scale)
         if labels is None and guidance != 1:
@@ -179,8 +182,10 @@ class DDPM(nn.Module):
             raise ValueError(f"seed must be an integer in 0..2^64-1, not {seed!r}")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+        check_rescale(guidance_rescale)
         threshold = None
         if dynamic_threshold is not None:
+            check_threshold(dynamic_threshold, dynamic_threshold_max)
             sampler_options.setdefault("clip", None)
             threshold = partial(thresholded_step, ratio=dynamic_threshold, max_value=dynamic_threshold_max)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
@@ -188,6 +193,7 @@ class DDPM(nn.Module):
         place = next(unet.parameters()).device
         config = unet.config
         shape = (config.in_channels, *config.image_shape)
+        kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
         size = batch_size or (len(ids) if noise is not None else BATCH_SIZE)
         images = torch.empty(len(ids), *shape, device=place)
         with _Progress(len(ids), len(table), progress) as bar:
@@ -214,6 +220,14 @@ class DDPM(nn.Module):
                 f"the UNet gave NaN or infinite values in {str(next(unet.parameters()).dtype)[6:]}"
             )
         return images
+
+    def check_count(self, count: int) -> None:
+        """ValueError unless `count` is a number of images that this model's device has memory for."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_samples must be an integer of at least 1, not {count!r}")
+        config = self.unet.config
+        size = 4 * count * config.in_channels * math.prod(config.image_shape)
+        check_fits(f"{count:,} images", size, next(self.unet.parameters()).device)
 
     def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
@@ -249,8 +263,6 @@ class DDPM(nn.Module):
                 raise ValueError(f"sample_ids must not be negative, but one is {sample_ids.min()}")
             count = len(sample_ids) if count == 1 else count
         if num_samples is not None:
-            if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-                raise ValueError(f"num_samples must be an integer of at least 1, not {num_samples!r}")
             count = num_samples
         if count == 0:
             raise ValueError("labels are empty; give at least one")

@@ -43,6 +43,8 @@ def check_writable(*targets: str | os.PathLike) -> None:
     Called before long work, so that an hour of sampling does not end in an error about a folder.
     """
     for target in map(Path, targets):
+        if "\0" in str(target):
+            raise ValueError(f"cannot write {str(target)!r}: no file name holds a null character")
         if target.is_dir():
             raise ValueError(f"cannot write {target}: it is a folder, not a file")
         missing = [folder for folder in target.parents if not folder.exists()]

@@ -30,6 +30,12 @@ def guidance_scales(
     return torch.where(inside, scales, 1.0)
 
 
+def check_rescale(phi: float) -> None:
+    """ValueError unless phi is in [0, 1]."""
+    if not 0 <= phi <= 1:
+        raise ValueError(f"guidance_rescale must be in [0, 1], not {phi}")
+
+
 def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float) -> torch.Tensor:
     """Guided prediction with its standard deviation brought back, in part, to the conditional one's.
 
@@ -37,8 +43,7 @@ def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float) -> to
     every image of the batch the standard deviation of its conditional prediction (Lin et al. 2023, arXiv
     2305.08891, eq. 15 and 16, whose experiments use 0.7). ValueError for other phi or shapes.
     """
-    if not 0 <= phi <= 1:
-        raise ValueError(f"guidance rescale must be in [0, 1], not {phi}")
+    check_rescale(phi)
     if guided.shape != cond.shape:
         raise ValueError(f"guided {list(guided.shape)} and cond {list(cond.shape)} must have one shape")
     dims = tuple(range(1, guided.ndim))

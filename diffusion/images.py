@@ -10,40 +10,50 @@ from PIL import Image
 
 from .files import replacing
 
+MOST_PIXELS = 2**28  # of a picture
+
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Images [..., C, H, W] in [-1, 1] to uint8 0..255, rounded to nearest; values outside are clipped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_grid(channels: int, columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
-    """ValueError for what `make_grid` would refuse, before there are images."""
+def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
+    """ValueError for what `make_grid` would refuse of images [N, C, H, W], before there are any."""
+    if len(shape) != 4 or shape[0] == 0:
+        raise ValueError(f"a picture needs images [N, C, H, W] with N > 0, not {list(shape)}")
+    channels = shape[1]
     if channels not in (1, 3):
         raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
     if scale < 1 or padding < 0 or (columns is not None and columns < 1):
         raise ValueError(
             f"columns {columns} and scale {scale} must be at least 1, padding {padding} at least 0"
         )
+    height, width = _canvas(shape, columns, padding, scale)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"a picture of {width:,} x {height:,} pixels is too large")
+
+
+def _canvas(shape: Sequence[int], columns: int | None, padding: int, scale: int) -> tuple[int, int]:
+    count, _, height, width = shape
+    columns = min(columns or 10, count)
+    rows = math.ceil(count / columns)
+    return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding
 
 
 def make_grid(x: torch.Tensor, columns: int | None = None, padding: int = 2, scale: int = 1) -> Image.Image:
     """One picture of images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row on a black ground.
 
-    columns: images in a row, ten by default. padding: pixels between images. scale: each
+    columns: images in a row, ten by default, no more than there are. padding: pixels between. scale: each
     pixel is drawn as scale x scale. ValueError for other shapes.
     """
-    if x.ndim != 4 or x.shape[0] == 0:
-        raise ValueError(f"a picture needs images [N, C, H, W] with N > 0, not {list(x.shape)}")
+    check_grid(x.shape, columns, padding, scale)
     count, channels, height, width = x.shape
-    check_grid(channels, columns, padding, scale)
-    columns = min(10, count) if columns is None else columns
-    rows = math.ceil(count / columns)
+    columns = min(columns or 10, count)
     pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = height * scale, width * scale
-    canvas = np.zeros(
-        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), np.uint8
-    )
+    canvas = np.zeros((*_canvas(x.shape, columns, padding, scale), channels), np.uint8)
     for index, image in enumerate(pixels):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)

@@ -7,6 +7,14 @@ import torch
 from .kernels import Row
 
 
+def check_threshold(ratio: float, max_value: float) -> None:
+    """ValueError unless ratio is in [0, 1] and max_value at least 1."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the thresholding ratio must be in [0, 1], not {ratio}")
+    if not max_value >= 1:
+        raise ValueError(f"the thresholding max_value must be at least 1, not {max_value}")
+
+
 def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float = 1.0) -> torch.Tensor:
     """x0 [B, ...] clipped, image by image, to [-s, s] and divided by s.
 
@@ -14,10 +22,7 @@ def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float =
     al. 2022, arXiv 2205.11487, section 2.3). ratio in [0, 1]; max_value at least 1, where 1 is static
     clipping to [-1, 1]. ValueError otherwise.
     """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"the thresholding ratio must be in [0, 1], not {ratio}")
-    if not max_value >= 1:
-        raise ValueError(f"the thresholding max_value must be at least 1, not {max_value}")
+    check_threshold(ratio, max_value)
     magnitudes = x0.abs().flatten(1)
     position = ratio * (magnitudes.shape[1] - 1)
     below = math.floor(position)

@@ -8,6 +8,9 @@ the reason why "auto" passes over a backend that could serve, where the benchmar
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch.autograd import forward_ad
+
 
 def always(*args, **kwargs) -> None:
     """The `supports` of a backend that serves every valid call, such as a plain PyTorch reference."""
@@ -22,6 +25,17 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
+def transformed() -> str | None:
+    """Why no compiled operator can run here: their derivatives are those of one reverse pass."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being computed"
+    return None
+
+
 class Backend(NamedTuple):
     run: Callable[..., Any]
     supports: Callable[..., str | None]
@@ -29,8 +43,9 @@ class Backend(NamedTuple):
 
 
 class Op:
-    """An op and its backends, listed in the order in which "auto" tries them; the last is never slower.
+    """An op and its backends, listed in the order in which "auto" tries them.
 
+    The last is plain PyTorch: it serves every call, is never slower, and takes part in every transform.
     `validate` raises ValueError for arguments that no backend could serve; it runs before the choice.
     """
 
@@ -39,9 +54,13 @@ class Op:
         self.backends = backends
         self.validate = validate
 
+    def _refusal(self, name: str, *args, **kwargs) -> str | None:
+        reason = None if name == next(reversed(self.backends)) else transformed()
+        return reason or self.backends[name].supports(*args, **kwargs)
+
     def serving(self, *args, **kwargs) -> list[str]:
         """Names of the backends that could serve this call, in the order of preference."""
-        return [name for name, b in self.backends.items() if b.supports(*args, **kwargs) is None]
+        return [name for name in self.backends if self._refusal(name, *args, **kwargs) is None]
 
     def choose(self, backend: str, *args, **kwargs) -> str:
         """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
@@ -53,7 +72,7 @@ class Op:
             raise ValueError(
                 f"{self.name} has no backend {backend!r}; choose from: auto, {', '.join(self.backends)}"
             )
-        reason = self.backends[backend].supports(*args, **kwargs)
+        reason = self._refusal(backend, *args, **kwargs)
         if reason is not None:
             raise ValueError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
         return backend
@@ -67,7 +86,7 @@ class Op:
         lines = [f"{self.name}: {chosen}"]
         for name, candidate in self.backends.items():
             if name != chosen:
-                reason = candidate.supports(*args, **kwargs) or candidate.slower(*args, **kwargs)
+                reason = self._refusal(name, *args, **kwargs) or candidate.slower(*args, **kwargs)
                 reason = reason or f"available; {chosen!r} is preferred"
                 lines.append(f"  not {name}: {reason}")
         return "\n".join(lines)

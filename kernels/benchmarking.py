@@ -8,6 +8,7 @@ device, calls that a graph can hold are replayed from one, where launches cost w
 
 import importlib.metadata
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -387,8 +388,10 @@ def benchmark_table(
         auto, fastest    names of backends
         auto_is_fastest  whether auto's choice takes at most 1.1 times as long as the fastest backend
         peer, ratio      "torch", and how many times as long as auto's choice it takes (None: auto is wrong)
-    ValueError: an unknown op or case.
+    ValueError: an unknown op, case or dtype, or no such time.
     """
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be a finite number of at least 0, not {seconds}")
     if isinstance(ops, str) or isinstance(cases, str):
         raise ValueError("ops and cases are lists of names")
     ops = list(SUBJECTS) if ops is None else list(ops)

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, help="images made at a time")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--dtype", help="of the UNet: float32, bfloat16 or float16 (default: the model's)")
-    add("--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda (default: auto)")
+    add(
+        "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
+    )
     add("--out", default="samples.png", help="a .png, .gif or .npz file (default: %(default)s)")
     add("--columns", type=int, help="images in a row of the grid (default: 10)")
     add("--scale", type=int, default=2, help="size of a pixel in the grid (default: %(default)s)")
@@ -45,9 +47,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz")
     check_writable(out)
     model = load(args.model, args.device or default_device())
-    if out.suffix.lower() != ".npz":
-        check_grid(model.unet.config.in_channels, args.columns, scale=args.scale)
     labels, num = choose_labels(model, args.labels, args.num)
+    if out.suffix.lower() != ".npz":
+        config = model.unet.config
+        check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
     guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
     steps = args.steps if args.steps is not None or args.sampler == "ddpm" else 50
     options = {
@@ -93,6 +96,8 @@ def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tupl
     """A label for each image (None: unconditional), and how many images, from the command line's words."""
     if num is not None and num < 1:
         raise ValueError(f"--num must be at least 1, not {num}")
+    if num is not None:
+        model.check_count(num)
     if words == ["none"] or (words is None and model.num_classes is None):
         return None, num or 20
     labels = list(range(model.num_classes)) if words is None else parse_labels(words)

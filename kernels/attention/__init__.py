@@ -2,11 +2,15 @@
 
 import torch
 
+from .._arguments import check_number, check_tensors
 from .._dispatch import Backend, Op, always
 from . import native_impl, reference, triton_impl
 
 
 def _validate(q, k, v, *, scale=None) -> None:
+    check_tensors("attention", q=q, k=k, v=v)
+    if scale is not None:
+        check_number("scale", scale)
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
         raise ValueError(f"attention needs q, k and v of one shape [B, heads, S, D], not {shapes}")
@@ -43,6 +47,7 @@ def attention(
 
     q, k, v: [B, heads, S, D], one shape and floating-point dtype. scale: default 1 / sqrt(D).
     Returns [B, heads, S, D] in q's dtype; the softmax is in float32 (float64 for float64).
-    ValueError: shapes or dtypes that do not fit, or a backend that cannot serve the call.
+    ValueError: shapes or dtypes that do not fit, or a backend that cannot serve the call; TypeError: what is
+    no tensor or number. Forward-mode derivatives and torch.func are the reference's.
     """
     return op(q, k, v, scale=scale, backend=backend)

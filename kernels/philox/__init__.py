@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import check_integer
 from .._dispatch import Backend, Op, always
 from . import native_impl, reference, triton_impl
 
@@ -13,7 +14,14 @@ __all__ = ["op", "philox_normal", "validate_counters"]
 
 
 def validate_counters(shape, *, seed: int, sample_ids, stream: int) -> None:
-    """ValueError unless every normal of `shape` has its own 128-bit counter under a 64-bit key."""
+    """ValueError unless every normal of `shape` has its own 128-bit counter under a 64-bit key.
+
+    TypeError where they are no integers.
+    """
+    for size in shape:
+        check_integer("a size in shape", size)
+    check_integer("seed", seed)
+    check_integer("stream", stream)
     if len(shape) < 1 or any(size < 0 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}, not [B, ...] with sizes of at least 0")
     if math.prod(shape[1:]) > 2**34:
@@ -30,6 +38,8 @@ def validate_counters(shape, *, seed: int, sample_ids, stream: int) -> None:
     elif sample_ids is not None:
         if len(sample_ids) != shape[0]:
             raise ValueError(f"there are {len(sample_ids)} sample_ids for a batch of {shape[0]}")
+        for i in sample_ids:
+            check_integer("a sample id", i)
         if any(not 0 <= i < 2**63 for i in sample_ids):
             raise ValueError(f"sample_ids are {list(sample_ids)}, not integers in [0, 2**63)")
 
@@ -68,12 +78,16 @@ def philox_normal(
     Args:
         shape: [B, ...]; at most 2**34 elements for each sample.
         seed: in [0, 2**64).
-        sample_ids: int64 [B], default 0 .. B-1.
+        sample_ids: int64 [B] in [0, 2**63), default 0 .. B-1. The values of a tensor are not looked at: a
+            negative one stands for the counter with its bits.
         stream: in [0, 2**32): by convention 0 for the initial noise, i + 1 for the noise of step i.
         device: where the result is.
         backend: "auto", "cuda", "cpp", "triton" or "reference"; they agree to 2 units in the last place.
 
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve this call.
+        TypeError: a size, seed, stream or sample id is no integer.
     """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be [B, ...], not {shape!r}")
     return op(tuple(shape), seed=seed, sample_ids=sample_ids, stream=stream, device=device, backend=backend)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import check_tensors
 from .._dispatch import Backend, Op, always
 from ..philox import validate_counters
 from . import native_impl, reference, triton_impl
@@ -21,6 +22,8 @@ def _same(shape, other) -> bool:
 
 
 def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream):
+    optional = {"model_output_uncond": model_output_uncond, "x0_prev": x0_prev, "noise": noise}
+    check_tensors("reverse_step", optional, x=x, model_output=model_output)
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x is a {x.dim()}-dimensional {x.dtype} tensor, not float32 or float64 [B, C, ...]")
     fits = _same(model_output.shape, x.shape)
@@ -44,6 +47,8 @@ def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {whose}'s {tuple(like.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, not on x's {x.device}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, not floating-point")
     if as_row(row).d != 0 and x0_prev is None:
         raise ValueError("row.d is not 0, so x0_prev (the previous step's x0) is needed")
     validate_counters(x.shape, seed=seed, sample_ids=sample_ids, stream=stream)
@@ -97,6 +102,7 @@ def reverse_step(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.
+        TypeError: what is no tensor, integer or row.
     """
     return op(
         x,

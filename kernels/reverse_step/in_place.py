@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._arguments import check_tensors
 from .._dispatch import Backend, Op, always
 from ..philox import validate_counters
 from . import native_impl, reference, triton_impl
@@ -17,7 +18,19 @@ def step_counter(seed: int, *, stream: int = 1, device: torch.device | str = "cp
     return native_impl.step_counter(seed, stream, device)
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _validate(x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input):
+    optional = {
+        "model_output_uncond": model_output_uncond,
+        "x0": x0,
+        "noise": noise,
+        "unet_input": unet_input,
+    }
+    required = {"table": table, "counter": counter, "sample_ids": sample_ids}
+    check_tensors("reverse_step_", optional, x=x, model_output=model_output, **required)
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x is a {x.dim()}-dimensional {x.dtype} tensor, not float32 or float64 [B, C, ...]")
     batch, device = x.shape[0], x.device
@@ -27,7 +40,7 @@ def _validate(x, model_output, table, counter, *, sample_ids, model_output_uncon
         ("x0", x0, x.shape, ()),
         ("noise", noise, x.shape, ()),
         ("unet_input", unet_input, x.shape, (2, 1)),
-        ("table", table, (len(table), 12), ()),
+        ("table", table, (*table.shape[:1], 12), ()),
         ("counter", counter, (4,), ()),
         ("sample_ids", sample_ids, (batch,), ()),
     ):
@@ -48,7 +61,14 @@ def _validate(x, model_output, table, counter, *, sample_ids, model_output_uncon
         ("sample_ids", sample_ids, torch.int64),
     ):
         if tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {dtype}, not {tensor.dtype}")
+            found = f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype}"
+            raise ValueError(f"{name} must be contiguous {dtype}, not {found}")
+    for name, tensor in (("model_output", model_output), *optional.items()):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, not floating-point")
+    for name, tensor in (("x", x), ("x0", x0), ("unet_input", unet_input)):
+        if tensor is not None and _overlaps(tensor):
+            raise ValueError(f"{name} is written to, and so must not be expanded from fewer elements")
 
 
 op = Op(

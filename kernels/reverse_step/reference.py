@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..philox.reference import philox_normal
-from .row import as_row
+from .row import Row, as_row
 
 
 def reverse_step(
@@ -44,6 +44,10 @@ def reverse_step_(
     x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
 ) -> None:
     step, seed, stream, _ = counter.tolist()
+    if not 0 <= step < len(table):
+        raise RuntimeError(f"step {step} is outside of the table's {len(table)}")
+    if table[step, Row._fields.index("d")] != 0 and x0 is None:
+        raise RuntimeError("row.d is not 0, so the previous x0 is needed")
     x_next, predicted = reverse_step(
         x,
         model_output,

@@ -1,0 +1,22 @@
+"""How much memory a device has."""
+
+import os
+
+import torch
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the device, or of the machine for the CPU; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def check_fits(what: str, size: int, device: torch.device) -> None:
+    """ValueError, naming `what`, if `size` bytes are more than the device has."""
+    total = total_memory(device)
+    if total is not None and size > total:
+        raise ValueError(f"{what} take {size / 2**30:,.0f} GiB, and {device} has {total / 2**30:,.0f} GiB")

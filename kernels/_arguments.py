@@ -1,0 +1,33 @@
+"""What the ops ask of arguments that are no part of a shape."""
+
+import operator
+
+from torch import Tensor
+
+
+def check_tensors(op: str, optional: dict[str, object] | None = None, **required: object) -> None:
+    """TypeError unless each is a tensor, or None where that is allowed."""
+    for name, value in required.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
+    for name, value in (optional or {}).items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor or None, not {type(value).__name__}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """TypeError unless it is an integer of Python, NumPy or a compiled graph; no float, no tensor."""
+    if isinstance(value, int):
+        return
+    try:
+        if isinstance(value, Tensor):
+            raise TypeError
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+
+
+def check_number(name: str, value: object) -> None:
+    """TypeError unless it is a real number; no tensor, no string."""
+    if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
+        raise TypeError(f"{name} must be a number, not {value!r}")
