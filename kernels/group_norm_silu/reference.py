@@ -30,9 +30,11 @@ def group_norm_silu(
         h = h + per_channel(add)
     # PyTorch's channels_last kernel for the CPU subtracts E[x]^2 from E[x^2], which is wrong off centre, and
     # its backward is several times slower than two copies and the contiguous one.
-    if not h.numel():  # which PyTorch's op refuses in part
-        return h.to(dtype).contiguous(memory_format=layout)
-    h = torch.group_norm(h.contiguous(), num_groups, cast(weight), cast(bias), eps)
+    if 0 in h.shape[1:]:  # which PyTorch's op refuses
+        for vector in (weight, bias):
+            h = h if vector is None else h + cast(vector).reshape(-1, *spatial)
+    else:
+        h = torch.group_norm(h.contiguous(), num_groups, cast(weight), cast(bias), eps)
     if scale is not None:
         h = h * (1 + per_channel(scale))
     if shift is not None:
