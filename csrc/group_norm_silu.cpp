@@ -63,6 +63,7 @@ struct Kernels {
   void (*forward)(const NormArguments&, void* y, int64_t groups, double* scratch, int64_t begin, int64_t end);
   void (*backward)(const NormArguments&, const NormGradient&, int64_t groups, double* scratch, int64_t begin,
                    int64_t end);
+  void (*maps)(const NormArguments&, float* to, int64_t groups, double* scratch, int64_t begin, int64_t end);
 };
 
 template <class T>
@@ -70,12 +71,12 @@ Kernels kernels() {
 #if defined(__x86_64__)
   const Simd simd = simd_in_use();
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (simd == Simd::avx512_bf16) return {avx512_bf16::forward<T>, avx512_bf16::backward<T>};
+    if (simd == Simd::avx512_bf16) return {avx512_bf16::forward<T>, avx512_bf16::backward<T>, avx512_bf16::maps<T>};
   }
-  if (simd >= Simd::avx512) return {avx512::forward<T>, avx512::backward<T>};
-  if (simd == Simd::avx2) return {avx2::forward<T>, avx2::backward<T>};
+  if (simd >= Simd::avx512) return {avx512::forward<T>, avx512::backward<T>, avx512::maps<T>};
+  if (simd == Simd::avx2) return {avx2::forward<T>, avx2::backward<T>, avx2::maps<T>};
 #endif
-  return {baseline::forward<T>, baseline::backward<T>};
+  return {baseline::forward<T>, baseline::backward<T>, baseline::maps<T>};
 }
 
 Kernels kernels(ScalarType type) {
@@ -135,10 +136,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
                                });
 }
 
+// The distance between the positions of x [N, C, ...] in channels_last, or of a range of the channels of such a one.
+int64_t pixel_distance(const Tensor& x) {
+  int64_t pixel = 0;
+  for (int64_t d = x.dim() - 1; d >= 2 && pixel == 0; --d) pixel = x.size(d) == 1 ? 0 : x.stride(d);
+  if (pixel == 0) pixel = x.size(0) > 1 ? x.stride(0) : x.size(1);
+  int64_t expected = pixel;
+  bool even = x.size(1) == 1 || x.stride(1) == 1;
+  for (int64_t d = x.dim() - 1; d >= 2; --d) {
+    even = even && (x.size(d) == 1 || x.stride(d) == expected);
+    expected *= x.size(d);
+  }
+  STD_TORCH_CHECK(even && pixel >= x.size(1) && (x.size(0) == 1 || x.stride(0) == expected),
+                  "x must be channels_last, or a range of the channels of such a tensor");
+  return pixel;
+}
+
+void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                     double eps, std::optional<Tensor> add, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                     bool silu, Tensor map) {
+  NormArguments args = norm_arguments(x, num_groups, weight, bias, add, scale, shift, silu);
+  STD_TORCH_CHECK(map.scalar_type() == ScalarType::Float && map.is_contiguous() &&
+                      map.numel() == 3 * args.samples * args.channels,
+                  "map must be contiguous float32 [3, N, C]");
+  if (x.numel() == 0) return;
+  args.channels_last = true;
+  args.pixel = pixel_distance(x);
+  args.eps = eps;
+  float* to = static_cast<float*>(map.mutable_data_ptr());
+  const auto maps = kernels(args.type).maps;
+  each_block(args, [&](int64_t groups, double* scratch, int64_t begin, int64_t end) {
+    maps(args, to, groups, scratch, begin, end);
+  });
+}
+
 }  // namespace
 }  // namespace fused_diffusion
 
 STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&fused_diffusion::group_norm_silu));
   m.impl("group_norm_silu_backward", TORCH_BOX(&fused_diffusion::group_norm_silu_backward));
+  m.impl("group_norm_map_", TORCH_BOX(&fused_diffusion::group_norm_map_));
 }

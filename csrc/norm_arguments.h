@@ -53,13 +53,13 @@ struct Parameter {
   }
 };
 
-// x is [N, C, P] if contiguous, [N, P, C] if channels_last.
+// x is [N, C, P] if contiguous, [N, P, C] if channels_last, with positions `pixel` elements apart.
 struct NormArguments {
   const void* x;
   Parameter weight, bias, add, scale, shift;
-  float* mean;  // [N, G], as is rstd
+  float* mean;  // [N, G], as is rstd; both may be null
   float* rstd;
-  int64_t samples, channels, positions, groups;
+  int64_t samples, channels, positions, groups, pixel;
   double eps;
   bool channels_last, silu;
   ScalarType type;
@@ -103,7 +103,7 @@ inline NormArguments norm_arguments(const Tensor& x, int64_t groups, const std::
   NormArguments args{};
   args.x = x.const_data_ptr();
   args.channels_last = x.numel() > 0 && !x.is_contiguous();
-  STD_TORCH_CHECK(!args.channels_last || is_channels_last(x), "x must be contiguous or channels_last");
+  args.pixel = x.size(1);
   args.weight = parameter(weight, x, false, 1.0f, "weight");
   args.bias = parameter(bias, x, false, 0.0f, "bias");
   args.add = parameter(add, x, true, 0.0f, "add");
@@ -130,6 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> checked_norm(const Tensor& x, int64_t groups,
                                                 const std::optional<Tensor>& shift, bool silu,
                                                 const Launch& launch) {
   NormArguments args = norm_arguments(x, groups, weight, bias, add, scale, shift, silu);
+  STD_TORCH_CHECK(!args.channels_last || is_channels_last(x), "x must be contiguous or channels_last");
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {x.size(0), groups}, ScalarType::Float);
   Tensor rstd = torch::stable::empty_like(mean);
@@ -167,6 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> checked_norm_gradient(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& add, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, bool silu, const Tensor& mean, const Tensor& rstd, const Launch& launch) {
   NormArguments args = norm_arguments(x, groups, weight, bias, add, scale, shift, silu);
+  STD_TORCH_CHECK(!args.channels_last || is_channels_last(x), "x must be contiguous or channels_last");
   check_like(grad, x, "grad");
   check_statistics(mean, x, groups, "mean");
   check_statistics(rstd, x, groups, "rstd");

@@ -178,7 +178,8 @@ struct Block {
     first_group = index % blocks * groups_at_most;
     groups = args.groups - first_group < groups_at_most ? args.groups - first_group : groups_at_most;
     width = groups * args.group_size();
-    at = sample * args.channels * args.positions + first_channel() * (args.channels_last ? 1 : args.positions);
+    at = sample * (args.channels_last ? args.pixel : args.channels) * args.positions +
+         first_channel() * (args.channels_last ? 1 : args.positions);
   }
 
   FD_HD int64_t first_channel() const { return first_group * args.group_size(); }
@@ -206,7 +207,7 @@ struct Block {
       for (int64_t row = 0; row < args.positions; row += tile) {
         const int64_t rows = args.positions - row < tile ? args.positions - row : tile;
         each_columns(width, [&](auto columns, int64_t column) FD_INLINE {
-          run(columns, column, at + row * args.channels + column, rows, args.channels);
+          run(columns, column, at + row * args.pixel + column, rows, args.pixel);
         });
       }
     } else {
@@ -274,8 +275,10 @@ struct Block {
       const double variance = moments.m2 / moments.count;
       const float rstd = static_cast<float>(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + args.eps));
       const int64_t row = sample * args.groups + first_group + g;
-      args.mean[row] = static_cast<float>(moments.mean);
-      args.rstd[row] = rstd;
+      if (args.mean != nullptr) {
+        args.mean[row] = static_cast<float>(moments.mean);
+        args.rstd[row] = rstd;
+      }
       spread_statistics(first, moments.mean, rstd);
     }
   }
@@ -300,16 +303,6 @@ struct Block {
 };
 
 // ---- The forward pass.
-
-// silu(z) of u = -z * log2(e).
-template <class T>
-FD_HD Vec silu(Vec u) {
-#if FD_LANES < 16
-  u = u > spread(127.0f) ? spread(127.0f) : u;
-#endif
-  const Vec factor = spread(-kLog2E);
-  return u / fma(power_of_two<T>(u), factor, factor);
-}
 
 // ahead: how far behind x the next block lies, which memory can fetch in the meantime.
 template <bool kSilu, class T, class C>
@@ -348,6 +341,24 @@ void forward(const NormArguments& args, void* y, int64_t groups, double* scratch
         normalise<false>(block, columns, c, x + at, to + at, rows, stride, ahead);
       }
     });
+  }
+}
+
+// The maps alone, [3, N, C]: centre, gain and offset of what goes into the activation, the last two times -log2(e)
+// where that is SiLU.
+template <class T>
+void maps(const NormArguments& args, float* to, int64_t groups, double* scratch, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Block<T> block(args, groups, scratch, i);
+    block.read_parameters();
+    block.group_statistics();
+    block.map_channels(args.silu ? -kLog2E : 1.0f);
+    const int64_t step = args.samples * args.channels, at = block.sample * args.channels + block.first_channel();
+    for (int64_t c = 0; c < block.width; ++c) {
+      to[at + c] = block.channel.centre[c];
+      to[at + c + step] = block.channel.gain[c];
+      to[at + c + 2 * step] = block.channel.offset[c];
+    }
   }
 }
 

@@ -148,3 +148,13 @@ FD_HD Vec power_of_two(Vec u) {
   return (Vec)((Integers)p + ((Integers)shifted << 23));
 #endif
 }
+
+// silu(z) of u = -z * log2(e).
+template <class T>
+FD_HD Vec silu(Vec u) {
+#if FD_LANES < 16
+  u = u > spread(127.0f) ? spread(127.0f) : u;
+#endif
+  const Vec factor = spread(-kLog2E);
+  return u / fma(power_of_two<T>(u), factor, factor);
+}

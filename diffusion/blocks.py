@@ -21,10 +21,9 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor, **modulation: torch.Tensor) -> torch.Tensor:
-        return group_norm_silu(
-            x, self.groups, self.weight, self.bias, self.eps, activation=self.activation, **modulation
-        )
+    def forward(self, x: torch.Tensor, backend: str = "auto", **modulation: torch.Tensor) -> torch.Tensor:
+        options = {"activation": self.activation, "backend": backend}
+        return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, **options, **modulation)
 
 
 class Downsample(nn.Module):
@@ -74,16 +73,16 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = self.norm1(x)
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        h = self.norm1(x, backend)
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)
         if self.scale_shift:
             scale, shift = embedding.chunk(2, dim=1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            h = self.norm2(h, backend, scale=scale, shift=shift)
         else:
-            h = self.norm2(h, add=embedding)
+            h = self.norm2(h, backend, add=embedding)
         h = self.conv2(F.dropout(h, self.dropout, self.training))
         return h + (x if self.skip is None else self.skip(x))
 
@@ -107,11 +106,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = x if self.norm is None else self.norm(x)
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        h = x if self.norm is None else self.norm(x, backend)
         qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 C]; no copy where x is channels_last
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        h = self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
@@ -149,32 +148,34 @@ class Level(nn.Module):
         """The blocks that take an embedding, in the order in which they do."""
         return [*self.blocks, *([self.resample] if isinstance(self.resample, ResBlock) else [])]
 
-    def _block(self, i: int, h: torch.Tensor, parts: Iterator[torch.Tensor]) -> torch.Tensor:
-        h = self.blocks[i](h, next(parts))
-        return self.attentions[i](h) if len(self.attentions) else h
+    def _block(self, i: int, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str) -> torch.Tensor:
+        h = self.blocks[i](h, next(parts), backend)
+        return self.attentions[i](h, backend) if len(self.attentions) else h
 
-    def _leave(self, h: torch.Tensor, parts: Iterator[torch.Tensor]) -> torch.Tensor:
-        return self.resample(h, next(parts)) if isinstance(self.resample, ResBlock) else self.resample(h)
+    def _leave(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str) -> torch.Tensor:
+        if isinstance(self.resample, ResBlock):
+            return self.resample(h, next(parts), backend)
+        return self.resample(h)
 
     def descend(
-        self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor]
+        self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
     ) -> torch.Tensor:
         """On the way down: appends the output of every step to `skips`."""
         for i in range(len(self.blocks)):
-            h = self._block(i, h, parts)
+            h = self._block(i, h, parts, backend)
             skips.append(h)
         if self.resample is not None:
-            h = self._leave(h, parts)
+            h = self._leave(h, parts, backend)
             skips.append(h)
         return h
 
     def ascend(
-        self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor]
+        self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
     ) -> torch.Tensor:
         """On the way up: takes one of `skips` into each block."""
         for i in range(len(self.blocks)):
-            h = self._block(i, torch.cat([h, skips.pop()], dim=1), parts)
-        return h if self.resample is None else self._leave(h, parts)
+            h = self._block(i, torch.cat([h, skips.pop()], dim=1), parts, backend)
+        return h if self.resample is None else self._leave(h, parts, backend)
 
 
 class Middle(nn.Module):
@@ -191,8 +192,8 @@ class Middle(nn.Module):
         """The blocks that take an embedding, in the order in which they do."""
         return list(self.blocks)
 
-    def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor]) -> torch.Tensor:
-        h = self.blocks[0](h, next(parts))
+    def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str = "auto") -> torch.Tensor:
+        h = self.blocks[0](h, next(parts), backend)
         if self.attention is not None:
-            h = self.attention(h)
-        return self.blocks[1](h, next(parts))
+            h = self.attention(h, backend)
+        return self.blocks[1](h, next(parts), backend)

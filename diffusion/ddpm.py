@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -13,9 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 from . import checkpoint, engine, kernels
-from .devices import check_dtype, resolve_device, resolve_dtype
+from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .guidance import check_rescale, drop_labels
-from .memory import check_fits
+from .memory import check_fits, is_out_of_memory
+from .prepared import PreparedCache, unsupported
 from .process import check_prediction_type, loss_weight, q_sample, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
@@ -23,6 +24,15 @@ from .thresholding import check_threshold, thresholded_step
 from .unet import UNet
 
 BATCH_SIZE = 64  # images sampled together when the caller does not say
+TIERS = ("exact", "fast")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while sampling. images: float32 [M, C, H, W], the first M, of the batches that were finished."""
+
+    def __init__(self, images: torch.Tensor):
+        super().__init__("sampling was interrupted")
+        self.images = images
 
 
 class DDPM(nn.Module):
@@ -67,6 +77,7 @@ class DDPM(nn.Module):
         for sampler, options in self.sampler_options.items():
             _check_options(sampler, options)
         self.metadata = dict(metadata or {})
+        self._prepared = PreparedCache()
 
     @property
     def num_classes(self) -> int | None:
@@ -138,6 +149,7 @@ class DDPM(nn.Module):
         batch_size: int | None = None,
         noise: engine.Noise | None = None,
         backend: str = "auto",
+        tier: str = "exact",
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         progress: bool = False,
@@ -156,11 +168,13 @@ class DDPM(nn.Module):
         sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             the batch it is made in; sample_ids are 0..N-1 by default.
-        batch_size: images made at a time.
+        batch_size: images made at a time, by default 64; halved for as long as memory does not suffice.
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
-        backend: of the kernels; "auto" picks.
-        dtype: of the UNet, "float32", "bfloat16" or "float16"; the latent is float32 always.
+        backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
+        tier: "exact" computes in the model's own dtype, "fast" in bfloat16 where the device multiplies in it;
+            README.md says what that does to the images. dtype: of the UNet, "float32", "bfloat16" or
+            "float16", instead of the tier's; the latent is float32 always.
         progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
         dynamic_threshold: quantile in [0, 1] that predicted images are held to instead of clip, such as 0.995
@@ -168,7 +182,8 @@ class DDPM(nn.Module):
         sampler_options: `eta`, `use_clipped_model_output` (ddim), `variance` (ddpm), `sde` (dpm++),
             `spacing`, `clip`, `guidance_interval`; see `diffusion.steps`.
 
-        ValueError for anything that is out of range or does not fit the model.
+        ValueError for anything that is out of range or does not fit the model. Ctrl-C raises `Interrupted`, a
+        KeyboardInterrupt that has the images finished by then.
         """
         if num_samples is not None:
             self.check_count(num_samples)
@@ -189,36 +204,47 @@ class DDPM(nn.Module):
             sampler_options.setdefault("clip", None)
             threshold = partial(thresholded_step, ratio=dynamic_threshold, max_value=dynamic_threshold_max)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
-        unet = self._inference_unet(device, dtype)
-        place = next(unet.parameters()).device
-        config = unet.config
+        network = self._network(device, dtype, tier, backend)
+        place, config = network.device, self.unet.config
         shape = (config.in_channels, *config.image_shape)
         kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
         size = batch_size or (len(ids) if noise is not None else BATCH_SIZE)
         images = torch.empty(len(ids), *shape, device=place)
+        start = 0
         with _Progress(len(ids), len(table), progress) as bar:
-            for start in range(0, len(ids), size):
-                part = slice(start, start + size)
+            while start < len(ids):
+                part = slice(start, min(start + size, len(ids)))
                 batch = engine.Batch(
                     labels=None if labels is None else labels[part].to(place),
                     sample_ids=ids[part],
                     seed=seed,
                     noise=None if noise is None else _sliced(noise, part, len(ids), shape),
                 )
-                images[part] = engine.run(
-                    unet,
-                    table,
-                    batch,
-                    shape,
-                    guidance_rescale=guidance_rescale,
-                    threshold=threshold,
-                    backend=backend,
-                    callback=bar.following(callback, len(ids[part])),
-                )
+                try:
+                    images[part] = engine.run(
+                        network,
+                        table,
+                        batch,
+                        shape,
+                        guidance_rescale=guidance_rescale,
+                        threshold=threshold,
+                        backend=backend,
+                        callback=callback,
+                        progress=bar.of_batch(len(ids[part])),
+                    )
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if size == 1:
+                        raise ValueError(f"there is not enough memory on {place} for one image") from error
+                    size = math.ceil(min(size, len(ids) - start) / 2)
+                    bar.back_to(start)
+                except KeyboardInterrupt:
+                    raise Interrupted(images[:start]) from None
+                else:
+                    start = part.stop
         if not images.isfinite().all():
-            raise ValueError(
-                f"the UNet gave NaN or infinite values in {str(next(unet.parameters()).dtype)[6:]}"
-            )
+            raise ValueError(f"the UNet gave NaN or infinite values in {str(network.dtype)[6:]}")
         return images
 
     def check_count(self, count: int) -> None:
@@ -276,15 +302,24 @@ class DDPM(nn.Module):
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
 
-    def _inference_unet(self, device, dtype) -> UNet:
-        """The UNet in eval mode on a device and in a dtype; the model's own where it is that already."""
+    def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
+        """The UNet in eval mode on a device and in a dtype, as fast as it can be there."""
         own = next(self.unet.parameters())
-        device, dtype = resolve_device(device or own.device), resolve_dtype(dtype or own.dtype)
+        device = resolve_device(device or own.device)
+        if tier not in TIERS:
+            raise ValueError(f"unknown tier {tier!r}; choose from: {', '.join(TIERS)}")
+        if dtype is None and tier == "fast" and multiplies_bfloat16(device):
+            dtype = torch.bfloat16
+        dtype = resolve_dtype(dtype or own.dtype)
         check_dtype(device, dtype)
+        fused = device.type == own.device.type == "cpu" and backend in ("auto", "cpp")
+        if fused and unsupported(self.unet, dtype) is None:
+            denoise = self._prepared.of(self.unet, dtype).denoise
+            return engine.Network(self.unet.embed, denoise, self.unet.config.null_label, device, dtype)
         unet = self.unet
         if (own.device, own.dtype) != (device, dtype) or unet.training:
             unet = copy.deepcopy(unet).to(device, dtype).eval()
-        return unet
+        return engine.Network.of(unet, backend)
 
 
 def load(name: str | os.PathLike, device: str | torch.device | None = None) -> DDPM:
@@ -356,12 +391,13 @@ class _Progress:
     def __exit__(self, *exception) -> None:
         self.bar.close()
 
-    def following(self, callback: engine.Callback | None, images: int) -> engine.Callback:
-        """A callback that moves the bar by one step of a batch, after the caller's own."""
+    def of_batch(self, images: int) -> Callable[[], None]:
+        """What moves the bar by one step of a batch."""
 
-        def after(i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
-            if callback is not None:
-                callback(i, x, x0)
+        def step() -> None:
             self.bar.update(min(images / self.steps, self.bar.total - self.bar.n))  # sums may round up
 
-        return after
+        return step
+
+    def back_to(self, images: int) -> None:
+        self.bar.update(images - self.bar.n)

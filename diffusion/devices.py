@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .kernels.conv3x3.native_impl import multiplies_pairs
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,3 +39,10 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {device} lacks dtype {str(dtype)[6:]}: {reason}") from error
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16, so that computing in it is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and multiplies_pairs()

@@ -20,3 +20,10 @@ def check_fits(what: str, size: int, device: torch.device) -> None:
     total = total_memory(device)
     if total is not None and size > total:
         raise ValueError(f"{what} take {size / 2**30:,.0f} GiB, and {device} has {total / 2**30:,.0f} GiB")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that an allocation failed, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -64,6 +64,10 @@ class StepTable:
         """Whether a step uses the x_0 of the step before."""
         return bool((self.table[:, Row._fields.index("d")] != 0).any())
 
+    def column(self, name: str) -> list[float]:
+        """One field of `kernels.Row` for all steps."""
+        return self.table[:, Row._fields.index(name)].tolist()
+
     def row(self, i: int) -> Row:
         """Step i, as Python floats."""
         return Row(*self.table[i].tolist())

@@ -64,8 +64,8 @@ class UNet(nn.Module):
         self.output_conv = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
         parts = [*self.down, self.mid, *up]
-        self._embedding_sizes = [block.embedding_size for part in parts for block in part.residual_blocks()]
-        self.embedding_projection = nn.Linear(embed_dim, sum(self._embedding_sizes))
+        self.embedding_sizes = [block.embedding_size for part in parts for block in part.residual_blocks()]
+        self.embedding_projection = nn.Linear(embed_dim, sum(self.embedding_sizes))
         self._init_weights()
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class UNet(nn.Module):
                 nn.init.zeros_(module.bias)
         # Where one matrix holds several, each has the fan-out of its own.
         several = [m.qkv.weight.chunk(3) for m in self.modules() if isinstance(m, Attention)]
-        for weights in (*several, self.embedding_projection.weight.split(self._embedding_sizes)):
+        for weights in (*several, self.embedding_projection.weight.split(self.embedding_sizes)):
             for weight in weights:
                 nn.init.xavier_uniform_(weight)
         ends = [
@@ -130,25 +130,26 @@ class UNet(nn.Module):
             null = "" if self.config.null_label is None else f" ({self.config.null_label} for no label)"
             raise ValueError(f"labels must be in 0..{rows - 1}{null}, not {labels.min()}..{labels.max()}")
 
-    def denoise(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def denoise(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The network's output [B, out_channels, H, W] for x [B, in_channels, H, W] and `embed`'s [B, E].
 
-        x is cast to the parameters' dtype, which is the output's. ValueError: a shape that does not fit.
+        x is cast to the parameters' dtype, which is the output's. backend: of the kernels. ValueError: a
+        shape that does not fit, or a backend that cannot serve.
         """
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(f"x must have shape [B, {self.config.in_channels}, H, W], not {list(x.shape)}")
         self.config.check_size(x.shape[2:])
-        if embedding.shape != (x.shape[0], sum(self._embedding_sizes)):
+        if embedding.shape != (x.shape[0], sum(self.embedding_sizes)):
             raise ValueError(f"{len(x)} images cannot go with timesteps embedded as {list(embedding.shape)}")
-        parts = iter(embedding.split(self._embedding_sizes, dim=1))
+        parts = iter(embedding.split(self.embedding_sizes, dim=1))
         h = self.input_conv(x.to(self.input_conv.weight.dtype))
         skips = [h]
         for level in self.down:
-            h = level.descend(h, parts, skips)
-        h = self.mid(h, parts)
+            h = level.descend(h, parts, skips, backend)
+        h = self.mid(h, parts, backend)
         for level in reversed(self.up):
-            h = level.ascend(h, parts, skips)
-        return self.output_conv(self.output_norm(h))
+            h = level.ascend(h, parts, skips, backend)
+        return self.output_conv(self.output_norm(h, backend))
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None

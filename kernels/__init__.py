@@ -4,12 +4,14 @@ import inspect
 from collections.abc import Callable
 
 from . import attention as _attention
+from . import conv3x3 as _conv3x3
 from . import group_norm_silu as _group_norm_silu
 from . import philox as _philox
 from . import reverse_step as _reverse_step
 from ._native import build_info
 from .attention import attention
 from .benchmarking import benchmark_table
+from .conv3x3 import conv3x3, pack_conv3x3
 from .group_norm_silu import group_norm_silu
 from .philox import philox_normal
 from .reverse_step import Row, in_place, reverse_step
@@ -20,8 +22,10 @@ __all__ = [
     "attention",
     "benchmark_table",
     "build_info",
+    "conv3x3",
     "explain",
     "group_norm_silu",
+    "pack_conv3x3",
     "philox_normal",
     "reverse_step",
     "reverse_step_",
@@ -32,6 +36,7 @@ _OPS = {
     function.__name__: (function, folder.op)
     for function, folder in (
         (attention, _attention),
+        (conv3x3, _conv3x3),
         (group_norm_silu, _group_norm_silu),
         (philox_normal, _philox),
         (reverse_step, _reverse_step),

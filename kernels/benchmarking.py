@@ -28,6 +28,9 @@ from ._tolerance import wrong
 from .attention import attention
 from .attention import cases as attention_cases
 from .attention import op as attention_op
+from .conv3x3 import cases as conv_cases
+from .conv3x3 import conv3x3, pack_conv3x3
+from .conv3x3 import op as conv_op
 from .group_norm_silu import cases as norm_cases
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu import op as norm_op
@@ -57,6 +60,7 @@ class Subject(NamedTuple):
     torch_ops: what a user of PyTorch alone writes, from the case and the arguments of a call.
     in_place: the op returns None and has overwritten its arguments.
     in_graph: a CUDA graph can hold a call, which copies nothing from the host.
+    accuracy: what the op is documented to lose, from its arguments; see `_tolerance.wrong`.
     """
 
     function: Callable[..., Any]
@@ -68,6 +72,7 @@ class Subject(NamedTuple):
     differentiable: bool = False
     in_place: bool = False
     in_graph: bool = True
+    accuracy: Callable[[tuple], float] = lambda args: 0.0
 
 
 def _group_norm_silu(
@@ -96,6 +101,26 @@ def _attention(case, q, k, v, *, scale=None):
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def _conv3x3_inputs(case, dtype, device, seed):
+    """With the weight packed for the map that it is used on."""
+    (x, weight, bias), options = case.inputs(dtype, device, seed)
+    factor = 2 if options["upsample"] else 1
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    packed = pack_conv3x3(weight, *(factor * size for size in x.shape[2:]), dtype)
+    options = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in options.items()}
+    return (x, packed, bias.to(dtype)), options
+
+
+def _conv3x3(case, x, weight, bias, *, num_groups=None, residual=None, upsample, activation, **norm):
+    h = x
+    if num_groups is not None:
+        h = F.silu(F.group_norm(x, num_groups, norm["norm_weight"], norm["norm_bias"]))
+    if upsample:
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+    h = F.conv2d(h, weight.weight, bias, padding=1)
+    return h if residual is None else h + residual
+
+
 def _philox_normal(case, shape, *, device, **counters):
     return torch.randn(shape, device=device)
 
@@ -122,12 +147,21 @@ def _named(cases: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 _NORM_CASES = _named(norm_cases.CASES, norm_cases.BENCHMARKED)
 _ATTENTION_CASES = _named(attention_cases.CASES | attention_cases.LARGE, attention_cases.BENCHMARKED)
+_CONV_CASES = _named(conv_cases.CASES | conv_cases.BENCHMARKED, conv_cases.BENCHMARKED)
 _PHILOX_CASES = _named(philox_cases.CASES, philox_cases.BENCHMARKED)
 _STEP_CASES = _named(step_cases.CASES, step_cases.BENCHMARKED)
 
 SUBJECTS = {
     "group_norm_silu": Subject(group_norm_silu, norm_op, _NORM_CASES, _group_norm_silu, differentiable=True),
     "attention": Subject(attention, attention_op, _ATTENTION_CASES, _attention, differentiable=True),
+    "conv3x3": Subject(
+        conv3x3,
+        conv_op,
+        _CONV_CASES,
+        _conv3x3,
+        inputs=_conv3x3_inputs,
+        accuracy=lambda args: args[1].accuracy,
+    ),
     "philox_normal": Subject(
         philox_normal,
         philox_op,
@@ -233,7 +267,8 @@ class Comparison:
         self.wrong, self.runs = {}, {}
         for backend, function in backends.items():
             results = zip(self._results(function), peers, expected, strict=True)
-            reason = next(filter(None, (wrong(*three) for three in results)), None)
+            accuracy = self.subject.accuracy(args)
+            reason = next(filter(None, (wrong(*three, accuracy=accuracy) for three in results)), None)
             if reason is None:
                 self.runs[backend] = function
             else:

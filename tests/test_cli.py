@@ -9,6 +9,7 @@ import pytest
 from conftest import make_model
 from PIL import Image
 
+from diffusion import engine
 from diffusion.cli import main
 from diffusion.commands.sample import parse_labels
 
@@ -127,6 +128,7 @@ BAD = {
     "device": (["sample", "--model", "digits", "--device", "abacus"], "abacus"),
     "backend": (["sample", "--model", "digits", "--backend", "vulkan"], "vulkan"),
     "backend of other devices": (["sample", "--model", "digits", "--backend", "cuda"], "cannot serve"),
+    "tier": (["sample", "--model", "digits", "--tier", "quick"], "unknown tier 'quick'"),
     "rescale": (["sample", "--model", "digits", "--guidance-rescale", "2"], "guidance_rescale"),
     "threshold": (["sample", "--model", "digits", "--dynamic-threshold", "1.5"], "thresholding ratio"),
     "threshold of nan": (["sample", "--model", "digits", "--dynamic-threshold", "nan"], "thresholding ratio"),
@@ -165,6 +167,30 @@ def test_errors_are_one_line_and_leave_nothing(case, capsys):
     assert expected in lines[-1]
     assert len(lines) == 1
     assert sorted(os.listdir()) == before
+
+
+def test_an_interruption_saves_the_finished_images(monkeypatch, capsys):
+    """As after Ctrl-C in the second batch."""
+    run("sample", "--model", "digits", "--num", 5, "--steps", 2, "--out", "whole.npz")
+    engine_run, calls = engine.run, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return engine_run(*args, **options)
+
+    monkeypatch.setattr(engine, "run", interrupted)
+    words = ["sample", "--model", "digits", "--num", "5", "--steps", "2", "--batch-size", "3"]
+    for name in ("part.npz", "part.gif"):
+        calls.clear()
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--out", name])
+        assert caught.value.code == 130
+    assert "part.npz: 3 images" in capsys.readouterr().out
+    with np.load("part.npz") as part, np.load("whole.npz") as whole:
+        assert np.array_equal(part["images"], whole["images"][:3])
+        assert np.array_equal(part["labels"], whole["labels"][:3])
 
 
 def test_no_more_columns_than_images():

@@ -5,9 +5,13 @@ import pytest
 import torch
 from conftest import make_model
 
-from diffusion import kernels
+from diffusion import engine, kernels
+from diffusion.ddpm import Interrupted
+from diffusion.devices import multiplies_bfloat16
 from diffusion.guidance import rescale_guidance
+from diffusion.prepared import PreparedUNet
 from diffusion.thresholding import dynamic_threshold
+from diffusion.unet import UNet
 
 
 def fixed_noise(count: int, shape=(2, 8, 8)):
@@ -122,31 +126,47 @@ def test_the_seed_matters_and_repeats(model):
     assert not torch.equal(first, model.sample(num_samples=2, steps=5, seed=4))
 
 
-def evaluations(model):
-    """A list that receives the labels of every evaluation of the UNet."""
+@pytest.fixture(params=["auto", "reference"])
+def evaluations(request, monkeypatch):
+    """The backend, and a list that receives the images and embeddings of every evaluation of the UNet."""
     seen = []
-    model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
-    return seen
+
+    def recorded(denoise):
+        def run(self, x, embedding, *backend):
+            seen.append((x.clone(), embedding.clone()))
+            return denoise(self, x, embedding, *backend)
+
+        return run
+
+    for network in (UNet, PreparedUNet):
+        monkeypatch.setattr(network, "denoise", recorded(network.denoise))
+    return request.param, seen
 
 
-def test_guidance_evaluates_both_halves_in_one_batch(conditional):
-    seen = evaluations(conditional)
-    conditional.sample([3, 4], guidance_scale=2.0, sampler="ddim", steps=3)
-    assert [labels.tolist() for labels in seen] == [[3, 4, 10, 10]] * 3
+def test_guidance_evaluates_both_halves_in_one_batch(conditional, evaluations):
+    backend, seen = evaluations
+    conditional.sample([3, 4], guidance_scale=2.0, sampler="ddim", steps=3, backend=backend)
+    assert len(seen) == 3
+    for (x, embedding), timestep in zip(seen, (666, 333, 0), strict=True):
+        assert torch.equal(x[:2], x[2:])
+        expected = conditional.unet.embed(torch.full((4,), timestep), torch.tensor([3, 4, 10, 10]))
+        torch.testing.assert_close(embedding, expected)
 
 
-def test_guidance_interval_skips_the_unconditional_half(conditional):
-    seen = evaluations(conditional)
-    conditional.sample([3], guidance_scale=2.0, guidance_interval=(300, 600), sampler="ddim", steps=10)
+def test_guidance_interval_skips_the_unconditional_half(conditional, evaluations):
+    backend, seen = evaluations
+    conditional.sample(
+        [3], guidance_scale=2.0, guidance_interval=(300, 600), sampler="ddim", steps=10, backend=backend
+    )
     # Timesteps 900, 800, ..., 0; those from 600 to 300 are guided.
-    assert [len(labels) for labels in seen] == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
+    assert [len(x) for x, _ in seen] == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
 
 
-def test_guidance_scales_one_and_zero(conditional):
-    options = {"sampler": "ddim", "steps": 10}
-    seen = evaluations(conditional)
+def test_guidance_scales_one_and_zero(conditional, evaluations):
+    backend, seen = evaluations
+    options = {"sampler": "ddim", "steps": 10, "backend": backend}
     one = conditional.sample([3, 4], guidance_scale=1.0, **options)
-    assert all(labels.tolist() == [3, 4] for labels in seen)
+    assert [len(x) for x, _ in seen] == [2] * 10
     zero = conditional.sample([3, 4], guidance_scale=0.0, **options)
     unconditional = conditional.sample(num_samples=2, **options)
     torch.testing.assert_close(zero, unconditional, atol=1e-5, rtol=0)
@@ -324,3 +344,99 @@ def test_a_model_that_gives_nan_is_reported(model):
         model.unet.output_conv.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         model.sample(steps=2)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_every_tier_and_backend_samples_the_same_images(conditional, sampler):
+    """Within the bound of the exact tier; the fast one as near as PyTorch's own bfloat16, or twice as far."""
+    options = {"sampler": sampler, "steps": 50, "guidance_scale": 3.0, "seed": 5}
+    labels = list(range(10))
+    exact = conditional.sample(labels, **options)
+    assert (conditional.sample(labels, backend="reference", **options) - exact).abs().max() < 1e-3
+    fast = conditional.sample(labels, tier="fast", **options)
+    assert torch.equal(fast, exact) != multiplies_bfloat16(torch.device("cpu"))
+    peer = conditional.sample(labels, backend="reference", dtype="bfloat16", **options)
+    assert (fast - exact).abs().mean() < 2 * (peer - exact).abs().mean()
+
+
+def test_an_image_is_the_same_in_every_batch_to_the_bit(conditional):
+    options = {"sampler": "ddim", "steps": 20, "guidance_scale": 3.0, "seed": 7}
+    labels = [i % 10 for i in range(24)]
+    together = conditional.sample(labels, **options)
+    assert torch.equal(conditional.sample(labels, batch_size=5, **options), together)
+    alone = conditional.sample([labels[11]], sample_ids=[11], **options)
+    assert torch.equal(alone[0], together[11])
+
+
+def failing(monkeypatch, when, error):
+    """Has engine.run raise `error` for batches that `when` says; a list of the sizes of all batches."""
+    sizes, run = [], engine.run
+
+    def patched(network, table, batch, *args, **options):
+        sizes.append(len(batch.sample_ids))
+        if when(sizes):
+            raise error
+        return run(network, table, batch, *args, **options)
+
+    monkeypatch.setattr(engine, "run", patched)
+    return sizes
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_too_large_for_the_memory_is_halved(model, monkeypatch, error, capsys):
+    expected = model.sample(num_samples=9, steps=3)
+    sizes = failing(monkeypatch, lambda sizes: sizes[-1] > 3, error)
+    assert torch.equal(model.sample(num_samples=9, steps=3, progress=True), expected)
+    assert sizes == [9, 5, 3, 3, 3]
+    assert "9/9 images" in capsys.readouterr().err
+
+
+def test_no_memory_for_a_single_image(model, monkeypatch):
+    failing(monkeypatch, lambda sizes: True, OUT_OF_MEMORY[0])
+    with pytest.raises(ValueError, match="not enough memory on cpu for one image"):
+        model.sample(num_samples=2, steps=3)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model, monkeypatch):
+    sizes = failing(monkeypatch, lambda sizes: True, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        model.sample(num_samples=4, steps=3)
+    assert sizes == [4]
+
+
+def test_an_interruption_leaves_the_finished_images(model, monkeypatch):
+    expected = model.sample(num_samples=8, steps=3)
+    failing(monkeypatch, lambda sizes: len(sizes) == 3, KeyboardInterrupt())
+    with pytest.raises(Interrupted) as caught:
+        model.sample(num_samples=8, steps=3, batch_size=3)
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert torch.equal(caught.value.images, expected[:6])
+
+
+def test_a_callback_may_keep_and_change_what_it_gets(model):
+    expected = model.sample(num_samples=2, steps=5)
+
+    def spoil(i, x, x0):
+        x.fill_(float("nan"))
+        x0.fill_(float("nan"))
+
+    assert torch.equal(model.sample(num_samples=2, steps=5, callback=spoil), expected)
+
+
+def test_more_steps_than_are_embedded_at_a_time(conditional, monkeypatch):
+    options = {"sampler": "ddim", "steps": 7, "guidance_scale": 2.0}
+    expected = conditional.sample([4, 4, 9], **options)
+    monkeypatch.setattr(engine, "STEPS_EMBEDDED", 3)
+    torch.testing.assert_close(conditional.sample([4, 4, 9], **options), expected, atol=1e-4, rtol=0)
+
+
+def test_unknown_tier(model):
+    with pytest.raises(ValueError, match="unknown tier 'quick'; choose from: exact, fast"):
+        model.sample(tier="quick")

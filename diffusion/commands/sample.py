@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..ddpm import DDPM, load
+from ..ddpm import DDPM, Interrupted, load
 from ..files import check_writable
 from ..images import check_grid, save_gif, save_grid, save_npz
 from ..steps import SAMPLERS
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     add("--batch-size", type=int, help="images made at a time")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--dtype", help="of the UNet: float32, bfloat16 or float16 (default: the model's)")
+    add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
+    add("--dtype", help="of the UNet: float32, bfloat16 or float16 (default: the tier's)")
     add(
         "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
     )
@@ -59,32 +60,39 @@ def run(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None
     }
     frames = _Frames(num, steps or model.schedule.T) if out.suffix.lower() == ".gif" else None
-    start = time.perf_counter()
-    images = model.sample(
-        labels,
-        num_samples=num,
-        guidance_scale=guidance,
-        guidance_rescale=args.guidance_rescale,
-        sampler=args.sampler,
-        steps=steps,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        backend=args.backend,
-        dtype=args.dtype,
-        progress=True,
-        callback=frames,
-        **options,
-    )
+    start, interrupted = time.perf_counter(), None
+    try:
+        images = model.sample(
+            labels,
+            num_samples=num,
+            guidance_scale=guidance,
+            guidance_rescale=args.guidance_rescale,
+            sampler=args.sampler,
+            steps=steps,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            backend=args.backend,
+            tier=args.tier,
+            dtype=args.dtype,
+            progress=True,
+            callback=frames,
+            **options,
+        )
+    except Interrupted as error:
+        if not len(error.images):
+            raise
+        images, interrupted = error.images, error
     seconds = time.perf_counter() - start
     if frames is not None:
-        save_gif(frames.batches(), out, columns=args.columns, scale=args.scale)
+        save_gif(frames.batches(len(images)), out, columns=args.columns, scale=args.scale)
     elif out.suffix.lower() == ".npz":
-        save_npz(images, out, labels, seed=args.seed)
+        save_npz(images, out, labels and labels[: len(images)], seed=args.seed)
     else:
         save_grid(images, out, columns=args.columns, scale=args.scale)
-    print(
-        f"{out}: {len(images)} images in {seconds:.1f} s ({args.sampler}, {steps or model.schedule.T} steps)"
-    )
+    how = f"{args.sampler}, {steps or model.schedule.T} steps"
+    print(f"{out}: {len(images)} images in {seconds:.1f} s ({how})")
+    if interrupted is not None:
+        raise interrupted
 
 
 def default_device() -> str:
@@ -132,5 +140,5 @@ class _Frames:
         if i in self.latents:
             self.latents[i].append(x.cpu())
 
-    def batches(self) -> list[torch.Tensor]:
-        return [torch.cat(self.latents[i]) for i in self.kept]
+    def batches(self, images: int) -> list[torch.Tensor]:
+        return [torch.cat(self.latents[i])[:images] for i in self.kept]

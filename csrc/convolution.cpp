@@ -1,0 +1,260 @@
+// fused_diffusion::convolution_ on the CPU: blocks of the output, each made by the threads together, in passes over
+// buffers that stay in the cache.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "convolution.h"
+#include "cpu.h"
+#include "group_norm_silu.h"
+#include "targets.h"
+
+namespace fused_diffusion {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlockWords = 1 << 20;  // of both buffers of a Winograd block, or the inputs of a direct one
+constexpr int64_t kWorkPerThread = 1 << 14;  // vector operations, some five microseconds
+
+namespace baseline {
+#define FD_LANES 4
+#define FD_BFLOAT16 0
+#define FD_PAIRS 0
+#include "vectors.h"
+#include "matrix_cpu.h"
+#include "convolution_cpu.h"
+}  // namespace baseline
+
+#if defined(__x86_64__)
+FD_TARGET("avx2,fma")
+namespace avx2 {
+#define FD_LANES 8
+#define FD_BFLOAT16 0
+#define FD_PAIRS 0
+#include "vectors.h"
+#include "matrix_cpu.h"
+#include "convolution_cpu.h"
+}  // namespace avx2
+FD_END_TARGET
+
+FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+namespace avx512 {
+#define FD_LANES 16
+#define FD_BFLOAT16 0
+#define FD_PAIRS 0
+#include "vectors.h"
+#include "matrix_cpu.h"
+#include "convolution_cpu.h"
+}  // namespace avx512
+FD_END_TARGET
+
+FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+namespace avx512_bf16 {
+#define FD_LANES 16
+#define FD_BFLOAT16 1
+#define FD_PAIRS 1
+#include "vectors.h"
+#include "matrix_cpu.h"
+#include "convolution_cpu.h"
+}  // namespace avx512_bf16
+FD_END_TARGET
+#endif
+
+// The kernels of one instruction set for one element type of the images and one of the weights.
+struct Kernels {
+  void (*winograd_input)(const Convolution&, const Tiles&, float* v, float* plane, int64_t begin, int64_t end);
+  void (*winograd_multiply)(const Convolution&, const Tiles&, const float* v, float* m, int64_t begin, int64_t end);
+  void (*winograd_output)(const Convolution&, const Tiles&, const float* m, int64_t begin, int64_t end);
+  void (*direct_input)(const Convolution&, const Rows&, void* to, int64_t begin, int64_t end);
+  void (*direct_multiply)(const Convolution&, const Rows&, const void* from, int64_t begin, int64_t end);
+  int64_t lanes;
+};
+
+#define FD_KERNELS(set, T, math)                                                                        \
+  Kernels {                                                                                             \
+    set::winograd_input<T, set::math>, set::winograd_multiply<set::math>, set::winograd_output<T>,      \
+        set::direct_input<T, set::math>, set::direct_multiply<T, set::math>, set::kLanes                \
+  }
+
+template <class T>
+Kernels kernels_of(bool pairs) {
+#if defined(__x86_64__)
+  const Simd simd = simd_in_use();
+  STD_TORCH_CHECK(!pairs || simd == Simd::avx512_bf16, "the weights are packed for a processor with AVX512_BF16");
+  if (pairs) return FD_KERNELS(avx512_bf16, T, Pairs);
+  if (simd >= Simd::avx512) return FD_KERNELS(avx512, T, Singles);
+  if (simd == Simd::avx2) return FD_KERNELS(avx2, T, Singles);
+#else
+  STD_TORCH_CHECK(!pairs, "the weights are packed for a processor with AVX512_BF16");
+#endif
+  return FD_KERNELS(baseline, T, Singles);
+}
+
+Kernels kernels(ScalarType type, bool pairs) {
+  if (type == ScalarType::Float) return kernels_of<float>(pairs);
+  return type == ScalarType::BFloat16 ? kernels_of<BFloat16>(pairs) : kernels_of<Half>(pairs);
+}
+
+// A thread's buffer, kept from call to call: fresh pages cost more than small convolutions.
+float* buffer(int64_t words, int which) {
+  static thread_local std::unique_ptr<float[]> kept[3];
+  static thread_local int64_t sizes[3] = {};
+  if (sizes[which] < words + 16) {
+    kept[which].reset();
+    sizes[which] = 0;
+    kept[which].reset(new float[words + 16]);
+    sizes[which] = words + 16;
+  }
+  const uintptr_t line = (reinterpret_cast<uintptr_t>(kept[which].get()) + 63) / 64 * 64;
+  return reinterpret_cast<float*>(line);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Run>
+void share(int64_t items, int64_t work_per_item, const Run& run) {
+  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item)),
+                              run);
+}
+
+void winograd(const Convolution& g, const Kernels& set, int64_t size, int64_t pack) {
+  Tiles tiles(g, size, pack, 1);
+  const int64_t strips = g.images * tiles.high, strip_words = tiles.frequencies() * tiles.wide * (tiles.inputs + tiles.outputs);
+  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, kBlockWords / strip_words));
+  const int64_t strips_per_block = divide_up(strips, blocks);
+  for (int64_t first = 0; first < strips; first += strips_per_block) {
+    tiles = Tiles(g, size, pack, std::min(strips_per_block, strips - first));
+    tiles.first = first;
+    float* v = buffer(tiles.frequencies() * tiles.input_step, 0);
+    float* m = buffer(tiles.frequencies() * tiles.output_step, 1);
+    const int64_t images = (first + tiles.strips - 1) / tiles.high - first / tiles.high + 1;
+    const int64_t vectors = round_up(g.channels, 16) / set.lanes;
+    const int64_t plane = (std::min(tiles.strips, tiles.high) * size + 2) * (tiles.wide * size + 2) * set.lanes;
+    share(images * vectors, tiles.count() / images * 200, [&](int64_t begin, int64_t end) {
+      set.winograd_input(g, tiles, v, buffer(plane, 2), begin, end);
+    });
+    const int64_t items = tiles.frequencies() * g.panels();
+    share(items, tiles.count() * g.channels * kPanel / (16 * pack),
+          [&](int64_t begin, int64_t end) { set.winograd_multiply(g, tiles, v, m, begin, end); });
+    share(tiles.count(), g.out_channels / 16 * 250,
+          [&](int64_t begin, int64_t end) { set.winograd_output(g, tiles, m, begin, end); });
+  }
+}
+
+void direct(const Convolution& g, const Kernels& set, int64_t pack, int64_t element) {
+  Rows block{};
+  const int64_t weight_element = pack == 2 ? 2 : 4;
+  const bool in_place = g.kernel == 1 && g.stride == 1 && g.scale == 1 && g.centre == nullptr &&
+                        element == weight_element && g.channels % pack == 0;
+  block.columns = (g.out_width - 1) * g.stride + g.kernel;
+  block.pixel = in_place ? g.x_pixel * element : round_up(g.channels, 16) * weight_element;
+  const int64_t row_words = block.columns * block.pixel / 4;
+  const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
+  const int64_t whole = in_place ? g.images : kBlockWords / (image_rows * row_words);
+  const int64_t rows = std::max<int64_t>(1, (kBlockWords / row_words - g.kernel) / g.stride);
+  block.images = std::max<int64_t>(1, whole);
+  const int64_t step = whole > 0 ? g.out_height : std::min(g.out_height, rows);
+  const int64_t taps = g.kernel * g.kernel;
+  for (block.image = 0; block.image < g.images; block.image += block.images) {
+    block.images = std::min(block.images, g.images - block.image);
+    for (block.row = 0; block.row < g.out_height; block.row += step) {
+      block.rows = std::min(step, g.out_height - block.row);
+      block.in_rows = (block.rows - 1) * g.stride + g.kernel;
+      block.image_step = block.in_rows * block.columns * block.pixel;
+      const void* from = g.x;
+      if (!in_place) {
+        float* to = buffer(block.images * block.image_step / 4, 0);
+        share(block.images * block.in_rows, block.columns * g.channels,
+              [&](int64_t begin, int64_t end) { set.direct_input(g, block, to, begin, end); });
+        from = to;
+      }
+      const int64_t items = g.panels() * divide_up(block.count(g), 48);
+      share(items, 48 * taps * g.channels * kPanel / (16 * pack),
+            [&](int64_t begin, int64_t end) { set.direct_multiply(g, block, from, begin, end); });
+    }
+  }
+}
+
+// The distance between the pixels of a channels_last tensor [N, C, H, W], or of a range of its channels.
+int64_t pixel_distance(const Tensor& t, const char* name) {
+  const int64_t width = t.size(3), height = t.size(2);
+  const int64_t pixel = width > 1 ? t.stride(3) : height > 1 ? t.stride(2) : t.size(0) > 1 ? t.stride(0) : t.size(1);
+  STD_TORCH_CHECK((t.size(1) <= 1 || t.stride(1) == 1) && pixel >= t.size(1) &&
+                      (height <= 1 || t.stride(2) == width * pixel) &&
+                      (t.size(0) <= 1 || t.stride(0) == height * width * pixel),
+                  name, " must be channels_last, or a range of the channels of such a tensor");
+  return pixel;
+}
+
+void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, int64_t padding,
+                  int64_t scale, int64_t tile, const std::optional<Tensor>& bias, const std::optional<Tensor>& map,
+                  bool silu, const std::optional<Tensor>& residual, Tensor out) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && out.scalar_type() == type && x.size(0) == out.size(0),
+                  "x and out must be [N, C, H, W] of one dtype");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "x must be float32, bfloat16 or float16");
+  Convolution g{};
+  g.x = x.const_data_ptr();
+  g.out = out.mutable_data_ptr();
+  g.images = x.size(0), g.channels = x.size(1), g.height = x.size(2), g.width = x.size(3);
+  g.out_channels = out.size(1), g.out_height = out.size(2), g.out_width = out.size(3);
+  g.kernel = kernel, g.stride = stride, g.padding = padding, g.scale = scale, g.silu = silu;
+  STD_TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && (scale == 1 || scale == 2) && padding >= 0,
+                  "the kernel must be 1 or 3 wide, the scale 1 or 2");
+  STD_TORCH_CHECK(tile == 0 || ((tile == 2 || tile == 4) && kernel == 3 && stride == 1 && padding == 1 &&
+                                g.out_height == g.in_height() && g.out_width == g.in_width()),
+                  "Winograd's convolution is 3 x 3, and its output as large as its input");
+  const bool pairs = weight.scalar_type() == ScalarType::BFloat16;
+  const int64_t pack = pairs ? 2 : 1, factors = tile == 0 ? kernel * kernel : (tile + 2) * (tile + 2);
+  STD_TORCH_CHECK((pairs || weight.scalar_type() == ScalarType::Float) && weight.is_contiguous() &&
+                      weight.numel() == factors * round_up(g.channels, pack) * g.padded_out(),
+                  "weight is not packed for this convolution");
+  g.weight = static_cast<const float*>(weight.const_data_ptr());
+  g.x_pixel = pixel_distance(x, "x");
+  g.out_pixel = pixel_distance(out, "out");
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == g.out_channels,
+                    "bias must be contiguous float32 [K]");
+    g.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+  if (map.has_value()) {
+    STD_TORCH_CHECK(map->scalar_type() == ScalarType::Float && map->is_contiguous() &&
+                        map->numel() == 3 * g.images * g.channels,
+                    "map must be contiguous float32 [3, N, C]");
+    g.centre = static_cast<const float*>(map->const_data_ptr());
+    g.gain = g.centre + g.images * g.channels;
+    g.offset = g.gain + g.images * g.channels;
+  }
+  STD_TORCH_CHECK(!silu || map.has_value(), "without a map there is no activation");
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == type, "residual must be like out");
+    for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(residual->size(d) == out.size(d), "residual must be like out");
+    g.residual = residual->const_data_ptr();
+    g.residual_pixel = pixel_distance(*residual, "residual");
+  }
+  if (out.numel() == 0) return;
+  const Kernels set = kernels(type, pairs);
+  if (tile == 0) direct(g, set, pack, type == ScalarType::Float ? 4 : 2);
+  else winograd(g, set, tile, pack);
+}
+
+}  // namespace
+}  // namespace fused_diffusion
+
+STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) {
+  m.impl("convolution_", TORCH_BOX(&fused_diffusion::convolution_));
+}

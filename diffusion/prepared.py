@@ -1,0 +1,322 @@
+"""A UNet made ready for sampling on a CPU: its weights packed, its buffers laid out, its steps fused.
+
+What `UNet.denoise` computes, in a fixed list of calls of compiled operators. Normalisation, modulation and
+SiLU are part of the convolution that follows, bias and residual of the one before; skip connections are
+written where the way up reads them, so that nothing is concatenated; and every buffer is used again in the
+next evaluation.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
+from .kernels.attention import op as attention_op
+from .kernels.conv3x3 import native_impl as convolutions
+from .kernels.conv3x3.packing import PackedWeight, choose_tile, pack
+from .kernels.group_norm_silu.channel_map import group_norm_map_
+from .memory import total_memory
+from .unet import UNet
+
+SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
+
+
+class PreparedUNet:
+    """`denoise(x, embedding)` of a UNet on the CPU, faster; the UNet's weights as they are now.
+
+    dtype: of the feature maps, float32, bfloat16 or float16. In bfloat16, processors that can multiply in it
+    do; elsewhere the arithmetic is in float32. An image's result does not depend on the others of its batch.
+    ValueError: `unsupported` gives a reason.
+    """
+
+    def __init__(self, unet: UNet, dtype: torch.dtype):
+        reason = unsupported(unet, dtype)
+        if reason is not None:
+            raise ValueError(f"this UNet cannot be prepared: {reason}")
+        self.unet, self.dtype = unet, dtype
+        self.pairs = dtype == torch.bfloat16 and convolutions.multiplies_pairs()
+        self._largest_tile = self._affordable_tile()
+        self._weights: dict[tuple[nn.Module, int], PackedWeight] = {}
+        self._vectors: dict[nn.Parameter, Tensor] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """As `UNet.denoise`. The result lies in a buffer, which the next call overwrites."""
+        key = tuple(x.shape)
+        if key not in self._plans:
+            self._plans.clear()  # buffers for one size at a time
+            self._plans[key] = _Plan(self, *x.shape)
+        return self._plans[key].run(x, embedding)
+
+    def _affordable_tile(self) -> int:
+        convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        numbers = sum(m.weight.numel() for m in convs) * (2 if self.pairs else 4)
+        budget = SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
+        return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)
+
+    def weight(self, module: nn.Conv2d | nn.Linear, tile: int) -> PackedWeight:
+        """The module's weight, packed for a tile; a linear map is a convolution by 1 x 1."""
+        if (module, tile) not in self._weights:
+            weight = module.weight.detach()
+            weight = weight if weight.ndim == 4 else weight[:, :, None, None]
+            self._weights[module, tile] = pack(weight, tile=tile, pairs=self.pairs)
+        return self._weights[module, tile]
+
+    def tile(self, conv: nn.Conv2d, height: int, width: int) -> int:
+        """Of a 3 x 3 convolution to a map of this size."""
+        return min(choose_tile(conv.weight.shape, height, width, self.pairs), self._largest_tile)
+
+    def vector(self, parameter: nn.Parameter | None) -> Tensor | None:
+        """A bias, or a norm's weight, in float32."""
+        if parameter is None:
+            return None
+        if parameter not in self._vectors:
+            self._vectors[parameter] = parameter.detach().float().contiguous()
+        return self._vectors[parameter]
+
+
+class PreparedCache:
+    """The last prepared UNet, for as long as no weight changes. A copy begins empty."""
+
+    def __init__(self):
+        self._key, self._prepared = None, None
+
+    def __deepcopy__(self, memo) -> "PreparedCache":
+        return PreparedCache()
+
+    def __reduce__(self):
+        return PreparedCache, ()
+
+    def of(self, unet: UNet, dtype: torch.dtype) -> PreparedUNet:
+        """`unet` prepared for `dtype`, made anew where a weight is not what it was."""
+        parameters = list(unet.parameters())
+        # Writing through `.data` changes no version, so the values count too.
+        sums = torch.stack([p.detach().sum(dtype=torch.float32) for p in parameters]).tolist()
+        versions = [(p.data_ptr(), p._version) for p in parameters]
+        key = (dtype, convolutions.multiplies_pairs(), versions, sums)
+        if self._key != key:
+            self._prepared = None  # frees the memory first
+            self._key, self._prepared = key, PreparedUNet(unet, dtype)
+        return self._prepared
+
+
+def unsupported(unet: UNet, dtype: torch.dtype) -> str | None:
+    """Why a UNet cannot be prepared, or None."""
+    parameter = next(unet.parameters())
+    if parameter.device.type != "cpu":
+        return f"it is on {parameter.device}, not on the CPU"
+    if dtype not in convolutions.DTYPES:
+        return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    x = torch.empty(0, 1, 4, 4, dtype=dtype)
+    packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), 0)
+    return convolutions.supports(x, packed)
+
+
+class _Plan:
+    """The calls for one batch size and one size of the images, bound to their buffers."""
+
+    def __init__(self, prepared: PreparedUNet, batch: int, channels: int, height: int, width: int):
+        unet = prepared.unet
+        self.prepared, self.batch = prepared, batch
+        self.calls: list[tuple[Callable, tuple]] = []
+        self._buffers: dict[tuple, Tensor] = {}
+        self.input = self._image(channels, height, width)
+        self.embedding = torch.empty(batch, sum(unet.embedding_sizes))
+        parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
+        self._lay_out(unet, parts, height, width)
+
+    def run(self, x: Tensor, embedding: Tensor) -> Tensor:
+        self.input.copy_(x)
+        self.embedding.copy_(embedding)
+        for function, arguments in self.calls:
+            function(*arguments)
+        return self.output
+
+    # ---- Buffers.
+
+    def _image(self, channels: int, height: int, width: int) -> Tensor:
+        shape = (self.batch, channels, height, width)
+        return torch.empty(shape, dtype=self.prepared.dtype, memory_format=torch.channels_last)
+
+    def _scratch(self, use: str, channels: int, height: int, width: int) -> Tensor:
+        """The same buffer for every use of the same name and shape: none of them is needed for long."""
+        key = (use, channels, height, width)
+        if key not in self._buffers:
+            self._buffers[key] = self._image(channels, height, width)
+        return self._buffers[key]
+
+    # ---- Calls.
+
+    def _call(self, function: Callable, *arguments) -> None:
+        self.calls.append((function, arguments))
+
+    def _map(self, norm: Norm, x: Tensor, **modulation: Tensor) -> tuple[Tensor, bool]:
+        """What a norm does to each channel of x, and whether SiLU follows."""
+        key = ("map", x.shape[1])
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(3, *x.shape[:2])
+        map, silu = self._buffers[key], norm.activation == "silu"
+        weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
+        modulation = [modulation.get(name) for name in ("add", "scale", "shift")]
+        self._call(group_norm_map_, x, norm.groups, weight, bias, norm.eps, *modulation, silu, map)
+        return map, silu
+
+    def _convolve(
+        self,
+        module: nn.Conv2d | nn.Linear,
+        x: Tensor,
+        out: Tensor,
+        *,
+        norm: tuple[Tensor, bool] = (None, False),
+        residual: Tensor | None = None,
+        stride: int = 1,
+        padding: int | None = None,
+        scale: int = 1,
+    ) -> None:
+        kernel = module.weight.shape[-1] if module.weight.ndim == 4 else 1
+        tile = self.prepared.tile(module, *out.shape[2:]) if kernel == 3 and stride == 1 else 0
+        padding = kernel // 2 if padding is None else padding
+        packed, bias = self.prepared.weight(module, tile), self.prepared.vector(module.bias)
+        self._call(
+            convolutions.convolution_,
+            x,
+            packed.data,
+            kernel,
+            stride,
+            padding,
+            scale,
+            tile,
+            bias,
+            *norm,
+            residual,
+            out,
+        )
+
+    def _residual_block(self, block: ResBlock, x: Tensor, part: Tensor, out: Tensor) -> None:
+        size = out.shape[2:]
+        hidden = self._scratch("hidden", out.shape[1], *size)
+        if block.resample is None:
+            self._convolve(block.conv1, x, hidden, norm=self._map(block.norm1, x))
+        elif isinstance(block.resample, Upsample):
+            self._convolve(block.conv1, x, hidden, norm=self._map(block.norm1, x), scale=2)
+            x = self._resample(block.resample, x, "upsampled", size)
+        else:
+            normalised = self._scratch("normalised", x.shape[1], *x.shape[2:])
+            self._call(_store, normalised, block.norm1, x)
+            smaller = self._resample(block.resample, normalised, "pooled", size)
+            self._convolve(block.conv1, smaller, hidden)
+            x = self._resample(block.resample, x, "downsampled", size)
+        names = ("scale", "shift") if block.scale_shift else ("add",)
+        modulation = dict(zip(names, part.chunk(len(names), dim=1), strict=True))
+        if block.skip is not None:
+            self._convolve(block.skip, x, out)
+            x = out
+        self._convolve(
+            block.conv2, hidden, out, norm=self._map(block.norm2, hidden, **modulation), residual=x
+        )
+
+    def _resample(self, how: Downsample | Upsample, x: Tensor, use: str, size: tuple[int, int]) -> Tensor:
+        """x by a change of resolution without weights."""
+        out = self._scratch(use, x.shape[1], *size)
+        self._call(_store, out, how, x)
+        return out
+
+    def _attend(self, attention: Attention, x: Tensor, out: Tensor) -> None:
+        batch, channels, height, width = x.shape
+        qkv = self._scratch("qkv", 3 * channels, height, width)
+        norm = (None, False) if attention.norm is None else self._map(attention.norm, x)
+        self._convolve(attention.qkv, x, qkv, norm=norm)
+        parts = qkv.permute(0, 2, 3, 1).view(batch, height * width, 3, attention.heads, -1)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = self._scratch("attended", channels, height, width)
+        heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
+        # Whatever the batch, so that no image depends on how many others there are.
+        backend = "cpp" if "cpp" in attention_op.serving(q, k, v) else "reference"
+        self._call(_store, heads, partial(kernels.attention, backend=backend), q, k, v)
+        self._convolve(attention.proj, attended, out, residual=x)
+
+    def _block(
+        self, block: ResBlock, attention: Attention | None, x: Tensor, part: Tensor, out: Tensor
+    ) -> None:
+        before = out if attention is None else self._scratch("block", *out.shape[1:])
+        self._residual_block(block, x, part, before)
+        if attention is not None:
+            self._attend(attention, before, out)
+
+    def _leave(self, level: Level, x: Tensor, parts: Iterator[Tensor], out: Tensor) -> None:
+        how = level.resample
+        if isinstance(how, ResBlock):
+            self._residual_block(how, x, next(parts), out)
+        elif how.conv is None:
+            self._call(_store, out, how, x)
+        elif isinstance(how, Upsample):
+            self._convolve(how.conv, x, out, scale=2)
+        else:
+            self._convolve(how.conv, x, out, stride=2, padding=0 if how.asymmetric else 1)
+
+    # ---- The network.
+
+    def _lay_out(self, unet: UNet, parts: Iterator[Tensor], height: int, width: int) -> None:
+        joined = self._joined_buffers(unet, height, width)
+        skips = [buffer[:, before:] for buffer, before in reversed(joined)]
+        reads = [buffer for buffer, _ in joined]
+        writes = [buffer[:, :before] for buffer, before in joined]
+
+        x = skips.pop(0)
+        self._convolve(unet.input_conv, self.input, x)
+        for level in unet.down:
+            for i, block in enumerate(level.blocks):
+                out = skips.pop(0)
+                attention = level.attentions[i] if len(level.attentions) else None
+                self._block(block, attention, x, next(parts), out)
+                x = out
+            if level.resample is not None:
+                out = skips.pop(0)
+                self._leave(level, x, parts, out)
+                x = out
+
+        middle = [self._scratch(f"middle {i}", *x.shape[1:]) for i in range(2)]
+        self._block(unet.mid.blocks[0], unet.mid.attention, x, next(parts), middle[0])
+        self._residual_block(unet.mid.blocks[1], middle[0], next(parts), writes.pop(0))
+
+        for level in reversed(unet.up):
+            for i, block in enumerate(level.blocks):
+                x = reads.pop(0)
+                last = i == len(level.blocks) - 1
+                channels = block.conv2.weight.shape[0]
+                out = self._scratch("level", channels, *x.shape[2:]) if last else writes.pop(0)
+                if last and level.resample is None and writes:
+                    out = writes.pop(0)
+                attention = level.attentions[i] if len(level.attentions) else None
+                self._block(block, attention, x, next(parts), out)
+                x = out
+            if level.resample is not None:
+                out = writes.pop(0)
+                self._leave(level, x, parts, out)
+        self.output = self._image(unet.config.out_channels, height, width)
+        self._convolve(unet.output_conv, x, self.output, norm=self._map(unet.output_norm, x))
+
+    def _joined_buffers(self, unet: UNet, height: int, width: int) -> list[tuple[Tensor, int]]:
+        """What each block on the way up reads: channels from below, then those of a skip connection.
+
+        With each buffer the number of the former.
+        """
+        skips = [unet.input_conv.weight.shape[0]]
+        sizes = []
+        for i, level in enumerate(unet.down):
+            outputs = [block.conv2.weight.shape[0] for block in level.blocks]
+            skips += outputs + outputs[-1:] * (level.resample is not None)
+            sizes.append((height >> i, width >> i))
+        joined = []
+        for i, level in reversed(list(enumerate(unet.up))):
+            for block in level.blocks:
+                channels = block.conv1.weight.shape[1]
+                joined.append((self._image(channels, *sizes[i]), channels - skips.pop()))
+        return joined
+
+
+def _store(out: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> None:
+    out.copy_(function(*arguments))

@@ -1,0 +1,269 @@
+"""conv3x3 and what it is made of: against float64, over instruction sets, tiles, layouts and sizes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusion.kernels import _native, conv3x3, explain, pack_conv3x3
+from diffusion.kernels._tolerance import wrong
+from diffusion.kernels.conv3x3 import reference
+from diffusion.kernels.conv3x3.cases import CASES
+from diffusion.kernels.conv3x3.native_impl import convolution_, multiplies_pairs
+from diffusion.kernels.conv3x3.packing import PANEL, choose_tile, pack
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_cpp = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
+
+
+@pytest.fixture(params=_native.simd_variants())
+def simd(request):
+    _native.use_simd(request.param)
+    yield request.param
+    _native.use_simd("best")
+
+
+def as_double(value):
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+def expected_of(args, options):
+    return reference.conv3x3(*map(as_double, args), **{name: as_double(v) for name, v in options.items()})
+
+
+def complaint(actual, args, options, packed) -> str | None:
+    """Why `actual` is too far from float64: by the one rule, and what the algorithm is documented to lose."""
+    peer = reference.conv3x3(*args, **options)
+    return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
+
+
+@needs_cpp
+@pytest.mark.parametrize("tile", [0, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case, dtype, tile, simd):
+    args, options = CASES[case].inputs(dtype)
+    packed = pack(args[1], tile=tile, pairs=False)
+    actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
+    assert actual.dtype == dtype
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert complaint(actual, args, options, packed) is None
+
+
+@pytest.mark.skipif(not multiplies_pairs(), reason="this processor has no AVX512_BF16")
+@pytest.mark.parametrize("tile", [0, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_pairs_of_bfloat16(case, dtype, tile):
+    """Inputs and weights are rounded to bfloat16, whatever x's dtype."""
+    args, options = CASES[case].inputs(dtype)
+    packed = pack(args[1], tile=tile, pairs=True)
+    actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
+    assert complaint(actual, args, options, packed) is None
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_what_auto_and_packing_choose(case, dtype):
+    args, options = CASES[case].inputs(dtype)
+    factor = 2 if options["upsample"] else 1
+    packed = pack_conv3x3(args[1], *(factor * size for size in args[0].shape[2:]), dtype)
+    assert (packed.data.dtype == torch.bfloat16) == (dtype == torch.bfloat16 and multiplies_pairs())
+    assert complaint(conv3x3(args[0], packed, args[2], **options), args, options, packed) is None
+
+
+def composed(x, weight, bias, *, num_groups, norm_weight, norm_bias, add, scale, shift, residual):
+    """The docstring's formula in PyTorch's functions, with an upsampling."""
+    h = F.group_norm(x + add[:, :, None, None], num_groups, norm_weight, norm_bias, 1e-5)
+    h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    h = F.interpolate(h * torch.sigmoid(h), scale_factor=2, mode="nearest")
+    return F.conv2d(h, weight, bias, padding=1) + residual
+
+
+def test_reference_is_the_formula():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    args = (normal(2, 6, 4, 5), normal(3, 6, 3, 3), normal(3))
+    options = {
+        "num_groups": 2,
+        "norm_weight": normal(6),
+        "norm_bias": normal(6),
+        "add": normal(2, 6),
+        "scale": normal(2, 6),
+        "shift": normal(2, 6),
+        "residual": normal(2, 3, 8, 10),
+    }
+    actual = conv3x3(*args, **options, activation="silu", upsample=True, backend="reference")
+    torch.testing.assert_close(actual, composed(*args, **options), rtol=1e-12, atol=1e-12)
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", ["odd", "many_blocks", "four_pixels", "upsampled"])
+@pytest.mark.parametrize("tile", [0, 2, 4])
+def test_an_image_does_not_depend_on_its_batch_or_the_threads(case, tile):
+    args, options = CASES[case].inputs(torch.float32)
+    packed = pack(args[1], tile=tile, pairs=False)
+
+    def some(images):
+        chosen = {
+            name: value[images] if name in ("add", "scale", "shift", "residual") else value
+            for name, value in options.items()
+        }
+        return conv3x3(args[0][images], packed, args[2], **chosen, backend="cpp")
+
+    together, threads = some(slice(None)), torch.get_num_threads()
+    assert torch.equal(some(slice(1, 2)), together[1:2])
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(some(slice(None)), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def channels_last(*shape, seed=0, dtype=torch.float32):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "below"),
+    [(1, 1, 0, 0), (1, 2, 0, 0), (3, 2, 1, 1), (3, 2, 0, 1), (3, 1, 1, 1), (3, 1, 0, 0)],
+)
+def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, simd):
+    """Those of the change of resolution and of attention, from and to some channels of wider images."""
+    wide = channels_last(2, 40, 12, 10, dtype=dtype)
+    x = wide[:, 3:26]
+    weight = channels_last(70, 23, kernel, kernel, seed=1) / (23 * kernel**2) ** 0.5
+    bias = torch.linspace(-1, 1, 70)
+    height, width = ((size + padding + below - kernel) // stride + 1 for size in x.shape[2:])
+    room = channels_last(2, 90, height, width, dtype=dtype)
+    before, out = room.clone(), room[:, 11:81]
+    map = torch.randn(3, 2, 23, generator=torch.Generator().manual_seed(2)) if normalised else None
+    packed = pack(weight, tile=0, pairs=False)
+    residual = before[:, 11:81].clone(memory_format=torch.channels_last)
+    convolution_(
+        x, packed.data, kernel, stride, padding, 1, 0, bias, map, False, out, out
+    )  # the residual is out
+
+    def plain(dtype):
+        h = x.to(dtype)
+        if normalised:
+            centre, gain, offset = (m.to(dtype)[:, :, None, None] for m in map)
+            h = (h - centre) * gain + offset
+        h = F.pad(h, (padding, below, padding, below))
+        return F.conv2d(h, weight.to(dtype), bias.to(dtype), stride) + residual.to(dtype)
+
+    assert wrong(out, plain(dtype), plain(torch.float64)) is None
+    untouched = torch.cat([room[:, :11], room[:, 81:]], 1)
+    assert torch.equal(untouched, torch.cat([before[:, :11], before[:, 81:]], 1))
+
+
+@needs_cpp
+def test_opcheck():
+    x, out = channels_last(2, 8, 8, 8), channels_last(2, 16, 8, 8)
+    packed = pack(channels_last(16, 8, 3, 3), tile=4, pairs=False)
+    map = torch.ones(3, 2, 8)
+    torch.library.opcheck(
+        torch.ops.fused_diffusion.convolution_.default,
+        (x, packed.data, 3, 1, 1, 1, 4, torch.ones(16), map, True, None, out),
+    )
+    torch.library.opcheck(
+        torch.ops.fused_diffusion.group_norm_map_.default,
+        (x, 4, torch.ones(8), None, 1e-5, None, None, None, True, map),
+    )
+
+
+@needs_cpp
+def test_compiled_without_a_graph_break():
+    args, options = CASES["odd"].inputs(torch.float32)
+    packed = pack_conv3x3(args[1], *args[0].shape[2:])
+
+    def run(x, bias):
+        return conv3x3(x, packed, bias, **options, backend="cpp") * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(args[0], args[2]), run(args[0], args[2]))
+
+
+@needs_cpp
+@pytest.mark.parametrize("tile", [0, 2, 4])
+def test_nan_stays_where_it_reaches(tile):
+    """A pixel that is not a number spoils those around it, and no other tile or image."""
+    x = channels_last(2, 16, 16, 16)
+    x[0, 3, 9, 9] = float("nan")
+    packed = pack(channels_last(16, 16, 3, 3), tile=tile, pairs=False)
+    spoiled = conv3x3(x, packed, backend="cpp").isnan()
+    assert spoiled[0, :, 8:11, 8:11].all()
+    assert not spoiled[1].any()
+    assert not spoiled[0, :, :4].any()
+    assert not spoiled[0, :, :, :4].any()
+
+
+def test_the_packed_weight_is_whole():
+    """Zero beyond the weight, and each number of it where the product reads it."""
+    weight = torch.arange(70 * 5 * 9, dtype=torch.float32).reshape(70, 5, 3, 3)
+    data = pack(weight, tile=0, pairs=False).data.flatten()
+    first, last = data[: 9 * 5 * PANEL].reshape(9, 5, PANEL), data[9 * 5 * PANEL :].reshape(9, 5, 16)
+    taps = weight.permute(2, 3, 1, 0).flatten(0, 1)
+    assert torch.equal(first, taps[:, :, :PANEL])
+    assert torch.equal(last[:, :, :6], taps[:, :, PANEL:])
+    assert not last[:, :, 6:].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "small", "large", "pairs"),
+    [(1, 0, 0, 0), (2, 0, 0, 0), (4, 2, 2, 2), (8, 4, 2, 2), (14, 4, 4, 2)],
+)
+def test_tiles_by_size(size, small, large, pairs):
+    assert choose_tile((96, 96, 3, 3), size, 64, False) == small
+    assert choose_tile((256, 256, 3, 3), 64, size, False) == large
+    assert choose_tile((96, 96, 3, 3), size, size, True) == pairs
+    assert choose_tile((64, 3, 3, 3), size, size, False) == 0
+
+
+X, W = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: conv3x3(X[0], W), r"needs a floating-point x \[N, C, H, W\]"),
+        (lambda: conv3x3(X, W[:, :3]), r"weight must have shape \[K, 4, 3, 3\], not \[6, 3, 3, 3\]"),
+        (lambda: conv3x3(X, W[:, :, :1, :1]), r"weight must have shape \[K, 4, 3, 3\]"),
+        (lambda: conv3x3(X, W, X.flatten()[:5]), r"bias must have shape \[6\], not \[5\]"),
+        (lambda: conv3x3(X, W, residual=X), r"residual must have shape \[2, 6, 8, 8\], not \[2, 4, 8, 8\]"),
+        (lambda: conv3x3(X, W, upsample=True, residual=X), r"residual must have shape \[2, 6, 16, 16\]"),
+        (lambda: conv3x3(X, W, num_groups=3), "4 channels cannot be divided into 3 groups"),
+        (lambda: conv3x3(X, W, activation="silu"), "without num_groups nothing is normalised"),
+        (lambda: conv3x3(X, W, add=X[:, :, 0, 0]), "without num_groups nothing is normalised"),
+        (lambda: conv3x3(X, W, num_groups=2, activation="relu"), "activation must be 'silu' or 'none'"),
+        (lambda: conv3x3(X, W, num_groups=2, eps=-1.0), "eps must not be negative"),
+        (lambda: conv3x3(X, W, num_groups=2, scale=X[:, :2, 0, 0]), r"scale must have shape \[2, 4\]"),
+        (lambda: conv3x3(X, W, backend="cpp"), "the weight is not packed; see pack_conv3x3"),
+        (lambda: pack_conv3x3(W[:, :, 0], 8, 8), r"needs a weight \[K, C, 3, 3\]"),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@needs_cpp
+def test_gradients_are_the_references():
+    """The C++ backend computes none, and says so."""
+    args, options = CASES["odd"].inputs(torch.float32)
+    packed = pack_conv3x3(args[1], 7, 9)
+    x = args[0].clone().requires_grad_()
+    with pytest.raises(ValueError, match="x requires a gradient, which this backend does not compute"):
+        conv3x3(x, packed, args[2], **options, backend="cpp")
+    assert "not cpp: x requires a gradient" in explain("conv3x3", x, packed, args[2], **options)
+    conv3x3(x, packed, args[2], **options).sum().backward()
+    again = args[0].double().requires_grad_()
+    expected_of((again, args[1], args[2]), options).sum().backward()
+    torch.testing.assert_close(x.grad.double(), again.grad, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,150 @@
+"""PreparedUNet: what it computes is what the UNet computes, for every architecture, size and dtype."""
+
+import copy
+
+import pytest
+import torch
+from diffusion.kernels import _native
+from test_unet import TINY, VARIANTS, inputs, randomized
+
+from diffusion import prepared
+from diffusion.prepared import PreparedCache, PreparedUNet, unsupported
+
+pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
+
+
+def labels_of(config, batch: int):
+    return torch.arange(batch) % config.num_classes if config.num_classes else None
+
+
+def evaluate(unet, dtype, x, t, labels):
+    """The prepared UNet's output, and the UNet's own in float64."""
+    with torch.no_grad():
+        actual = PreparedUNet(unet, dtype).denoise(x, unet.embed(t, labels)).clone()
+        return actual, copy.deepcopy(unet).double()(x.double(), t, labels)
+
+
+@pytest.mark.parametrize("simd", _native.simd_variants())
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_unet(name, simd):
+    unet = randomized(VARIANTS[name])
+    x, t = inputs(unet.config)
+    _native.use_simd(simd)
+    try:
+        actual, expected = evaluate(unet, torch.float32, x, t, labels_of(unet.config, 2))
+    finally:
+        _native.use_simd("best")
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_sixteen_bits(name, dtype):
+    """As near to float64 as the UNet itself in that dtype, or twice as far."""
+    unet = randomized(VARIANTS[name])
+    x, t = inputs(unet.config)
+    labels = labels_of(unet.config, 2)
+    actual, expected = evaluate(unet, dtype, x, t, labels)
+    assert actual.dtype == dtype
+    with torch.no_grad():
+        peer = copy.deepcopy(unet).to(dtype)(x, t, labels)
+    error, allowed = (actual - expected).abs().max(), (peer - expected).abs().max()
+    assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 6), (26, 14), (34, 34)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_sizes(size, batch):
+    unet = randomized(VARIANTS["scale_shift"])
+    x, t = inputs(unet.config, batch, size)
+    actual, expected = evaluate(unet, torch.float32, x, t, None)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "heads", "resblock", "scale_shift"])
+def test_an_image_does_not_depend_on_its_batch(name, dtype):
+    unet = randomized(VARIANTS[name])
+    x, t = inputs(unet.config, 5, (16, 16))
+    with torch.no_grad():
+        embedding, network = unet.embed(t), PreparedUNet(unet, dtype)
+        together = network.denoise(x, embedding).clone()
+        for i in range(5):
+            assert torch.equal(network.denoise(x[i : i + 1], embedding[i : i + 1])[0], together[i])
+        assert torch.equal(network.denoise(x, embedding), together)
+
+
+def test_the_input_is_left_alone():
+    unet = randomized(TINY)
+    x, t = inputs(TINY)
+    with torch.no_grad():
+        embedding = unet.embed(t)
+        before = x.clone(), embedding.clone()
+        PreparedUNet(unet, torch.float32).denoise(x, embedding)
+    assert torch.equal(x, before[0])
+    assert torch.equal(embedding, before[1])
+
+
+def change_by_data(unet):
+    unet.down[0].blocks[0].conv1.weight.data.mul_(1.5)
+
+
+def change_in_place(unet):
+    with torch.no_grad():
+        unet.output_norm.bias.add_(0.5)
+
+
+def replace_parameter(unet):
+    unet.mid.blocks[0].conv2.weight = torch.nn.Parameter(unet.mid.blocks[0].conv2.weight * 2)
+
+
+def load_others(unet):
+    unet.load_state_dict(randomized(TINY, seed=5).state_dict())
+
+
+@pytest.mark.parametrize("change", [change_by_data, change_in_place, replace_parameter, load_others])
+def test_the_cache_sees_every_change(change):
+    unet, cache = randomized(TINY), PreparedCache()
+    with torch.no_grad():
+        first = cache.of(unet, torch.float32)
+        assert cache.of(unet, torch.float32) is first
+        change(unet)
+        x, t = inputs(TINY)
+        actual = cache.of(unet, torch.float32).denoise(x, unet.embed(t))
+        torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
+    assert cache.of(unet, torch.bfloat16) is not first
+
+
+def test_a_copy_prepares_its_own():
+    unet, cache = randomized(TINY), PreparedCache()
+    first = cache.of(unet, torch.float32)
+    assert copy.deepcopy(cache).of(unet, torch.float32) is not first
+
+
+def test_weights_that_would_take_too_much_memory(monkeypatch):
+    """Smaller tiles, then none, as memory shrinks; the result stays the same."""
+    unet = randomized(VARIANTS["tiny"])
+    x, t = inputs(unet.config, 2, (16, 16))
+    numbers = sum(
+        m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)
+    )
+    tiles, outputs = [], []
+    for share in (4.0, 2.0, 1.0):
+        total = int(4 * numbers * share / prepared.SHARE_OF_MEMORY)
+        monkeypatch.setattr(prepared, "total_memory", lambda device, total=total: total)
+        network = PreparedUNet(unet, torch.float32)
+        with torch.no_grad():
+            outputs.append(network.denoise(x, unet.embed(t)).clone())
+        tiles.append({tile for _, tile in network._weights})
+    assert tiles == [{0, 4}, {0, 2}, {0}]  # 0: convolutions by 1 x 1
+    torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_prepared():
+    unet = randomized(TINY)
+    assert "float64" in unsupported(unet, torch.float64)
+    assert "meta" in unsupported(copy.deepcopy(unet).to("meta"), torch.float32)
+    with pytest.raises(ValueError, match=r"this UNet cannot be prepared: the dtype is torch\.float64"):
+        PreparedUNet(unet, torch.float64)
+    assert unsupported(unet, torch.float32) is None
