@@ -9,7 +9,7 @@ export PYTHONPATH=$PWD
 
 python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || { tail -20 "$out/build.log"; exit 1; }
 python3 -m diffusion info
-timeout 240 python3 -m pytest -q --maxfail=20 tests/test_gpu.py >"$out/tests.log" 2>&1
+timeout 180 python3 -m pytest -q --maxfail=20 tests/test_gpu.py >"$out/tests.log" 2>&1
 echo "GPU tests: $(tail -1 "$out/tests.log")"
 grep -E "^(FAILED|ERROR)" "$out/tests.log" | head -20
 if command -v compute-sanitizer >/dev/null; then
@@ -17,4 +17,7 @@ if command -v compute-sanitizer >/dev/null; then
         >"$out/sanitizer.log" 2>&1
     echo "compute-sanitizer: status $?, $(tail -1 "$out/sanitizer.log")"
 fi
-timeout 200 python3 benchmarks/gpu.py --out "$out"
+timeout 150 python3 benchmarks/gpu.py --out "$out"
+if python3 -c "import diffusers" 2>/dev/null; then
+    timeout 150 python3 -m benchmarks.sampling --device cuda --models cifar10 --growth --seconds 4 --out "$out"
+fi

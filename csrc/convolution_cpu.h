@@ -294,12 +294,16 @@ void direct_multiply(const Convolution& g, const Rows& block, const void* from, 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / chunks, first = item % chunks * kMostRows;
     const int64_t count = pixels - first < kMostRows ? pixels - first : kMostRows;
+    int64_t column = first % g.out_width, row = first / g.out_width % block.rows;
+    int64_t image = first / g.out_width / block.rows;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t pixel = first + i, column = pixel % g.out_width, line = pixel / g.out_width;
-      const int64_t image = line / block.rows, row = line % block.rows;
       rows[i] = static_cast<const char*>(from) + image * block.image_step +
                 (row * block.columns + column) * g.stride * block.pixel;
       at[i] = ((block.image + image) * g.out_height + block.row + row) * g.out_width + column;
+      if (++column == g.out_width) {
+        column = 0;
+        if (++row == block.rows) row = 0, ++image;
+      }
     }
     const float* weight = g.weight + panel * kPanel * taps * depth;
     multiply_panel<Math>(Left{rows, offsets, taps, depth}, 0, count, weight, g.panel_width(panel),

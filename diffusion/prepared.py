@@ -12,9 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import kernels
 from .blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
-from .kernels.attention import op as attention_op
 from .kernels.conv3x3 import native_impl as convolutions
 from .kernels.conv3x3.packing import PackedWeight, choose_tile, pack
 from .kernels.group_norm_silu.channel_map import group_norm_map_
@@ -50,6 +48,14 @@ class PreparedUNet:
             self._plans.clear()  # buffers for one size at a time
             self._plans[key] = _Plan(self, *x.shape)
         return self._plans[key].run(x, embedding)
+
+    def calls(self) -> list[tuple[str, Callable[[], None]]]:
+        """What the last evaluation called, in order, to be timed one by one.
+
+        Each with its kind: "convolution", "norm", "attention" or "rest".
+        """
+        plan = next(iter(self._plans.values()))
+        return [(_kind(function), partial(function, *arguments)) for function, arguments in plan.calls]
 
     def _affordable_tile(self) -> int:
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
@@ -221,8 +227,14 @@ class _Plan:
     def _resample(self, how: Downsample | Upsample, x: Tensor, use: str, size: tuple[int, int]) -> Tensor:
         """x by a change of resolution without weights."""
         out = self._scratch(use, x.shape[1], *size)
-        self._call(_store, out, how, x)
+        self._change(how, x, out)
         return out
+
+    def _change(self, how: Downsample | Upsample, x: Tensor, out: Tensor) -> None:
+        if isinstance(how, Upsample):
+            self._call(_doubled_into, out, x)
+        else:
+            self._call(_store, out, how, x)
 
     def _attend(self, attention: Attention, x: Tensor, out: Tensor) -> None:
         batch, channels, height, width = x.shape
@@ -233,9 +245,7 @@ class _Plan:
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
         attended = self._scratch("attended", channels, height, width)
         heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
-        # Whatever the batch, so that no image depends on how many others there are.
-        backend = "cpp" if "cpp" in attention_op.serving(q, k, v) else "reference"
-        self._call(_store, heads, partial(kernels.attention, backend=backend), q, k, v)
+        self._call(_attention_into, heads, q, k, v, q.shape[-1] ** -0.5)
         self._convolve(attention.proj, attended, out, residual=x)
 
     def _block(
@@ -251,7 +261,7 @@ class _Plan:
         if isinstance(how, ResBlock):
             self._residual_block(how, x, next(parts), out)
         elif how.conv is None:
-            self._call(_store, out, how, x)
+            self._change(how, x, out)
         elif isinstance(how, Upsample):
             self._convolve(how.conv, x, out, scale=2)
         else:
@@ -316,6 +326,23 @@ class _Plan:
                 channels = block.conv1.weight.shape[1]
                 joined.append((self._image(channels, *sizes[i]), channels - skips.pop()))
         return joined
+
+
+def _kind(function: Callable) -> str:
+    kinds = {group_norm_map_: "norm", convolutions.convolution_: "convolution", _attention_into: "attention"}
+    return kinds.get(function, "rest")
+
+
+def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """By the same backend for every batch, so that no image depends on how many others there are."""
+    out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
+
+
+def _doubled_into(out: Tensor, x: Tensor) -> None:
+    """Nearest-neighbour interpolation to twice the size, straight to where it is read."""
+    height, width = x.shape[2:]
+    pixels = out.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))
+    pixels.copy_(x.permute(0, 2, 3, 1)[:, :, None, :, None].expand_as(pixels))
 
 
 def _store(out: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> None:

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, help="images made at a time")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--dtype", help="of the UNet: float32, bfloat16 or float16 (default: the model's)")
+    add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
+    add("--dtype", help="of the UNet: float32, bfloat16 or float16 (default: the tier's)")
     add("--backend", default="auto", help="of the kernels (default: auto)")
     add("--out", metavar="FILE.json", help="write the result there too")
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         progress=True,
         dtype=args.dtype,
         backend=args.backend,
+        tier=args.tier,
     )
     print(format_report(result))
     if args.out:

@@ -1,0 +1,1 @@
+"""Whole chains against what one would use instead: python -m benchmarks.sampling."""

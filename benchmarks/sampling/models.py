@@ -1,0 +1,89 @@
+"""The networks that are timed: one set of weights, as this package's model and as diffusers'."""
+
+import json
+from dataclasses import replace
+from typing import NamedTuple
+
+import diffusers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusion
+from diffusion.importers.diffusers import convert_weights, unet_config
+
+CLASSES = 10
+
+# google/ddpm-cifar10-32's, with labels; the last of their embeddings stands for no label.
+CIFAR10 = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "num_class_embeds": CLASSES + 1,
+}
+
+
+class Pair(NamedTuple):
+    """name: of the model. ours, theirs: the same network. flops: of one evaluation of an image."""
+
+    name: str
+    ours: diffusion.DDPM
+    theirs: nn.Module
+    flops: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        config = self.ours.unet.config
+        return (config.in_channels, *config.image_shape)
+
+
+class _Plain(nn.Module):
+    """This package's UNet in plain PyTorch, called as diffusers' are."""
+
+    def __init__(self, unet: diffusion.UNet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, t, class_labels, return_dict=False):
+        return (self.unet.denoise(x, self.unet.embed(t, class_labels), "reference"),)
+
+
+def make(name: str, size: int | None = None) -> Pair:
+    """ "cifar10": DDPM's network with random weights, none of them zero; "mnist": the bundled model.
+
+    size: of cifar10's images, by default 32. diffusers has no network like the bundled one, so there the
+    peers run this package's module in plain PyTorch, with the bundled weights.
+    """
+    if name == "mnist":
+        model = diffusion.load("mnist").requires_grad_(False)
+        return Pair(name, model, _Plain(model.unet).eval(), _flops(_Plain(model.unet), model))
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(**CIFAR10 | ({} if size is None else {"sample_size": size}))
+    theirs = theirs.eval().requires_grad_(False)
+    for key, parameter in theirs.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+        else:
+            parameter.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.1)
+    config = replace(
+        unet_config(json.loads(theirs.to_json_string())), has_null_label=True, num_classes=CLASSES
+    )
+    unet = diffusion.UNet(config).requires_grad_(False)
+    unet.load_state_dict(convert_weights(config, theirs.state_dict()))
+    model = diffusion.DDPM(unet, diffusion.NoiseSchedule.linear(1000)).eval()
+    return Pair(name, model, theirs, _flops(theirs, model))
+
+
+def _flops(network: nn.Module, model: diffusion.DDPM) -> int:
+    config = model.unet.config
+    x = torch.zeros(1, config.in_channels, *config.image_shape)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x, torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops()

@@ -1,0 +1,173 @@
+"""What was measured, as tables, Markdown and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .peers import OURS, PEERS
+
+
+def slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def _best(rows: dict[str, dict], single: bool) -> float | None:
+    """Seconds of a step of the fastest peer in float32, or in 16 bits."""
+    steps = [
+        row["step"]
+        for name, row in rows.items()
+        if name not in OURS and PEERS[name][1] == single and row.get("step")
+    ]
+    return min(steps, default=None)
+
+
+def short_table(where: dict[str, Any], rows: dict[str, dict]) -> str:
+    lines = [f"{where['model']}, {where['mode']}, batch {where['batch']}: ms a step"]
+    for name, row in rows.items():
+        found = f"{1e3 * row['step']:9.2f}" if "step" in row else f"  {row['reason']}"
+        lines.append(f"  {name:16}{found}  mean difference {row.get('difference', float('nan')):.1e}")
+    return "\n".join(lines)
+
+
+def _ratio(peer: float | None, own: float | None) -> str:
+    return "" if not peer or not own else f"{peer / own:.2f}x"
+
+
+def _chain_table(result: dict, group: list[dict]) -> list[str]:
+    rows = {row["peer"]: row for row in group}
+    lines = [
+        "| | ms a step | of the matrix rate | images/s, 50 steps | images/s, 1000 steps | peak memory | "
+        "`exact` is | `fast` is |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    evaluations = group[0]["batch"] * (1 if group[0]["mode"] == "unconditional" else 2)
+    for name, row in rows.items():
+        if "step" not in row:
+            lines.append(f"| {name} | {row['reason']} | | | | | | |")
+            continue
+        rate = result["matrix_rate"]["float32" if PEERS[name][1] else "bfloat16"]
+        share = evaluations * row["flops"] / row["step"] / rate
+        images = [row["batch"] / (row["call"] + steps * row["step"]) for steps in (50, 1000)]
+        memory = f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else ""
+        ratios = [_ratio(row["step"], rows.get(tier, {}).get("step")) for tier in ("exact", "fast")]
+        lines.append(
+            f"| {name} | {1e3 * row['step']:.2f} | {share:.0%} | {images[0]:.3g} | {images[1]:.3g} "
+            f"| {memory} | {ratios[0]} | {ratios[1]} |"
+        )
+    return lines
+
+
+def markdown(result: dict, plots: list[Path]) -> str:
+    rates = result["matrix_rate"]
+    lines = [
+        f"# Sampling on {result['device']}",
+        "",
+        f"{result['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + f". A matrix product of 2048 x 2048 runs at {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
+        f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. A peer's share of that counts the FLOPs of direct "
+        "convolutions, of which Winograd's algorithm needs fewer. `exact` is 2x means that it takes half the "
+        "time. A step is one of DDIM; guided steps evaluate the network on twice the images. Made by "
+        "`python -m benchmarks.sampling`.",
+    ]
+    keys = dict.fromkeys((row["model"], row["mode"], row["batch"]) for row in result["chains"])
+    for key in keys:
+        group = [row for row in result["chains"] if (row["model"], row["mode"], row["batch"]) == key]
+        lines += ["", f"## {key[0]}, {key[1]}, batch {key[2]}", "", *_chain_table(result, group)]
+    if result["parts"]:
+        kinds = list(dict.fromkeys(kind for row in result["parts"] for kind in row["seconds"]))
+        lines += ["", "## What a step is spent on, in ms", ""]
+        lines += ["| | " + " | ".join(kinds) + " | sum | engine |", "|---" * (len(kinds) + 3) + "|"]
+        for row in result["parts"]:
+            own = next(
+                (
+                    chain.get("step")
+                    for chain in result["chains"]
+                    if chain["peer"] == row["tier"]
+                    and all(chain[k] == row[k] for k in ("model", "mode", "batch"))
+                ),
+                None,
+            )
+            total = sum(row["seconds"].values())
+            engine = f"{(own - total) / own:+.1%}" if own else ""
+            values = " | ".join(f"{1e3 * row['seconds'].get(kind, 0):.2f}" for kind in kinds)
+            name = f"{row['model']}, {row['mode']}, batch {row['batch']}, {row['tier']}"
+            lines.append(f"| {name} | {values} | {1e3 * total:.2f} | {engine} |")
+        lines += [
+            "",
+            "engine: what the step of the chain above takes beyond the sum, as a share of it; the two are "
+            "measured one after the other, so it holds their noise too.",
+        ]
+    lines += [line for plot in plots for line in ("", f"![{plot.stem}]({plot.name})")]
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict, folder: Path, stem: str) -> list[Path]:
+    """Bars of every comparison, and how a step grows with batch and image size. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    paths = []
+    keys = list(dict.fromkeys((row["model"], row["mode"], row["batch"]) for row in result["chains"]))
+    if keys:
+        columns = min(4, len(keys))
+        figure, axes = pyplot.subplots(
+            -(-len(keys) // columns),
+            columns,
+            figsize=(4 * columns, 3 * -(-len(keys) // columns)),
+            squeeze=False,
+        )
+        for axis, key in zip(axes.flat, keys, strict=False):
+            rows = [r for r in result["chains"] if (r["model"], r["mode"], r["batch"]) == key and "step" in r]
+            colours = ["tab:blue" if row["peer"] in OURS else "tab:grey" for row in rows]
+            axis.barh([row["peer"] for row in rows], [1e3 * row["step"] for row in rows], color=colours)
+            axis.invert_yaxis()
+            axis.set_title(f"{key[0]}, {key[1]}, batch {key[2]}", fontsize=9)
+            axis.set_xlabel("ms a step")
+        figure.tight_layout()
+        paths.append(folder / f"{stem}-steps.png")
+        figure.savefig(paths[-1], dpi=80)
+        pyplot.close(figure)
+    if result["growth"]:
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2))
+        sizes = [row["size"] for row in result["growth"]]
+        batches = [row["batch"] for row in result["growth"]]
+        common = (max(set(sizes), key=sizes.count), max(set(batches), key=batches.count))
+        for axis, along, fixed, value in (
+            (axes[0], "batch", "size", common[0]),
+            (axes[1], "size", "batch", common[1]),
+        ):
+            rows = sorted(
+                (row for row in result["growth"] if row[fixed] == value), key=lambda row: row[along]
+            )
+            for name in rows[0]["step"] if rows else ():
+                per_image = [1e3 * row["step"][name] / row["batch"] for row in rows]
+                axis.plot([row[along] for row in rows], per_image, "o-", label=name)
+            axis.set(xscale="log", yscale="log", xlabel=along, ylabel="ms a step and image")
+            axis.set_title(f"{fixed} {value}", fontsize=9)
+            axis.legend(fontsize=8)
+        figure.tight_layout()
+        paths.append(folder / f"{stem}-growth.png")
+        figure.savefig(paths[-1], dpi=80)
+        pyplot.close(figure)
+    return paths
+
+
+def write(result: dict, folder: Path, device: str) -> list[Path]:
+    """JSON, Markdown and plots, named after the device."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = (
+        f"sampling-{slug(result['device'])}-{result['threads']}"
+        if device == "cpu"
+        else f"sampling-{slug(result['device'])}"
+    )
+    paths = [folder / f"{stem}.json"]
+    paths[0].write_text(json.dumps(result, indent=1) + "\n")
+    plots = draw(result, folder, stem)
+    paths.append(folder / f"{stem}.md")
+    paths[1].write_text(markdown(result, plots))
+    return [*paths, *plots]

@@ -1,0 +1,132 @@
+"""Times, interleaved in one process: everything that is compared slows down alike on a busy machine."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from diffusion import kernels
+from diffusion.devices import multiplies_bfloat16
+from diffusion.prepared import PreparedCache
+
+from . import peers
+from .models import Pair
+
+AGREEMENT = {True: 1e-3, False: 0.1}  # mean difference of images in [-1, 1], in float32 and in 16 bits
+REST = 0.03  # seconds between two runs
+STEPS = (2, 6)  # of the two chains whose difference is the cost of a step
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(runs: Mapping[str, Callable[[], object]], device: str, budget: float) -> dict[str, float]:
+    """Median seconds of each run, taking turns for about `budget` seconds, at least three times.
+
+    Threads of a run that just ended go on spinning for some milliseconds, at no cost to the next one.
+    """
+    for run in runs.values():
+        seconds(run, device)
+    samples, end = defaultdict(list), time.perf_counter() + budget
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
+        for name, run in runs.items():
+            time.sleep(REST)
+            samples[name].append(seconds(run, device))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def matrix_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """FLOP/s of a large matrix product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / medians({"": lambda: a @ b}, device, 1.0)[""]
+
+
+def compare(
+    pair: Pair, count: int, guidance: float, device: str, names: list[str], budget: float
+) -> dict[str, dict[str, Any]]:
+    """Each peer's cost of a step and of a call, in seconds; or why it is not timed, under "reason"."""
+    rows, samples = {}, {}
+    expected = peers.of_diffusers(pair, count, guidance, device, best=False)(STEPS[0])
+    for name in names:
+        make, single, devices = peers.PEERS[name]
+        if device not in devices:
+            continue
+        try:
+            sample = make(pair, count, guidance, device)
+            difference = (sample(STEPS[0]) - expected).abs().mean().item()
+        except Exception as error:  # whatever a peer raises: a missing package, a failed compilation
+            rows[name] = {
+                "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            }
+            continue
+        rows[name] = {"difference": difference}
+        if not difference <= AGREEMENT[single]:
+            rows[name]["reason"] = f"wrong by {difference:.2g} on average, not timed"
+            continue
+        samples[name] = sample
+    runs = {
+        (name, steps): (lambda sample=sample, steps=steps: sample(steps))
+        for name, sample in samples.items()
+        for steps in STEPS
+    }
+    times = medians(runs, device, budget)
+    for name in samples:
+        short, long = times[name, STEPS[0]], times[name, STEPS[1]]
+        step = (long - short) / (STEPS[1] - STEPS[0])
+        rows[name] |= {"step": step, "call": max(0.0, short - STEPS[0] * step)}
+    return rows
+
+
+def parts(pair: Pair, count: int, guidance: float, tier: str) -> dict[str, float]:
+    """Seconds of one step on the CPU, by what they are spent on; medians of a few steps."""
+    fast = tier == "fast" and multiplies_bfloat16(torch.device("cpu"))
+    network = PreparedCache().of(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
+    images = count if guidance == 1 else 2 * count
+    x, t = torch.randn(images, *pair.shape), torch.full((images,), 500)
+    table = pair.ours.steps("ddim", 1, guidance_scale=guidance)
+    samples = defaultdict(list)
+    with torch.no_grad():
+        embedding = pair.ours.unet.embed(t, peers.labels(images))
+        network.denoise(x, embedding)
+        for _ in range(5):
+            spent = defaultdict(float)
+            for name, call in network.calls():
+                spent[name] += seconds(call, "cpu")
+            output = network.denoise(x, embedding).chunk(images // count)
+            spent["step"] = seconds(_reverse_step(pair, count, table, output), "cpu")
+            for name, value in spent.items():
+                samples[name].append(value)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _reverse_step(pair: Pair, count: int, table, output) -> Callable[[], None]:
+    x, ids, counter = torch.randn(count, *pair.shape), torch.arange(count), kernels.step_counter(0)
+    options = {"sample_ids": ids, "model_output_uncond": output[1] if len(output) == 2 else None}
+    return lambda: kernels.reverse_step_(x, output[0], table.table, counter, **options)
+
+
+def peak_memory(model: str, count: int, guidance: float, name: str) -> float | None:
+    """Bytes, the most that a process of its own holds while it samples, everything imported included."""
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.sampling",
+        "--measure-memory",
+        model,
+        str(count),
+        str(guidance),
+        name,
+    ]
+    result = subprocess.run(words, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None

@@ -1,0 +1,82 @@
+"""The sampling benchmark, in small: it times what agrees, refuses what does not, and writes what it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package is the one that is installed
+
+from benchmarks.sampling import models, peers, report, timing  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return models.make("mnist")
+
+
+def test_what_agrees_is_timed(pair):
+    rows = timing.compare(pair, 1, 2.0, "cpu", ["exact", "reference", "diffusers"], 0.1)
+    assert list(rows) == ["exact", "reference", "diffusers"]
+    assert all(row["difference"] < 1e-4 and row["step"] > 0 and row["call"] >= 0 for row in rows.values())
+
+
+def test_what_disagrees_or_fails_is_not_timed(pair, monkeypatch):
+    def shifted(*where):
+        sample = peers.PEERS["exact"][0](*where)
+        return lambda steps: sample(steps) + 0.01
+
+    def missing(*where):
+        raise ImportError("No module named 'nonesuch'")
+
+    monkeypatch.setitem(peers.PEERS, "shifted", (shifted, True, ("cpu",)))
+    monkeypatch.setitem(peers.PEERS, "missing", (missing, True, ("cpu",)))
+    rows = timing.compare(pair, 1, 1.0, "cpu", ["exact", "shifted", "missing"], 0.1)
+    assert "step" in rows["exact"]
+    assert "step" not in rows["shifted"]
+    assert rows["shifted"]["reason"].startswith("wrong by 0.01")
+    assert rows["missing"]["reason"] == "ImportError: No module named 'nonesuch'"
+
+
+def test_cifar10s_network_is_ddpms():
+    pair = models.make("cifar10")
+    assert sum(p.numel() for p in pair.ours.unet.parameters()) == pytest.approx(35.75e6, rel=1e-3)
+    assert pair.flops == pytest.approx(12.4e9, rel=0.01)  # the network's 12.2e9 and its time embedding
+
+
+def test_the_parts_of_a_step(pair):
+    spent = timing.parts(pair, 2, 2.0, "exact")
+    assert set(spent) == {"convolution", "norm", "attention", "rest", "step"}
+    assert min(spent.values()) > 0
+
+
+def test_the_report(pair, tmp_path):
+    rows = {
+        "exact": {"step": 0.01, "call": 0.001, "difference": 0.0, "memory": 2**30},
+        "diffusers": {"step": 0.03, "call": 0.0, "difference": 0.0},
+        "OpenVINO": {"reason": "ModuleNotFoundError: no openvino"},
+    }
+    where = {"model": "mnist", "mode": "guided", "batch": 8, "flops": 10**8}
+    result = {
+        "device": "A Processor, 2 GHz",
+        "threads": 2,
+        "versions": {"torch": torch.__version__},
+        "matrix_rate": {"float32": 1e12, "bfloat16": 2e12},
+        "chains": [{**where, "peer": name, **row} for name, row in rows.items()],
+        "parts": [{**where, "tier": "exact", "seconds": {"convolution": 0.008, "step": 0.0019}}],
+        "growth": [],
+    }
+    paths = report.write(result, tmp_path, "cpu")
+    assert [path.name for path in paths[:2]] == [
+        "sampling-a-processor-2-ghz-2.json",
+        "sampling-a-processor-2-ghz-2.md",
+    ]
+    assert json.loads(paths[0].read_text()) == result
+    text = paths[1].read_text()
+    # 8 images guided: 16 evaluations of 1e8 FLOPs in 10 ms are 160 GFLOP/s; 8 / (0.001 + 50 * 0.01) images/s.
+    assert "| exact | 10.00 | 16% | 16 | 0.8 | 1.00 GiB | 1.00x |  |" in text
+    assert "| diffusers | 30.00 | 5% | 5.33 | 0.267 |  | 3.00x |  |" in text
+    assert "| OpenVINO | ModuleNotFoundError: no openvino | | | | | | |" in text
+    assert "| mnist, guided, batch 8, exact | 8.00 | 1.90 | 9.90 | +1.0% |" in text
