@@ -181,8 +181,8 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, int64_t elem
               [&](int64_t begin, int64_t end) { set.direct_input(g, block, to, begin, end); });
         from = to;
       }
-      const int64_t items = g.panels() * divide_up(block.count(g), 48);
-      share(items, 48 * taps * g.channels * kPanel / (16 * pack),
+      const int64_t items = g.panels() * divide_up(block.count(g), kMostRows);
+      share(items, kMostRows * taps * g.channels * kPanel / (16 * pack),
             [&](int64_t begin, int64_t end) { set.direct_multiply(g, block, from, begin, end); });
     }
   }

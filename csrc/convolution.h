@@ -7,7 +7,8 @@
 
 namespace fused_diffusion {
 
-constexpr int64_t kPanel = 64;           // columns of the right factor that lie together
+constexpr int64_t kPanel = 64;     // columns of the right factor that lie together
+constexpr int64_t kMostRows = 48;  // of the left factor at a time: their addresses are kept in a list
 
 FD_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

@@ -1,8 +1,6 @@
 // Convolutions on one instruction set. convolution.cpp includes this file once for each, after vectors.h and
 // matrix_cpu.h in the same namespace.
 
-constexpr int64_t kMostRows = 48;  // of a product at a time: their addresses are kept in a list
-
 // ---- Inputs: x, normalised and activated.
 
 enum class Input { plain, normalised, activated };

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import checkpoint, engine, kernels
 from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .guidance import check_rescale, drop_labels
-from .memory import check_fits, is_out_of_memory
+from .memory import check_fits, free_memory, is_out_of_memory
 from .prepared import PreparedCache, unsupported
 from .process import check_prediction_type, loss_weight, q_sample, target
 from .schedule import NoiseSchedule
@@ -168,7 +168,8 @@ class DDPM(nn.Module):
         sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             the batch it is made in; sample_ids are 0..N-1 by default.
-        batch_size: images made at a time, by default 64; halved for as long as memory does not suffice.
+        batch_size: images made at a time, by default 64, or as many as there is free memory for; halved for as
+            long as memory does not suffice.
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
         backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
@@ -208,7 +209,7 @@ class DDPM(nn.Module):
         place, config = network.device, self.unet.config
         shape = (config.in_channels, *config.image_shape)
         kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
-        size = batch_size or (len(ids) if noise is not None else BATCH_SIZE)
+        size = batch_size or (len(ids) if noise is not None else self._affordable_batch(network))
         images = torch.empty(len(ids), *shape, device=place)
         start = 0
         with _Progress(len(ids), len(table), progress) as bar:
@@ -301,6 +302,18 @@ class DDPM(nn.Module):
         if len(sample_ids) != count:
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
+
+    def _affordable_batch(self, network: engine.Network) -> int:
+        """BATCH_SIZE, or as many images as half of the free memory should hold the feature maps of."""
+        free, config = free_memory(network.device), self.unet.config
+        if free is None:
+            return BATCH_SIZE
+        numbers = 0
+        for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
+            pixels = math.prod(size >> i for size in config.image_shape)
+            numbers += pixels * width * (4 * blocks + 12)  # the way down, the wider way up, and what passes by
+        size = 2 * numbers * network.dtype.itemsize  # guided
+        return max(1, min(BATCH_SIZE, free // (2 * size)))
 
     def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
         """The UNet in eval mode on a device and in a dtype, as fast as it can be there."""

@@ -1,6 +1,7 @@
 """How much memory a device has."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,18 @@ def total_memory(device: torch.device) -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
+        return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of the device that nobody holds; None where nobody tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
         return None
 
 

@@ -6,6 +6,7 @@ written where the way up reads them, so that nothing is concatenated; and every 
 next evaluation.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -39,23 +40,24 @@ class PreparedUNet:
         self._largest_tile = self._affordable_tile()
         self._weights: dict[tuple[nn.Module, int], PackedWeight] = {}
         self._vectors: dict[nn.Parameter, Tensor] = {}
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._own = threading.local()  # each thread has buffers of its own
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """As `UNet.denoise`. The result lies in a buffer, which the next call overwrites."""
-        key = tuple(x.shape)
-        if key not in self._plans:
-            self._plans.clear()  # buffers for one size at a time
-            self._plans[key] = _Plan(self, *x.shape)
-        return self._plans[key].run(x, embedding)
+        """As `UNet.denoise`. The result lies in a buffer, which the thread's next call overwrites."""
+        plan = getattr(self._own, "plan", None)
+        if plan is None or plan.input.shape != x.shape:
+            self._own.plan = plan = None  # buffers for one size at a time
+            with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
+                self._own.plan = plan = _Plan(self, *x.shape)
+        return plan.run(x, embedding)
 
     def calls(self) -> list[tuple[str, Callable[[], None]]]:
         """What the last evaluation called, in order, to be timed one by one.
 
         Each with its kind: "convolution", "norm", "attention" or "rest".
         """
-        plan = next(iter(self._plans.values()))
-        return [(_kind(function), partial(function, *arguments)) for function, arguments in plan.calls]
+        calls = self._own.plan.calls
+        return [(_kind(function), partial(function, *arguments)) for function, arguments in calls]
 
     def _affordable_tile(self) -> int:
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
@@ -101,7 +103,7 @@ class PreparedCache:
         parameters = list(unet.parameters())
         # Writing through `.data` changes no version, so the values count too.
         sums = torch.stack([p.detach().sum(dtype=torch.float32) for p in parameters]).tolist()
-        versions = [(p.data_ptr(), p._version) for p in parameters]
+        versions = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
         key = (dtype, convolutions.multiplies_pairs(), versions, sums)
         if self._key != key:
             self._prepared = None  # frees the memory first

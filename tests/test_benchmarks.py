@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package is the one that is installed
 
-from benchmarks.sampling import models, peers, report, timing  # noqa: E402
+from benchmarks.sampling import models, peers, report, timing
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """PreparedUNet: what it computes is what the UNet computes, for every architecture, size and dtype."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +115,47 @@ def test_the_cache_sees_every_change(change):
         actual = cache.of(unet, torch.float32).denoise(x, unet.embed(t))
         torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
     assert cache.of(unet, torch.bfloat16) is not first
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_in_inference_mode_and_out_of_it(first):
+    unet = randomized(TINY)
+    network, (x, t) = PreparedUNet(unet, torch.float32), inputs(TINY)
+    results = []
+    for mode in (first, not first, first):
+        with torch.inference_mode(mode), torch.no_grad():
+            results.append(network.denoise(x, unet.embed(t)).clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        unet = randomized(TINY)
+        assert PreparedCache().of(unet, torch.float32) is not None
+
+
+def test_threads_do_not_share_buffers():
+    unet = randomized(TINY)
+    network, t = PreparedUNet(unet, torch.float32), torch.tensor([5, 900])
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(2, 2, 16, 16, generator=generator) for _ in range(8)]
+    with torch.no_grad():
+        embedding = unet.embed(t)
+        expected = [network.denoise(x, embedding).clone() for x in images]
+
+    def work(x):
+        with torch.no_grad():
+            results = []
+            for _ in range(30):
+                out = network.denoise(x, embedding)
+                time.sleep(1e-4)  # for another thread to overwrite it, if it could
+                results.append(out.clone())
+            return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for results, right in zip(pool.map(work, images), expected, strict=True):
+            assert all(torch.equal(result, right) for result in results)
 
 
 def test_a_copy_prepares_its_own():

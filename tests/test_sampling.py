@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from diffusion import engine, kernels
+from diffusion import ddpm, engine, kernels
 from diffusion.ddpm import Interrupted
 from diffusion.devices import multiplies_bfloat16
 from diffusion.guidance import rescale_guidance
@@ -396,6 +396,18 @@ def test_a_batch_too_large_for_the_memory_is_halved(model, monkeypatch, error, c
     assert torch.equal(model.sample(num_samples=9, steps=3, progress=True), expected)
     assert sizes == [9, 5, 3, 3, 3]
     assert "9/9 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, [9]), (1 << 40, [9]), (1 << 20, None), (0, [1] * 9)])
+def test_the_batch_is_what_free_memory_holds(model, monkeypatch, free, expected):
+    monkeypatch.setattr(ddpm, "free_memory", lambda device: free)
+    sizes = failing(monkeypatch, lambda sizes: False, None)
+    model.sample(num_samples=9, steps=2)
+    if expected is None:  # some, but not all
+        assert 1 < max(sizes) < 9
+        assert sum(sizes) == 9
+    else:
+        assert sizes == expected
 
 
 def test_no_memory_for_a_single_image(model, monkeypatch):
