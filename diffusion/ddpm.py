@@ -16,7 +16,7 @@ from . import checkpoint, engine, kernels
 from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .guidance import check_rescale, drop_labels
 from .memory import check_fits, free_memory, is_out_of_memory
-from .prepared import PreparedCache, unsupported
+from .networks import NetworkCache
 from .process import check_prediction_type, loss_weight, q_sample, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
@@ -77,7 +77,7 @@ class DDPM(nn.Module):
         for sampler, options in self.sampler_options.items():
             _check_options(sampler, options)
         self.metadata = dict(metadata or {})
-        self._prepared = PreparedCache()
+        self._networks = NetworkCache()
 
     @property
     def num_classes(self) -> int | None:
@@ -168,8 +168,8 @@ class DDPM(nn.Module):
         sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             the batch it is made in; sample_ids are 0..N-1 by default.
-        batch_size: images made at a time, by default 64, or as many as there is free memory for; halved for as
-            long as memory does not suffice.
+        batch_size: images made at a time, by default 64, or as many as there is free memory for; halved for
+            as long as memory does not suffice.
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
         backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
@@ -229,7 +229,6 @@ class DDPM(nn.Module):
                         shape,
                         guidance_rescale=guidance_rescale,
                         threshold=threshold,
-                        backend=backend,
                         callback=callback,
                         progress=bar.of_batch(len(ids[part])),
                     )
@@ -311,12 +310,12 @@ class DDPM(nn.Module):
         numbers = 0
         for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
             pixels = math.prod(size >> i for size in config.image_shape)
-            numbers += pixels * width * (4 * blocks + 12)  # the way down, the wider way up, and what passes by
+            numbers += pixels * width * (4 * blocks + 12)  # way down, wider way up, and the rest
         size = 2 * numbers * network.dtype.itemsize  # guided
         return max(1, min(BATCH_SIZE, free // (2 * size)))
 
     def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
-        """The UNet in eval mode on a device and in a dtype, as fast as it can be there."""
+        """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
         own = next(self.unet.parameters())
         device = resolve_device(device or own.device)
         if tier not in TIERS:
@@ -325,14 +324,7 @@ class DDPM(nn.Module):
             dtype = torch.bfloat16
         dtype = resolve_dtype(dtype or own.dtype)
         check_dtype(device, dtype)
-        fused = device.type == own.device.type == "cpu" and backend in ("auto", "cpp")
-        if fused and unsupported(self.unet, dtype) is None:
-            denoise = self._prepared.of(self.unet, dtype).denoise
-            return engine.Network(self.unet.embed, denoise, self.unet.config.null_label, device, dtype)
-        unet = self.unet
-        if (own.device, own.dtype) != (device, dtype) or unet.training:
-            unet = copy.deepcopy(unet).to(device, dtype).eval()
-        return engine.Network.of(unet, backend)
+        return self._networks.of(self.unet, device, dtype, backend)
 
 
 def load(name: str | os.PathLike, device: str | torch.device | None = None) -> DDPM:

@@ -86,31 +86,6 @@ class PreparedUNet:
         return self._vectors[parameter]
 
 
-class PreparedCache:
-    """The last prepared UNet, for as long as no weight changes. A copy begins empty."""
-
-    def __init__(self):
-        self._key, self._prepared = None, None
-
-    def __deepcopy__(self, memo) -> "PreparedCache":
-        return PreparedCache()
-
-    def __reduce__(self):
-        return PreparedCache, ()
-
-    def of(self, unet: UNet, dtype: torch.dtype) -> PreparedUNet:
-        """`unet` prepared for `dtype`, made anew where a weight is not what it was."""
-        parameters = list(unet.parameters())
-        # Writing through `.data` changes no version, so the values count too.
-        sums = torch.stack([p.detach().sum(dtype=torch.float32) for p in parameters]).tolist()
-        versions = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
-        key = (dtype, convolutions.multiplies_pairs(), versions, sums)
-        if self._key != key:
-            self._prepared = None  # frees the memory first
-            self._key, self._prepared = key, PreparedUNet(unet, dtype)
-        return self._prepared
-
-
 def unsupported(unet: UNet, dtype: torch.dtype) -> str | None:
     """Why a UNet cannot be prepared, or None."""
     parameter = next(unet.parameters())

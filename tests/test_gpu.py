@@ -22,6 +22,8 @@ from diffusion.kernels.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.reverse_step.cases import EPSILON
 from tolerance import assert_close
 
+import diffusion
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 FUNCTIONS = {"group_norm_silu": group_norm_silu, "attention": attention}
@@ -234,3 +236,28 @@ def test_the_bundled_model_draws_the_same_digits():
     expected = model.sample(**arguments, device="cpu")
     actual = model.sample(**arguments, device="cuda").cpu()
     assert (actual - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("tier", ["exact", "fast"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "ddim"},
+        {"sampler": "ddpm", "steps": 100},
+        {"sampler": "dpm++"},
+        {"sampler": "ddim", "guidance_interval": (300, 700)},
+    ],
+)
+def test_sampling_in_graphs(options, tier):
+    """Captured, replayed for a second batch, and without graphs in plain PyTorch: the same images."""
+    model = diffusion.load("mnist", "cuda")
+    options = {"steps": 20, "guidance_scale": 2.0, "seed": 1} | options
+    first = model.sample([3, 1, 4], tier=tier, **options)
+    assert torch.equal(model.sample([3, 1, 4], tier=tier, **options), first)
+    expected = model.sample([3, 1, 4], backend="reference", **options)
+    if tier == "exact":
+        assert (first - expected).abs().max() < 1e-3
+    else:
+        assert (first - expected).abs().mean() < 0.05
+    other = model.sample([5, 5, 6], tier=tier, **options | {"seed": 2})
+    assert (other - first).abs().max() > 0.1

@@ -10,7 +10,8 @@ from diffusion.kernels import _native
 from test_unet import TINY, VARIANTS, inputs, randomized
 
 from diffusion import prepared
-from diffusion.prepared import PreparedCache, PreparedUNet, unsupported
+from diffusion.networks import NetworkCache
+from diffusion.prepared import PreparedUNet, unsupported
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -104,17 +105,22 @@ def load_others(unet):
     unet.load_state_dict(randomized(TINY, seed=5).state_dict())
 
 
+def network_of(cache, unet, dtype=torch.float32, backend="auto"):
+    return cache.of(unet, torch.device("cpu"), dtype, backend)
+
+
 @pytest.mark.parametrize("change", [change_by_data, change_in_place, replace_parameter, load_others])
-def test_the_cache_sees_every_change(change):
-    unet, cache = randomized(TINY), PreparedCache()
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_cache_sees_every_change(change, backend):
+    unet, cache = randomized(TINY), NetworkCache()
     with torch.no_grad():
-        first = cache.of(unet, torch.float32)
-        assert cache.of(unet, torch.float32) is first
+        first = network_of(cache, unet, backend=backend)
+        assert network_of(cache, unet, backend=backend) is first
         change(unet)
         x, t = inputs(TINY)
-        actual = cache.of(unet, torch.float32).denoise(x, unet.embed(t))
+        actual = network_of(cache, unet, backend=backend).denoise(x, unet.embed(t))
         torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
-    assert cache.of(unet, torch.bfloat16) is not first
+    assert network_of(cache, unet, torch.bfloat16) is not first
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -132,7 +138,9 @@ def test_in_inference_mode_and_out_of_it(first):
 def test_weights_made_in_inference_mode():
     with torch.inference_mode():
         unet = randomized(TINY)
-        assert PreparedCache().of(unet, torch.float32) is not None
+        x, t = inputs(TINY)
+        actual = network_of(NetworkCache(), unet).denoise(x, unet.embed(t))
+        torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
 
 
 def test_threads_do_not_share_buffers():
@@ -159,9 +167,9 @@ def test_threads_do_not_share_buffers():
 
 
 def test_a_copy_prepares_its_own():
-    unet, cache = randomized(TINY), PreparedCache()
-    first = cache.of(unet, torch.float32)
-    assert copy.deepcopy(cache).of(unet, torch.float32) is not first
+    unet, cache = randomized(TINY), NetworkCache()
+    first = network_of(cache, unet)
+    assert network_of(copy.deepcopy(cache), unet) is not first
 
 
 def test_weights_that_would_take_too_much_memory(monkeypatch):

@@ -1,11 +1,13 @@
 """DDPM.sample: against diffusers' schedulers, guidance, batches, conventions, and what it refuses."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import diffusers
 import pytest
 import torch
 from conftest import make_model
 
-from diffusion import ddpm, engine, kernels
+from diffusion import chain, ddpm, engine, kernels
 from diffusion.ddpm import Interrupted
 from diffusion.devices import multiplies_bfloat16
 from diffusion.guidance import rescale_guidance
@@ -445,10 +447,66 @@ def test_a_callback_may_keep_and_change_what_it_gets(model):
 def test_more_steps_than_are_embedded_at_a_time(conditional, monkeypatch):
     options = {"sampler": "ddim", "steps": 7, "guidance_scale": 2.0}
     expected = conditional.sample([4, 4, 9], **options)
-    monkeypatch.setattr(engine, "STEPS_EMBEDDED", 3)
+    monkeypatch.setattr(chain, "STEPS_EMBEDDED", 3)
+    conditional = conditional.copy()
     torch.testing.assert_close(conditional.sample([4, 4, 9], **options), expected, atol=1e-4, rtol=0)
 
 
 def test_unknown_tier(model):
     with pytest.raises(ValueError, match="unknown tier 'quick'; choose from: exact, fast"):
         model.sample(tier="quick")
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Has steps captured as on a CUDA device, where a graph is their call; a list of what was captured."""
+    seen, begin = [], chain.Chain.begin
+
+    def captured(function, changed):
+        kept = [tensor.clone() for tensor in changed]
+        function()  # to warm up
+        for tensor, before in zip(changed, kept, strict=True):
+            tensor.copy_(before)
+        seen.append(function)
+        return function
+
+    def begin_captured(self, *args):
+        self._captures = True
+        begin(self, *args)
+
+    monkeypatch.setattr(chain, "captured", captured)
+    monkeypatch.setattr(chain.Chain, "begin", begin_captured)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, 2),  # every step but the last, and the last, which leaves no input behind
+        ({"guidance_interval": (300, 600)}, 5),
+        ({"eta": 1.0}, 2),
+        ({"sampler": "dpm++"}, 2),
+        ({"guidance_scale": 1.0, "batch_size": 3}, 4),
+    ],
+)
+def test_captured_steps_need_nothing_but_their_buffers(conditional, replayed, monkeypatch, options, graphs):
+    """The same images with steps that are captured once, and replayed for all others and another batch."""
+    options = {"sampler": "ddim", "steps": 10, "guidance_scale": 2.0, "seed": 3} | options
+    labels = [3, 1, 4, 1, 5]
+    first = conditional.sample(labels, **options)
+    assert len(replayed) == graphs
+    again = conditional.sample(labels, **options | {"seed": 4})
+    once = len(replayed)
+    monkeypatch.undo()
+    plain = conditional.copy()
+    assert torch.equal(first, plain.sample(labels, **options))
+    assert torch.equal(again, plain.sample(labels, **options | {"seed": 4}))
+    assert once == (graphs if "batch_size" not in options else 2 * graphs)
+
+
+def test_threads_sample_from_one_model(conditional):
+    options = {"sampler": "ddim", "steps": 10, "guidance_scale": 2.0}
+    expected = [conditional.sample([1, 2], seed=seed, **options) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(lambda seed: conditional.sample([1, 2], seed=seed, **options), range(6))
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

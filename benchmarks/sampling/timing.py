@@ -13,7 +13,7 @@ import torch
 
 from diffusion import kernels
 from diffusion.devices import multiplies_bfloat16
-from diffusion.prepared import PreparedCache
+from diffusion.prepared import PreparedUNet
 
 from . import peers
 from .models import Pair
@@ -91,7 +91,7 @@ def compare(
 def parts(pair: Pair, count: int, guidance: float, tier: str) -> dict[str, float]:
     """Seconds of one step on the CPU, by what they are spent on; medians of a few steps."""
     fast = tier == "fast" and multiplies_bfloat16(torch.device("cpu"))
-    network = PreparedCache().of(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
+    network = PreparedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
     images = count if guidance == 1 else 2 * count
     x, t = torch.randn(images, *pair.shape), torch.full((images,), 500)
     table = pair.ours.steps("ddim", 1, guidance_scale=guidance)
