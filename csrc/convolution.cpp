@@ -157,8 +157,9 @@ void winograd(const Convolution& g, const Kernels& set, int64_t size, int64_t pa
 void direct(const Convolution& g, const Kernels& set, int64_t pack, int64_t element) {
   Rows block{};
   const int64_t weight_element = pack == 2 ? 2 : 4;
-  const bool in_place = g.kernel == 1 && g.stride == 1 && g.scale == 1 && g.centre == nullptr &&
-                        element == weight_element && g.channels % pack == 0;
+  const bool in_place = g.kernel == 1 && g.stride == 1 && g.scale == 1 && g.padding == 0 && g.centre == nullptr &&
+                        g.out_height == g.height && g.out_width == g.width && element == weight_element &&
+                        g.channels % pack == 0;
   block.columns = (g.out_width - 1) * g.stride + g.kernel;
   block.pixel = in_place ? g.x_pixel * element : round_up(g.channels, 16) * weight_element;
   const int64_t row_words = block.columns * block.pixel / 4;
