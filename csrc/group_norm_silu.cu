@@ -125,7 +125,7 @@ __device__ __forceinline__ void map_channels(const Tile<T, kChannelsLast>& tile,
     const float rstd = rsqrtf(static_cast<float>(moments.m2 / moments.count + args.eps));
     if (results && c % tile.group_size == 0) {
       const int64_t row = tile.sample * args.groups + tile.first_group + g;
-      args.mean[row] = static_cast<float>(moments.mean);
+      args.mean[row] = moments.mean;
       args.rstd[row] = rstd;
     }
     const Affine to_z = affine(args, tile.sample, tile.first_channel + c);

@@ -50,7 +50,7 @@ __device__ __forceinline__ Shared<T> shared_of(const Tile<T, kChannelsLast>& til
 
 // x's mean less `add`, which the statistics are of.
 __device__ __forceinline__ double exact_centre(const NormArguments& args, int64_t sample, int64_t c) {
-  return static_cast<double>(args.mean[sample * args.groups + c / args.group_size()]) - args.add.at(sample, c);
+  return args.mean[sample * args.groups + c / args.group_size()] - args.add.at(sample, c);
 }
 
 template <class T, bool kChannelsLast>

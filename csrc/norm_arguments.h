@@ -57,7 +57,7 @@ struct Parameter {
 struct NormArguments {
   const void* x;
   Parameter weight, bias, add, scale, shift;
-  float* mean;  // [N, G], as is rstd; both may be null
+  double* mean;  // [N, G], as is rstd; both may be null
   float* rstd;
   int64_t samples, channels, positions, groups, pixel;
   double eps;
@@ -132,9 +132,9 @@ std::tuple<Tensor, Tensor, Tensor> checked_norm(const Tensor& x, int64_t groups,
   NormArguments args = norm_arguments(x, groups, weight, bias, add, scale, shift, silu);
   STD_TORCH_CHECK(!args.channels_last || is_channels_last(x), "x must be contiguous or channels_last");
   Tensor y = torch::stable::empty_like(x);
-  Tensor mean = torch::stable::new_empty(x, {x.size(0), groups}, ScalarType::Float);
-  Tensor rstd = torch::stable::empty_like(mean);
-  args.mean = static_cast<float*>(mean.mutable_data_ptr());
+  Tensor mean = torch::stable::new_empty(x, {x.size(0), groups}, ScalarType::Double);
+  Tensor rstd = torch::stable::new_empty(x, {x.size(0), groups}, ScalarType::Float);
+  args.mean = static_cast<double*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   args.eps = eps;
   if (x.numel() > 0) launch(args, y.mutable_data_ptr());
@@ -149,10 +149,11 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
   STD_TORCH_CHECK(fits || x.numel() == 0, name, " must have x's shape, dtype and strides");
 }
 
-inline void check_statistics(const Tensor& tensor, const Tensor& x, int64_t groups, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 && tensor.is_contiguous() &&
+inline void check_statistics(const Tensor& tensor, const Tensor& x, int64_t groups, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.dim() == 2 && tensor.is_contiguous() &&
                       tensor.size(0) == x.size(0) && tensor.size(1) == groups && tensor.device() == x.device(),
-                  name, " must be contiguous float32 [N, groups], on x's device");
+                  name, " must be contiguous ", type == ScalarType::Double ? "float64" : "float32",
+                  " [N, groups], on x's device");
 }
 
 // What the gradient's kernel writes, and the gradient that it reads: grad and dx are laid out like x.
@@ -170,9 +171,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> checked_norm_gradient(
   NormArguments args = norm_arguments(x, groups, weight, bias, add, scale, shift, silu);
   STD_TORCH_CHECK(!args.channels_last || is_channels_last(x), "x must be contiguous or channels_last");
   check_like(grad, x, "grad");
-  check_statistics(mean, x, groups, "mean");
-  check_statistics(rstd, x, groups, "rstd");
-  args.mean = static_cast<float*>(const_cast<void*>(mean.const_data_ptr()));
+  check_statistics(mean, x, groups, ScalarType::Double, "mean");
+  check_statistics(rstd, x, groups, ScalarType::Float, "rstd");
+  args.mean = static_cast<double*>(const_cast<void*>(mean.const_data_ptr()));
   args.rstd = static_cast<float*>(const_cast<void*>(rstd.const_data_ptr()));
   Tensor dx = torch::stable::empty_like(x);
   const auto sums = [&] { return torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float); };

@@ -276,7 +276,7 @@ struct Block {
       const float rstd = static_cast<float>(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + args.eps));
       const int64_t row = sample * args.groups + first_group + g;
       if (args.mean != nullptr) {
-        args.mean[row] = static_cast<float>(moments.mean);
+        args.mean[row] = moments.mean;
         args.rstd[row] = rstd;
       }
       spread_statistics(first, moments.mean, rstd);

@@ -132,7 +132,16 @@ def channels_last(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "below"),
-    [(1, 1, 0, 0), (1, 1, 0, 2), (1, 1, 1, 0), (1, 2, 0, 0), (3, 2, 1, 1), (3, 2, 0, 1), (3, 1, 1, 1), (3, 1, 0, 0)],
+    [
+        (1, 1, 0, 0),
+        (1, 1, 0, 2),
+        (1, 1, 1, 0),
+        (1, 2, 0, 0),
+        (3, 2, 1, 1),
+        (3, 2, 0, 1),
+        (3, 1, 1, 1),
+        (3, 1, 0, 0),
+    ],
 )
 def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, simd):
     """Those of the change of resolution and of attention, from and to some channels of wider images."""

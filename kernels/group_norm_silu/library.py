@@ -7,10 +7,11 @@ operators of its own with the same schemas:
     y, mean, rstd = torch.ops.fused_diffusion.group_norm_silu_triton(
         x, num_groups, weight, bias, eps, add, scale, shift, silu)
 
-x: [N, C, *spatial], contiguous or channels_last, and y like it. mean, rstd: float32 [N, G], of x + add; they
-carry no gradient. The backward operator gives dx, and for each sample and channel three sums over space,
-float32 [N, C]: of dz, the gradient of what goes into the activation; of dz times the normalised x; and of dx.
-All other gradients follow from these.
+x: [N, C, *spatial], contiguous or channels_last, and y like it. mean, rstd: float64 and float32 [N, G], of
+x + add; they carry no gradient; rounded to float32, a mean far from 0 would cost the gradient digits. The
+backward operator gives dx, and for each sample and channel three sums over space, float32 [N, C]: of dz, the
+gradient of what goes into the activation; of dz times the normalised x; and of dx. All other gradients follow
+from these.
 """
 
 from collections.abc import Callable
@@ -49,8 +50,8 @@ def empty_like_x(x: Tensor) -> Tensor:
 
 def _fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
     statistics = (x.shape[0], num_groups)
-    mean = x.new_empty(statistics, dtype=torch.float32)
-    return empty_like_x(x), mean, torch.empty_like(mean)
+    mean, rstd = (x.new_empty(statistics, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    return empty_like_x(x), mean, rstd
 
 
 def _fake_backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, rstd):

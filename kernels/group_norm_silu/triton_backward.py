@@ -16,7 +16,7 @@ from .triton_kernels import affine, block_channels, load_tile, over_groups, prog
 def _statistics(mean, rstd, add, sample, groups, add_n, c, valid, GROUP_SIZE: tl.constexpr):
     """For each channel the number that centres x itself, without `add`, and rstd."""
     at = sample * groups + c // GROUP_SIZE
-    m = tl.load(mean + at, mask=valid, other=0.0) - vector(add, sample * add_n + c, valid, 0.0)
+    m = tl.load(mean + at, mask=valid, other=0.0).to(tl.float32) - vector(add, sample * add_n + c, valid, 0.0)
     return m, tl.load(rstd + at, mask=valid, other=0.0)
 
 

@@ -138,8 +138,9 @@ def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
     from .triton_kernels import forward_apply_kernel, forward_partial_kernel, forward_tile_kernel
 
     result = empty_like_x(x)
-    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    mean, rstd = (
+        x.new_empty((x.shape[0], num_groups), dtype=dtype) for dtype in (torch.float64, torch.float32)
+    )
     if x.numel() == 0:
         return result, mean.fill_(0), rstd.fill_(0)
     p = _Problem(x, num_groups, weight, bias, add, scale, shift, silu, "forward")
@@ -156,7 +157,7 @@ def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
                 **p.constants(tiling),
             )  # fmt: skip
             return
-        partial = mean.new_empty((p.samples, chunks, 2, p.channels))
+        partial = rstd.new_empty((p.samples, chunks, 2, p.channels))
         wide = math.ceil(p.channels / tiling.block_c)
         forward_partial_kernel[(p.samples * chunks * wide,)](
             p.x, partial, p.channels, p.positions, tiling.chunk, chunks, wide,
@@ -180,7 +181,7 @@ def _backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, 
     from .triton_backward import backward_apply_kernel, backward_partial_kernel, backward_tile_kernel
 
     result = empty_like_x(x)
-    sums = tuple(mean.new_empty(x.shape[:2]) for _ in range(3))
+    sums = tuple(rstd.new_empty(x.shape[:2]) for _ in range(3))
     if x.numel() == 0:
         return result, *(t.fill_(0) for t in sums)
     p = _Problem(x, num_groups, weight, bias, add, scale, shift, silu, "backward")
@@ -197,7 +198,7 @@ def _backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, 
                 *read, *dx.stride(), *p.vector_strides, **p.constants(tiling),
             )  # fmt: skip
             return
-        partial = mean.new_empty((p.samples, chunks, 3, p.channels))
+        partial = rstd.new_empty((p.samples, chunks, 3, p.channels))
         wide = math.ceil(p.channels / tiling.block_c)
         sizes = (p.channels, p.positions, p.groups, tiling.chunk, chunks)
         backward_partial_kernel[(p.samples * chunks * wide,)](
