@@ -1,12 +1,13 @@
 """Times sampling against what one would use instead, and writes JSON and a report with plots.
 
-A peer whose images differ is not timed. Ratios are of medians of runs that take turns in one process.
+A peer whose images differ is not timed. Ratios are of medians of runs that take turns in one process, a new
+one for each comparison.
 """
 
 import argparse
 import importlib.metadata
+import json
 import platform
-import resource
 from pathlib import Path
 
 import torch
@@ -55,37 +56,43 @@ def measure(args: argparse.Namespace) -> dict:
         "parts": [],
         "growth": [],
     }
+    shared = ["--device", device, "--seconds", args.seconds, "--peers", *args.peers]
     for model in args.models:
-        pair = make(model)
         largest = ("unconditional", args.batches[-1]) if device == "cpu" else None
         for mode, guidance in GUIDANCE.items():
             for count in args.batches:
-                rows = timing.compare(pair, count, guidance, device, args.peers, args.seconds)
-                where = {"model": model, "mode": mode, "batch": count, "flops": pair.flops}
-                for name, row in rows.items():
+                what = timing.in_a_process(*shared, "--compare", model, count, guidance)
+                where = {"model": model, "mode": mode, "batch": count, "flops": what["flops"]}
+                for name, row in what["rows"].items():
                     if "step" in row and args.memory and (mode, count) == largest:
-                        row["memory"] = timing.peak_memory(model, count, guidance, name)
+                        row["memory"] = timing.in_a_process("--measure-memory", model, count, guidance, name)
                     result["chains"].append({**where, "peer": name, **row})
-                print(report.short_table(where, rows), flush=True)
-                if device == "cpu":
-                    for tier in ("exact", "fast"):
-                        spent = timing.parts(pair, count, guidance, tier)
-                        result["parts"].append({**where, "tier": tier, "seconds": spent})
+                result["parts"] += [{**where, "tier": t, "seconds": s} for t, s in what["parts"].items()]
+                print(report.short_table(where, what["rows"]), flush=True)
     names = [name for name in ("exact", "diffusers") if name in args.peers]
+    shared = ["--device", device, "--seconds", args.seconds / 4, "--peers", *names]
     for size, count in args.growth:
-        pair = make("cifar10", size)
-        rows = timing.compare(pair, count, 1.0, device, names, args.seconds / 4)
-        result["growth"].append(
-            {"size": size, "batch": count, "step": {n: r.get("step") for n, r in rows.items()}}
-        )
-        print(f"{size} x {size}, batch {count}: {result['growth'][-1]['step']}", flush=True)
+        what = timing.in_a_process(*shared, "--size", size, "--compare", "cifar10", count, 1.0)
+        steps = {name: row.get("step") for name, row in what["rows"].items()}
+        result["growth"].append({"size": size, "batch": count, "step": steps})
+        print(f"{size} x {size}, batch {count}: {steps}", flush=True)
     return result
 
 
-def measure_memory(model: str, count: str, guidance: str, name: str) -> None:
+def compare(args: argparse.Namespace) -> dict:
+    """One comparison, in a process of its own; on the CPU with what a step of each tier is spent on."""
+    model, count, guidance = args.compare[0], int(args.compare[1]), float(args.compare[2])
+    pair = make(model, args.size)
+    rows = timing.compare(pair, count, guidance, args.device, args.peers, args.seconds)
+    tiers = ("exact", "fast") if args.device == "cpu" and args.size is None else ()
+    parts = {tier: timing.parts(pair, count, guidance, tier) for tier in tiers}
+    return {"rows": rows, "parts": parts, "flops": pair.flops}
+
+
+def measure_memory(model: str, count: str, guidance: str, name: str) -> int | None:
     make_peer = peers.PEERS[name][0]
     make_peer(make(model), int(count), float(guidance), "cpu")(2)
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return timing.peak_memory()
 
 
 def pair_of_numbers(text: str) -> tuple[int, int]:
@@ -115,10 +122,14 @@ def main() -> None:
         default=Path(__file__).parent.parent / "results",
         help="folder (default: %(default)s)",
     )
+    add("--compare", nargs=3, help=argparse.SUPPRESS)  # these three are for processes that this one starts
+    add("--size", type=int, help=argparse.SUPPRESS)
     add("--measure-memory", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.compare:
+        return print(json.dumps(compare(args)))
     if args.measure_memory:
-        return measure_memory(*args.measure_memory)
+        return print(json.dumps(measure_memory(*args.measure_memory)))
     args.batches = args.batches or ([1, 8, 64] if args.device == "cuda" else [1, 8])
     if args.growth is None:
         args.growth = [(32, 1), (32, 2), (32, 4), (32, 16), (16, 4), (64, 4)]

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,17 +117,20 @@ def _reverse_step(pair: Pair, count: int, table, output) -> Callable[[], None]:
     return lambda: kernels.reverse_step_(x, output[0], table.table, counter, **options)
 
 
-def peak_memory(model: str, count: int, guidance: float, name: str) -> float | None:
-    """Bytes, the most that a process of its own holds while it samples, everything imported included."""
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.sampling",
-        "--measure-memory",
-        model,
-        str(count),
-        str(guidance),
-        name,
-    ]
-    result = subprocess.run(words, capture_output=True, text=True)
+def in_a_process(*words: object) -> Any:
+    """What `python -m benchmarks.sampling` prints as JSON; None if it fails.
+
+    What one comparison leaves behind, such as threads and cut-up memory, slowed the next by up to a half.
+    """
+    command = [sys.executable, "-m", "benchmarks.sampling", *map(str, words)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+
+
+def peak_memory() -> int | None:
+    """Bytes, the most that this process has held so far; not what the one held that it was forked from."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
