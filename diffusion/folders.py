@@ -1,0 +1,345 @@
+"""Images from a folder or a zip, decoded once into memory or into a file that is mapped into it."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .files import replacing
+from .memory import check_fits
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
+MOST_BYTES = 2**28  # of one file
+MOST_PIXELS = 2**26  # of one image
+CHUNK = 256  # images that are decoded between two looks at the progress
+
+
+class ImageSet(NamedTuple):
+    """images: uint8 [N, C, H, W]; labels: int64 [N], or None; classes: their names, if known; name: whose."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    classes: tuple[str, ...] | None
+    name: str
+
+
+def read_images(
+    path: str | os.PathLike,
+    *,
+    channels: int | None = None,
+    size: int | None = None,
+    cache: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> ImageSet:
+    """All images of a folder or zip (PNG, JPEG, WebP, BMP, first frame of a GIF), in the order of names.
+
+    In subfolders, class/name.png, they are labelled by the subfolders in alphabetical order. A dataset.json
+    beside them, {"labels": [["00000/img00000000.png", 6], ...]}, labels them instead, or, {"labels": null},
+    leaves them unlabelled (the format of EDM's and StyleGAN's data sets). Otherwise there are no labels.
+    Hidden files, `__MACOSX` and other files than images are passed over.
+
+    channels: 1 or 3, which all are converted to (ITU-R 601 luma; transparency is dropped; 16 bits lose the
+    lower 8); by default 1 if all are gray. size: crop the square in the middle and scale it (Lanczos) to
+    size x size; by default all must have one size. cache: a folder for the decoded images, which are then
+    mapped into memory instead of read; the next call finds them there unless a file or option has changed.
+
+    ValueError, naming the file: what is missing, damaged, encrypted, too large, of another size, without a
+    label, or in a class without images.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {channels}")
+    if size is not None and not 1 <= size <= 8192:
+        raise ValueError(f"size must be in 1..8192, not {size}")
+    with _open(Path(path)) as source:
+        labels, classes = _labels(source)
+        if channels is None:
+            channels = 3 if any(_is_colour(source, name) for name in source.names) else 1
+        decoder = _Decoder(source, channels, size)
+        if cache is None:
+            check_fits(f"{len(source.names):,} images of {path}", decoder.bytes, torch.device("cpu"))
+            images = np.empty(decoder.shape, np.uint8)
+            decoder.fill(images, progress)
+        else:
+            images = _cached(source, decoder, Path(cache), progress)
+    return ImageSet(torch.from_numpy(images), labels, classes, str(path))
+
+
+class _Files:
+    """names: of the images, sorted. folders: of all folders. stamps: what changes when a file does."""
+
+    def __init__(self, path: Path, stamps: dict[str, tuple], folders: set[str]):
+        self.path = path
+        self.names = sorted(name for name in stamps if _is_image(name))
+        self.folders = {name for name in folders if not _is_hidden(name)}
+        self.stamps = stamps
+        if not self.names:
+            raise ValueError(f"{path} holds no images ({', '.join(FORMATS)})")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, ValueError if there are too many or it cannot be read."""
+        try:
+            with self._open(name) as file:
+                data = file.read(MOST_BYTES + 1)
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            RuntimeError,
+            NotImplementedError,
+            EOFError,
+            ValueError,
+        ) as error:
+            raise ValueError(f"cannot read {self.path}/{name}: {error}") from error
+        except Exception as error:  # zlib.error, lzma.LZMAError and their like have no common base
+            raise ValueError(f"cannot read {self.path}/{name}: {type(error).__name__}: {error}") from error
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{self.path}/{name} is larger than {MOST_BYTES >> 20} MB")
+        return data
+
+
+class _Folder(_Files):
+    def __init__(self, path: Path):
+        stamps, folders = {}, set()
+        for where, below, files in os.walk(path, onerror=_fail):
+            relative = Path(where).relative_to(path)
+            folders |= {(relative / name).as_posix() for name in below}
+            for name in files:
+                status = os.stat(os.path.join(where, name))
+                stamps[(relative / name).as_posix()] = (status.st_size, status.st_mtime_ns)
+        super().__init__(path, stamps, folders)
+
+    def _open(self, name: str):
+        return open(self.path / name, "rb")
+
+
+class _Zip(_Files):
+    def __init__(self, path: Path, archive: zipfile.ZipFile):
+        self.archive, stamps, folders = archive, {}, set()
+        for entry in archive.infolist():
+            if entry.is_dir():
+                folders.add(entry.filename.rstrip("/"))
+            elif entry.filename in stamps:
+                raise ValueError(f"{path} holds {entry.filename} twice")
+            elif entry.flag_bits & 1:
+                raise ValueError(f"{path}/{entry.filename} is encrypted")
+            else:
+                stamps[entry.filename] = (entry.file_size, entry.CRC)
+        super().__init__(path, stamps, folders)
+
+    def _open(self, name: str):
+        return self.archive.open(name)
+
+
+def _fail(error: OSError) -> None:
+    raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[_Files]:
+    if path.is_dir():
+        yield _Folder(path)
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no data set, folder or zip {str(path)!r}") from error
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is no folder and no zip that can be read: {error}") from error
+    with archive:
+        yield _Zip(path, archive)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in FORMATS and not _is_hidden(name)
+
+
+def _labels(source: _Files) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
+    """Labels of the images and their names; of a dataset.json, or of folders."""
+    if "dataset.json" in source.stamps:
+        return _listed_labels(source), None
+    parts = [PurePosixPath(name).parts for name in source.names]
+    top = 0  # a folder that holds all of the class folders is not one itself
+    while min(map(len, parts)) > top + 2 and len({names[top] for names in parts}) == 1:
+        top += 1
+    above = "/".join((*parts[0][:top], ""))
+    loose = [name for name, names in zip(source.names, parts, strict=True) if len(names) == top + 1]
+    if len(loose) == len(source.names):
+        return None, None
+    if loose:
+        raise ValueError(f"{source.path}/{loose[0]} is in no class folder, but other images are in one")
+    classes = sorted({names[top] for names in parts})
+    found = {folder[len(above) :] for folder in source.folders if folder.startswith(above)}
+    empty = sorted(folder for folder in found - set(classes) if folder and "/" not in folder)
+    if empty:
+        raise ValueError(f"the class folder {source.path}/{above}{empty[0]} holds no images")
+    index = {name: label for label, name in enumerate(classes)}
+    return torch.tensor([index[names[top]] for names in parts]), tuple(classes)
+
+
+def _listed_labels(source: _Files) -> torch.Tensor | None:
+    where = f"{source.path}/dataset.json"
+    try:
+        entries = json.loads(source.read("dataset.json"))["labels"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f'{where} must be a JSON object with "labels": {error}') from error
+    if entries is None:
+        return None
+    try:
+        labels = {str(name).replace("\\", "/"): label for name, label in entries}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the labels in {where} must be pairs [name, label]") from error
+    for name, label in labels.items():
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
+            raise ValueError(
+                f"the label of {name} in {where} must be a whole number from 0 on, not {label!r}"
+            )
+        if name not in source.stamps:
+            raise ValueError(f"{where} labels {name}, which is not there")
+    missing = [name for name in source.names if name not in labels]
+    if missing:
+        raise ValueError(f"{where} has no label for {missing[0]}")
+    return torch.tensor([labels[name] for name in source.names])
+
+
+def _image(source: _Files, name: str) -> Image.Image:
+    """An image that is opened, but not yet decoded."""
+    try:
+        image = Image.open(io.BytesIO(source.read(name)), formats=sorted(set(FORMATS.values())))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise _undecodable(source, name, error) from error
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{source.path}/{name} is too large: {image.width} x {image.height}")
+    return image
+
+
+def _undecodable(source: _Files, name: str, error: Exception) -> ValueError:
+    reason = "no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+    return ValueError(f"{source.path}/{name} cannot be decoded: {reason}".replace("\n", " "))
+
+
+def _is_colour(source: _Files, name: str) -> bool:
+    return not _image(source, name).mode.startswith(("1", "L", "I", "F"))
+
+
+class _Decoder:
+    """What turns the files into one array uint8 [N, C, H, W]; shape and bytes are of that."""
+
+    def __init__(self, source: _Files, channels: int, size: int | None):
+        self.source, self.channels, self.size = source, channels, size
+        first = _image(source, source.names[0])
+        self.height, self.width = (size, size) if size else (first.height, first.width)
+        self.shape = (len(source.names), channels, self.height, self.width)
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def fill(self, images: np.ndarray, progress: bool) -> None:
+        """Decodes all, with as many threads as PyTorch uses."""
+
+        def decode(index: int) -> None:
+            images[index] = self._decode(self.source.names[index])
+
+        count = len(images)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            bar = tqdm(total=count, unit=" images", desc=str(self.source.path), disable=not progress)
+            with bar:
+                for start in range(0, count, CHUNK):
+                    part = range(start, min(count, start + CHUNK))
+                    for _ in threads.map(decode, part):
+                        pass
+                    bar.update(len(part))
+
+    def _decode(self, name: str) -> np.ndarray:
+        image = _image(self.source, name)
+        if self.size is None and (image.height, image.width) != (self.height, self.width):
+            raise ValueError(
+                f"images of one size are needed, but {self.source.path}/{name} is {image.width} x "
+                f"{image.height}, and {self.source.names[0]} is {self.width} x {self.height}"
+            )
+        try:
+            image.load()
+            image = _eight_bits(image).convert("L" if self.channels == 1 else "RGB")
+        except Exception as error:
+            raise _undecodable(self.source, name, error) from error
+        if self.size is not None:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image)
+        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips 16 bits at 255 when it converts them."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    return image
+
+
+def _cached(source: _Files, decoder: _Decoder, folder: Path, progress: bool) -> np.ndarray:
+    """The decoded images in a file of a folder, which is made where it is missing or damaged.
+
+    Copy-on-write, so that the tensor on it may be taken for a writable one. Processes that want the same
+    file at the same time wait for the one that makes it.
+    """
+    about = [1, PIL.__version__, decoder.shape, decoder.size, [(n, source.stamps[n]) for n in source.names]]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    path = folder / f"{source.path.resolve().stem}-{digest}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return _mapped(path, decoder.shape)
+    with _alone(path):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # made by the one that was waited for
+            return _mapped(path, decoder.shape)
+        with replacing(path) as (temporary,):
+            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, decoder.shape)
+            decoder.fill(images, progress)
+            images.flush()
+    return _mapped(path, decoder.shape)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    images = np.load(path, mmap_mode="c", allow_pickle=False)
+    if images.shape != shape or images.dtype != np.uint8 or not images.flags.c_contiguous:
+        raise ValueError(f"{path} holds something else")
+    return images
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; where the system has no such locks, each makes the file for itself."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

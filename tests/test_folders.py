@@ -1,0 +1,278 @@
+"""Folders and zips of images: what is read, in which order, with which labels, and what is refused."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.data import load_dataset
+from diffusion.folders import read_images
+
+NAMES = ("cat/1.png", "cat/10.png", "cat/2.png", "dog/b.jpg", "emu/a.webp")
+
+
+def pixels(seed: int, shape=(6, 5, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(array: np.ndarray, suffix: str, **options) -> bytes:
+    file, kind = io.BytesIO(), {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, suffix.upper())
+    options |= {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(array).save(file, kind, **options)
+    return file.getvalue()
+
+
+def some_images(names=NAMES) -> dict[str, bytes]:
+    return {name: encoded(pixels(seed), name.rpartition(".")[2]) for seed, name in enumerate(names)}
+
+
+def write(where: Path, files: dict[str, bytes], kind: str) -> Path:
+    if kind == "zip":
+        with zipfile.ZipFile(where.with_suffix(".zip"), "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return where.with_suffix(".zip")
+    where.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        path = where / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    return where
+
+
+both = pytest.mark.parametrize("kind", ["folder", "zip"])
+
+
+@both
+def test_classes_are_folders_and_all_is_in_the_order_of_names(kind, tmp_path):
+    files = some_images()
+    clutter = {"cat/.hidden.png": b"x", "__MACOSX/cat/1.png": b"x", "cat/notes.txt": b"x", ".git/a.png": b"x"}
+    found = read_images(write(tmp_path / "set", files | clutter, kind))
+    assert found.classes == ("cat", "dog", "emu")
+    assert found.labels.tolist() == [0, 0, 0, 1, 2]
+    assert found.labels.dtype == torch.int64
+    assert found.images.dtype == torch.uint8
+    assert found.images.is_contiguous()
+    for image, (name, data) in zip(found.images, files.items(), strict=True):
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected, err_msg=name)
+        if not name.endswith("jpg"):  # lossless, so Pillow is no judge in its own case
+            np.testing.assert_array_equal(expected, pixels(list(files).index(name)))
+
+
+@both
+def test_a_folder_around_the_classes_is_none(kind, tmp_path):
+    files = {f"data/train/{name}": data for name, data in some_images().items()}
+    assert read_images(write(tmp_path / "set", files, kind)).classes == ("cat", "dog", "emu")
+    one = read_images(write(tmp_path / "one", some_images(NAMES[:2]), kind))
+    assert one.classes == ("cat",)
+    assert one.labels.tolist() == [0, 0]
+
+
+@both
+def test_without_subfolders_there_are_no_labels(kind, tmp_path):
+    found = read_images(write(tmp_path / "set", some_images(("b.png", "a.png")), kind))
+    assert found.labels is None
+    assert found.classes is None
+    np.testing.assert_array_equal(found.images[0].permute(1, 2, 0).numpy(), pixels(1))
+
+
+@both
+@pytest.mark.parametrize("labels", [[4, 0], None])
+def test_dataset_json_labels_as_edm_writes_it(labels, kind, tmp_path):
+    names = ("00000/img00000000.png", "00000/img00000001.png")
+    entries = None if labels is None else [list(pair) for pair in zip(names, labels, strict=True)]
+    files = some_images(names) | {"dataset.json": json.dumps({"labels": entries}).encode()}
+    found = read_images(write(tmp_path / "set", files, kind))
+    assert (None if found.labels is None else found.labels.tolist()) == labels
+    assert found.classes is None
+
+
+@both
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ('{"labels": [["a.png", 1]]}', "no label for b.png"),
+        ('{"labels": [["a.png", 1], ["b.png", 2], ["c.png", 3]]}', "c.png, which is not there"),
+        ('{"labels": [["a.png", 1.5], ["b.png", 2]]}', "label of a.png .* whole number"),
+        ('{"labels": [["a.png", -1], ["b.png", 2]]}', "label of a.png"),
+        ('{"labels": [["a.png", [0, 1]], ["b.png", 2]]}', "label of a.png"),
+        ('{"labels": [1, 2]}', "pairs"),
+        ('{"label": []}', "JSON object"),
+        ("[]", "JSON object"),
+        ("{", "JSON object"),
+        ("[" * 100_000, "JSON object"),
+    ],
+)
+def test_a_dataset_json_of_nonsense(listed, expected, kind, tmp_path):
+    files = some_images(("a.png", "b.png")) | {"dataset.json": listed.encode()}
+    with pytest.raises(ValueError, match=expected) as caught:
+        read_images(write(tmp_path / "set", files, kind))
+    assert "dataset.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_kinds_of_pixels_and_channels(tmp_path):
+    gray, colour = pixels(1, (6, 5)), pixels(2)
+    deep = (gray.astype(np.uint16) << 8) + 77
+    files = {"1.png": encoded(gray, "png"), "2.png": encoded(deep, "png")}
+    found = read_images(write(tmp_path / "gray", files, "folder"))
+    np.testing.assert_array_equal(found.images.numpy(), np.stack([gray, gray])[:, None])
+    files["3.png"] = encoded(colour, "png")
+    found = read_images(write(tmp_path / "mixed", files, "folder"))
+    assert found.images.shape == (3, 3, 6, 5)
+    np.testing.assert_array_equal(found.images[0].numpy(), np.stack([gray] * 3))
+    np.testing.assert_array_equal(found.images[2].permute(1, 2, 0).numpy(), colour)
+    luma = read_images(tmp_path / "mixed", channels=1).images[2, 0].numpy()
+    expected = colour @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    assert np.abs(luma - expected).max() <= 1
+    with_alpha = np.dstack([colour, pixels(3, (6, 5))])
+    found = read_images(write(tmp_path / "alpha", {"a.png": encoded(with_alpha, "png")}, "folder"))
+    np.testing.assert_array_equal(found.images[0].permute(1, 2, 0).numpy(), colour)
+
+
+def test_size_crops_the_middle_and_scales(tmp_path):
+    wide = np.zeros((8, 14, 3), np.uint8)
+    wide[:, 3:11] = 200  # the square in the middle
+    files = {"a.png": encoded(wide, "png"), "b.png": encoded(np.full((4, 4, 3), 50, np.uint8), "png")}
+    found = read_images(write(tmp_path / "set", files, "folder"), size=4)
+    assert found.images.shape == (2, 3, 4, 4)
+    assert found.images[0].unique().tolist() == [200]
+    assert found.images[1].unique().tolist() == [50]
+
+
+@both
+def test_the_cache_holds_the_same_and_notices_changes(kind, tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "set", some_images(), kind), tmp_path / "cache"
+    plain = read_images(path)
+    first = read_images(path, cache=cache)
+    (file,) = cache.glob("*.npy")
+    monkeypatch.setattr("diffusion.folders._Decoder.fill", None)  # is not needed again
+    second = read_images(path, cache=cache)
+    for found in (first, second):
+        assert torch.equal(found.images, plain.images)
+        assert torch.equal(found.labels, plain.labels)
+    second.images[0] = 0  # a copy, not the file
+    assert torch.equal(read_images(path, cache=cache).images, plain.images)
+    monkeypatch.undo()
+    whole = file.read_bytes()
+    for damage in (whole[:-1], b"", b"garbage", b"\x80\x04cos\nsystem\n(S'exit 1'\ntR."):
+        file.write_bytes(damage)
+        assert torch.equal(read_images(path, cache=cache).images, plain.images)
+        assert file.read_bytes() == whole
+    changed = some_images() | {"cat/1.png": encoded(pixels(99), "png")}
+    path = write(tmp_path / "set", changed, kind)
+    np.testing.assert_array_equal(
+        read_images(path, cache=cache).images[0].permute(1, 2, 0).numpy(), pixels(99)
+    )
+    assert read_images(path, cache=cache, size=3).images.shape[2:] == (3, 3)
+
+
+def test_processes_share_a_cache(tmp_path):
+    path = write(tmp_path / "set", some_images(), "folder")
+    script = f"import sys; sys.path[:] = {sys.path!r}\nfrom diffusion.folders import read_images\n"
+    script += "print(int(read_images(sys.argv[1], cache=sys.argv[2]).images.sum()))"
+    command = [sys.executable, "-c", script, str(path), str(tmp_path / "cache")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
+    sums = [int(process.communicate(timeout=120)[0]) for process in processes]
+    assert sums == [int(read_images(path).images.sum())] * 2
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
+def huge_png() -> bytes:
+    """Says that it is 60,000 x 60,000 pixels."""
+    data = bytearray(encoded(pixels(0), "png"))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@both
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cat/2.png": b"\x89PNG\r\n\x1a\nnonsense"}, r"cat/2\.png cannot be decoded"),
+        ({"cat/2.png": encoded(pixels(0, (64, 64, 3)), "png")[:-2000]}, r"cat/2\.png"),
+        (
+            {"cat/2.png": encoded(pixels(1, (7, 5, 3)), "png")},
+            r"cat/2\.png is 5 x 7, and cat/1\.png is 5 x 6",
+        ),
+        ({"cat/2.png": b""}, r"cat/2\.png cannot be decoded"),
+        ({"cat/2.png": huge_png()}, r"cat/2\.png (is too large: 60000 x 60000|cannot be decoded)"),
+        ({"loose.png": encoded(pixels(1), "png")}, r"loose\.png is in no class folder"),
+        ({"ant/": b""}, r"class folder .*ant holds no images"),
+    ],
+)
+def test_what_is_damaged_is_named(files, expected, kind, tmp_path):
+    files = {"cat/1.png": encoded(pixels(0), "png"), "dog/1.png": encoded(pixels(1), "png")} | files
+    with pytest.raises(ValueError, match=expected) as caught:
+        read_images(write(tmp_path / "set", files, kind))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match="there is no data set, folder or zip"):
+        read_images(tmp_path / "none")
+    (tmp_path / "text").write_text("no zip")
+    with pytest.raises(ValueError, match="no folder and no zip"):
+        read_images(tmp_path / "text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        read_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        read_images(tmp_path, channels=4)
+    with pytest.raises(ValueError, match="size"):
+        read_images(tmp_path, size=0)
+
+
+def test_damaged_zips(tmp_path):
+    path = write(tmp_path / "set", some_images(), "zip")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="no zip that can be read"):
+        read_images(path)
+    middle = bytearray(whole)
+    middle[whole.index(b"IDAT") + 8] ^= 0xFF  # stored as it is, so the CRC does not fit any more
+    path.write_bytes(bytes(middle))
+    with pytest.raises(ValueError, match=r"cat/1\.png: Bad CRC"):
+        read_images(path)
+    encrypted = bytearray(whole)
+    encrypted[whole.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(bytes(encrypted))
+    with pytest.raises(ValueError, match=r"cat/1\.png is encrypted"):
+        read_images(path)
+
+
+def test_files_without_end_are_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion.folders.MOST_BYTES", 1000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10**6))
+    with pytest.raises(ValueError, match=r"a\.png is larger"):
+        read_images(tmp_path / "bomb.zip")
+
+
+def test_more_images_than_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "set", some_images(), "folder")
+    monkeypatch.setattr("diffusion.memory.total_memory", lambda device: 100)
+    with pytest.raises(ValueError, match=r"5 images of .*set"):
+        read_images(path)
+
+
+def test_load_dataset_reads_folders_and_asks_for_the_named(tmp_path):
+    path = write(tmp_path / "set", some_images(), "folder")
+    assert torch.equal(load_dataset(path, channels=3).images, read_images(path).images)
+    with pytest.raises(ValueError, match="where is cifar10"):
+        load_dataset("cifar10")
