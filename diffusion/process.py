@@ -59,7 +59,15 @@ def epsilon_coefficients(
     return 1 / sigma, -alpha / sigma
 
 
-def _at(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def random_timesteps(count: int, T: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Timesteps int64 [count], spread evenly over 0..T-1 from one uniform draw, which lowers the loss's
+    variance (Kingma et al. 2021, arXiv 2107.00630, appendix I.1). From PyTorch's global generators.
+    """
+    u = (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
+    return (u * T).long().clamp(max=T - 1)
+
+
+def at_timesteps(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """table[t] for t [B], cast for arithmetic with `like` [B, ...] and shaped [B, 1, ...]."""
     if t.dtype != torch.int64 or t.shape != like.shape[:1]:
         raise ValueError(
@@ -83,8 +91,8 @@ def q_sample(schedule: NoiseSchedule, x0: torch.Tensor, t: torch.Tensor, noise: 
     x0. ValueError for other shapes or timesteps (the range is checked where t is on the CPU).
     """
     _check_shapes(x0, noise, "noise")
-    alpha = _at(schedule.alphas_cumprod.sqrt(), t, x0)
-    sigma = _at((1 - schedule.alphas_cumprod).sqrt(), t, x0)
+    alpha = at_timesteps(schedule.alphas_cumprod.sqrt(), t, x0)
+    sigma = at_timesteps((1 - schedule.alphas_cumprod).sqrt(), t, x0)
     return alpha * x0 + sigma * noise
 
 
@@ -100,8 +108,8 @@ def target(
         return noise
     if prediction_type == "sample":
         return x0
-    alpha = _at(schedule.alphas_cumprod.sqrt(), t, x0)
-    sigma = _at((1 - schedule.alphas_cumprod).sqrt(), t, x0)
+    alpha = at_timesteps(schedule.alphas_cumprod.sqrt(), t, x0)
+    sigma = at_timesteps((1 - schedule.alphas_cumprod).sqrt(), t, x0)
     return alpha * noise - sigma * x0
 
 
@@ -118,7 +126,7 @@ def predict_x0(
     """
     _check_shapes(x, model_output, "model_output")
     p_x, p_o = x0_coefficients(prediction_type, schedule.alphas_cumprod)
-    return _at(p_x, t, x) * x + _at(p_o, t, x) * model_output
+    return at_timesteps(p_x, t, x) * x + at_timesteps(p_o, t, x) * model_output
 
 
 def predict_epsilon(
@@ -131,7 +139,16 @@ def predict_epsilon(
     """The noise in x_t as the model sees it; shapes as in `predict_x0`."""
     _check_shapes(x, model_output, "model_output")
     q_x, q_o = epsilon_coefficients(prediction_type, schedule.alphas_cumprod)
-    return _at(q_x, t, x) * x + _at(q_o, t, x) * model_output
+    return at_timesteps(q_x, t, x) * x + at_timesteps(q_o, t, x) * model_output
+
+
+LOSS_WEIGHTINGS = ("uniform", "min_snr", "truncated_snr", "snr_plus_one", "p2")
+
+
+def check_loss_weighting(weighting: str) -> None:
+    """ValueError unless `loss_weight` knows it."""
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"unknown loss weighting {weighting!r}; choose from: {', '.join(LOSS_WEIGHTINGS)}")
 
 
 def loss_weight(
@@ -143,24 +160,38 @@ def loss_weight(
 ) -> torch.Tensor:
     """Weight of each image's mean squared error in model_output, float32 [B], for t int64 [B].
 
-    "uniform": 1, Ho et al.'s L_simple when the model predicts epsilon. "min_snr": min(SNR, gamma) as the
-    weight of the error in x_0 (Hang et al. 2023, arXiv 2303.09556, section 3.4), which is
-    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v;
-    SNR = alphas_cumprod / (1 - alphas_cumprod). ValueError for another weighting or gamma <= 0.
+    "uniform" is 1: Ho et al.'s L_simple when the model predicts epsilon. The others are published as the
+    weight of the error in x_0, with SNR = alphas_cumprod / (1 - alphas_cumprod), and mean the same for every
+    prediction type (the weight in x_0 is divided by SNR for epsilon, by SNR + 1 for v):
+    "min_snr" min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556, section 3.4); "truncated_snr" max(SNR, 1)
+    and "snr_plus_one" SNR + 1 (Salimans & Ho 2022, arXiv 2202.00512, section 4); "p2" SNR / (1 + SNR)
+    (Choi et al. 2022, arXiv 2204.00227, eq. 8 with gamma = k = 1).
+
+    ValueError for another weighting, gamma <= 0, or a weight that is infinite: epsilon prediction under
+    truncated_snr or snr_plus_one where SNR is 0.
     """
     check_prediction_type(prediction_type)
+    check_loss_weighting(weighting)
+    if not gamma > 0:
+        raise ValueError(f"min-SNR's gamma must be positive, not {gamma}")
+    # With alpha^2 = SNR / (SNR + 1) and sigma^2 = 1 / (SNR + 1) the weight in v is that in x_0 times sigma^2.
+    signal = schedule.alphas_cumprod
+    noise = 1 - signal
+    divisor = {"epsilon": signal, "sample": noise, "v_prediction": torch.ones_like(signal)}[prediction_type]
     if weighting == "uniform":
-        weights = torch.ones_like(schedule.alphas_cumprod)
-    elif weighting == "min_snr":
-        if not gamma > 0:
-            raise ValueError(f"min-SNR's gamma must be positive, not {gamma}")
-        snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-        if prediction_type == "epsilon":
-            weights = (gamma / snr).clamp(max=1)
-        elif prediction_type == "sample":
-            weights = snr.clamp(max=gamma)
-        else:
-            weights = snr.clamp(max=gamma) / (snr + 1)
+        weights = torch.ones_like(signal)
+    elif prediction_type == "epsilon" and weighting == "min_snr":  # not 0 / 0 where SNR is 0
+        weights = (gamma * noise / signal).clamp(max=1)
+    elif prediction_type == "epsilon" and weighting == "p2":
+        weights = noise
     else:
-        raise ValueError(f"unknown loss weighting {weighting!r}; choose from: uniform, min_snr")
-    return _at(weights, t, t.float())
+        in_v = {
+            "min_snr": torch.minimum(signal, gamma * noise),
+            "truncated_snr": torch.maximum(signal, noise),
+            "snr_plus_one": torch.ones_like(signal),
+            "p2": signal * noise,
+        }[weighting]
+        weights = in_v / divisor
+    if not weights.isfinite().all():
+        raise ValueError(f"{weighting} weighs epsilon prediction infinitely where the schedule's SNR is zero")
+    return at_timesteps(weights, t, t.float())
