@@ -215,7 +215,7 @@ setup(
         *(f"diffusion.kernels.{op}" for op in find_packages("kernels")),
     ],
     package_dir={"diffusion": "diffusion", "diffusion.kernels": "kernels"},
-    package_data={"diffusion": [f"weights/**/*.{suffix}" for suffix in ("json", "safetensors", "npz")]},
+    package_data={"diffusion": ["recipes/*.json", "weights/**/*.json", "weights/**/*.safetensors"]},
     ext_modules=[Extension(name, sources, optional=True) for name, sources in SOURCES.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
     setup_requires=torch_to_build_with(),

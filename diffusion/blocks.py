@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .kernels import attention, group_norm_silu
 from .unet_config import UNetConfig
@@ -59,7 +60,11 @@ class ResBlock(nn.Module):
     normalisation and convolution (Song et al. 2021, arXiv 2011.13456, appendix H).
 
     embedding: [B, out], added before the second normalisation, or [B, 2 out], its scale and shift.
+    checkpointing: keep the input only, and compute everything between again for the gradient (Chen et al.
+    2016, arXiv 1604.06174).
     """
+
+    checkpointing = False
 
     def __init__(
         self, config: UNetConfig, in_channels: int, out_channels: int, resample: nn.Module | None = None
@@ -74,6 +79,11 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, embedding, backend, use_reentrant=False)
+        return self._forward(x, embedding, backend)
+
+    def _forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
         h = self.norm1(x, backend)
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
@@ -91,7 +101,10 @@ class Attention(nn.Module):
     """Self-attention over all positions, with a residual connection (Ho et al. 2020, appendix B).
 
     qkv's outputs are ordered by (q, k, v), then by head, then by channel within the head.
+    checkpointing: as in `ResBlock`.
     """
+
+    checkpointing = False
 
     def __init__(self, config: UNetConfig, channels: int, groups: int | None = None):
         super().__init__()
@@ -107,6 +120,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, backend, use_reentrant=False)
+        return self._forward(x, backend)
+
+    def _forward(self, x: torch.Tensor, backend: str) -> torch.Tensor:
         h = x if self.norm is None else self.norm(x, backend)
         qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 C]; no copy where x is channels_last
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from . import checkpoint, engine, kernels
 from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .guidance import check_rescale, drop_labels
+from .likelihood import variational_bound_terms
 from .memory import check_fits, free_memory, is_out_of_memory
 from .networks import NetworkCache
-from .process import check_prediction_type, loss_weight, q_sample, target
+from .process import check_prediction_type, loss_weight, q_sample, random_timesteps, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
 from .thresholding import check_threshold, thresholded_step
@@ -93,29 +94,40 @@ class DDPM(nn.Module):
         x0: torch.Tensor,
         labels: torch.Tensor | None = None,
         *,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         label_dropout: float = 0.0,
         weighting: str = "uniform",
+        min_snr_gamma: float = 5.0,
+        vlb_weight: float = 0.001,
+        network: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Mean weighted squared error of the prediction at random timesteps; a scalar.
+        """Mean weighted squared error of the prediction at timesteps t; a scalar.
 
         x0: images [B, C, H, W] in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
-        label_dropout is replaced by the null label. The timesteps of a batch are spread evenly over 0..T-1
-        from one uniform draw (Kingma et al. 2021, arXiv 2107.00630, appendix I.1), which lowers the
-        variance. Draws from PyTorch's global generators.
+        label_dropout is replaced by the null label. t: int64 [B], by default drawn by `random_timesteps`;
+        noise: like x0, by default drawn, both from PyTorch's global generators. weighting, min_snr_gamma: see
+        `process.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
+        bits per dimension, T times the mean of its terms, of which only the variance gets a gradient (Nichol
+        & Dhariwal 2021, arXiv 2102.09672, section 3.1). network: called instead of the UNet, which it wraps.
         """
-        if self.unet.config.learned_variance:
-            raise ValueError("training a learned variance needs the hybrid loss, which is not available")
-        batch, T = len(x0), self.schedule.T
-        u = (torch.rand((), device=x0.device) + torch.arange(batch, device=x0.device) / batch) % 1
-        t = (u * T).long().clamp(max=T - 1)
-        noise = torch.randn_like(x0)
+        t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
         if labels is not None and label_dropout:
             labels = drop_labels(labels, label_dropout, self.unet.config.null_label)
-        output = self.unet(q_sample(self.schedule, x0, t, noise), t, labels).float()
-        errors = (
-            (output - target(self.schedule, self.prediction_type, x0, t, noise)).square().flatten(1).mean(1)
-        )
-        return (loss_weight(self.schedule, self.prediction_type, t, weighting) * errors).mean()
+        x_t = q_sample(self.schedule, x0, t, noise)
+        output = (self.unet if network is None else network)(x_t, t, labels).float()
+        prediction = output[:, : x0.shape[1]]
+        errors = prediction - target(self.schedule, self.prediction_type, x0, t, noise)
+        weights = loss_weight(self.schedule, self.prediction_type, t, weighting, min_snr_gamma)
+        loss = (weights * errors.square().flatten(1).mean(1)).mean()
+        if self.unet.config.learned_variance:
+            frozen = torch.cat([prediction.detach(), output[:, x0.shape[1] :]], dim=1)
+            terms = variational_bound_terms(
+                self.schedule, self.prediction_type, self.variance, x0, x_t, t, frozen, clip=None
+            )
+            loss = loss + vlb_weight * self.schedule.T * terms.mean()
+        return loss
 
     def steps(self, sampler: str = "ddpm", steps: int | None = None, **options) -> StepTable:
         """The table of a sampler for this model: "ddpm", "ddim" or "dpm++".

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+LEFTOVER = ".partial"  # in the names of files that are not yet whole
+
 
 @contextlib.contextmanager
 def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
@@ -21,7 +23,7 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(
-                dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix
+                dir=target.parent, prefix=f".{target.name}.", suffix=LEFTOVER + target.suffix
             )
             os.close(handle)
             temporary.append(Path(name))
@@ -35,6 +37,13 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what a process left that was killed while it wrote into a folder. No other may be writing."""
+    for path in Path(folder).glob(f".*{LEFTOVER}.*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def check_writable(*targets: str | os.PathLike) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,11 +13,14 @@ import torch
 from tqdm import tqdm
 
 from .ddpm import DDPM
-from .files import check_writable
+from .files import check_writable, remove_leftovers
 from .images import save_grid
+from .parallel import agree, any_rank, losing_a_rank
 from .trainer import Trainer
+from .training_state import load_state, save_state
 
 COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
+ADVICE = "try a lower learning rate, a longer warm-up, or float32 instead of autocast, and resume"
 
 
 def train(
@@ -32,60 +37,82 @@ def train(
     """Trains to the recipe's last step and returns the averaged model.
 
     Into the folder `out`: `config.json` and `model.safetensors` (the averaged model, which `diffusion.load`
-    reads), `state.safetensors` (to resume from), `log.csv`, and `samples/` with a grid of every class. All
-    but the log are written whole or not at all. ValueError if `out` holds a run and resume is False, if there
-    is none and it is True, if it cannot be written, or if the loss is no longer finite. Ctrl-C saves first.
+    reads), `ema-<decay>/` with such a model for each further average, `state.safetensors` (to resume from),
+    `log.csv`, and `samples/` with a grid of every class. All but the log are written whole or not at all.
+    Ctrl-C and SIGTERM end the run after the step that it is in, saved. Of several ranks the first writes.
+
+    ValueError if `out` holds a run and resume is False, if there is none and it is True, if it cannot be
+    written, if the ranks do not agree, or if the loss or gradient is no longer finite or the loss grew to ten
+    times its first value: then the message says at which step, and what is there to resume from.
     """
     out = Path(out)
     state, log = out / "state.safetensors", out / "log.csv"
-    check_writable(state)
+    first_rank = trainer.ranks.rank == 0
     if resume:
-        trainer.load(state)
+        load_state(trainer, state)
     elif state.exists():
         raise ValueError(f"{out} holds a run already; resume it, or choose another folder")
+    agree(trainer)
+    if first_rank:
+        check_writable(state)
+        remove_leftovers(out)
     recipe = trainer.recipe
-    rows = _LogFile(log, trainer.step)
-    started, before = time.perf_counter(), trainer.seconds
+    rows = _LogFile(log, trainer.step) if first_rank else None
+    started, before, saved = time.perf_counter(), trainer.seconds, trainer.step if resume else None
 
     def save() -> None:
+        nonlocal saved
+        check()
         trainer.seconds = before + time.perf_counter() - started
-        trainer.save(state)
-        trainer.ema.save(out, training={**asdict(recipe), "step": trainer.step, "seconds": trainer.seconds})
+        saved = trainer.step
+        if not first_rank:
+            return
+        save_state(trainer, state)
+        about = {**asdict(recipe), "step": trainer.step, "seconds": trainer.seconds}
+        for decay, average in trainer.averages.items():
+            folder = out if average is trainer.ema else out / f"ema-{decay:g}"
+            average.save(folder, training={**about, "ema_decay": decay})
+
+    def check() -> None:
+        if trouble := trainer.trouble():
+            good = (
+                "there is no checkpoint yet"
+                if saved is None
+                else f"{state} holds step {saved}, the last good one"
+            )
+            raise ValueError(f"{trouble}; {good}; {ADVICE}")
 
     bar = tqdm(
         total=recipe.steps * recipe.batch_size,
         initial=trainer.step * recipe.batch_size,
         unit=" images",
         unit_scale=True,
-        disable=not progress,
+        disable=not (progress and first_rank),
     )
-    with bar, _repeatable():
-        try:
-            while trainer.step < recipe.steps:
-                norm = trainer.train_step()
-                bar.update(recipe.batch_size)
-                step, last = trainer.step, trainer.step == recipe.steps
-                if step % log_every == 0 or last:
-                    mean, norm = torch.stack(trainer.losses).mean().item(), norm.item()
-                    trainer.losses.clear()
-                    if not (mean < float("inf")):
-                        raise ValueError(
-                            f"the loss is {mean} at step {step}; {_last_good(state)}; "
-                            "try a lower learning rate or longer warm-up"
-                        )
-                    validated = trainer.validation is not None and (step % validate_every == 0 or last)
-                    validation = trainer.validation_loss() if validated else None
-                    seconds = before + time.perf_counter() - started
-                    rows.add(step, mean, validation, recipe.learning_rate_at(step - 1), norm, seconds)
-                    shown = {"loss": f"{mean:.4f}"}
-                    bar.set_postfix(shown | ({"val": f"{validation:.4f}"} if validated else {}))
-                if step % sample_every == 0 or last:
-                    _save_samples(trainer.ema, out / "samples" / f"step-{step:07d}.png")
-                if step % save_every == 0 or last:
-                    save()
-        except KeyboardInterrupt:
-            save()
-            raise
+    with bar, _repeatable(), _signals() as stopping, losing_a_rank(trainer, out):
+        while trainer.step < recipe.steps:
+            trainer.train_step()
+            bar.update(recipe.batch_size)
+            step, last = trainer.step, trainer.step == recipe.steps
+            line = step % log_every == 0 or last
+            if line:
+                check()
+                norm = trainer.norms[-1].item()
+                mean = trainer.finish_line()
+            validated = line and trainer.validation is not None and (step % validate_every == 0 or last)
+            if line and first_rank:
+                validation = trainer.validation_loss() if validated else None
+                seconds = before + time.perf_counter() - started
+                rows.add(step, mean, validation, recipe.learning_rate_at(step - 1), norm, seconds)
+                shown = {"loss": f"{mean:.4f}"}
+                bar.set_postfix(shown | ({"val": f"{validation:.4f}"} if validated else {}))
+            if first_rank and (step % sample_every == 0 or last):
+                _save_samples(trainer.ema, out / "samples" / f"step-{step:07d}.png")
+            stop = any_rank(trainer, bool(stopping)) if line or trainer.device.type == "cpu" else False
+            if step % save_every == 0 or last or stop:
+                save()
+            if stop and not last:
+                raise KeyboardInterrupt
     return trainer.ema
 
 
@@ -111,6 +138,30 @@ def _repeatable() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The Ctrl-Cs and SIGTERMs that came: a step is finished before the first counts, not before the second.
+
+    Only a program's main thread may ask for signals; in another one this list stays empty.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def _save_samples(model: DDPM, path: Path) -> None:
     classes = model.unet.config.num_classes
     if classes is None:
@@ -119,7 +170,3 @@ def _save_samples(model: DDPM, path: Path) -> None:
         labels = [label for _ in range(2) for label in range(min(classes, 10))]
         x = model.sample(labels=labels, guidance_scale=2.0, sampler="ddim", steps=50)
     save_grid(x, path)
-
-
-def _last_good(state: Path) -> str:
-    return f"{state} holds the last good checkpoint" if state.exists() else "there is no checkpoint yet"

@@ -1,22 +1,21 @@
-"""One training run: Adam, warm-up and decay, gradient clipping, EMA, and a state that resumes exactly.
+"""One training run: the step, with its optimiser, averages and random numbers.
 
 Everything random in a step is a function of (seed, step), and the order of the images one of (seed, epoch),
 so the state of a run is its tensors and its step number: a resumed run goes on as if it had never stopped.
+It is drawn for the whole batch, of which each rank takes its share: any number of ranks trains on the same
+images, timesteps and noise.
 """
 
+import contextlib
 import hashlib
-import json
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .checkpoint import load_weights, read_safetensors
 from .data import to_float
 from .ddpm import DDPM
-from .files import replacing
+from .guidance import drop_labels
+from .process import random_timesteps
+from .ranks import Ranks
 from .recipe import Recipe
 from .schedule import NoiseSchedule
 from .unet import UNet, UNetConfig
@@ -28,14 +27,20 @@ SAMPLER_OPTIONS = {
     "ddim": {"spacing": "trailing", "use_clipped_model_output": True},
     "dpm++": {"spacing": "trailing"},
 }
+OVERFLOWS = 30  # steps in a row, after which float16's loss scale will not help any more
 
 
 class Trainer:
-    """A run: the model, its average, the optimiser, and the step they have reached.
+    """A run: the model, its averages, the optimiser, and the step they have reached.
 
     images: uint8 [N, C, H, W]; labels: int64 [N], or None for an unconditional model. validation: another
-    such pair, for the validation loss. autocast: run the UNet in bfloat16 where PyTorch finds it safe.
-    ValueError if the data do not fit the recipe.
+    such pair, for the validation loss. ranks: which share of each batch this process works on, in a process
+    group of torch.distributed that exists. ValueError if the data do not fit the recipe.
+
+    How it is computed, which changes the weights by rounding only: autocast: run the UNet in bfloat16 or
+    float16 (with a scaled loss) where PyTorch finds it safe. micro_batch: images at a time whose gradients
+    are added up, by default all of the rank's. channels_last: memory format of the UNet. checkpointing:
+    compute activations twice instead of keeping them. compile: by torch.compile.
     """
 
     def __init__(
@@ -45,14 +50,30 @@ class Trainer:
         labels: torch.Tensor | None,
         validation: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         device: str | torch.device = "cpu",
-        autocast: bool = False,
+        *,
+        autocast: torch.dtype | None = None,
+        micro_batch: int | None = None,
+        channels_last: bool = True,
+        checkpointing: bool = False,
+        compile: bool = False,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         config = UNetConfig.from_dict(recipe.unet)
         _check_data(config, images, labels, recipe.batch_size)
+        if recipe.batch_size < self.ranks.world_size:
+            raise ValueError(
+                f"a batch of {recipe.batch_size} cannot be shared by {self.ranks.world_size} ranks"
+            )
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
+        if validation is not None:
+            _check_data(config, *validation, 1, "validation images")
         self.recipe, self.images, self.labels, self.validation = recipe, images, labels, validation
-        self.device, self.autocast = torch.device(device), autocast
+        self.device, self.autocast, self.micro_batch = torch.device(device), autocast, micro_batch
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
         with torch.random.fork_rng():
-            torch.manual_seed(_seed(recipe.seed, "weights", 0))
+            torch.manual_seed(seed_of(recipe.seed, "weights", 0))
             unet = UNet(config)
         schedule = NoiseSchedule.from_config(recipe.schedule)
         self.model = DDPM(
@@ -60,144 +81,198 @@ class Trainer:
             schedule,
             prediction_type=recipe.prediction_type,
             sampler_options=SAMPLER_OPTIONS,
-        ).to(self.device)
-        self.ema = self.model.copy()
-        self.ema.unet.eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.model.unet.parameters(), lr=recipe.learning_rate)
+        ).to(self.device, memory_format=self.format)
+        self.averages = {decay: self.model.copy() for decay in (recipe.ema_decay, *recipe.more_ema_decays)}
+        for average in self.averages.values():
+            average.unet.eval().requires_grad_(False)
+        unet.checkpoint_activations(checkpointing)
+        self.network = torch.compile(unet) if compile else unet
+        if self.ranks.world_size > 1:
+            self.network = torch.nn.parallel.DistributedDataParallel(
+                self.network, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+        self.optimizer = kind(
+            unet.parameters(),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.step = 0
         self.seconds = 0.0
+        self.first_loss: float | None = None  # in the first line of the log
         self.losses: list[torch.Tensor] = []  # of the steps since the last line of the log
+        self.norms: list[torch.Tensor] = []  # of their gradients
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def ema(self) -> DDPM:
+        """The average that is kept, of the recipe's ema_decay."""
+        return self.averages[self.recipe.ema_decay]
 
     def train_step(self) -> torch.Tensor:
-        """One optimiser step; appends its loss to `losses` and returns its gradient's norm, on the device."""
+        """One optimiser step; appends its loss to `losses` and its gradient's norm, returned, to `norms`.
+
+        Both are of the whole batch and stay on the device.
+        """
         recipe = self.recipe
-        x, labels = self._batch(self.step)
-        torch.manual_seed(_seed(recipe.seed, "step", self.step))
+        x, labels, t, noise = self._share()
+        torch.manual_seed(seed_of(recipe.seed, f"dropout of rank {self.ranks.rank}", self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            loss = self.model.loss(
-                x, labels, label_dropout=recipe.label_dropout, weighting=recipe.loss_weighting
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total = torch.zeros((), device=self.device)
+        starts = range(0, len(x), self.micro_batch or len(x))
+        for start in starts:
+            part = slice(start, start + starts.step)
+            # Mean over the ranks of what each takes the gradient of: the mean over the batch.
+            share = len(x[part]) * self.ranks.world_size / recipe.batch_size
+            with self._gradients_later(start != starts[-1]):
+                loss = share * self._loss(
+                    x[part], None if labels is None else labels[part], t[part], noise[part]
+                )
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.unet.parameters(), recipe.gradient_clip)
-        self.optimizer.step()
-        decay = min(recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        weights = list(self.model.unet.parameters())
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.ema.unet.parameters()), list(self.model.unet.parameters()), 1 - decay
-            )
+            for decay, average in self.averages.items():
+                decay = min(decay, (1 + self.step) / (10 + self.step))
+                torch._foreach_lerp_(list(average.unet.parameters()), weights, 1 - decay)
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+            total /= self.ranks.world_size
         self.step += 1
-        self.losses.append(loss.detach())
-        return norm.detach()
+        self.losses.append(total)
+        self.norms.append(norm.detach())
+        return self.norms[-1]
+
+    def trouble(self) -> str | None:
+        """What is wrong with the steps since the last line of the log, or None; waits for the device."""
+        first = self.step - len(self.losses) + 1
+        if not self.losses:
+            return None
+        losses, norms = (torch.stack(values).double().cpu() for values in (self.losses, self.norms))
+        overflowed = ~norms.isfinite()
+        if self.scaler.is_enabled():  # such steps are left out, and the scale is lowered
+            overflowed &= overflowed.sum() >= OVERFLOWS and bool(overflowed[-OVERFLOWS:].all())
+        for step, (loss, bad) in enumerate(zip(losses.tolist(), overflowed.tolist(), strict=True), first):
+            if not loss < float("inf") or (loss < 0 and not self.model.unet.config.learned_variance):
+                return f"the loss is {loss} at step {step}"
+            if bad:
+                return f"the gradient is not finite at step {step}"
+        mean = losses.mean().item()
+        if self.first_loss is not None and mean > 10 * self.first_loss:
+            return f"the loss grew from {self.first_loss:.3g} to {mean:.3g} by step {self.step}"
+        return None
+
+    def finish_line(self) -> float:
+        """The mean loss since the last call, for a line of the log."""
+        mean = torch.stack(self.losses).mean().item()
+        self.first_loss = mean if self.first_loss is None else self.first_loss
+        self.losses.clear()
+        self.norms.clear()
+        return mean
 
     def validation_loss(self, batch_size: int = 256) -> float:
         """Mean loss of the averaged weights on the validation images, with the same noise each time."""
         images, labels = self.validation
         total = 0.0
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(_seed(self.recipe.seed, "validation", 0))
+            torch.manual_seed(seed_of(self.recipe.seed, "validation", 0))
             for start in range(0, len(images), batch_size):
-                x = to_float(images[start : start + batch_size].to(self.device))
+                x = self._to_device(images[start : start + batch_size])
                 y = None if labels is None else labels[start : start + batch_size].to(self.device)
-                total += len(x) * self.ema.loss(x, y, weighting=self.recipe.loss_weighting).item()
+                total += len(x) * self.ema.loss(x, y, **self._weighting()).item()
         return total / len(images)
 
-    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _loss(self, x, labels, t, noise) -> torch.Tensor:
+        with torch.autocast(
+            self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        ):
+            return self.model.loss(x, labels, t=t, noise=noise, network=self.network, **self._weighting())
+
+    def _weighting(self) -> dict:
+        recipe = self.recipe
+        return {
+            "weighting": recipe.loss_weighting,
+            "min_snr_gamma": recipe.min_snr_gamma,
+            "vlb_weight": recipe.vlb_weight,
+        }
+
+    def _gradients_later(self, later: bool):
+        """Ranks add up their gradients in the last part of a batch only."""
+        return self.network.no_sync() if later and self.ranks.world_size > 1 else contextlib.nullcontext()
+
+    def _share(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """This rank's part of the batch of this step: images, labels, timesteps and noise."""
+        recipe, device, size = self.recipe, self.device, self.recipe.batch_size
+        index = self.batch_indices(self.step)
+        torch.manual_seed(seed_of(recipe.seed, "step", self.step))
+        t = random_timesteps(size, self.model.schedule.T, device)
+        noise = torch.randn(size, *self.images.shape[1:], device=device)
+        labels = None if self.labels is None else self.labels[index].to(device)
+        if labels is not None and recipe.label_dropout:
+            labels = drop_labels(labels, recipe.label_dropout, self.model.unet.config.null_label)
+        flipped = torch.rand(size, device=device) < 0.5 if recipe.horizontal_flip else None
+        bounds = [size * rank // self.ranks.world_size for rank in (self.ranks.rank, self.ranks.rank + 1)]
+        part = slice(*bounds)
+        x = self._to_device(self.images[index[part]])
+        if flipped is not None:
+            x = torch.where(flipped[part].reshape(-1, 1, 1, 1), x.flip(-1), x)
+        noise = noise[part].contiguous(memory_format=self.format)
+        return x, None if labels is None else labels[part], t[part], noise
+
+    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
+        return to_float(images.to(self.device)).contiguous(memory_format=self.format)
+
+    def batch_indices(self, step: int) -> torch.Tensor:
+        """Which images the batch of a step is made of; every image at most once an epoch."""
         size = self.recipe.batch_size
         epoch, position = divmod(step, len(self.images) // size)
-        generator = torch.Generator().manual_seed(_seed(self.recipe.seed, "epoch", epoch))
-        order = torch.randperm(len(self.images), generator=generator)
-        index = order[position * size : (position + 1) * size]
-        labels = None if self.labels is None else self.labels[index].to(self.device)
-        return to_float(self.images[index].to(self.device)), labels
-
-    def save(self, path: Path) -> None:
-        """Writes the whole state as one safetensors file, or nothing."""
-        tensors = {}
-        for name, parameter in self.model.unet.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
-        tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.unet.named_parameters()}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        losses = [loss.item() for loss in self.losses]
-        about = {
-            "recipe": asdict(self.recipe),
-            "step": self.step,
-            "seconds": self.seconds,
-            "losses": losses,
-        }
-        with replacing(path) as (temporary,):
-            save_file(tensors, temporary, metadata={"training": json.dumps(about)})
-
-    def load(self, path: Path) -> None:
-        """Continues from a state that `save` wrote; ValueError if it is damaged or of another recipe."""
-        about = read_state(path)
-        recipe = json.loads(json.dumps(asdict(self.recipe)))
-        differing = [key for key in recipe if about["recipe"].get(key) != recipe[key]]
-        if differing:
-            raise ValueError(f"{path} is of another recipe: it differs in {', '.join(differing)}")
-        tensors = read_safetensors(path)
-        groups = {"model": {}, "ema": {}, "adam": {}}
-        for key, tensor in tensors.items():
-            group, _, name = key.partition(".")
-            groups.setdefault(group, {})[name] = tensor
-        load_weights(self.model.unet, groups["model"], path)
-        load_weights(self.ema.unet, groups["ema"], path)
-        for name, parameter in self.model.unet.named_parameters():
-            state = {k: groups["adam"].get(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            if about["step"] and any(value is None for value in state.values()):
-                raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
-            if about["step"]:
-                # Adam keeps its step count on the CPU, and its moments with the parameter.
-                self.optimizer.state[parameter] = {
-                    k: value if k == "step" else value.to(self.device) for k, value in state.items()
-                }
-        self.step, self.seconds = about["step"], about["seconds"]
-        self.losses = list(torch.tensor(about["losses"], device=self.device))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "epoch", epoch))
+            self._order = epoch, torch.randperm(len(self.images), generator=generator)
+        return self._order[1][position * size : (position + 1) * size]
 
 
-def read_state(path: Path) -> dict:
-    """What a training state says of itself beside its tensors; ValueError if it is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["training"])
-        return {
-            "recipe": dict(about["recipe"]),
-            "step": int(about["step"]),
-            "seconds": float(about["seconds"]),
-            "losses": [float(loss) for loss in about["losses"]],
-        }
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no run to resume: {path} is missing") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no training state, or damaged: {error}".replace("\n", " ")) from error
-
-
-def _seed(seed: int, purpose: str, index: int) -> int:
+def seed_of(seed: int, purpose: str, index: int) -> int:
     """A 63-bit seed for one purpose and step of a run, independent of those of all others."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _check_data(
-    config: UNetConfig, images: torch.Tensor, labels: torch.Tensor | None, batch_size: int
+    config: UNetConfig,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    what: str = "images",
 ) -> None:
-    if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1] != config.in_channels:
+    shape = (config.in_channels, *config.image_shape)
+    if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1:] != shape:
+        wanted = ", ".join(map(str, shape))
         raise ValueError(
-            f"images must be uint8 [N, {config.in_channels}, H, W], not {images.dtype} {list(images.shape)}"
+            f"{what} must be uint8 [N, {wanted}] for this recipe, not {images.dtype} {list(images.shape)}"
         )
     if len(images) < batch_size:
-        raise ValueError(f"{len(images)} images do not fill one batch of {batch_size}")
+        raise ValueError(f"{len(images)} {what} do not fill one batch of {batch_size}")
     if (labels is None) != (config.num_classes is None):
         raise ValueError(
-            "labels are given to an unconditional model"
+            f"{what} have labels, but the model is unconditional"
             if config.num_classes is None
-            else "a class-conditional model needs labels"
+            else f"a class-conditional model needs labels, which the {what} do not have"
         )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64):
+    if labels is None:
+        return
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
-    if labels is not None and not 0 <= labels.min() <= labels.max() < config.num_classes:
-        raise ValueError(f"labels must be in 0..{config.num_classes - 1}")
+    if not 0 <= labels.min() <= labels.max() < config.num_classes:
+        raise ValueError(
+            f"the labels of the {what} reach from {labels.min()} to {labels.max()}, but must be in "
+            f"0..{config.num_classes - 1} for a model of {config.num_classes} classes"
+        )

@@ -151,6 +151,12 @@ class UNet(nn.Module):
             h = level.ascend(h, parts, skips, backend)
         return self.output_conv(self.output_norm(h, backend))
 
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Trains in less memory and a third more time: blocks keep their inputs only."""
+        for module in self.modules():
+            if isinstance(module, ResBlock | Attention):
+                module.checkpointing = enabled
+
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -12,7 +12,7 @@ from diffusion.checkpoint import BUNDLED
 from diffusion.classifier import classify, load_classifier
 from diffusion.cli import main
 from diffusion.images import to_uint8
-from diffusion.recipe import RECIPES
+from diffusion.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def mnist():
 def test_it_is_small_and_made_by_the_recipe(mnist):
     assert (BUNDLED / "mnist" / "model.safetensors").stat().st_size <= 8e6
     training = mnist.metadata["training"]
-    recipe = RECIPES["mnist"]
+    recipe = load_recipe("mnist")
     assert training["step"] == training["steps"] == recipe.steps
     for name in ("unet", "schedule", "prediction_type", "batch_size", "learning_rate", "ema_decay", "seed"):
         assert training[name] == getattr(recipe, name)

@@ -145,7 +145,11 @@ BAD = {
         "cannot write",
     ),
     "target under a device": (["sample", "--model", "digits", "--out", "/dev/null/a.png"], "cannot write"),
-    "data set": (["train", "--data", "svhn", "--data-dir", ".", "--out", "run"], "unknown data set 'svhn'"),
+    "data set": (
+        ["train", "--data", "imagenet", "--recipe", "mnist", "--out", "run"],
+        "no data set, folder or zip 'imagenet'",
+    ),
+    "no recipe": (["train", "--data", "imagenet", "--out", "run"], "--recipe is missing"),
     "data folder": (["train", "--data", "mnist", "--data-dir", "nowhere", "--out", "run"], "MNIST"),
     "recipe": (["train", "--data-dir", ".", "--out", "run", "--steps", "0"], "steps"),
     "evaluated model": (["evaluate", "--model", "nonesuch"], "unknown model 'nonesuch'"),

@@ -5,77 +5,180 @@ from dataclasses import fields, replace
 
 import torch
 
-from ..data import DATASETS, load_mnist
+from ..data import DATASETS, ImageSet, load_dataset
 from ..devices import check_dtype, resolve_device
-from ..recipe import RECIPES, Recipe
+from ..parallel import process_group
+from ..ranks import Ranks, current
+from ..recipe import RECIPES, Recipe, changed, load_recipe
 from ..train import train
 from ..trainer import Trainer
 from .sample import default_device
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}
+VALIDATION_IMAGES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", default="mnist", help=f"data set: {', '.join(DATASETS)} (default: %(default)s)")
-    add("--data-dir", required=True, help="torchvision's folder of it; MNIST's files are in DIR/MNIST/raw")
+    add(
+        "--data",
+        default="mnist",
+        help=f"{', '.join(DATASETS)}, or a folder or zip of images, class/name.png (default: %(default)s)",
+    )
+    add("--data-dir", help="torchvision's folder of mnist or cifar10, such as DIR with DIR/MNIST/raw")
     add("--download", action="store_true", help="let torchvision fetch missing files")
-    add("--out", required=True, metavar="RUN", help="folder for the model, log, samples and checkpoint")
-    add("--resume", action="store_true", help="go on from the checkpoint in RUN, as if never stopped")
+    add("--validation-data", metavar="PATH", help="another folder or zip, for the validation loss")
+    add("--cache", metavar="DIR", help="keep decoded images there, and read them from the file")
+    add(
+        "--recipe",
+        help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: that of the data set)",
+    )
     add("--unconditional", action="store_true", help="train without labels")
     defaults = {field.name: field for field in fields(Recipe)}
     for name in OVERRIDES:
         add(f"--{name.replace('_', '-')}", type=defaults[name].type, help="instead of the recipe's")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the recipe, such as unet.channels=64 loss_weighting=min_snr",
+    )
+    add("--show", action="store_true", help="print the recipe and stop")
+    add("--out", metavar="RUN", help="folder for the model, log, samples and checkpoint")
+    add("--resume", action="store_true", help="go on from the checkpoint in RUN, as if never stopped")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add(
         "--autocast",
-        choices=("auto", "bfloat16", "off"),
+        choices=("auto", *AUTOCAST),
         default="auto",
-        help="bfloat16 in forward and backward; auto: where the device multiplies it in hardware",
+        help="16 bits in forward and backward; auto: bfloat16 where the device multiplies it in hardware",
+    )
+    add("--micro-batch", type=int, metavar="N", help="images at a time, for less memory (default: the batch)")
+    add("--checkpointing", action="store_true", help="compute activations twice, for less memory")
+    add("--compile", action="store_true", help="compile the network by torch.compile")
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="memory format of the network (default: yes)",
     )
     add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)")
     add("--sample-every", type=int, default=2500, metavar="STEPS", help="between grids (default: 2500)")
     add("--validate-every", type=int, default=500, metavar="STEPS", help="(default: 500)")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="(default: 50)")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.data not in DATASETS:
-        raise ValueError(f"unknown data set {args.data!r}; choose from: {', '.join(DATASETS)}")
-    for name in ("save_every", "sample_every", "validate_every"):
+    recipe = choose_recipe(args)
+    if args.show:
+        print(recipe.to_json())
+        return
+    for name in ("save_every", "sample_every", "validate_every", "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    recipe = RECIPES[args.data]
-    recipe = replace(
-        recipe, **{name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    )
+    if not args.out:
+        raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
+    if args.data in DATASETS and not args.data_dir:
+        raise ValueError(f"--data-dir is missing: the folder that holds {args.data}")
+    ranks = current()
+    device = choose_device(args.device, ranks)
+    autocast = choose_autocast(args.autocast, device)
+    data, validation = load_data(args, recipe)
+    with process_group(ranks, device):
+        trainer = Trainer(
+            recipe,
+            data.images,
+            data.labels,
+            validation,
+            device,
+            autocast=autocast,
+            micro_batch=args.micro_batch,
+            channels_last=args.channels_last,
+            checkpointing=args.checkpointing,
+            compile=args.compile,
+            ranks=ranks,
+        )
+        start = trainer.step
+        train(
+            trainer,
+            args.out,
+            resume=args.resume,
+            save_every=args.save_every,
+            sample_every=args.sample_every,
+            validate_every=args.validate_every,
+            log_every=args.log_every,
+        )
+    if ranks.rank == 0:
+        shared = f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+        minutes = trainer.seconds / 60
+        rate = (trainer.step - start) * recipe.batch_size / max(trainer.seconds, 1e-9)
+        print(
+            f"{args.out}: {recipe.steps} steps in {minutes:.1f} minutes on {device}{shared}, "
+            f"{rate:.1f} images/s, {rate / ranks.world_size:.1f} a rank"
+        )
+
+
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that the options ask for."""
+    name = args.recipe or (args.data if args.data in DATASETS else None)
+    if name is None:
+        raise ValueError(
+            f"--recipe is missing: how to train on {args.data}; one of {', '.join(RECIPES)}, or a file"
+        )
+    recipe = changed(load_recipe(name), args.set)
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    recipe = replace(recipe, **given)
     if args.unconditional:
         recipe = replace(recipe, unet=recipe.unet | {"num_classes": None})
-    device = resolve_device(args.device or default_device())
-    images, labels = load_mnist(args.data_dir, "train", args.download)
-    validation = [part[:1000] for part in load_mnist(args.data_dir, "test", args.download)]
-    if args.unconditional:
-        labels = validation[1] = None
-    trainer = Trainer(recipe, images, labels, validation, device, choose_autocast(args.autocast, device))
-    train(
-        trainer,
-        args.out,
-        resume=args.resume,
-        save_every=args.save_every,
-        sample_every=args.sample_every,
-        validate_every=args.validate_every,
-    )
-    print(f"{args.out}: {recipe.steps} steps in {trainer.seconds / 60:.1f} minutes on {device}")
+    return recipe
 
 
-def choose_autocast(choice: str, device: torch.device) -> bool:
-    """Whether to run in bfloat16. ValueError if it is asked for and the device cannot."""
-    if choice == "bfloat16":
-        check_dtype(device, torch.bfloat16)
+def load_data(
+    args: argparse.Namespace, recipe: Recipe
+) -> tuple[ImageSet, tuple[torch.Tensor, torch.Tensor | None] | None]:
+    """Images to train on, and those of the validation loss if there are any."""
+    channels, conditional = recipe.unet.get("in_channels", 3), recipe.unet.get("num_classes") is not None
+    options = {"channels": channels, "cache": args.cache}
+    if args.data in DATASETS:
+        options |= {"data_dir": args.data_dir, "download": args.download}
+    data = load_dataset(args.data, split="train", **options)
+    validation = None
+    if args.data in DATASETS:
+        validation = load_dataset(args.data, split="test", **options)
+    elif args.validation_data:
+        validation = load_dataset(args.validation_data, **options)
+    if validation is not None:
+        labels = (
+            validation.labels[:VALIDATION_IMAGES] if conditional and validation.labels is not None else None
+        )
+        validation = validation.images[:VALIDATION_IMAGES], labels
+    if not conditional:
+        data = data._replace(labels=None)
+    return data, validation
+
+
+def choose_device(name: str | None, ranks: Ranks) -> torch.device:
+    """The device asked for; of several ranks on one machine each has a GPU of its own."""
+    device = resolve_device(name or default_device())
+    if device.type == "cuda" and ranks.world_size > 1:
+        device = resolve_device(f"cuda:{ranks.local_rank}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
+    """What to run in instead of float32, if anything. ValueError if it is asked for and the device cannot."""
     if choice != "auto":
-        return choice == "bfloat16"
+        if AUTOCAST[choice] is not None:
+            check_dtype(device, AUTOCAST[choice])
+        return AUTOCAST[choice]
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # PyTorch's own products of bfloat16, which do not need this package's library
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
+        faster = device.type == "cpu" and bool(
+            capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        )
+    return torch.bfloat16 if faster else None

@@ -1,0 +1,89 @@
+"""Several ranks of one training run: their process group, and that they agree.
+
+Each holds the whole model (torch.nn.parallel.DistributedDataParallel). They are started by torchrun.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from . import __version__
+from .ranks import Ranks
+from .trainer import Trainer
+
+PATIENCE = timedelta(minutes=10)  # how long ranks wait for each other
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """torch.distributed's default group, nccl on CUDA devices and gloo elsewhere; nothing for one rank."""
+    if ranks.world_size == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"rank {ranks.rank} of {ranks.world_size} does not find the others: {reason}"
+        ) from error
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def agree(trainer: Trainer) -> None:
+    """ValueError, on every rank, unless all train the same: recipe, data, step, and how it is computed."""
+    if trainer.ranks.world_size == 1:
+        return
+    digest = hashlib.sha256(trainer.images.numpy().data)
+    digest.update(b"" if trainer.labels is None else trainer.labels.numpy().data)
+    mine = {
+        "recipe": trainer.recipe.to_json(),
+        "data": digest.hexdigest(),
+        "step": trainer.step,
+        "autocast": str(trainer.autocast),
+        "micro batch": trainer.micro_batch,
+        "versions": f"fused-diffusion {__version__}, torch {torch.__version__}",
+    }
+    every: list = [None] * trainer.ranks.world_size
+    distributed.all_gather_object(every, mine)
+    for key in mine:
+        differing = [rank for rank, theirs in enumerate(every) if theirs[key] != every[0][key]]
+        if differing:
+            raise ValueError(
+                f"the ranks do not train the same: rank {differing[0]} differs from rank 0 in its {key}"
+            )
+
+
+def any_rank(trainer: Trainer, here: bool) -> bool:
+    """Whether something holds on any rank; all must ask."""
+    if trainer.ranks.world_size == 1:
+        return here
+    held = torch.tensor(float(here), device=trainer.device)
+    distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
+    return bool(held)
+
+
+@contextlib.contextmanager
+def losing_a_rank(trainer: Trainer, out: str | os.PathLike) -> Iterator[None]:
+    """Says what to do when the connection to another rank breaks."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        broken = ("Connection", "connection", "socket", "Socket", "NCCL", "Timed out", "timed out")
+        if trainer.ranks.world_size == 1 or not any(word in text for word in broken):
+            raise
+        raise ValueError(
+            f"rank {trainer.ranks.rank} lost another rank at step {trainer.step + 1}; start them again with "
+            f"--resume, which goes on from {Path(out) / 'state.safetensors'}: {text.splitlines()[0]}"
+        ) from error

@@ -1,0 +1,97 @@
+"""The whole state of a training run as one file, written whole or not at all; it resumes exactly."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .checkpoint import load_weights, read_safetensors
+from .files import replacing
+from .trainer import Trainer
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
+
+
+def save_state(trainer: Trainer, path: Path) -> None:
+    """Writes weights, averages, the optimiser and all else that decides the next steps, or nothing."""
+    tensors = {}
+    for name, parameter in trainer.model.unet.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            tensors[f"adam.{key}.{name}"] = value
+    for index, average in enumerate(trainer.averages.values()):
+        tensors |= {f"ema{index}.{name}": value for name, value in average.unet.named_parameters()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    about = {
+        "recipe": asdict(trainer.recipe),
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "first_loss": trainer.first_loss,
+        "losses": [loss.item() for loss in trainer.losses],
+        "norms": [norm.item() for norm in trainer.norms],
+        "scaler": trainer.scaler.state_dict(),
+    }
+    with replacing(path) as (temporary,):
+        save_file(tensors, temporary, metadata={"training": json.dumps(about)})
+
+
+def load_state(trainer: Trainer, path: Path) -> None:
+    """Continues from a state that `save_state` wrote; ValueError if it is damaged or of another recipe."""
+    about = read_state(path)
+    recipe = json.loads(json.dumps(asdict(trainer.recipe)))
+    differing = [key for key in recipe if about["recipe"].get(key) != recipe[key]]
+    if differing:
+        raise ValueError(f"{path} is of another recipe: it differs in {', '.join(differing)}")
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_safetensors(path).items():
+        group, _, name = key.partition(".")
+        groups.setdefault(group, {})[name] = tensor
+    load_weights(trainer.model.unet, groups.get("model", {}), path)
+    for index, average in enumerate(trainer.averages.values()):
+        load_weights(average.unet, groups.get(f"ema{index}", {}), path)
+    moments = groups.get("adam", {})
+    for name, parameter in trainer.model.unet.named_parameters():
+        state = {key: moments.get(f"{key}.{name}") for key in MOMENTS}
+        found = [value is not None for value in state.values()]
+        if not any(found) and (about["step"] == 0 or about["scaler"]):
+            continue  # before the first step, which a scaled loss that overflows puts off
+        shapes = [parameter.new_empty(()).shape, parameter.shape, parameter.shape]
+        if not all(found) or [value.shape for value in state.values()] != shapes:
+            raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
+        # Adam keeps its moments like the parameter, and its step count on the CPU unless it is fused on CUDA.
+        place = parameter.device if parameter.is_cuda else "cpu"
+        trainer.optimizer.state[parameter] = {
+            key: value.to(place)
+            if key == "step"
+            else torch.empty_like(parameter, requires_grad=False).copy_(value)
+            for key, value in state.items()
+        }
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(about["scaler"])
+    trainer.step, trainer.seconds, trainer.first_loss = about["step"], about["seconds"], about["first_loss"]
+    trainer.losses = list(torch.tensor(about["losses"], device=trainer.device))
+    trainer.norms = list(torch.tensor(about["norms"], device=trainer.device))
+
+
+def read_state(path: Path) -> dict:
+    """What a training state says of itself beside its tensors; ValueError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["training"])
+        first = about["first_loss"]
+        return {
+            "recipe": dict(about["recipe"]),
+            "step": int(about["step"]),
+            "seconds": float(about["seconds"]),
+            "first_loss": None if first is None else float(first),
+            "losses": [float(loss) for loss in about["losses"]],
+            "norms": [float(norm) for norm in about["norms"]],
+            "scaler": dict(about["scaler"]),
+        }
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no run to resume: {path} is missing") from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no training state, or damaged: {error}".replace("\n", " ")) from error

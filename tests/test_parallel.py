@@ -1,0 +1,169 @@
+"""Training by several ranks: the same run as by one, ranks that disagree, and ranks that die."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import DATA, make_trainer, run, torchvision_works
+from test_training_options import PLAIN
+
+SCRIPT = """
+import sys, time
+sys.path[:] = {path!r}  # the same package: another one may be without compiled kernels
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_train import make_trainer, run
+from test_training_options import PLAIN
+from diffusion.parallel import process_group
+from diffusion.ranks import current
+ranks = current()
+try:
+    with process_group(ranks, torch.device("cpu")):
+        trainer = make_trainer({recipe}, ranks=ranks, {options})
+        step = trainer.train_step
+        def slow():
+            time.sleep({pause})
+            return step()
+        trainer.train_step = slow
+        run(Path(sys.argv[1]), trainer, save_every={save_every}, resume={resume})
+except ValueError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def start(
+    out, world_size=2, recipe="PLAIN", options="", pause=0.0, save_every=100, resume=False, port=None
+) -> list[subprocess.Popen]:
+    """The processes of a run; `recipe` and `options` are expressions that may look at `ranks`."""
+    path = [str(Path(__file__).parent), *sys.path]
+    script = SCRIPT.format(
+        path=path, recipe=recipe, options=options, pause=pause, save_every=save_every, resume=resume
+    )
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(out)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit status and last line of standard error of each."""
+    try:
+        outputs = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, text.strip()) for process, text in zip(processes, outputs, strict=True)]
+
+
+def state_of(out) -> dict[str, torch.Tensor]:
+    return load_file(out / "state.safetensors")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_train_what_one_would(world_size, tmp_path):
+    """8 images are shared by 3 ranks as 2, 3 and 3."""
+    run(tmp_path / "one", make_trainer(PLAIN))
+    options = "micro_batch=2" if world_size == 3 else ""
+    ended = finish(start(tmp_path / "many", world_size, options=options))
+    assert [code for code, _ in ended] == [0] * world_size, ended
+    one, many = state_of(tmp_path / "one"), state_of(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-3, atol=3e-5)
+    lines = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "many")]
+    assert len(lines[0]) == len(lines[1]) == 7
+    for row, same in zip(*(line[1:] for line in lines), strict=True):
+        assert float(same.split(",")[1]) == pytest.approx(float(row.split(",")[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [
+        ("replace(PLAIN, seed=ranks.rank)", "", "rank 1 differs from rank 0 in its recipe"),
+        ("PLAIN", "micro_batch=1 + ranks.rank", "rank 1 differs from rank 0 in its micro batch"),
+    ],
+)
+def test_ranks_that_disagree_all_stop(recipe, options, expected, tmp_path):
+    for code, text in finish(start(tmp_path, recipe=recipe, options=options)):
+        assert code == 2
+        assert expected in text.splitlines()[-1]
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_a_killed_rank_stops_the_others_and_the_run_resumes(tmp_path):
+    assert [code for code, _ in finish(start(tmp_path / "whole"))] == [0, 0]
+    out = tmp_path / "cut"
+    processes = start(out, pause=0.1, save_every=1)
+    try:
+        deadline = time.monotonic() + 100
+        while not (out / "state.safetensors").exists():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGKILL)
+    finally:
+        (_, _), (killed, _) = ended = finish(processes)
+    assert killed == -signal.SIGKILL
+    assert ended[0][0] == 2
+    assert "lost another rank" in ended[0][1].splitlines()[-1]
+    assert [code for code, _ in finish(start(out, resume=True))] == [0, 0]
+    whole, cut = state_of(tmp_path / "whole"), state_of(out)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
+    processes = start(tmp_path, pause=0.1, save_every=1)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "state.safetensors").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        ended = finish(processes)
+    assert all("KeyboardInterrupt" in text for _, text in ended), ended
+    assert [code for code, _ in finish(start(tmp_path, resume=True))] == [0, 0]
+
+
+def test_a_batch_smaller_than_the_ranks():
+    from diffusion.ranks import Ranks
+
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 9 ranks"):
+        make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=9, local_rank=0))
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
+def test_the_command_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command += ["-m", "diffusion", "train", "--data", "mnist", "--data-dir", str(DATA)]
+    command += ["--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "run"), "--set"]
+    command += ["unet.channel_mult=[1]", "unet.attention_levels=[]"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("2 steps in") == 1  # the first rank speaks for all
+    assert "2 ranks" in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
