@@ -1,14 +1,18 @@
-"""Sample images into a grid (.png), an animation of the reverse process (.gif) or an array (.npz)."""
+"""Sample images into a grid (.png), an animation of the process (.gif), an array (.npz) or a folder."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
 
 from ..ddpm import DDPM, Interrupted, load
+from ..devices import resolve_device
 from ..files import check_writable
 from ..images import check_grid, save_gif, save_grid, save_npz
+from ..ranks import Ranks, current
+from ..shards import report, sample_shards
 from ..steps import SAMPLERS
 
 GIF_FRAMES = 50  # at most, spread evenly over the steps
@@ -37,43 +41,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
     )
-    add("--out", default="samples.png", help="a .png, .gif or .npz file (default: %(default)s)")
+    add(
+        "--out",
+        default="samples.png",
+        help="a .png, .gif or .npz file, or a folder for shards (default: %(default)s)",
+    )
+    add("--shard-size", type=int, default=500, help="images in each .npz of a folder (default: %(default)s)")
     add("--columns", type=int, help="images in a row of the grid (default: 10)")
     add("--scale", type=int, default=2, help="size of a pixel in the grid (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    if out.suffix.lower() not in (".png", ".gif", ".npz"):
-        raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz")
-    check_writable(out)
-    model = load(args.model, args.device or default_device())
+    out, ranks = Path(args.out), current()
+    sharded = is_folder(args.out)
+    if not sharded and out.suffix.lower() not in (".png", ".gif", ".npz"):
+        raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz, or in /")
+    if not sharded and ranks.world_size > 1:
+        raise ValueError(f"{ranks.world_size} ranks write into a folder; end the name {out} in /")
+    check_writable(out / "run.json" if sharded else out)
+    model = load(args.model, choose_device(args.device, ranks))
     labels, num = choose_labels(model, args.labels, args.num)
-    if out.suffix.lower() != ".npz":
+    if out.suffix.lower() in (".png", ".gif") and not sharded:
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
     guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
     steps = args.steps if args.steps is not None or args.sampler == "ddpm" else 50
-    options = {
-        name: value
-        for name in ("spacing", "eta", "variance", "sde", "guidance_interval", "dynamic_threshold")
-        if (value := getattr(args, name)) is not None
+    names = ("spacing", "eta", "variance", "sde", "guidance_interval", "dynamic_threshold")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    options |= {
+        "guidance_scale": guidance,
+        "guidance_rescale": args.guidance_rescale,
+        "sampler": args.sampler,
+        "steps": steps,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "backend": args.backend,
+        "tier": args.tier,
+        "dtype": args.dtype,
     }
+    if sharded:
+        done = sample_shards(
+            model, out, num, labels, shard_size=args.shard_size, ranks=ranks, progress=True, **options
+        )
+        print("\n".join(report(out, done, ranks)))
+        return
     frames = _Frames(num, steps or model.schedule.T) if out.suffix.lower() == ".gif" else None
     start, interrupted = time.perf_counter(), None
     try:
         images = model.sample(
             labels,
             num_samples=num,
-            guidance_scale=guidance,
-            guidance_rescale=args.guidance_rescale,
-            sampler=args.sampler,
-            steps=steps,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            backend=args.backend,
-            tier=args.tier,
-            dtype=args.dtype,
             progress=True,
             callback=frames,
             **options,
@@ -95,9 +112,23 @@ def run(args: argparse.Namespace) -> None:
         raise interrupted
 
 
+def is_folder(out: str) -> bool:
+    """Whether images go into a folder of this name: it is one, ends as one, or has no suffix."""
+    return out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix
+
+
 def default_device() -> str:
     """ "cuda" where PyTorch sees a GPU, otherwise "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name: str | None, ranks: Ranks) -> torch.device:
+    """The device asked for; of several ranks on one machine each has a GPU of its own."""
+    device = resolve_device(name or default_device())
+    if device.type == "cuda" and ranks.world_size > 1:
+        device = resolve_device(f"cuda:{ranks.local_rank}")
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tuple[list[int] | None, int]:

@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 import torch
 
 from ..data import DATASETS, ImageSet, load_dataset
-from ..devices import check_dtype, resolve_device
+from ..devices import check_dtype
 from ..parallel import process_group
-from ..ranks import Ranks, current
+from ..ranks import current
 from ..recipe import RECIPES, Recipe, changed, load_recipe
 from ..train import train
 from ..trainer import Trainer
-from .sample import default_device
+from .sample import choose_device
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}
@@ -157,15 +157,6 @@ def load_data(
     if not conditional:
         data = data._replace(labels=None)
     return data, validation
-
-
-def choose_device(name: str | None, ranks: Ranks) -> torch.device:
-    """The device asked for; of several ranks on one machine each has a GPU of its own."""
-    device = resolve_device(name or default_device())
-    if device.type == "cuda" and ranks.world_size > 1:
-        device = resolve_device(f"cuda:{ranks.local_rank}")
-        torch.cuda.set_device(device)
-    return device
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:

@@ -1,0 +1,214 @@
+"""Many images into a folder of shards, by any number of processes that need not know of each other.
+
+Image i is a function of (seed, i, label), so shard k, images k * shard_size and on, has the same bytes,
+whoever makes it. A shard is written whole or not at all. Each rank makes its own (every world_size-th) first,
+then those of others that are neither finished nor being made: of ranks that are slow, or dead. A run that was
+stopped goes on where it was, with as many ranks as there are now.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .ddpm import DDPM
+from .files import check_writable, replacing
+from .images import save_npz
+from .ranks import Ranks
+
+FORMAT = "fused-diffusion-shards"
+FORMAT_VERSION = 1
+
+
+def sample_shards(
+    model: DDPM,
+    folder: str | os.PathLike,
+    num: int,
+    labels: Sequence[int] | None = None,
+    *,
+    shard_size: int = 500,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Samples images 0..num-1 of a seed into `folder`/shard-00000.npz and on, each as `images.save_npz` does.
+
+    labels: taken in turn, or None to sample without. Each shard also holds `sample_ids` int64. options: of
+    `DDPM.sample`. `folder`/run.json says what decides the bytes of the shards; a run of other settings is
+    refused. Shards that are there and whole are kept. On the CPU the bytes do not depend on batch_size, on
+    the number of threads or ranks; on a GPU they may, with the kernels that it chooses by shape.
+
+    Returns what this rank did: `images`, `seconds`, `kept` (shards that were there) and when it `started`
+    (time.time()). ValueError for a
+    folder that cannot be written or holds another run.
+    """
+    ranks, folder = ranks or Ranks(), Path(folder)
+    if num < 1 or shard_size < 1:
+        raise ValueError(f"num and shard_size must be at least 1, not {num} and {shard_size}")
+    check_writable(folder / "run.json")
+    same = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
+    _agree(
+        folder,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": model_digest(model),
+            "num": num,
+            "labels": None if labels is None else list(labels),
+            "shard_size": shard_size,
+            "seed": seed,
+            "device": next(model.unet.parameters()).device.type,
+            "options": same,
+        },
+    )
+    shards = range(-(-num // shard_size))
+    mine = [k for k in shards if k % ranks.world_size == ranks.rank]
+    others = [k for k in reversed(shards) if k % ranks.world_size != ranks.rank]
+    done = {"images": 0, "seconds": 0.0, "kept": 0, "started": time.time()}
+    bar = tqdm(total=num, unit=" images", disable=not (progress and ranks.rank == 0))
+    with bar:
+        for k in (*mine, *others):
+            ids = torch.arange(k * shard_size, min(num, (k + 1) * shard_size))
+            path = folder / f"shard-{k:05d}.npz"
+            with _claimed(path) as free:
+                if free and is_whole(path, ids):
+                    done["kept"] += k in mine
+                elif free:
+                    start = time.perf_counter()
+                    chosen = None if labels is None else [labels[i % len(labels)] for i in ids.tolist()]
+                    x = model.sample(chosen, num_samples=len(ids), sample_ids=ids, seed=seed, **options)
+                    save_npz(x, path, chosen, sample_ids=ids.numpy())
+                    done["images"] += len(ids)
+                    done["seconds"] += time.perf_counter() - start
+            finished = len(list(folder.glob("shard-*.npz"))) * shard_size
+            bar.update(min(num, finished) - bar.n)
+    return done
+
+
+def model_digest(model: DDPM) -> str:
+    """SHA-256 of a model's weights and of all of its configuration that decides what it samples."""
+    config = {
+        "unet": model.unet.config.to_dict(),
+        "schedule": model.schedule.to_config(),
+        "prediction_type": model.prediction_type,
+        "clip": model.clip,
+        "variance": model.variance,
+        "sampler_options": model.sampler_options,
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.unet.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_whole(path: Path, ids: torch.Tensor) -> bool:
+    """Whether a file is a shard of these images, every byte of it as it was written."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.array_equal(arrays["sample_ids"], ids.numpy()) and len(arrays["images"]) == len(ids)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, TypeError):
+        return False
+    except Exception as error:  # zlib.error has no base but this
+        if type(error).__module__ != "zlib":
+            raise
+        return False
+
+
+def _agree(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes run.json unless it is there; ValueError if it is of other settings."""
+    path = folder / "run.json"
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = folder / f".run.{os.getpid()}.json"
+        try:
+            mine.write_text(json.dumps(settings, indent=1) + "\n")
+            with contextlib.suppress(FileExistsError):  # of ranks that start together, the first one's counts
+                os.link(mine, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            mine.unlink(missing_ok=True)
+    try:
+        found = json.loads(path.read_text())
+        differing = [key for key in settings if found.get(key) != settings[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
+    if differing:
+        key = differing[0]
+        if key == "options":
+            key = next(k for k in settings[key] if (found[key] or {}).get(k) != settings["options"][k])
+            pair = found["options"].get(key), settings["options"][key]
+        else:
+            pair = found.get(key), settings[key]
+        shown = "" if key in ("model", "labels") else f" ({pair[0]}, not {pair[1]})"
+        raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether no other living process is making this file; a process that dies gives its claim back."""
+    try:
+        import fcntl
+    except ImportError:  # then two may make the same bytes
+        yield True
+        return
+    lock_path = path.with_name(f".{path.stem}.lock")
+    try:
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
+        lock_path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:
+    """Lines on what this rank did and, from the last rank of a run to finish, on all of them.
+
+    done: from `sample_shards`. The efficiency of N ranks is what they made in a second, from the first start
+    to the last end, in relation to the sum of what each made in a second while it was sampling.
+    """
+    rate = done["images"] / done["seconds"] if done["images"] else 0.0
+    lines = [
+        f"rank {ranks.rank} of {ranks.world_size}: {done['images']} images, {rate:.2f} images/s, "
+        f"{done['kept']} shards were there"
+    ]
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    launch = "/".join(os.environ.get(name, "") for name in names)
+    mine = {**done, "launch": launch, "ended": time.time()}
+    with replacing(Path(folder) / f".rank-{ranks.rank}.json") as (temporary,):
+        temporary.write_text(json.dumps(mine))
+    every = []
+    for rank in range(ranks.world_size):
+        with contextlib.suppress(OSError, ValueError):
+            entry = json.loads((Path(folder) / f".rank-{rank}.json").read_text())
+            every += [entry] if entry["launch"] == launch and entry["ended"] >= done["started"] else []
+    if len(every) == ranks.world_size and (total := sum(entry["images"] for entry in every)):
+        wall = max(entry["ended"] for entry in every) - min(entry["started"] for entry in every)
+        busy = sum(entry["images"] / entry["seconds"] for entry in every if entry["images"])
+        lines.append(
+            f"{ranks.world_size} ranks: {total} images in {wall:.1f} s, {total / wall:.2f} images/s, "
+            f"efficiency {total / wall / busy:.0%}"
+        )
+    return lines

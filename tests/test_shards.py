@@ -1,0 +1,233 @@
+"""Folders of shards: the same bytes from any number of ranks, whatever happened to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from diffusion.cli import main
+from diffusion.images import to_uint8
+from diffusion.ranks import Ranks
+from diffusion.shards import sample_shards
+
+OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of ten classes."""
+    path = tmp_path_factory.mktemp("model")
+    make_model(10).save(path)
+    return path
+
+
+def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, slow=False) -> subprocess.Popen:
+    command = f"import sys, time; sys.path[:] = {sys.path!r}; from diffusion.cli import main; "
+    if slow:  # says when it begins a shard, and takes its time
+        command += "import diffusion; sample = diffusion.DDPM.sample; "
+        command += "diffusion.DDPM.sample = lambda *a, **k: print('begun', flush=True) or time.sleep(1) "
+        command += "or sample(*a, **k); "
+    command += "main(sys.argv[1:])"
+    words = [sys.executable, "-c", command, "sample", "--model", str(model), "--out", f"{out}/", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    try:
+        return [(p.returncode, *output) for p in processes if (output := p.communicate(timeout=120))]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def shards_of(out) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("shard-*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """What one rank with one thread makes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ((code, text, errors),) = finish(start(folder, out))
+    assert code == 0, errors
+    assert "11 images" in text
+    return shards_of(out)
+
+
+def test_shards_hold_the_images_of_their_ids(whole, folder, tmp_path):
+    import diffusion
+
+    assert list(whole) == [f"shard-{k:05d}.npz" for k in range(4)]
+    model = diffusion.load(folder)
+    expected = model.sample(
+        labels=[i % 10 for i in range(11)], guidance_scale=2.0, sampler="ddim", steps=4, seed=5
+    )
+    for k, data in enumerate(whole.values()):
+        (tmp_path / "shard.npz").write_bytes(data)
+        with np.load(tmp_path / "shard.npz", allow_pickle=False) as shard:
+            ids = range(3 * k, min(11, 3 * k + 3))
+            assert shard["sample_ids"].tolist() == list(ids)
+            assert shard["labels"].tolist() == [i % 10 for i in ids]
+            pixels = to_uint8(expected[3 * k : 3 * k + 3]).permute(0, 2, 3, 1)
+            assert np.abs(shard["images"].astype(int) - pixels.numpy()).max() <= 1
+            assert shard["images"].std() > 10
+
+
+@pytest.mark.parametrize(("world_size", "threads"), [(1, 2), (2, 1), (4, 1), (2, 3)])
+def test_any_ranks_and_threads_make_the_same_bytes(world_size, threads, whole, folder, tmp_path):
+    out = tmp_path / "out"
+    ended = finish(*(start(folder, out, rank, world_size, threads) for rank in range(world_size)))
+    assert [code for code, _, _ in ended] == [0] * world_size, ended
+    assert shards_of(out) == whole
+    made = [int(text.split(": ")[1].split()[0]) for _, text, _ in ended]
+    assert sum(made) == 11
+    assert sum("efficiency" in text for _, text, _ in ended) <= 1  # of two that end together perhaps neither
+
+
+@pytest.mark.parametrize("now", [1, 3])
+def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
+    out = tmp_path / "out"
+    dying = start(folder, out, 0, 2, slow=True)
+    assert dying.stdout.readline() == "begun\n"
+    assert dying.stdout.readline() == "begun\n"  # the second: one shard is there
+    dying.send_signal(signal.SIGKILL)
+    finish(dying)
+    assert len(shards_of(out)) == 1
+    ended = finish(*(start(folder, out, rank, now) for rank in range(now)))
+    assert [code for code, _, _ in ended] == [0] * now, ended
+    assert shards_of(out) == whole
+
+
+def test_a_living_rank_takes_over(whole, folder, tmp_path):
+    """Without a restart, the shards of a rank that never comes are made by the others."""
+    ((code, text, errors),) = finish(start(folder, tmp_path / "out", 1, 2))
+    assert code == 0, errors
+    assert "rank 1 of 2: 11 images" in text
+    assert shards_of(tmp_path / "out") == whole
+
+
+def test_what_is_there_is_kept_and_what_is_damaged_made_again(whole, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["sample", "--model", str(folder), "--out", f"{out}/", *OPTIONS]
+    main(words)
+    capsys.readouterr()
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    (out / "shard-00001.npz").write_bytes(whole["shard-00001.npz"][:-30])
+    (out / "shard-00002.npz").write_bytes(whole["shard-00000.npz"])  # of other ids
+    middle = bytearray(whole["shard-00003.npz"])
+    middle[60] ^= 0xFF
+    (out / "shard-00003.npz").write_bytes(bytes(middle))
+    main(words)
+    assert "8 images" in capsys.readouterr().out
+    assert shards_of(out) == whole
+    assert (out / "shard-00000.npz").stat().st_mtime_ns == times["shard-00000.npz"]
+    assert not [path for path in os.listdir(out) if path.endswith(".lock")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--seed", "6"], "another seed (5, not 6)"),
+        (["--steps", "5"], "another steps (4, not 5)"),
+        (["--guidance-scale", "3"], "another guidance_scale (2.0, not 3.0)"),
+        (["--labels", "3"], "another labels"),
+        (["--num", "12"], "another num (11, not 12)"),
+        (["--eta", "0.5"], "another eta (None, not 0.5)"),
+        (["--tier", "fast"], "another tier"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(changes, expected, folder, tmp_path, capsys):
+    words = ["sample", "--model", str(folder), "--out", str(tmp_path / "out"), *OPTIONS]
+    main(words)
+    before = shards_of(tmp_path / "out")
+    with pytest.raises(SystemExit) as caught:
+        main([*words, *changes])
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+    assert shards_of(tmp_path / "out") == before
+
+
+def test_another_model_is_refused(folder, tmp_path):
+    sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+    with pytest.raises(ValueError, match="images of another model"):
+        sample_shards(make_model(10, seed=1), tmp_path, 2, [1], steps=2)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+
+
+def test_ranks_that_disagree_are_refused(folder, tmp_path):
+    first = start(folder, tmp_path / "out", 0, 2, slow=True)
+    assert first.stdout.readline() == "begun\n"
+    second = start(folder, tmp_path / "out", 1, 2, options=[*OPTIONS, "--seed", "6"])
+    (_, _, _), (code, _, errors) = finish(first, second)
+    assert code == 2
+    assert "another seed (5, not 6)" in errors.strip().splitlines()[-1]
+
+
+def test_a_full_disk_leaves_finished_shards(folder, tmp_path, monkeypatch):
+    import diffusion.images
+
+    write, calls = np.savez_compressed, []
+
+    def fails(file, **arrays):
+        calls.append(arrays)
+        if len(calls) == 3:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        write(file, **arrays)
+
+    monkeypatch.setattr(diffusion.images.np, "savez_compressed", fails)
+    with pytest.raises(ValueError, match="No space left"):
+        sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)
+    assert sorted(os.listdir(tmp_path))[-2:] == ["shard-00000.npz", "shard-00001.npz"]
+    monkeypatch.undo()
+    assert sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)["images"] == 5
+
+
+def test_batches_do_not_matter(tmp_path):
+    for name, size in (("a", 1), ("b", 4)):
+        sample_shards(make_model(), tmp_path / name, 7, shard_size=5, steps=2, batch_size=size)
+    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+
+
+def test_nonsense(tmp_path, capsys, folder):
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_shards(make_model(), tmp_path, 3, shard_size=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write"):
+        sample_shards(make_model(), tmp_path / "file", 3)
+
+
+def test_several_ranks_need_a_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["sample", "--model", str(folder), "--out", str(tmp_path / "a.png")])
+    assert "2 ranks write into a folder" in capsys.readouterr().err
+
+
+def test_run_json_says_what_it_is(tmp_path):
+    model = make_model(10)
+    started = time.time()
+    done = sample_shards(model, tmp_path, 2, [1, 2], steps=2, ranks=Ranks(0, 1, 0))
+    assert started <= done["started"] <= time.time()
+    card = json.loads((tmp_path / "run.json").read_text())
+    assert card["num"] == 2
+    assert card["options"] == {"steps": 2}
+    assert card["device"] == "cpu"
+    with torch.no_grad():
+        model.unet.input_conv.weight[0, 0, 0, 0] += 1e-6
+    with pytest.raises(ValueError, match="another model"):
+        sample_shards(model, tmp_path, 2, [1, 2], steps=2)
