@@ -1,4 +1,4 @@
-"""How good a model's digits are: read by an independent classifier, and compared with real ones."""
+"""How good a model's images are: read by an independent classifier, and compared with real ones."""
 
 import os
 import statistics
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from .classifier import (
-    CLASSES,
     Classifier,
     Reference,
     balanced_labels,
@@ -16,15 +15,17 @@ from .classifier import (
     load_classifier,
     measure_reference,
 )
+from .data import load_dataset
 from .frechet import frechet_distance, moments
 from .images import to_uint8
 
 
 def class_accuracy(digits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """How many digits int64 [N], as a classifier read them, are the labels int64 [N] that were asked for.
+    """How many classes int64 [N], as a classifier read them, are the labels int64 [N] that were asked for.
 
-    Returns `samples`, `correct`, `accuracy` in [0, 1] and `misread`: for each pair that was confused, most
-    frequent first, what was `asked`, what was `seen` and the `count`. ValueError if N is 0 or differs.
+    Returns `samples`, `correct`, `accuracy` in [0, 1], `by_class`, the accuracy of each label that was asked
+    for, and `misread`: for each pair that was confused, most frequent first, what was `asked`, what was
+    `seen` and the `count`. ValueError if N is 0 or differs.
     """
     if digits.shape != labels.shape or digits.ndim != 1 or len(digits) == 0:
         raise ValueError(
@@ -37,6 +38,10 @@ def class_accuracy(digits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]
         "samples": len(labels),
         "correct": correct,
         "accuracy": correct / len(labels),
+        "by_class": [
+            {"asked": label, "accuracy": (digits[labels == label] == label).double().mean().item()}
+            for label in labels.unique().tolist()
+        ],
         "misread": [{"asked": asked, "seen": seen, "count": -count} for count, asked, seen in misread],
     }
 
@@ -55,31 +60,33 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Class accuracy under guidance and Fréchet distance without it, of a model of 28x28 digits.
+    """Class accuracy under guidance and Fréchet distance without it, in the eyes of a classifier.
 
-    model: a DDPM of images [1, 28, 28], conditional on the ten digits or unconditional (then only the
-    distance is measured). num: samples for each measurement, label k % 10 for sample k. steps=None is the
-    full chain. classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one.
-    data_dir: measure the reference (training moments, real test digits) on MNIST there, for samples of `num`
-    digits, instead of taking what is stored beside the classifier. options: further arguments of
-    `DDPM.sample`, such as backend, dtype and device.
+    model: a DDPM of the classifier's images, conditional on its K classes or unconditional (then only the
+    distance is measured). num: samples for each measurement, label k % K for sample k. steps=None is the
+    full chain. classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one
+    of MNIST's digits. data_dir: measure the reference (training moments, real test images) on MNIST, or for
+    images of 3 channels on CIFAR-10, there, for samples of `num` images, instead of taking what is stored
+    beside the classifier. options: further arguments of `DDPM.sample`, such as backend, dtype and device.
 
-    Samples are rounded to 8 bits like real digits before the classifier sees them. The Fréchet distance is
-    that of Heusel et al. 2017 (equation 6) in this classifier's 64 penultimate features, not in Inception's:
-    it compares with itself only. A model's `ratio` is to real test digits drawn as its samples are, as many
+    Samples are rounded to 8 bits like real images before the classifier sees them. The Fréchet distance is
+    that of Heusel et al. 2017 (equation 6) in this classifier's penultimate features, not in Inception's:
+    it compares with itself only. A model's `ratio` is to real test images drawn as its samples are, as many
     of each class for a conditional model and at random for an unconditional one; `real` has both. The
-    distance shrinks with the number of samples, so a ratio is None where the real digits were measured for
+    distance shrinks with the number of samples, so a ratio is None where the real images were measured for
     another number than `num`.
 
     Returns a JSON-able dict with `classifier`, `protocol`, `class_accuracy` (None if unconditional) and
-    `frechet`; `format_report` prints it. ValueError for a model of other images, num below 10, or samples
+    `frechet`; `format_report` prints it. ValueError for a model of other images, num below K, or samples
     that are not finite.
     """
-    _check_model(model)
-    labels = balanced_labels(num)
     judge, reference = load_classifier(classifier)
+    check_model(model, judge)
+    labels = balanced_labels(num, judge.config.classes)
     if data_dir is not None:
-        reference = measure_reference(judge, data_dir, sample_size=num)
+        name = "mnist" if judge.config.channels == 1 else "cifar10"
+        sets = (load_dataset(name, split=split, data_dir=data_dir) for split in ("train", "test"))
+        reference = measure_reference(judge, *sets, sample_size=num)
     options |= {
         "sampler": sampler,
         "steps": steps,
@@ -116,19 +123,20 @@ def format_report(result: dict[str, Any]) -> str:
     accuracy, frechet = result["class_accuracy"], result["frechet"]
     steps = "full chain" if protocol["steps"] is None else f"{protocol['steps']} steps"
     lines = [
-        f"classifier  {judge['path']}, {judge['test_accuracy']:.2%} of MNIST's test digits",
+        f"classifier  {judge['path']}, {judge['test_accuracy']:.2%} of real test images",
         f"samples     {protocol['samples']:,}, {protocol['sampler']}, {steps}, seed {protocol['seed']}, "
         "rounded to 8 bits",
     ]
     if accuracy:
         lines.append(
-            f"accuracy    {accuracy['accuracy']:.1%} are seen as the digit asked for "
+            f"accuracy    {accuracy['accuracy']:.1%} are seen as the class asked for "
             f"({accuracy['correct']:,} of {accuracy['samples']:,}, guidance {accuracy['guidance_scale']:g})"
         )
         pairs = (f"{pair['asked']} as {pair['seen']}: {pair['count']}" for pair in accuracy["misread"])
         lines.append(f"misread     {', '.join(pairs) or 'none'}")
+    features = f"{os.path.basename(judge['path'])} features"
     lines.append(
-        f"distance    {frechet['distance']:.4f} Fréchet distance in MNIST classifier features "
+        f"distance    {frechet['distance']:.4f} Fréchet distance in {features} "
         f"({judge['feature_dimension']} of them, guidance 1)"
     )
     for drawn, how in (("balanced", "as many of each class"), ("random", "at random")):
@@ -136,19 +144,20 @@ def format_report(result: dict[str, Any]) -> str:
         ratio = "no ratio: give --data-dir" if real["ratio"] is None else f"ratio {real['ratio']:.2f}"
         lines.append(
             f"real        {real['distance']:.4f} (+- {real['spread']:.4f}) that of "
-            f"{frechet['real_samples']:,} real test digits, {how}: {ratio}"
+            f"{frechet['real_samples']:,} real test images, {how}: {ratio}"
         )
     lines.append(f"reference   {frechet['reference']}")
     return "\n".join(lines)
 
 
-def _check_model(model: Any) -> None:
-    config = model.unet.config
+def check_model(model: Any, judge: Classifier) -> None:
+    config, classes = model.unet.config, judge.config.classes
     shape = (config.in_channels, *config.image_shape)
-    if shape != (1, 28, 28) or model.num_classes not in (None, CLASSES):
+    if shape != judge.shape or model.num_classes not in (None, classes):
         raise ValueError(
-            "evaluation is for models of MNIST's digits, 1x28x28 with ten classes or none; this one has "
-            f"{'x'.join(map(str, shape))} with {model.num_classes or 'no'} classes"
+            f"the classifier {judge.folder} is for images {'x'.join(map(str, judge.shape))} with {classes} "
+            f"classes or none; this model has {'x'.join(map(str, shape))} with {model.num_classes or 'no'} "
+            "classes; give another --classifier"
         )
 
 

@@ -10,8 +10,18 @@ import pytest
 import scipy.linalg
 import torch
 
-from diffusion import classifier as classifier_module
-from diffusion.classifier import BUNDLED, Classifier, augment, classify, load_classifier, train_classifier
+from diffusion import data
+from diffusion.classifier import (
+    BUNDLED,
+    Classifier,
+    augment,
+    classify,
+    load_classifier,
+    train_classifier,
+)
+from diffusion.classifier import (
+    __main__ as classifier_command,
+)
 from diffusion.data import load_mnist, to_float
 from diffusion.evaluate import class_accuracy, evaluate, format_report
 from diffusion.frechet import frechet_distance, moments
@@ -31,7 +41,7 @@ def read_digits(data_dir, split):
 
 @pytest.fixture(autouse=True)
 def without_torchvision(monkeypatch):
-    monkeypatch.setattr(classifier_module, "load_mnist", read_digits)
+    monkeypatch.setattr(data, "load_mnist", lambda data_dir, split, download: read_digits(data_dir, split))
 
 
 class FakeModel:
@@ -201,9 +211,8 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone():
 
 def test_training_command_writes_what_is_loaded_again(tmp_path, monkeypatch, capsys):
     """On 256 digits; samples of 70 stand in for the thousands that 256 test digits do not hold."""
-    measure = classifier_module.measure_reference
-    monkeypatch.setattr(classifier_module, "measure_reference", lambda *args: measure(*args, sample_size=70))
-    classifier_module.main(["--data-dir", str(DATA), "--out", str(tmp_path / "c"), "--epochs", "8"])
+    words = ["--data-dir", str(DATA), "--out", str(tmp_path / "c"), "--epochs", "8", "--sample-size", "70"]
+    classifier_command.main(words)
     classifier, reference = load_classifier(tmp_path / "c")
     images, labels = read_digits(DATA, "test")
     accuracy = (classify(classifier, images)[1] == labels).double().mean().item()
@@ -215,7 +224,7 @@ def test_training_command_writes_what_is_loaded_again(tmp_path, monkeypatch, cap
 
 def test_training_command_ends_in_one_line_without_data(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        classifier_module.main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "c")])
+        classifier_command.main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "c")])
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.glob("c/*")) == []
@@ -240,7 +249,7 @@ def test_a_damaged_classifier_is_refused(tmp_path, damage):
         (tmp_path / "config.json").write_text("[]")
     else:
         (tmp_path / "config.json").write_text('{"format": "fused-diffusion"}')
-    with pytest.raises(ValueError, match="no usable digit classifier") as error:
+    with pytest.raises(ValueError, match="no usable classifier") as error:
         load_classifier(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -324,15 +333,15 @@ def test_the_report_says_what_was_measured():
     )
     for part in (
         str(BUNDLED),
-        "of MNIST's test digits",
+        "of real test images",
         "100, ddpm, full chain, seed 5",
         "guidance 2",
         " as ",
     ):
         assert part in text
     for part in (
-        "Fréchet distance in MNIST classifier features (64 of them, guidance 1)",
-        "256 training digits",
+        "Fréchet distance in mnist-classifier features (64 of them, guidance 1)",
+        "256 training images",
     ):
         assert part in text
     assert "FID" not in text
@@ -341,12 +350,12 @@ def test_the_report_says_what_was_measured():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (FakeModel(real_digits), {"num": 9}, "at least 10 digits"),
-        (FakeModel(real_digits), {"num": 300, "data_dir": DATA}, "256 test digits, too few for 300"),
+        (FakeModel(real_digits), {"num": 9}, "at least 10 images"),
+        (FakeModel(real_digits), {"num": 300, "data_dir": DATA}, "256 test images, too few for 300"),
         (FakeModel(real_digits), {"data_dir": DATA / "none"}, "MNIST"),
-        (FakeModel(real_digits), {"classifier": DATA}, "no usable digit classifier"),
-        (FakeModel(real_digits, shape=(3, 32, 32)), {}, "this one has 3x32x32 with 10 classes"),
-        (FakeModel(real_digits, num_classes=1000), {}, "this one has 1x28x28 with 1000 classes"),
+        (FakeModel(real_digits), {"classifier": DATA}, "no usable classifier"),
+        (FakeModel(real_digits, shape=(3, 32, 32)), {}, "this model has 3x32x32 with 10 classes"),
+        (FakeModel(real_digits, num_classes=1000), {}, "this model has 1x28x28 with 1000 classes"),
         (
             FakeModel(lambda labels, g: real_digits(labels, g) / 0),
             {"num": 20},

@@ -1,32 +1,56 @@
-"""Judge a model of MNIST's digits: class accuracy under guidance, Fréchet distance without it."""
+"""Judge a model, or images: by a classifier, by FID and its like, by bits per dimension, along a curve.
+
+Without further options: class accuracy under guidance and Fréchet distance without it, of a model of digits.
+"""
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from ..ddpm import load
+from ..arrays import load_images
+from ..ddpm import DDPM, load
 from ..evaluate import evaluate, format_report
+from ..features import load_features
 from ..files import check_writable, replacing
-from .sample import default_device
+from ..folders import ImageSet
+from ..images import to_uint8
+from ..likelihood import bits_per_dimension
+from ..metrics import METRICS, compare, format_result
+from ..sweep import save_sweep, sweep
+from .sample import choose_labels, default_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="mnist", help="bundled name, folder, or hf:owner/name (default: %(default)s)")
-    add("--num", type=int, default=1000, help="samples for each of the two measures (default: %(default)s)")
-    add("--guidance-scale", type=float, default=2.0, help="for the class accuracy (default: %(default)s)")
+    add("--num", type=int, default=1000, help="samples for each measure (default: %(default)s)")
+    add("--guidance-scale", type=float, help="for the class accuracy 2, for distances 1 unless given")
     add("--sampler", default="ddim", help="ddpm, ddim or dpm++ (default: %(default)s)")
     add("--steps", type=int, default=50, help="of the chain, 1 to T (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add(
         "--data-dir",
-        help="measure real digits on MNIST there (default: figures that come with the package)",
+        help="torchvision's folder of mnist or cifar10; alone: measure real images there anew "
+        "(default: figures that come with the classifier)",
+    )
+    add("--classifier", metavar="DIR", help="another one, made by `python -m diffusion.classifier`")
+    add("--reference", metavar="IMAGES", help="mnist, cifar10, a folder, zip or .npz: compare with these")
+    add("--split", default="train", help="of mnist or cifar10, train or test (default: %(default)s)")
+    add("--samples", metavar="IMAGES", help="compare these with the reference, instead of a model's")
+    add(
+        "--metrics",
+        nargs="+",
+        default=list(METRICS),
+        help=f"of the comparison (default: {' '.join(METRICS)})",
     )
     add(
-        "--classifier",
-        metavar="DIR",
-        help="another one, made by `python -m diffusion.classifier`",
+        "--features",
+        default="inception",
+        help="inception, classifier (of digits), or a classifier's folder (default: %(default)s)",
     )
+    add("--bits-per-dim", action="store_true", help="variational bound on --num images of the reference")
+    add("--sweep", action="store_true", help="distance against steps and guidance; --out NAME.json and .png")
     add("--batch-size", type=int, help="images made at a time")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
@@ -36,24 +60,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, not {args.num}")
     if args.out:
         check_writable(args.out)
-    result = evaluate(
-        load(args.model, args.device or default_device()),
-        num=args.num,
-        guidance_scale=args.guidance_scale,
-        sampler=args.sampler,
-        steps=args.steps,
-        seed=args.seed,
-        data_dir=args.data_dir,
-        classifier=args.classifier,
-        batch_size=args.batch_size,
-        progress=True,
-        dtype=args.dtype,
-        backend=args.backend,
-        tier=args.tier,
-    )
-    print(format_report(result))
+    if args.sweep:
+        return _sweep(args)
+    if args.bits_per_dim:
+        result, text = _bits(args)
+    elif args.reference:
+        result = _compare(args)
+        text = format_result(result)
+    elif args.samples:
+        raise ValueError("--reference is missing: the images to compare --samples with")
+    else:
+        result = evaluate(
+            _model(args),
+            num=args.num,
+            guidance_scale=2.0 if args.guidance_scale is None else args.guidance_scale,
+            data_dir=args.data_dir,
+            classifier=args.classifier,
+            progress=True,
+            **_sampling(args),
+        )
+        text = format_report(result)
+    print(text)
     if args.out:
         with replacing(Path(args.out)) as (temporary,):
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return None
+
+
+def _model(args: argparse.Namespace) -> DDPM:
+    return load(args.model, args.device or default_device())
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("sampler", "steps", "seed", "batch_size", "dtype", "backend", "tier")
+    return {name: getattr(args, name) for name in names}
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    features = load_features(args.features)
+    reference = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
+    card: dict[str, Any] = {}
+    if args.samples:
+        samples = load_images(args.samples, split=args.split, data_dir=args.data_dir, progress=True)
+    else:
+        model = _model(args)
+        labels, num = choose_labels(model, None, args.num)
+        scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+        x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **_sampling(args))
+        if not x.isfinite().all():
+            raise ValueError(f"some of the samples of {args.model} hold NaN or infinite values")
+        samples = ImageSet(to_uint8(x.cpu()), None, None, f"model {args.model}")
+        card = {
+            **_sampling(args),
+            "guidance scale": scale,
+            "labels": "each class in turn" if labels else "none",
+        }
+        card["EMA decay"] = model.metadata.get("training", {}).get("ema_decay", "not known")
+    return compare(samples, reference, features, tuple(args.metrics), card=card, progress=True)
+
+
+def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if not args.reference:
+        raise ValueError("--reference is missing: the images whose bits per dimension are wanted")
+    model = _model(args)
+    images = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
+    labels = images.labels[: args.num] if images.labels is not None and model.num_classes else None
+    result = bits_per_dimension(model, images.images[: args.num], labels, seed=args.seed, progress=True)
+    result |= {"model": args.model, "reference": images.name, "seed": args.seed, "variance": model.variance}
+    text = (
+        f"bits per dimension  {result['bits_per_dim']:.4f} +- {result['standard_error']:.4f} "
+        f"(variational bound, {result['variance']}, prior {result['prior']:.5f})\n"
+        f"  on {result['images']} images of {images.name}, seed {args.seed}"
+    )
+    return result, text
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    if not args.out:
+        raise ValueError("--out is missing: the .json file of the curve, beside which its .png is written")
+    if Path(args.out).suffix.lower() != ".json":
+        raise ValueError(f"--out must end in .json, not {args.out}; the .png is written beside it")
+    options = {name: getattr(args, name) for name in ("batch_size", "dtype", "backend", "tier")}
+    result = sweep(
+        _model(args), num=args.num, classifier=args.classifier, seed=args.seed, progress=True, **options
+    )
+    save_sweep(result, args.out)
+    for point in result["points"]:
+        accuracy = "" if point["accuracy"] is None else f"  read as asked {point['accuracy']:.1%}"
+        print(
+            f"{point['sampler']:6s}{point['steps']:5d} steps  guidance {point['guidance']:<4g} "
+            f"distance {point['distance']:.4f}{accuracy}"
+        )
+    print(f"{args.out} and {Path(args.out).with_suffix('.png')}: {result['card']['distance']}")

@@ -1,0 +1,83 @@
+"""Sets of 8-bit images for evaluation, from wherever they are: arrays, shards, folders, zips, named sets."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .data import load_dataset
+from .folders import ImageSet
+
+MOST_BYTES = 2**36  # of images in one array
+
+
+def load_images(
+    source: str | os.PathLike,
+    *,
+    split: str = "train",
+    data_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> ImageSet:
+    """Images uint8 [N, C, H, W] from a .npz file, a folder of shard-*.npz, or what `data.load_dataset` reads.
+
+    A .npz holds `images` uint8 [N, H, W, C] as `images.save_npz` writes it, or `arr_0`, as the reference
+    batches of guided-diffusion, and perhaps `labels` int64 [N]. ValueError, naming the file, for anything
+    else, and for fewer than two images.
+    """
+    path = Path(source)
+    shards = sorted(path.glob("shard-*.npz")) if path.is_dir() else []
+    if shards:
+        found = _joined([_read(shard) for shard in shards], path)
+    elif path.suffix.lower() == ".npz":
+        found = _read(path)
+    else:
+        found = load_dataset(source, split=split, data_dir=data_dir, progress=progress)
+    if len(found.images) < 2:
+        raise ValueError(f"{source} holds {len(found.images)} images; a distance needs at least 2")
+    return found
+
+
+def _read(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = [name for name in ("images", "arr_0") if name in arrays.files]
+            if not names:
+                raise ValueError("it holds no array `images` or `arr_0`")
+            _check_size(path, names[0])
+            images = arrays[names[0]]
+            labels = arrays["labels"] if "labels" in arrays.files else None
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}") from error
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: {error}".replace("\n", " ")) from error
+    except Exception as error:  # zlib.error and its like have no common base
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"the images in {path} must be uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(f"the labels in {path} must be integers [{len(images)}], not {list(labels.shape)}")
+    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return ImageSet(
+        tensor, None if labels is None else torch.from_numpy(labels.astype(np.int64)), None, str(path)
+    )
+
+
+def _check_size(path: Path, name: str) -> None:
+    """ValueError if a small file would become more than MOST_BYTES in memory."""
+    with zipfile.ZipFile(path) as archive:
+        size = archive.getinfo(f"{name}.npy").file_size
+    if size > MOST_BYTES:
+        raise ValueError(f"its images take {size >> 30} GiB")
+
+
+def _joined(parts: list[ImageSet], path: Path) -> ImageSet:
+    shapes = {tuple(part.images.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"the shards in {path} hold images of different shapes: {sorted(shapes)}")
+    labelled = all(part.labels is not None for part in parts)
+    labels = torch.cat([part.labels for part in parts]) if labelled else None
+    return ImageSet(torch.cat([part.images for part in parts]), labels, None, str(path))

@@ -1,0 +1,88 @@
+"""The command that trains a classifier: python -m diffusion.classifier."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from ..data import DATASETS, load_dataset
+from ..files import check_writable
+from .network import ClassifierConfig
+from .reference import measure_reference
+from .storage import save_classifier, stored
+from .training import train_classifier
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains a classifier of labelled images, measures what its features say of others, and writes both."""
+    parser = argparse.ArgumentParser(prog="python -m diffusion.classifier", description=main.__doc__)
+    add = parser.add_argument
+    add("--data", default="mnist", help=f"{', '.join(DATASETS)}, or a folder or zip (default: mnist)")
+    add("--test-data", help="the other images of a folder or zip, which the classifier does not see")
+    add("--data-dir", help="torchvision's folder of mnist or cifar10, such as that of MNIST/raw")
+    add("--out", required=True, help="folder to write, as diffusion/weights/mnist-classifier")
+    add("--epochs", type=int, default=18, help="passes over the training images (default: 18)")
+    add("--width", type=int, help="channels of the first layers (default: 16 for gray images, 48 for colour)")
+    add("--sample-size", type=int, default=1000, help="images whose distance is measured (default: 1000)")
+    options = parser.parse_args(arguments)
+    try:
+        check_writable(Path(options.out) / "config.json")
+        train, test = _load(options)
+        channels, height, width = train.images.shape[1:]
+        if height != width:
+            raise ValueError(f"the classifier takes square images, not {height} x {width}")
+        classes = int(train.labels.max()) + 1
+        config = ClassifierConfig(
+            channels=channels,
+            size=height,
+            classes=classes,
+            width=options.width or (16 if channels == 1 else 48),
+            features=64 if channels == 1 else 128,
+        )
+        start = time.monotonic()
+        classifier = train_classifier(
+            train.images,
+            train.labels,
+            config=config,
+            flip=channels == 3,
+            epochs=options.epochs,
+            progress=True,
+        )
+        training = {
+            "command": "python -m diffusion.classifier",
+            "data": f"{train.name}: {len(train.images):,} training images",
+            "epochs": options.epochs,
+            "seconds": round(time.monotonic() - start),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        classifier.load_state_dict(stored(classifier))  # measured as stored, in half precision
+        reference = measure_reference(classifier, train, test, options.sample_size)
+        save_classifier(options.out, classifier, reference, training)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(f"{options.out}: {reference.test_accuracy:.2%} of the test images ({reference.source})")
+
+
+def _load(options: argparse.Namespace):
+    """The images to train on and those to test with, both labelled with the same classes."""
+    if options.data in DATASETS:
+        sets = [
+            load_dataset(options.data, split=split, data_dir=options.data_dir) for split in ("train", "test")
+        ]
+    elif options.test_data is None:
+        raise ValueError("--test-data is missing: other images, which the classifier does not see")
+    else:
+        train = load_dataset(options.data, progress=True)
+        sets = [train, load_dataset(options.test_data, channels=train.images.shape[1], progress=True)]
+    for images in sets:
+        if images.labels is None:
+            raise ValueError(f"{images.name} has no labels; put its images into a folder for each class")
+    if sets[0].images.shape[1:] != sets[1].images.shape[1:] or sets[0].classes != sets[1].classes:
+        raise ValueError(f"{sets[0].name} and {sets[1].name} differ in their images' size or in classes")
+    return sets
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Distances between two sets of images, by torch-fidelity, with a card that says what was measured."""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from . import __version__
+from .features import Features, import_fidelity
+from .folders import ImageSet
+
+METRICS = ("fid", "kid", "is", "precision-recall")
+NEIGHBOURS = 3  # of precision and recall
+
+
+def compare(
+    samples: ImageSet,
+    reference: ImageSet,
+    features: Features,
+    metrics: tuple[str, ...] = METRICS,
+    *,
+    card: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Metrics of samples against a reference, in some features; JSON-able.
+
+    "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6). "kid": mean and standard deviation
+    over 100 subsets of at most 1000 images of the unbiased squared MMD with kernel (x.y / F + 1)^3 (Bińkowski
+    et al. 2018, arXiv 1801.01401). "is": Inception Score in 10 splits (Salimans et al. 2016, arXiv
+    1606.03498). "precision-recall": with 3 neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991). They are
+    called FID, KID and Inception Score in Inception's features only; in a classifier's, `frechet_distance`,
+    `kernel_distance` and `classifier_score` say in their names which.
+
+    card: what is known of how the samples were made. Returns `metrics` and the protocol card, `card`.
+    ValueError for an unknown metric, or images that do not fit the features.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(
+            f"unknown metric {unknown[0] if unknown else ''!r}; choose from: {', '.join(METRICS)}"
+        )
+    import_fidelity()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    ours, logits = features.of(_in_channels(samples, features), progress)
+    theirs, _ = features.of(_in_channels(reference, features), progress)
+    names = _names(features)
+    found: dict[str, Any] = {}
+    if "fid" in metrics:
+        statistics = [fid_features_to_statistics(values.double()) for values in (ours, theirs)]
+        found[names["fid"]] = fid_statistics_to_metric(*statistics, verbose=False)[
+            "frechet_inception_distance"
+        ]
+    if "kid" in metrics:
+        size = min(1000, len(ours), len(theirs))
+        values = kid_features_to_metric(ours, theirs, kid_subset_size=size, verbose=False)
+        found[names["kid"]] = values["kernel_inception_distance_mean"]
+        found[f"{names['kid']}_spread"] = values["kernel_inception_distance_std"]
+    if "is" in metrics:
+        values = isc_features_to_metric(logits)
+        found[names["is"]] = values["inception_score_mean"]
+        found[f"{names['is']}_spread"] = values["inception_score_std"]
+    if "precision-recall" in metrics:
+        if min(len(ours), len(theirs)) <= NEIGHBOURS:
+            raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on each side")
+        values = prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, verbose=False)
+        found |= {names[name]: values[name] for name in ("precision", "recall")}
+    return {
+        "metrics": found,
+        "card": {
+            "samples": samples.name,
+            "number of samples": len(samples.images),
+            "reference": reference.name,
+            "number of reference images": len(reference.images),
+            "rounding": "8 bits, to nearest",
+            "feature network": features.name,
+            "feature network's SHA-256": features.sha256,
+            **(card or {}),
+            "versions": _versions(),
+        },
+    }
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The result of `compare` as lines to print."""
+    lines = [f"{name:44s}{value:.5g}" for name, value in result["metrics"].items()]
+    return "\n".join([*lines, *(f"  {name}: {value}" for name, value in result["card"].items())])
+
+
+def _names(features: Features) -> dict[str, str]:
+    names = ("fid", "kid", "inception_score", "precision", "recall")
+    if not features.is_inception:
+        names = tuple(
+            f"{name}_in_{features.name}_features"
+            for name in ("frechet_distance", "kernel_distance", "classifier_score", "precision", "recall")
+        )
+    return dict(zip(("fid", "kid", "is", "precision", "recall"), names, strict=True))
+
+
+def _in_channels(images: ImageSet, features: Features) -> torch.Tensor:
+    """The images, gray ones repeated for a network of colour images."""
+    colour = features.shape is not None and features.shape[0] == 3
+    return images.images.expand(-1, 3, -1, -1) if colour and images.images.shape[1] == 1 else images.images
+
+
+def _versions() -> str:
+    fidelity = version("torch-fidelity")
+    return f"fused-diffusion {__version__}, torch {torch.__version__}, torch-fidelity {fidelity}"
