@@ -9,6 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package is the one that is installed
 
+from benchmarks import scaling, training
 from benchmarks.sampling import models, peers, report, timing
 
 
@@ -80,3 +81,33 @@ def test_the_report(pair, tmp_path):
     assert "| diffusers | 30.00 | 5% | 5.33 | 0.267 |  | 3.00x |  |" in text
     assert "| OpenVINO | ModuleNotFoundError: no openvino | | | | | | |" in text
     assert "| mnist, guided, batch 8, exact | 8.00 | 1.90 | 9.90 | +1.0% |" in text
+
+
+def test_training_loops_agree_and_are_timed():
+    """The first losses are of the same network: about what noise images and its random targets give."""
+    names = ["ours, float32", "plain PyTorch loop", "diffusers"]
+    found = training.measure("mnist", 16, "cpu", names, 0.1)
+    assert found["batch"] == 16
+    rows = found["loops"]
+    for name in names:
+        assert rows[name]["images/s"] == pytest.approx(16 / rows[name]["seconds"])
+
+
+def test_a_loop_with_another_loss_is_not_timed(monkeypatch):
+    monkeypatch.setitem(training.LOOPS, "wrong", lambda pair, size, device: lambda: 9.0)
+    rows = training.measure("mnist", 16, "cpu", ["ours, float32", "diffusers", "wrong"], 0.1)["loops"]
+    assert "seconds" not in rows["wrong"]
+    assert rows["wrong"]["reason"]
+
+
+def test_scaling_counts_images_a_second():
+    assert scaling.rate(2, 6, ["--steps", "2", "--shard-size", "2"]) > 0
+
+
+def test_a_comparison_in_a_process_of_its_own():
+    words = ["--peers", "exact", "diffusers", "--seconds", "0.2", "--compare", "mnist", 1, 2.0]
+    found = timing.in_a_process(*words)
+    assert set(found["rows"]) == {"exact", "diffusers"}
+    assert found["rows"]["exact"]["step"] > 0
+    assert set(found["parts"]) == {"exact", "fast"}
+    assert timing.peak_memory() > 10**8  # PyTorch alone is more
