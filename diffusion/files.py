@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 LEFTOVER = ".partial"  # in the names of files that are not yet whole
 
 
@@ -32,8 +34,8 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
             _sync(path)
             os.chmod(path, 0o666 & ~_umask())
             os.replace(path, target)
-    except OSError as error:
-        raise ValueError(f"cannot write {targets[0]}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors' own, when a disk is full
+        raise ValueError(f"cannot write {targets[0]}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)

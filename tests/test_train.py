@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import diffusion
@@ -181,14 +182,15 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken, tmp_path):
     assert_same_run(unbroken, tmp_path)
 
 
-def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_keeps_the_last_state(kind, tmp_path, monkeypatch):
     run(tmp_path)
     before = (tmp_path / "state.safetensors").read_bytes()
     names = sorted(os.listdir(tmp_path))
 
     def fails(tensors, path, **options):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise kind(*([28] if kind is OSError else []), "No space left on device")
 
     monkeypatch.setattr("diffusion.training_state.save_file", fails)
     with pytest.raises(ValueError, match="No space left"):
