@@ -8,6 +8,7 @@ images, timesteps and noise.
 
 import contextlib
 import hashlib
+import math
 
 import torch
 
