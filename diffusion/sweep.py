@@ -80,7 +80,8 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
             f'the curves need matplotlib ({error}); pip install "fused-diffusion[evaluate]"'
         ) from error
     path, points = Path(path), result["points"]
-    last = max(point["steps"] for point in points)
+    steps = sorted({point["steps"] for point in points})
+    last = steps[-1]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for sampler in dict.fromkeys(point["sampler"] for point in points):
@@ -90,9 +91,12 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
             (right, "guidance", sorted((p for p in own if p["steps"] == last), key=lambda p: p["guidance"])),
         ):
             axes.plot([p[x] for p in chosen], [p["distance"] for p in chosen], "o-", label=sampler)
-    left.set(xlabel="steps, guidance 1", xscale="log", yscale="log", ylabel=result["card"]["distance"])
-    right.set(xlabel=f"guidance scale, {last} steps", yscale="log")
+    left.set(xlabel="steps, guidance 1", xscale="log", ylabel="distance", ylim=(0, None))
+    left.set_xticks(steps, [str(count) for count in steps])
+    left.minorticks_off()
+    right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
     left.legend()
+    figure.suptitle(f"{result['card']['distance']}; {result['card']['samples']} samples a point")
     with replacing(path, path.with_suffix(".png")) as (as_json, as_png):
         as_json.write_text(json.dumps(result, indent=1) + "\n")
         figure.savefig(as_png, format="png", dpi=100)

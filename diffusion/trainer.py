@@ -162,7 +162,7 @@ class Trainer:
         if self.scaler.is_enabled():  # such steps are left out, and the scale is lowered
             overflowed &= overflowed.sum() >= OVERFLOWS and bool(overflowed[-OVERFLOWS:].all())
         for step, (loss, bad) in enumerate(zip(losses.tolist(), overflowed.tolist(), strict=True), first):
-            if not loss < float("inf") or (loss < 0 and not self.model.unet.config.learned_variance):
+            if not math.isfinite(loss):
                 return f"the loss is {loss} at step {step}"
             if bad:
                 return f"the gradient is not finite at step {step}"
