@@ -1,6 +1,7 @@
 """Files that are written whole or not at all: made beside their target, then renamed over it."""
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -41,9 +42,13 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
             path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what a process left that was killed while it wrote into a folder. No other may be writing."""
-    for path in Path(folder).glob(f".*{LEFTOVER}.*"):
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Removes what a process left that was killed while it wrote into a folder, or its file of this name.
+
+    No other may be writing.
+    """
+    prefix = ".*" if name is None else f".{glob.escape(name)}.*"
+    for path in Path(folder).glob(f"{prefix}{LEFTOVER}.*"):
         with contextlib.suppress(OSError):
             path.unlink()
 

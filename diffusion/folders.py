@@ -1,11 +1,14 @@
 """Images from a folder or a zip, decoded once into memory or into a file that is mapped into it."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -17,12 +20,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .files import replacing
+from .files import remove_leftovers, replacing
 from .memory import check_fits
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
 MOST_BYTES = 2**28  # of one file
 MOST_PIXELS = 2**26  # of one image
+LABELS = "dataset.json"
 CHUNK = 256  # images that are decoded between two looks at the progress
 
 
@@ -115,8 +119,9 @@ class _Folder(_Files):
             relative = Path(where).relative_to(path)
             folders |= {(relative / name).as_posix() for name in below}
             for name in files:
-                status = os.stat(os.path.join(where, name))
-                stamps[(relative / name).as_posix()] = (status.st_size, status.st_mtime_ns)
+                inside = (relative / name).as_posix()
+                if _is_image(inside) or inside == LABELS:
+                    stamps[inside] = _stamp(os.path.join(where, name))
         super().__init__(path, stamps, folders)
 
     def _open(self, name: str):
@@ -145,6 +150,17 @@ def _fail(error: OSError) -> None:
     raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
+def _stamp(path: str) -> tuple[int, int]:
+    """Of a file; ValueError for a broken link, a pipe or a device, which might never end."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        _fail(error)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"cannot read {path}: it is no regular file")
+    return status.st_size, status.st_mtime_ns
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[_Files]:
     if path.is_dir():
@@ -170,7 +186,7 @@ def _is_image(name: str) -> bool:
 
 def _labels(source: _Files) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
     """Labels of the images and their names; of a dataset.json, or of folders."""
-    if "dataset.json" in source.stamps:
+    if LABELS in source.stamps:
         return _listed_labels(source), None
     parts = [PurePosixPath(name).parts for name in source.names]
     top = 0  # a folder that holds all of the class folders is not one itself
@@ -192,9 +208,9 @@ def _labels(source: _Files) -> tuple[torch.Tensor | None, tuple[str, ...] | None
 
 
 def _listed_labels(source: _Files) -> torch.Tensor | None:
-    where = f"{source.path}/dataset.json"
+    where = f"{source.path}/{LABELS}"
     try:
-        entries = json.loads(source.read("dataset.json"))["labels"]
+        entries = json.loads(source.read(LABELS))["labels"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{where} must be a JSON object with "labels": {error}') from error
     if entries is None:
@@ -203,12 +219,16 @@ def _listed_labels(source: _Files) -> torch.Tensor | None:
         labels = {str(name).replace("\\", "/"): label for name, label in entries}
     except (TypeError, ValueError) as error:
         raise ValueError(f"the labels in {where} must be pairs [name, label]") from error
+    if len(labels) < len(entries):
+        counts = Counter(str(name).replace("\\", "/") for name, _ in entries)
+        raise ValueError(f"{where} labels {counts.most_common(1)[0][0]} more than once")
+    names = set(source.names)
     for name, label in labels.items():
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
             raise ValueError(
                 f"the label of {name} in {where} must be a whole number from 0 on, not {label!r}"
             )
-        if name not in source.stamps:
+        if name not in names:
             raise ValueError(f"{where} labels {name}, which is not there")
     missing = [name for name in source.names if name not in labels]
     if missing:
@@ -311,11 +331,25 @@ def _cached(source: _Files, decoder: _Decoder, folder: Path, progress: bool) -> 
     with _alone(path):
         with contextlib.suppress(OSError, ValueError, EOFError):  # made by the one that was waited for
             return _mapped(path, decoder.shape)
+        remove_leftovers(folder, path.name)
         with replacing(path) as (temporary,):
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, decoder.shape)
+            _reserve(temporary)
             decoder.fill(images, progress)
             images.flush()
     return _mapped(path, decoder.shape)
+
+
+def _reserve(path: Path) -> None:
+    """Takes the room that a file needs on the disk: a process that writes to a mapping without it is killed."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot reserve
+                raise
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Folders and zips of images: what is read, in which order, with which labels, and what is refused."""
 
+import errno
 import io
 import json
 import os
@@ -109,6 +110,7 @@ def test_dataset_json_labels_as_edm_writes_it(labels, kind, tmp_path):
         ('{"labels": [["a.png", 1.5], ["b.png", 2]]}', "label of a.png .* whole number"),
         ('{"labels": [["a.png", -1], ["b.png", 2]]}', "label of a.png"),
         ('{"labels": [["a.png", [0, 1]], ["b.png", 2]]}', "label of a.png"),
+        ('{"labels": [["a.png", 1], ["b.png", 2], ["a.png", 0]]}', "labels a.png more than once"),
         ('{"labels": [1, 2]}', "pairs"),
         ('{"label": []}', "JSON object"),
         ("[]", "JSON object"),
@@ -192,6 +194,41 @@ def test_processes_share_a_cache(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
+def test_a_cache_takes_its_room_before_it_is_written(tmp_path, monkeypatch):
+    """Writing to a mapped file on a full disk would kill the process."""
+    path, cache = write(tmp_path / "set", some_images(), "folder"), tmp_path / "cache"
+    wanted = []
+
+    def full(file, start, size):
+        wanted.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"cannot write .*\.npy: No space left on device"):
+        read_images(path, cache=cache)
+    assert wanted[0] > 5 * 3 * 6 * 5
+    assert not [name for name in os.listdir(cache) if not name.endswith(".lock")]
+
+    def unable(file, start, size):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unable)
+    assert len(read_images(path, cache=cache).images) == 5
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed(tmp_path):
+    path, cache = write(tmp_path / "set", some_images(), "folder"), tmp_path / "cache"
+    read_images(path, cache=cache)
+    (file,) = cache.glob("*.npy")
+    left, other = cache / f".{file.name}.abc.partial.npy", cache / ".another.npy.abc.partial.npy"
+    for leftover in (left, other):
+        leftover.write_bytes(b"half")
+    file.unlink()
+    read_images(path, cache=cache)
+    assert not left.exists()
+    assert other.exists()  # perhaps another process is writing it
+
+
 def huge_png() -> bytes:
     """Says that it is 60,000 x 60,000 pixels."""
     data = bytearray(encoded(pixels(0), "png"))
@@ -221,6 +258,22 @@ def test_what_is_damaged_is_named(files, expected, kind, tmp_path):
     with pytest.raises(ValueError, match=expected) as caught:
         read_images(write(tmp_path / "set", files, kind))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_regular_file(tmp_path):
+    """A pipe would be waited for without end."""
+    path = write(tmp_path / "set", some_images(), "folder")
+    (path / "cat" / ".#notes").symlink_to("nobody@nowhere")  # as editors leave them
+    (path / "cat" / "x.png").mkdir()
+    assert len(read_images(path).images) == 5
+    broken = path / "cat" / "y.png"
+    broken.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"cannot read .*cat/y\.png: No such file"):
+        read_images(path)
+    broken.unlink()
+    os.mkfifo(path / "dog" / "pipe.png")
+    with pytest.raises(ValueError, match=r"dog/pipe\.png: it is no regular file"):
+        read_images(path)
 
 
 def test_what_is_no_data_set(tmp_path):
