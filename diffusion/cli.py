@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import evaluate, import_model, info, sample, train
+from .memory import is_out_of_memory
 
 COMMANDS = {
     "sample": sample,
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         _fail(str(error) or type(error).__name__)
 
 

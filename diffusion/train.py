@@ -13,14 +13,15 @@ import torch
 from tqdm import tqdm
 
 from .ddpm import DDPM
-from .files import check_writable, remove_leftovers
+from .files import check_writable, remove_leftovers, replacing
 from .images import save_grid
 from .parallel import agree, any_rank, losing_a_rank
 from .trainer import Trainer
 from .training_state import load_state, save_state
 
+MODEL_FILES = ("config.json", "model.safetensors")
 COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
-ADVICE = "try a lower learning rate, a longer warm-up, or float32 instead of autocast, and resume"
+ADVICE = "try a lower learning rate, a longer warm-up, or float32 instead of autocast"
 
 
 def train(
@@ -28,6 +29,7 @@ def train(
     out: str | os.PathLike,
     *,
     resume: bool = False,
+    accept_changes: bool = False,
     log_every: int = 50,
     validate_every: int = 500,
     save_every: int = 500,
@@ -41,17 +43,21 @@ def train(
     `log.csv`, and `samples/` with a grid of every class. All but the log are written whole or not at all.
     Ctrl-C and SIGTERM end the run after the step that it is in, saved. Of several ranks the first writes.
 
-    ValueError if `out` holds a run and resume is False, if there is none and it is True, if it cannot be
-    written, if the ranks do not agree, or if the loss or gradient is no longer finite or the loss grew to ten
-    times its first value: then the message says at which step, and what is there to resume from.
+    accept_changes: resume a run of other data too, or of a recipe that differs in how long, how fast or by
+    which loss it trains, not in what. ValueError if `out` holds a run or model and resume is False, if there
+    is none and it is True, if it is of another recipe or other data, if it cannot be written, if the ranks do
+    not agree, or if the loss or gradient is no longer finite or the loss grew to ten times its first value:
+    then the message says at which step, and what is there to resume from.
     """
     out = Path(out)
     state, log = out / "state.safetensors", out / "log.csv"
     first_rank = trainer.ranks.rank == 0
     if resume:
-        load_state(trainer, state)
+        load_state(trainer, state, accept_changes)
     elif state.exists():
         raise ValueError(f"{out} holds a run already; resume it, or choose another folder")
+    elif any((out / name).exists() for name in MODEL_FILES):
+        raise ValueError(f"{out} holds a model, which training would replace; choose another folder")
     agree(trainer)
     if first_rank:
         check_writable(state)
@@ -65,9 +71,11 @@ def train(
         check()
         trainer.seconds = before + time.perf_counter() - started
         saved = trainer.step
-        if not first_rank:
-            return
-        save_state(trainer, state)
+        if first_rank:
+            save_state(trainer, state)
+            save_averages()
+
+    def save_averages() -> None:
         about = {**asdict(recipe), "step": trainer.step, "seconds": trainer.seconds}
         for decay, average in trainer.averages.items():
             folder = out if average is trainer.ema else out / f"ema-{decay:g}"
@@ -75,12 +83,15 @@ def train(
 
     def check() -> None:
         if trouble := trainer.trouble():
-            good = (
-                "there is no checkpoint yet"
-                if saved is None
-                else f"{state} holds step {saved}, the last good one"
+            if saved is None:
+                raise ValueError(f"{trouble}; there is no checkpoint yet; {ADVICE}")
+            raise ValueError(
+                f"{trouble}; {state} holds step {saved}, the last good one; {ADVICE}, with --resume "
+                "--accept-changes"
             )
-            raise ValueError(f"{trouble}; {good}; {ADVICE}")
+
+    if resume and first_rank:  # a run that was killed may have had no time for the models of its last state
+        save_averages()
 
     bar = tqdm(
         total=recipe.steps * recipe.batch_size,
@@ -121,14 +132,22 @@ class _LogFile:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = path.read_text().splitlines()[1:] if step and path.exists() else []
-        kept = [line for line in lines if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([",".join(COLUMNS), *kept]) + "\n")
+        lines = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
+        kept = [line for line in lines if self._is_whole(line) and int(line.split(",")[0]) <= step]
+        with replacing(path) as (temporary,):
+            temporary.write_text("".join([",".join(COLUMNS) + "\n", *kept]))
+
+    @staticmethod
+    def _is_whole(line: str) -> bool:
+        values = line.split(",")
+        return len(values) == len(COLUMNS) and values[0].isdigit() and line.endswith("\n")
 
     def add(self, *values: float | None) -> None:
-        with self.path.open("a") as file:
-            file.write(",".join("" if v is None else f"{v:.6g}" for v in values) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(",".join("" if v is None else f"{v:.6g}" for v in values) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ images, timesteps and noise.
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 
@@ -111,6 +112,13 @@ class Trainer:
     def ema(self) -> DDPM:
         """The average that is kept, of the recipe's ema_decay."""
         return self.averages[self.recipe.ema_decay]
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the images and labels that are trained on."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().data)
+        digest.update(b"" if self.labels is None else self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def train_step(self) -> torch.Tensor:
         """One optimiser step; appends its loss to `losses` and its gradient's norm, returned, to `norms`.

@@ -13,6 +13,9 @@ from .files import replacing
 from .trainer import Trainer
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
+# Fields of a recipe without which its state means nothing, and those of the loss's scale.
+FIXED = ("unet", "schedule", "prediction_type", "optimizer", "ema_decay", "more_ema_decays")
+LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
 
 
 def save_state(trainer: Trainer, path: Path) -> None:
@@ -27,6 +30,7 @@ def save_state(trainer: Trainer, path: Path) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "recipe": asdict(trainer.recipe),
+        "data": trainer.data_digest,
         "step": trainer.step,
         "seconds": trainer.seconds,
         "first_loss": trainer.first_loss,
@@ -38,13 +42,20 @@ def save_state(trainer: Trainer, path: Path) -> None:
         save_file(tensors, temporary, metadata={"training": json.dumps(about)})
 
 
-def load_state(trainer: Trainer, path: Path) -> None:
-    """Continues from a state that `save_state` wrote; ValueError if it is damaged or of another recipe."""
+def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> None:
+    """Continues from a state that `save_state` wrote.
+
+    accept_changes: also from one of other data, or of a recipe that differs in other fields than FIXED.
+    ValueError if it is damaged, or of another recipe or other data.
+    """
     about = read_state(path)
     recipe = json.loads(json.dumps(asdict(trainer.recipe)))
     differing = [key for key in recipe if about["recipe"].get(key) != recipe[key]]
-    if differing:
-        raise ValueError(f"{path} is of another recipe: it differs in {', '.join(differing)}")
+    refused = [key for key in differing if not accept_changes or key in FIXED]
+    if refused:
+        raise ValueError(f"{path} is of another recipe: it differs in {', '.join(refused)}")
+    if about["data"] != trainer.data_digest and not accept_changes:
+        raise ValueError(f"{path} is of a run on other images or labels")
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in read_safetensors(path).items():
         group, _, name = key.partition(".")
@@ -69,9 +80,13 @@ def load_state(trainer: Trainer, path: Path) -> None:
             else torch.empty_like(parameter, requires_grad=False).copy_(value)
             for key, value in state.items()
         }
-    if trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(about["scaler"])
-    trainer.step, trainer.seconds, trainer.first_loss = about["step"], about["seconds"], about["first_loss"]
+    if trainer.scaler.is_enabled() and about["scaler"]:
+        try:
+            trainer.scaler.load_state_dict(about["scaler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: it lacks the scale of the loss ({error})") from error
+    trainer.step, trainer.seconds = about["step"], about["seconds"]
+    trainer.first_loss = about["first_loss"] if set(differing).isdisjoint(LOSS) else None
     trainer.losses = list(torch.tensor(about["losses"], device=trainer.device))
     trainer.norms = list(torch.tensor(about["norms"], device=trainer.device))
 
@@ -84,6 +99,7 @@ def read_state(path: Path) -> dict:
         first = about["first_loss"]
         return {
             "recipe": dict(about["recipe"]),
+            "data": str(about["data"]),
             "step": int(about["step"]),
             "seconds": float(about["seconds"]),
             "first_loss": None if first is None else float(first),

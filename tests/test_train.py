@@ -269,6 +269,91 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert read_state(tmp_path / "state.safetensors")["step"] == 5
 
 
+def test_models_that_a_kill_left_behind_their_state_are_made_again(unbroken, tmp_path, monkeypatch):
+    """The state of the last step is there, and the disk was full before the models of it were."""
+
+    def full(*args, **options):
+        raise ValueError("No space left on device")
+
+    recipe = replace(RECIPE, more_ema_decays=(0.5,))
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion.ddpm.DDPM.save", full)
+        with pytest.raises(ValueError, match="No space left"):
+            run(tmp_path, make_trainer(recipe), save_every=12)
+    assert read_state(tmp_path / "state.safetensors")["step"] == 12
+    run(tmp_path, make_trainer(recipe), resume=True)
+    for folder, decay in ((tmp_path, 0.9), (tmp_path / "ema-0.5", 0.5)):
+        about = diffusion.load(folder).metadata["training"]
+        assert (about["step"], about["ema_decay"]) == (12, decay)
+    models = [load_file(folder / "model.safetensors") for folder in (unbroken, tmp_path)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_model_in_the_folder_is_not_replaced(unbroken, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((unbroken / name).read_bytes())
+    with pytest.raises(ValueError, match="holds a model, which training would replace"):
+        run(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_a_log_on_a_full_disk(tmp_path, monkeypatch):
+    """A line that was cut off is dropped, whatever it looks like, and the others are never lost."""
+    run(tmp_path, make_trainer(replace(RECIPE, steps=4)))
+    log = tmp_path / "log.csv"
+    whole = log.read_text()
+    for cut in ("1", "3,0.5,,0.1,0.2,9"):
+        log.write_text(whole + cut)
+        run(tmp_path, make_trainer(replace(RECIPE, steps=4)), resume=True)
+        assert log.read_text() == whole
+
+    def full(self, *args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ValueError, match=r"cannot write .*log\.csv: No space left"):
+            run(tmp_path, make_trainer(replace(RECIPE, steps=4)), resume=True)
+    assert log.read_text() == whole
+    patched = make_trainer(replace(RECIPE, steps=4))
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ValueError, match=r"cannot write .*log\.csv: No space left"):
+        run(tmp_path / "new", patched)
+
+
+def test_a_run_on_other_data_is_refused(unbroken):
+    for name in ("images", "labels"):
+        trainer = make_trainer()
+        setattr(trainer, name, getattr(trainer, name).clone())
+        getattr(trainer, name)[7] += 1
+        with pytest.raises(ValueError, match="on other images or labels"):
+            run(unbroken, trainer, resume=True)
+
+
+def test_changes_are_accepted_where_they_are_asked_for(unbroken, tmp_path):
+    """Fields that say how it is trained, not what; the loss's growth is then measured anew."""
+    for path in unbroken.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    longer = replace(RECIPE, steps=14, learning_rate=1e-5)
+    with pytest.raises(ValueError, match="it differs in steps, learning_rate"):
+        run(tmp_path, make_trainer(longer), resume=True)
+    averaged = make_trainer(replace(longer, ema_decay=0.5))
+    with pytest.raises(ValueError, match="it differs in ema_decay"):
+        run(tmp_path, averaged, resume=True, accept_changes=True)
+    trainer = make_trainer(longer)
+    trainer.images = trainer.images + 1
+    run(tmp_path, trainer, resume=True, accept_changes=True)
+    assert read_state(tmp_path / "state.safetensors")["step"] == 14
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [int(row["step"]) for row in rows][-2:] == [12, 14]
+    assert float(rows[-1]["learning_rate"]) < 1e-5
+    first_loss = read_state(tmp_path / "state.safetensors")["first_loss"]
+    weighted = make_trainer(replace(longer, loss_weighting="p2", steps=16))
+    run(tmp_path, weighted, resume=True, accept_changes=True)
+    assert read_state(tmp_path / "state.safetensors")["first_loss"] != first_loss
+
+
 def test_what_cannot_be_resumed(unbroken, tmp_path):
     with pytest.raises(ValueError, match="no run to resume"):
         run(tmp_path / "empty", resume=True)
@@ -360,6 +445,12 @@ class TestMnist:
             main(words)
         assert "resume" in capsys.readouterr().err
         main([*words, "--resume"])  # has nothing left to do
+
+    def test_a_recipes_data_are_those_of_its_name(self, tmp_path, capsys):
+        for words, data in (([], "mnist"), (["--recipe", "cifar10-unconditional"], "cifar10")):
+            with pytest.raises(SystemExit):
+                main(["train", *words, "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")])
+            assert f"cannot read {data} in".lower() in capsys.readouterr().err.lower()
 
     def test_an_unconditional_model(self, tmp_path, monkeypatch):
         monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self: 0.5)

@@ -90,6 +90,16 @@ def test_a_scaled_loss_resumes_as_if_it_had_not_stopped(tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_a_run_goes_on_in_another_precision(tmp_path):
+    recipe = replace(PLAIN, steps=4)
+    run(tmp_path, make_trainer(recipe))
+    for autocast in (torch.float16, torch.bfloat16, torch.float16):
+        recipe = replace(recipe, steps=recipe.steps + 2)
+        trainer = make_trainer(recipe, autocast=autocast)
+        run(tmp_path, trainer, resume=True, accept_changes=True)
+        assert trainer.step == recipe.steps
+
+
 def test_half_of_the_images_are_mirrored():
     plain, flipping = make_trainer(PLAIN), make_trainer(replace(PLAIN, horizontal_flip=True))
     mirrored = 0

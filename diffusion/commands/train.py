@@ -1,17 +1,21 @@
 """Train a model; `diffusion train --data mnist --data-dir DIR --out RUN` is the bundled model's recipe."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import torch
 
 from ..data import DATASETS, ImageSet, load_dataset
 from ..devices import check_dtype
+from ..memory import is_out_of_memory
 from ..parallel import process_group
 from ..ranks import current
 from ..recipe import RECIPES, Recipe, changed, load_recipe
 from ..train import train
 from ..trainer import Trainer
+from ..unet_config import UNetConfig
 from .sample import choose_device
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
@@ -23,13 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        default="mnist",
-        help=f"{', '.join(DATASETS)}, or a folder or zip of images, class/name.png (default: %(default)s)",
+        help=f"{', '.join(DATASETS)}, or a folder or zip of images, class/name.png (default: what the recipe "
+        "is named after, or mnist)",
     )
     add("--data-dir", help="torchvision's folder of mnist or cifar10, such as DIR with DIR/MNIST/raw")
     add("--download", action="store_true", help="let torchvision fetch missing files")
     add("--validation-data", metavar="PATH", help="another folder or zip, for the validation loss")
     add("--cache", metavar="DIR", help="keep decoded images there, and read them from the file")
+    add(
+        "--resize",
+        action="store_true",
+        help="of each image of a folder or zip take the square in the middle, scaled to the model's size",
+    )
     add(
         "--recipe",
         help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: that of the data set)",
@@ -48,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--show", action="store_true", help="print the recipe and stop")
     add("--out", metavar="RUN", help="folder for the model, log, samples and checkpoint")
     add("--resume", action="store_true", help="go on from the checkpoint in RUN, as if never stopped")
+    add(
+        "--accept-changes",
+        action="store_true",
+        help="resume with other data, steps, rates or loss than before, such as a lower --learning-rate",
+    )
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add(
         "--autocast",
@@ -71,6 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.data is None:
+        args.data = args.recipe.partition("-")[0] if args.recipe in RECIPES else "mnist"
     recipe = choose_recipe(args)
     if args.show:
         print(recipe.to_json())
@@ -80,13 +96,15 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if not args.out:
         raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
+    if args.accept_changes and not args.resume:
+        raise ValueError("--accept-changes is for --resume")
     if args.data in DATASETS and not args.data_dir:
         raise ValueError(f"--data-dir is missing: the folder that holds {args.data}")
     ranks = current()
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
     data, validation = load_data(args, recipe)
-    with process_group(ranks, device):
+    with process_group(ranks, device), _enough_memory(device):
         trainer = Trainer(
             recipe,
             data.images,
@@ -105,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
             trainer,
             args.out,
             resume=args.resume,
+            accept_changes=args.accept_changes,
             save_every=args.save_every,
             sample_every=args.sample_every,
             validate_every=args.validate_every,
@@ -118,6 +137,19 @@ def run(args: argparse.Namespace) -> None:
             f"{args.out}: {recipe.steps} steps in {minutes:.1f} minutes on {device}{shared}, "
             f"{rate:.1f} images/s, {rate / ranks.world_size:.1f} a rank"
         )
+
+
+@contextlib.contextmanager
+def _enough_memory(device: torch.device) -> Iterator[None]:
+    """ValueError with what to do where memory is not enough."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the memory of {device} is not enough; try --micro-batch, --checkpointing, or a smaller network"
+        ) from error
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
@@ -139,8 +171,14 @@ def load_data(
     args: argparse.Namespace, recipe: Recipe
 ) -> tuple[ImageSet, tuple[torch.Tensor, torch.Tensor | None] | None]:
     """Images to train on, and those of the validation loss if there are any."""
-    channels, conditional = recipe.unet.get("in_channels", 3), recipe.unet.get("num_classes") is not None
-    options = {"channels": channels, "cache": args.cache}
+    config = UNetConfig.from_dict(recipe.unet)
+    conditional = config.num_classes is not None
+    options = {"channels": config.in_channels, "cache": args.cache}
+    if args.resize:
+        height, width = config.image_shape
+        if args.data in DATASETS or height != width:
+            raise ValueError("--resize is for a folder or zip of images and a model of square ones")
+        options["size"] = height
     if args.data in DATASETS:
         options |= {"data_dir": args.data_dir, "download": args.download}
     data = load_dataset(args.data, split="train", **options)
