@@ -341,7 +341,7 @@ def _cached(source: _Files, decoder: _Decoder, folder: Path, progress: bool) -> 
 
 
 def _reserve(path: Path) -> None:
-    """Takes the room that a file needs on the disk: a process that writes to a mapping without it is killed."""
+    """Takes the room that a file needs: a process that writes to a mapping on a full disk is killed."""
     if not hasattr(os, "posix_fallocate"):
         return
     with open(path, "r+b") as file:
