@@ -53,4 +53,10 @@ FD_HD GradientMap gradient_map(double exact_centre, float rstd, float slope, dou
   return {rstd * slope, static_cast<float>(-of_x), static_cast<float>(left * of_x - dz_mean * rstd)};
 }
 
+// The sum of dx over a channel's positions, from those of slope * dz and of x, each less its mean over the channels of
+// the group. Sums of what was rounded would not cancel as they must: of a channel alone in its group this is 0.
+FD_HD float sum_of_dx(float rstd, double dz_sum, double x_sum, double dz_xhat_mean) {
+  return static_cast<float>(rstd * (dz_sum - dz_xhat_mean * rstd * x_sum));
+}
+
 }  // namespace fused_diffusion

@@ -15,7 +15,7 @@ constexpr int kSums = 3;  // of dz, of dz * (x - centre) and of x - centre
 // What a block keeps in shared memory: of each warp, group and channel, and the tiles.
 template <class T>
 struct Shared {
-  double *warps, *dz_mean, *dz_xhat_mean, *sums[kSums];
+  double *warps, *dz_sum, *dz_xhat_mean, *x_sum, *sums[kSums];  // the sums of a group: for each of its channels
   float *partial[kSums], *rstd, *slope, *centre, *gain, *offset, *of_x, *constant;
   T *x, *grad;
   size_t bytes;
@@ -24,8 +24,7 @@ struct Shared {
   FD_HD Shared(const void* memory, int groups, int width, int room, int64_t packs) {
     Memory left{reinterpret_cast<uintptr_t>(memory)};
     warps = left.take<double>(kMostThreads / kWarp);
-    dz_mean = left.take<double>(groups);
-    dz_xhat_mean = left.take<double>(groups);
+    for (double** array : {&dz_sum, &dz_xhat_mean, &x_sum}) *array = left.take<double>(groups);
     for (double*& array : sums) array = left.take<double>(width);
     for (float*& array : partial) array = left.take<float>(static_cast<int64_t>(width) * room);
     for (float** array : {&rstd, &slope, &centre, &gain, &offset, &of_x, &constant}) *array = left.take<float>(width);
@@ -142,30 +141,37 @@ template <class T, bool kChannelsLast>
 __device__ __forceinline__ void map_gradients(const Tile<T, kChannelsLast>& tile, const NormArguments& args,
                                               const NormGradient& gradient, const Shared<T>& shared, bool results) {
   const int size = tile.group_size;
-  const double inverse = 1.0 / (static_cast<double>(size) * static_cast<double>(args.positions));
-  // Of the normalised x: what the centre, a float, leaves of the mean is made up for.
-  const auto sum_dz_xhat = [&](int c) {
-    const double left = exact_centre(args, tile.sample, tile.first_channel + c) - shared.centre[c];
-    return (shared.sums[1][c] - left * shared.sums[0][c]) * shared.rstd[c];
+  const double positions = static_cast<double>(args.positions), inverse = 1.0 / size;
+  // What the centre, a float, leaves of the mean.
+  const auto left_of_centre = [&](int c) {
+    return exact_centre(args, tile.sample, tile.first_channel + c) - shared.centre[c];
   };
+  const auto dz_sum = [&](int c) { return shared.slope[c] * shared.sums[0][c]; };
+  const auto dz_xhat_sum = [&](int c) {
+    return (shared.sums[1][c] - left_of_centre(c) * shared.sums[0][c]) * shared.rstd[c];
+  };
+  const auto x_sum = [&](int c) { return shared.sums[2][c] - left_of_centre(c) * positions; };  // less its mean
+  sum_runs(tile.groups, size, shared.warps, [&](int g, int i) { return dz_sum(g * size + i); },
+           [&](int g, double sum) { shared.dz_sum[g] = sum * inverse; });
   sum_runs(tile.groups, size, shared.warps,
-           [&](int g, int i) { return shared.slope[g * size + i] * shared.sums[0][g * size + i]; },
-           [&](int g, double sum) { shared.dz_mean[g] = sum * inverse; });
-  sum_runs(tile.groups, size, shared.warps,
-           [&](int g, int i) { return shared.slope[g * size + i] * sum_dz_xhat(g * size + i); },
-           [&](int g, double sum) { shared.dz_xhat_mean[g] = sum * inverse; });
+           [&](int g, int i) { return shared.slope[g * size + i] * dz_xhat_sum(g * size + i); },
+           [&](int g, double sum) { shared.dz_xhat_mean[g] = sum * inverse / positions; });
+  if (results) {
+    sum_runs(tile.groups, size, shared.warps, [&](int g, int i) { return x_sum(g * size + i); },
+             [&](int g, double sum) { shared.x_sum[g] = sum * inverse; });
+  }
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
-    const GradientMap map =
-        gradient_map(exact_centre(args, tile.sample, tile.first_channel + c), shared.rstd[c], shared.slope[c],
-                     shared.dz_mean[c / size], shared.dz_xhat_mean[c / size]);
+    const int g = c / size;
+    const GradientMap map = gradient_map(exact_centre(args, tile.sample, tile.first_channel + c), shared.rstd[c],
+                                         shared.slope[c], shared.dz_sum[g] / positions, shared.dz_xhat_mean[g]);
     shared.of_x[c] = map.of_x;
     shared.constant[c] = map.constant;
     if (!results) continue;
     const int64_t at = tile.sample * args.channels + tile.first_channel + c;
     gradient.sum_dz[at] = static_cast<float>(shared.sums[0][c]);
-    gradient.sum_dz_xhat[at] = static_cast<float>(sum_dz_xhat(c));
-    gradient.sum_dx[at] = static_cast<float>(map.of_dz * shared.sums[0][c] + map.of_x * shared.sums[2][c] +
-                                             static_cast<double>(map.constant) * static_cast<double>(args.positions));
+    gradient.sum_dz_xhat[at] = static_cast<float>(dz_xhat_sum(c));
+    gradient.sum_dx[at] = sum_of_dx(shared.rstd[c], dz_sum(c) - shared.dz_sum[g], x_sum(c) - shared.x_sum[g],
+                                    shared.dz_xhat_mean[g]);
   }
   __syncthreads();
 }

@@ -394,10 +394,10 @@ void add_columns(C columns, const Vec (&sums)[C::kVectorCount], bool channels_la
 }
 
 // Calls each(d, dz, element, i, sums) for every vector of a part, where d is x less its channel's centre, and adds
-// both sums to those of the channels.
-template <bool kSilu, class T, class C, class Each>
+// the sums to those of the channels.
+template <bool kSilu, class T, class C, int kSums, class Each>
 void each_gradient(const Block<T>& block, C columns, int64_t c, const T* x, const T* grad, int64_t rows,
-                         int64_t stride, double* first, double* second, const Each& each) {
+                   int64_t stride, double* const (&to)[kSums], const Each& each) {
   constexpr int kCount = C::kVectorCount;
   Vec centre[kCount], gain[kCount], offset[kCount];
   block.spread_channels(columns, block.channel.centre, c, centre);
@@ -405,7 +405,7 @@ void each_gradient(const Block<T>& block, C columns, int64_t c, const T* x, cons
   block.spread_channels(columns, block.channel.offset, c, offset);
   for (int64_t done = 0; done < rows; done += kChunk) {
     const int64_t end = rows - done < kChunk ? rows : done + kChunk;
-    Vec sums[2][kCount] = {};
+    Vec sums[kSums][kCount] = {};
     for (int64_t row = done * stride; row < end * stride; row += stride) {
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
@@ -414,8 +414,7 @@ void each_gradient(const Block<T>& block, C columns, int64_t c, const T* x, cons
         each(d, gradient_before<kSilu, T>(columns.read(grad + row, i), z), row, i, sums);
       }
     }
-    add_columns(columns, sums[0], block.args.channels_last, first + c);
-    add_columns(columns, sums[1], block.args.channels_last, second + c);
+    for (int k = 0; k < kSums; ++k) add_columns(columns, sums[k], block.args.channels_last, to[k] + c);
   }
 }
 
@@ -428,47 +427,61 @@ void gradient_block(const Block<T>& block, const NormGradient& gradient) {
   T* dx = static_cast<T*>(gradient.dx);
   const int64_t size = args.group_size(), row = block.sample * args.channels + block.first_channel();
   for (int64_t c = 0; c < block.width; ++c) channel.first[c] = channel.second[c] = 0;
+  double* const sums_of_dz[] = {channel.first, channel.second};
   block.each_part(kTileRows, [&](auto columns, int64_t c, int64_t at, int64_t rows, int64_t stride) FD_INLINE {
-    each_gradient<kSilu>(block, columns, c, x + at, grad + at, rows, stride, channel.first, channel.second,
+    each_gradient<kSilu>(block, columns, c, x + at, grad + at, rows, stride, sums_of_dz,
                          [](Vec d, Vec dz, int64_t, int i, auto& sums) FD_INLINE {
                            sums[0][i] += dz;
                            sums[1][i] = fma(dz, d, sums[1][i]);
                          });
   });
+  const double positions = static_cast<double>(args.positions), inverse = 1.0 / static_cast<double>(size);
   for (int64_t first = 0; first < block.width; first += size) {
-    const double inverse = 1.0 / static_cast<double>(size * args.positions);
-    double dz_mean = 0, dz_xhat_mean = 0;
+    double dz_sum = 0, dz_xhat_sum = 0;  // of the group's channels, weighted
     for (int64_t c = first; c < first + size; ++c) {
       const double centre = channel.mean[c] - channel.add[c], left = centre - static_cast<float>(centre);
       const double dz_xhat = (channel.second[c] - left * channel.first[c]) * channel.rstd[c];
       gradient.sum_dz[row + c] = static_cast<float>(channel.first[c]);
       gradient.sum_dz_xhat[row + c] = static_cast<float>(dz_xhat);
-      dz_mean += channel.slope[c] * channel.first[c] * inverse;
-      dz_xhat_mean += channel.slope[c] * dz_xhat * inverse;
+      channel.first[c] *= channel.slope[c];
+      channel.m2[c] = left * positions;
+      dz_sum += channel.first[c];
+      dz_xhat_sum += channel.slope[c] * dz_xhat;
     }
+    dz_sum *= inverse;
+    const double dz_mean = dz_sum / positions, dz_xhat_mean = dz_xhat_sum * inverse / positions;
     for (int64_t c = first; c < first + size; ++c) {
       const GradientMap map = gradient_map(channel.mean[c] - channel.add[c], channel.rstd[c], channel.slope[c],
                                            dz_mean, dz_xhat_mean);
       channel.of_dz[c] = map.of_dz;
       channel.of_x[c] = map.of_x;
       channel.constant[c] = map.constant;
-      channel.first[c] = 0;  // now the sum of dx
+      channel.mean[c] = dz_xhat_mean;
+      channel.first[c] -= dz_sum;
+      channel.second[c] = -channel.m2[c];  // and from now on the sum of x less its mean
     }
   }
+  double* const sums_of_x[] = {channel.second};
   block.each_part(kTileRows, [&](auto columns, int64_t c, int64_t at, int64_t rows, int64_t stride) FD_INLINE {
     constexpr int kCount = decltype(columns)::kVectorCount;
     Vec of_dz[kCount], of_x[kCount], constant[kCount];
     block.spread_channels(columns, channel.of_dz, c, of_dz);
     block.spread_channels(columns, channel.of_x, c, of_x);
     block.spread_channels(columns, channel.constant, c, constant);
-    each_gradient<kSilu>(block, columns, c, x + at, grad + at, rows, stride, channel.first, channel.second,
+    each_gradient<kSilu>(block, columns, c, x + at, grad + at, rows, stride, sums_of_x,
                          [&](Vec d, Vec dz, int64_t row, int i, auto& sums) FD_INLINE {
-                           const Vec value = fma(dz, of_dz[i], fma(d, of_x[i], constant[i]));
-                           columns.write(dx + at + row, i, value);
-                           sums[0][i] += value;
+                           columns.write(dx + at + row, i, fma(dz, of_dz[i], fma(d, of_x[i], constant[i])));
+                           sums[0][i] += d;
                          });
   });
-  for (int64_t c = 0; c < block.width; ++c) gradient.sum_dx[row + c] = static_cast<float>(channel.first[c]);
+  for (int64_t first = 0; first < block.width; first += size) {
+    double sum = 0;
+    for (int64_t c = first; c < first + size; ++c) sum += channel.second[c];
+    sum *= inverse;
+    for (int64_t c = first; c < first + size; ++c) {
+      gradient.sum_dx[row + c] = sum_of_dx(channel.rstd[c], channel.first[c], channel.second[c] - sum, channel.mean[c]);
+    }
+  }
 }
 
 template <class T>

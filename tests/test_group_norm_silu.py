@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusion.kernels import explain, group_norm_silu
 from diffusion.kernels.group_norm_silu import op
-from diffusion.kernels.group_norm_silu.cases import CASES
+from diffusion.kernels.group_norm_silu.cases import CASES, Case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from native import every_variant, requires_native
@@ -82,9 +82,18 @@ def with_gradients(function, args, kwargs, **options):
 
 
 def assert_all_close(actual, args, kwargs):
-    peer = with_gradients(torch_ops, args, kwargs)
-    expected = with_gradients(formula, *cast(args, kwargs, torch.float64))
-    for one, other, truth in zip(actual, peer, expected, strict=True):
+    assert_together_close([(actual, args, kwargs)])
+
+
+def assert_together_close(calls):
+    """The rule for the numbers of several calls of one kind together; each is (actual, args, kwargs)."""
+    actual = [call[0] for call in calls]
+    peer = [with_gradients(torch_ops, *call[1:]) for call in calls]
+    expected = [with_gradients(formula, *cast(*call[1:], torch.float64)) for call in calls]
+    tensors = (
+        (torch.stack(each) for each in zip(*results, strict=True)) for results in (actual, peer, expected)
+    )
+    for one, other, truth in zip(*tensors, strict=True):
         assert one.dtype == other.dtype
         assert_close(one, other, truth)
 
@@ -272,34 +281,47 @@ def test_gradients_of_small_groups_off_centre(seed):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_properties(backend, data):
-    """Any shape, layout, dtype and modulation: close to the formula, in value and in every gradient."""
+    """Any shape, layout, dtype and modulation: close to the formula, in value and in every gradient.
+
+    PyTorch's own op may get a few numbers right by chance, so that twice its error says nothing: of few
+    channels, numbers are drawn several times and compared together.
+    """
     channels_per_group, groups = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 8))
     batch, channels = data.draw(st.integers(1, 3)), channels_per_group * groups
     space = data.draw(st.lists(st.integers(1, 12), max_size=3))
     assume(
         channels_per_group * math.prod(space) > 1
     )  # of one number the gradient is 0, with nothing to compare
-    dtype = data.draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    x = normal(batch, channels, *space) * data.draw(st.sampled_from([0.1, 1, 10])) + data.draw(
-        st.sampled_from([0, 1, 10])
+    dtype, first_seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 1000))
+    std, mean = data.draw(st.sampled_from([0.1, 1, 10])), data.draw(st.sampled_from([0, 1, 10]))
+    channels_last = data.draw(st.booleans()) and len(space) > 1
+    affine, activation = data.draw(st.booleans()), data.draw(st.sampled_from(["silu", "none"]))
+    # Of a channel alone in its group the gradient of `add` is 0: the next test.
+    add, scale_shift = channels_per_group > 1 and data.draw(st.booleans()), data.draw(st.booleans())
+    case = Case(
+        (batch, channels, *space), groups, add, scale_shift, affine, activation, channels_last, mean, std
     )
-    if data.draw(st.booleans()) and len(space) > 1:
-        x = x.contiguous(memory_format=torch.channels_last if len(space) == 2 else torch.channels_last_3d)
-    affine = (normal(channels), normal(channels)) if data.draw(st.booleans()) else (None, None)
-    kwargs = {"activation": data.draw(st.sampled_from(["silu", "none"])), "eps": 1e-2}
-    if data.draw(st.booleans()):
-        kwargs["add"] = normal(batch, channels)
-    if data.draw(st.booleans()):
-        kwargs |= {"scale": normal(batch, channels), "shift": normal(batch, channels)}
-    args = (x, groups, *affine)
-    actual = with_gradients(group_norm_silu, args, kwargs, backend=backend)
-    assert_all_close(actual, args, kwargs)
-    assert actual[0].stride() == x.stride()
+    calls = []
+    for seed in range(first_seed, first_seed + math.ceil(64 / channels)):
+        args, kwargs = case.inputs(dtype, seed=seed)
+        kwargs["eps"] = 1e-2
+        calls.append((with_gradients(group_norm_silu, args, kwargs, backend=backend), args, kwargs))
+        assert calls[-1][0][0].stride() == args[0].stride()
+    assert_together_close(calls)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "device"), [(backend, device) for backend, device in BACKENDS if backend in ("cpp", "cuda")]
+)
+def test_what_is_added_to_a_channel_alone_in_its_group_has_no_gradient(backend, device, dtype, channels_last):
+    """In exact arithmetic: what is left of it is left of what was rounded."""
+    for space in ((1, 2), (3, 4), (19, 37)):
+        case = Case((2, 6, *space), 6, add=True, scale_shift=True, channels_last=channels_last, mean=3.0)
+        args, kwargs = case.inputs(dtype, device)
+        *_, add, _, _ = with_gradients(group_norm_silu, args, kwargs, backend=backend)
+        assert not add.any()
 
 
 @requires_native

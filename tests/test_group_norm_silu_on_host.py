@@ -68,6 +68,14 @@ def test_storage_offsets(channels_last, device):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_what_is_added_to_a_channel_alone_in_its_group_has_no_gradient(channels_last, device):
+    case = Case((1, 16, 61, 17), 16, add=True, scale_shift=True, channels_last=channels_last, mean=3.0)
+    for dtype in DTYPES:
+        *_, add, _, _ = with_gradients(group_norm_silu, *case.inputs(dtype))
+        assert not add.any()
+
+
 def test_mixed_dtypes(device):
     """Halves of one embedding, in float32, with an image in bfloat16."""
     (x, groups, *_), _ = CASES["odd_channels_last"].inputs(torch.bfloat16)

@@ -114,6 +114,17 @@ def test_norm_with_every_tiling(channels_last, index, monkeypatch):
     check(group_norm_silu, args, kwargs, torch.bfloat16)
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_norm_has_no_gradient_of_what_is_added_to_a_channel_alone_in_its_group(split, request):
+    if split:
+        request.getfixturevalue("small_tiles")
+    for channels_last in (False, True):
+        case = NormCase((2, 6, 19, 7), 6, add=True, scale_shift=True, channels_last=channels_last, mean=3.0)
+        args, kwargs = case.inputs(device=DEVICE)
+        *_, add, _, _ = values_and_gradients(group_norm_silu, args, kwargs, torch.float32, backend="triton")
+        assert not add.any()
+
+
 def test_norm_of_slices_and_mixed_dtypes():
     """Sliced channels, rows and batches at odd offsets; halves of one embedding; parameters in float32."""
     x = torch.randn(3, 12, 10, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)

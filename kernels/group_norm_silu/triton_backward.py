@@ -33,6 +33,26 @@ def _xhat_and_dz(value, grad, m, r, gamma, beta, SILU: tl.constexpr):
 
 
 @triton.jit
+def _group_sums(
+    s1, s2, s3, gamma, positions, valid,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """From a channel's sums of dz, dz * xhat and xhat: the two means that dx takes, and the sum of dx / rstd.
+
+    The sum follows from how far the channel's are from their means over the channels of the group: sums of
+    what was rounded would not cancel as they must, where a channel is alone in its group.
+    """
+    weighted = tl.where(
+        valid, gamma * s1, 0.0
+    )  # rounded, as it is in its mean: not part of a fused multiply-add
+    dz_sum = over_groups(weighted, GROUPS, GROUP_SIZE, BLOCK_C) / GROUP_SIZE
+    xhat_sum = over_groups(s3, GROUPS, GROUP_SIZE, BLOCK_C) / GROUP_SIZE
+    m1 = dz_sum / positions
+    m2 = over_groups(gamma * s2, GROUPS, GROUP_SIZE, BLOCK_C) / (1.0 * GROUP_SIZE * positions)
+    return m1, m2, (weighted - dz_sum) - m2 * (s3 - xhat_sum)
+
+
+@triton.jit
 def backward_tile_kernel(
     grad, x, dx, sum_dz, sum_dz_xhat, sum_dx, mean, rstd, weight, bias, add, scale, shift,
     channels, positions, groups, blocks,
@@ -51,16 +71,14 @@ def backward_tile_kernel(
     gamma, beta = affine(weight, bias, scale, shift, sample, scale_n, shift_n, c, valid)
     xhat, dz = _xhat_and_dz(value, incoming, m, r, gamma, beta, SILU)
 
-    s1, s2 = column_sum(dz), column_sum(dz * xhat)
-    count = 1.0 * GROUP_SIZE * positions
-    m1 = over_groups(gamma * s1, GROUPS, GROUP_SIZE, BLOCK_C) / count
-    m2 = over_groups(gamma * s2, GROUPS, GROUP_SIZE, BLOCK_C) / count
+    s1, s2, s3 = column_sum(dz), column_sum(dz * xhat), column_sum(tl.where(mask, xhat, 0.0))
+    m1, m2, total = _group_sums(s1, s2, s3, gamma, positions, valid, GROUPS, GROUP_SIZE, BLOCK_C)
     result = (dz * gamma[None, :] - m1[None, :] - xhat * m2[None, :]) * r[None, :]
     store_tile(dx, result, sample, d_n, s, d_s, c, d_c, mask)
     at = sample * channels + c
     tl.store(sum_dz + at, s1, mask=valid)
     tl.store(sum_dz_xhat + at, s2, mask=valid)
-    tl.store(sum_dx + at, column_sum(tl.where(mask, result, 0.0)), mask=valid)
+    tl.store(sum_dx + at, total * r, mask=valid)
 
 
 @triton.jit
@@ -103,10 +121,7 @@ def backward_apply_kernel(
     SILU: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums, BLOCK_K chunks at a time, then computes dx of one chunk.
-
-    The sum of dx follows from the three sums, by the equation for dx.
-    """
+    """Adds the partial sums, BLOCK_K chunks at a time, then computes dx of one chunk."""
     sample, chunk, block = program(chunks, blocks)
     c, valid = block_channels(block, channels, GROUPS, GROUP_SIZE, BLOCK_C)
     s1 = tl.zeros([BLOCK_C], tl.float32)
@@ -121,14 +136,12 @@ def backward_apply_kernel(
         s3 += column_sum(tl.load(at + 2 * channels, mask=known, other=0.0))
     m, r = _statistics(mean, rstd, add, sample, groups, add_n, c, valid, GROUP_SIZE)
     gamma, beta = affine(weight, bias, scale, shift, sample, scale_n, shift_n, c, valid)
-    count = 1.0 * GROUP_SIZE * positions
-    m1 = over_groups(gamma * s1, GROUPS, GROUP_SIZE, BLOCK_C) / count
-    m2 = over_groups(gamma * s2, GROUPS, GROUP_SIZE, BLOCK_C) / count
+    m1, m2, total = _group_sums(s1, s2, s3, gamma, positions, valid, GROUPS, GROUP_SIZE, BLOCK_C)
     at = sample * channels + c
     if chunk == 0:
         tl.store(sum_dz + at, s1, mask=valid)
         tl.store(sum_dz_xhat + at, s2, mask=valid)
-        tl.store(sum_dx + at, (gamma * s1 - m1 * positions - m2 * s3) * r, mask=valid)
+        tl.store(sum_dx + at, total * r, mask=valid)
 
     start = chunk * chunk_size
     for done in range(0, tl.minimum(chunk_size, positions - start), BLOCK_S):
