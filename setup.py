@@ -39,6 +39,7 @@ SOURCES = {
     "diffusion.kernels._cpp": [
         "csrc/module.cpp",
         "csrc/attention.cpp",
+        "csrc/attention_amx.cpp",
         "csrc/convolution.cpp",
         "csrc/group_norm_silu.cpp",
         "csrc/philox.cpp",

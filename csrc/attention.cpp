@@ -112,7 +112,7 @@ Kernels kernels() {
   { set::forward<set::math, T>, set::backward<set::math, T>, set::add_shares<T>, set::kLanes }
   const Simd simd = simd_in_use();
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (simd == Simd::avx512_bf16) return FD_KERNELS(avx512_bf16, Pairs);
+    if (simd >= Simd::avx512_bf16) return FD_KERNELS(avx512_bf16, Pairs);
   }
   if (simd >= Simd::avx512) return FD_KERNELS(avx512, Singles);
   if (simd == Simd::avx2) return FD_KERNELS(avx2, Singles);

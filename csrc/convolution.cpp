@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <type_traits>
 
@@ -18,6 +17,7 @@
 #include "convolution.h"
 #include "cpu.h"
 #include "group_norm_silu.h"
+#include "scratch.h"
 #include "targets.h"
 
 namespace fused_diffusion {
@@ -27,6 +27,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockWords = 1 << 20;  // of both buffers of a Winograd block, or the inputs of a direct one
+constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs, in half of its cache
+constexpr int64_t kAmxWeightBytes = 5 << 18;     // that stay in a thread's cache besides
 constexpr int64_t kWorkPerThread = 1 << 14;  // vector operations, some five microseconds
 
 namespace baseline {
@@ -73,6 +75,23 @@ namespace avx512_bf16 {
 FD_END_TARGET
 #endif
 
+#if FD_AMX
+FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+namespace amx {
+#define FD_LANES 16
+#define FD_BFLOAT16 1
+#define FD_PAIRS 1
+#define FD_RECIPROCALS 1
+#include "vectors.h"
+#include "matrix_cpu.h"
+#include "convolution_cpu.h"
+#include "matrix_amx.h"
+#include "convolution_amx.h"
+#undef FD_RECIPROCALS
+}  // namespace amx
+FD_END_TARGET
+#endif
+
 // The kernels of one instruction set for one element type of the images and one of the weights.
 struct Kernels {
   void (*winograd_input)(const Convolution&, const Tiles&, float* v, float* plane, int64_t begin, int64_t end);
@@ -93,7 +112,7 @@ template <class T>
 Kernels kernels_of(bool pairs) {
 #if defined(__x86_64__)
   const Simd simd = simd_in_use();
-  STD_TORCH_CHECK(!pairs || simd == Simd::avx512_bf16, "the weights are packed for a processor with AVX512_BF16");
+  STD_TORCH_CHECK(!pairs || simd >= Simd::avx512_bf16, "the weights are packed for a processor with AVX512_BF16");
   if (pairs) return FD_KERNELS(avx512_bf16, T, Pairs);
   if (simd >= Simd::avx512) return FD_KERNELS(avx512, T, Singles);
   if (simd == Simd::avx2) return FD_KERNELS(avx2, T, Singles);
@@ -108,18 +127,26 @@ Kernels kernels(ScalarType type, bool pairs) {
   return type == ScalarType::BFloat16 ? kernels_of<BFloat16>(pairs) : kernels_of<Half>(pairs);
 }
 
-// A thread's buffer, kept from call to call: fresh pages cost more than small convolutions.
-float* buffer(int64_t words, int which) {
-  static thread_local std::unique_ptr<float[]> kept[3];
-  static thread_local int64_t sizes[3] = {};
-  if (sizes[which] < words + 16) {
-    kept[which].reset();
-    sizes[which] = 0;
-    kept[which].reset(new float[words + 16]);
-    sizes[which] = words + 16;
-  }
-  const uintptr_t line = (reinterpret_cast<uintptr_t>(kept[which].get()) + 63) / 64 * 64;
-  return reinterpret_cast<float*>(line);
+// The kernels for AMX, for one element type of the images.
+struct AmxKernels {
+  void (*input)(const Convolution&, const Pixels&, char* to, int64_t begin, int64_t end);
+  void (*multiply)(const Convolution&, const Pixels&, const char* from, int64_t begin, int64_t end);
+};
+
+template <class T>
+AmxKernels amx_kernels_of(int64_t parts) {
+#if FD_AMX
+  if (parts == 1) return {amx::amx_input<T, 1>, amx::amx_multiply<T, 1>};
+  return {amx::amx_input<T, 2>, amx::amx_multiply<T, 2>};
+#else
+  return {};
+#endif
+}
+
+AmxKernels amx_kernels(ScalarType type, int64_t parts) {
+  STD_TORCH_CHECK(simd_in_use() == Simd::amx, "the weights are packed for a processor with AMX");
+  if (type == ScalarType::Float) return amx_kernels_of<float>(parts);
+  return type == ScalarType::BFloat16 ? amx_kernels_of<BFloat16>(parts) : amx_kernels_of<Half>(parts);
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -189,6 +216,41 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, int64_t elem
   }
 }
 
+void by_amx(const Convolution& g, const AmxKernels& set, int64_t parts) {
+  Pixels block{};
+  const bool shared = g.kernel == 3 && g.stride == 1 && g.padding == 1 && g.out_width == g.in_width();
+  block.columns = (g.out_width - 1) * g.stride + g.kernel - shared;  // a row's right padding is the next one's left
+  block.flat = g.stride == 1;
+  const int64_t chunks = divide_up(g.channels, kChunk), taps = g.kernel * g.kernel;
+  const int64_t pixel_bytes = chunks * parts * kChunk * 2;
+  const int64_t budget = kAmxBytesPerThread * torch::stable::get_num_threads();
+  const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
+  const int64_t whole = budget / (image_rows * block.columns * pixel_bytes);
+  const int64_t rows = std::max<int64_t>(1, (budget / (block.columns * pixel_bytes) - g.kernel) / g.stride + 1);
+  const int64_t most_images = std::min(g.images, std::max<int64_t>(1, whole));
+  const int64_t most_rows = whole > 0 ? g.out_height : std::min(g.out_height, rows);
+  const int64_t panels = divide_up(g.out_channels, kChunk);
+  for (block.image = 0; block.image < g.images; block.image += most_images) {
+    block.images = std::min(most_images, g.images - block.image);
+    for (block.row = 0; block.row < g.out_height; block.row += most_rows) {
+      block.rows = std::min(most_rows, g.out_height - block.row);
+      block.in_rows = (block.rows - 1) * g.stride + g.kernel;
+      const int64_t inputs = block.images * block.in_rows * block.columns;
+      block.count = inputs + 1 + 32 * g.stride;
+      block.lines = block.flat ? block.images : block.images * block.rows;
+      block.length = block.flat ? (block.rows - 1) * block.columns + g.out_width : g.out_width;
+      // Either each thread reads all weights or each reads all inputs, half of which another one wrote.
+      const int64_t weight_bytes = chunks * taps * parts * panels * kChunk * kChunk * 2;
+      block.panels_first = weight_bytes > kAmxWeightBytes || weight_bytes > 2 * inputs * pixel_bytes;
+      char* pixels = reinterpret_cast<char*>(buffer(block.count * pixel_bytes / 4, 0));
+      share(block.images * block.in_rows, block.columns * chunks * 4,
+            [&](int64_t begin, int64_t end) { set.input(g, block, pixels, begin, end); });
+      share(block.lines * divide_up(block.length, 32) * panels, chunks * taps * parts * 32,
+            [&](int64_t begin, int64_t end) { set.multiply(g, block, pixels, begin, end); });
+    }
+  }
+}
+
 // The distance between the pixels of a channels_last tensor [N, C, H, W], or of a range of its channels.
 int64_t pixel_distance(const Tensor& t, const char* name) {
   const int64_t width = t.size(3), height = t.size(2);
@@ -201,7 +263,7 @@ int64_t pixel_distance(const Tensor& t, const char* name) {
 }
 
 void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, int64_t padding,
-                  int64_t scale, int64_t tile, const std::optional<Tensor>& bias, const std::optional<Tensor>& map,
+                  int64_t scale, int64_t tile, int64_t parts, const std::optional<Tensor>& bias, const std::optional<Tensor>& map,
                   bool silu, const std::optional<Tensor>& residual, Tensor out) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && out.scalar_type() == type && x.size(0) == out.size(0),
@@ -219,9 +281,11 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   STD_TORCH_CHECK(tile == 0 || ((tile == 2 || tile == 4) && kernel == 3 && stride == 1 && padding == 1 &&
                                 g.out_height == g.in_height() && g.out_width == g.in_width()),
                   "Winograd's convolution is 3 x 3, and its output as large as its input");
-  const bool pairs = weight.scalar_type() == ScalarType::BFloat16;
-  const int64_t pack = pairs ? 2 : 1, factors = tile == 0 ? kernel * kernel : (tile + 2) * (tile + 2);
-  STD_TORCH_CHECK((pairs || weight.scalar_type() == ScalarType::Float) && weight.is_contiguous() &&
+  STD_TORCH_CHECK(parts >= 0 && parts <= 2 && (parts == 0 || tile == 0), "there are at most 2 parts, and no tiles of them");
+  const bool halves = weight.scalar_type() == ScalarType::BFloat16, pairs = halves && parts == 0;
+  const int64_t pack = pairs ? 2 : parts > 0 ? kChunk : 1;
+  const int64_t factors = std::max<int64_t>(1, parts) * (tile == 0 ? kernel * kernel : (tile + 2) * (tile + 2));
+  STD_TORCH_CHECK((halves || (parts == 0 && weight.scalar_type() == ScalarType::Float)) && weight.is_contiguous() &&
                       weight.numel() == factors * round_up(g.channels, pack) * g.padded_out(),
                   "weight is not packed for this convolution");
   g.weight = static_cast<const float*>(weight.const_data_ptr());
@@ -248,6 +312,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.residual_pixel = pixel_distance(*residual, "residual");
   }
   if (out.numel() == 0) return;
+  if (parts > 0) return by_amx(g, amx_kernels(type, parts), parts);
   const Kernels set = kernels(type, pairs);
   if (tile == 0) direct(g, set, pack, type == ScalarType::Float ? 4 : 2);
   else winograd(g, set, tile, pack);

@@ -73,4 +73,24 @@ struct Rows {
   FD_HD int64_t count(const Convolution& g) const { return images * rows * g.out_width; }
 };
 
+constexpr int64_t kChunk = 32;  // channels of a pixel that AMX multiplies together
+
+// Some of the outputs of a convolution by AMX, and the inputs that they need: images one behind another, each row by
+// row with its padding, 32 channels at a time. Outputs come in lines, whose inputs are `stride` pixels apart. With a
+// stride of 1 a line is a whole image, and what it has between two rows is not used.
+struct Pixels {
+  int64_t image, images;     // first, count
+  int64_t row, rows;         // of the outputs
+  int64_t in_rows, columns;  // of the inputs
+  int64_t count;             // of the inputs, and room for a tile more
+  int64_t lines, length;
+  bool flat, panels_first;
+
+  // The input pixel of a line's first output and a filter's first tap.
+  FD_HD int64_t start(const Convolution& g, int64_t line) const {
+    if (flat) return line * in_rows * columns;
+    return (line / rows * in_rows + line % rows * g.stride) * columns;
+  }
+};
+
 }  // namespace fused_diffusion

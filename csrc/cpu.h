@@ -14,7 +14,7 @@ constexpr int64_t kTileBlocks = 64;
 constexpr int64_t kTile = 4 * kTileBlocks;
 constexpr int64_t kTilesPerThread = 128;  // 32768 elements, like PyTorch: a smaller share is not worth a thread
 
-enum class Simd { baseline, avx2, avx512, avx512_bf16 };
+enum class Simd { baseline, avx2, avx512, avx512_bf16, amx };
 
 Simd simd_in_use();  // module.cpp
 

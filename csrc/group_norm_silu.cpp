@@ -71,7 +71,7 @@ Kernels kernels() {
 #if defined(__x86_64__)
   const Simd simd = simd_in_use();
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (simd == Simd::avx512_bf16) return {avx512_bf16::forward<T>, avx512_bf16::backward<T>, avx512_bf16::maps<T>};
+    if (simd >= Simd::avx512_bf16) return {avx512_bf16::forward<T>, avx512_bf16::backward<T>, avx512_bf16::maps<T>};
   }
   if (simd >= Simd::avx512) return {avx512::forward<T>, avx512::backward<T>, avx512::maps<T>};
   if (simd == Simd::avx2) return {avx2::forward<T>, avx2::backward<T>, avx2::maps<T>};

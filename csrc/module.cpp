@@ -4,24 +4,50 @@
 #include <cstring>
 
 #include "cpu.h"
+#include "targets.h"
+
+#if FD_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fused_diffusion {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
-Simd best() {
+// Whether there is AMX for bfloat16, and the system lets this process have its registers.
+bool has_amx() {
+#if FD_AMX
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 24 & 1) != 0, products = (d >> 22 & 1) != 0;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return tiles && products && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Simd find_best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Simd::baseline;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") ? Simd::avx512_bf16 : Simd::avx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Simd::avx512;
+    return has_amx() ? Simd::amx : Simd::avx512_bf16;
   }
   return Simd::avx2;
 #else
   return Simd::baseline;
 #endif
+}
+
+Simd best() {
+  static const Simd found = find_best();
+  return found;
 }
 
 std::atomic<Simd> in_use{best()};

@@ -1,6 +1,6 @@
 // Vectors of float32 on one instruction set. A kernel's .cpp includes this file once for each set, inside a
-// namespace and a target pragma of its own, with FD_LANES floats to a vector, and with FD_BFLOAT16 where the
-// processor rounds to bfloat16 itself.
+// namespace and a target pragma of its own, with FD_LANES floats to a vector, with FD_BFLOAT16 where the processor
+// rounds to bfloat16 itself, and with FD_RECIPROCALS where a division takes longer than to approximate it.
 
 typedef float Vec __attribute__((vector_size(4 * FD_LANES), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * FD_LANES)));
@@ -156,5 +156,12 @@ FD_HD Vec silu(Vec u) {
   u = u > spread(127.0f) ? spread(127.0f) : u;
 #endif
   const Vec factor = spread(-kLog2E);
+#if FD_RECIPROCALS
+  const Vec divisor = fma(power_of_two<T>((Vec)_mm512_min_ps(spread(126.0f), u)), factor, factor);  // NaN stays NaN
+  const Vec inverse = (Vec)_mm512_rcp14_ps((__m512)divisor);
+  if constexpr (sizeof(T) == 2) return u * inverse;
+  return u * fma(fma(-divisor, inverse, spread(1.0f)), inverse, inverse);
+#else
   return u / fma(power_of_two<T>(u), factor, factor);
+#endif
 }

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
+from .kernels import _native
 from .kernels.conv3x3 import native_impl as convolutions
-from .kernels.conv3x3.packing import PackedWeight, choose_tile, pack
+from .kernels.conv3x3.packing import PackedWeight, Packing, choose_packing, pack
 from .kernels.group_norm_silu.channel_map import group_norm_map_
 from .memory import total_memory
 from .unet import UNet
 
 SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
+MOST_POSITIONS = 2048  # of attention by AMX, which keeps all logits of some queries
 
 
 class PreparedUNet:
@@ -36,9 +38,9 @@ class PreparedUNet:
         if reason is not None:
             raise ValueError(f"this UNet cannot be prepared: {reason}")
         self.unet, self.dtype = unet, dtype
-        self.pairs = dtype == torch.bfloat16 and convolutions.multiplies_pairs()
+        self.simd = _native.simd_in_use()
         self._largest_tile = self._affordable_tile()
-        self._weights: dict[tuple[nn.Module, int], PackedWeight] = {}
+        self._weights: dict[tuple[nn.Module, Packing], PackedWeight] = {}
         self._vectors: dict[nn.Parameter, Tensor] = {}
         self._own = threading.local()  # each thread has buffers of its own
 
@@ -61,21 +63,20 @@ class PreparedUNet:
 
     def _affordable_tile(self) -> int:
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        numbers = sum(m.weight.numel() for m in convs) * (2 if self.pairs else 4)
+        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else 4
+        numbers = sum(m.weight.numel() for m in convs) * size
         budget = SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
         return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)
 
-    def weight(self, module: nn.Conv2d | nn.Linear, tile: int) -> PackedWeight:
-        """The module's weight, packed for a tile; a linear map is a convolution by 1 x 1."""
-        if (module, tile) not in self._weights:
-            weight = module.weight.detach()
-            weight = weight if weight.ndim == 4 else weight[:, :, None, None]
-            self._weights[module, tile] = pack(weight, tile=tile, pairs=self.pairs)
-        return self._weights[module, tile]
-
-    def tile(self, conv: nn.Conv2d, height: int, width: int) -> int:
-        """Of a 3 x 3 convolution to a map of this size."""
-        return min(choose_tile(conv.weight.shape, height, width, self.pairs), self._largest_tile)
+    def weight(self, module: nn.Conv2d | nn.Linear, height: int, width: int, winograd: bool) -> PackedWeight:
+        """The module's weight, packed for a map of this size; a linear map is a convolution by 1 x 1."""
+        weight = module.weight.detach()
+        weight = weight if weight.ndim == 4 else weight[:, :, None, None]
+        packing = choose_packing(weight.shape, height, width, self.dtype, self.simd, winograd)
+        packing = packing._replace(tile=min(packing.tile, self._largest_tile))
+        if (module, packing) not in self._weights:
+            self._weights[module, packing] = pack(weight, packing)
+        return self._weights[module, packing]
 
     def vector(self, parameter: nn.Parameter | None) -> Tensor | None:
         """A bias, or a norm's weight, in float32."""
@@ -94,7 +95,7 @@ def unsupported(unet: UNet, dtype: torch.dtype) -> str | None:
     if dtype not in convolutions.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
     x = torch.empty(0, 1, 4, 4, dtype=dtype)
-    packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), 0)
+    packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), Packing())
     return convolutions.supports(x, packed)
 
 
@@ -160,9 +161,9 @@ class _Plan:
         scale: int = 1,
     ) -> None:
         kernel = module.weight.shape[-1] if module.weight.ndim == 4 else 1
-        tile = self.prepared.tile(module, *out.shape[2:]) if kernel == 3 and stride == 1 else 0
         padding = kernel // 2 if padding is None else padding
-        packed, bias = self.prepared.weight(module, tile), self.prepared.vector(module.bias)
+        packed = self.prepared.weight(module, *out.shape[2:], winograd=kernel == 3 and stride == 1)
+        bias = self.prepared.vector(module.bias)
         self._call(
             convolutions.convolution_,
             x,
@@ -171,7 +172,8 @@ class _Plan:
             stride,
             padding,
             scale,
-            tile,
+            packed.packing.tile,
+            packed.packing.parts,
             bias,
             *norm,
             residual,
@@ -222,7 +224,12 @@ class _Plan:
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
         attended = self._scratch("attended", channels, height, width)
         heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
-        self._call(_attention_into, heads, q, k, v, q.shape[-1] ** -0.5)
+        arguments = (q, k, v, q.shape[-1] ** -0.5)
+        if self.prepared.simd == "amx" and height * width <= MOST_POSITIONS:
+            parts = 1 if self.prepared.dtype == torch.bfloat16 else 2
+            self._call(torch.ops.fused_diffusion.attention_parts_, *arguments, parts, heads)
+        else:
+            self._call(_attention_into, heads, *arguments)
         self._convolve(attention.proj, attended, out, residual=x)
 
     def _block(
@@ -307,6 +314,7 @@ class _Plan:
 
 def _kind(function: Callable) -> str:
     kinds = {group_norm_map_: "norm", convolutions.convolution_: "convolution", _attention_into: "attention"}
+    kinds[torch.ops.fused_diffusion.attention_parts_] = "attention"
     return kinds.get(function, "rest")
 
 

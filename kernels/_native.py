@@ -66,11 +66,13 @@ def simd_in_use() -> str:
 
 
 def use_simd(variant: str) -> None:
-    """Runs the C++ ops with one instruction set: "baseline", "avx2", "avx512", "avx512_bf16" or "best".
+    """Runs the C++ ops with one instruction set: "baseline", "avx2", "avx512", "avx512_bf16", "amx" or
+    "best".
 
     The bits of every result are the same in all of them, but for attention in bfloat16, which avx512_bf16
-    multiplies in pairs, and for group_norm_silu, whose sums over a contiguous tensor run in the order of the
-    vectors. ValueError if the processor does not have it.
+    multiplies in pairs, for group_norm_silu, whose sums over a contiguous tensor run in the order of the
+    vectors, and for conv3x3, whose weights are packed for one of them. ValueError if the processor does not
+    have it.
     """
     if _cpp is None:
         raise ValueError(f"no instruction set can be chosen: {CPP_MISSING}")
@@ -87,7 +89,7 @@ def simd_variants() -> list[str]:
     """The instruction sets that this processor and the library have, narrowest first."""
     if _cpp is None:
         return []
-    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    names = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     return names[: names.index(_cpp.fused_diffusion_simd_best().decode()) + 1]
 
 

@@ -8,9 +8,14 @@ from diffusion.kernels._tolerance import wrong
 from diffusion.kernels.conv3x3 import reference
 from diffusion.kernels.conv3x3.cases import CASES
 from diffusion.kernels.conv3x3.native_impl import convolution_, multiplies_pairs
-from diffusion.kernels.conv3x3.packing import PANEL, choose_tile, pack
+from diffusion.kernels.conv3x3.packing import PANEL, Packing, choose_packing, pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
+PACKINGS = [Packing(0), Packing(2), Packing(4)]
+PACKINGS += [Packing(0, pairs=True), Packing(2, pairs=True)] if multiplies_pairs() else []
+PACKINGS += [Packing(parts=1), Packing(parts=2)] if "amx" in _native.simd_variants() else []
+EXACT = [packing for packing in PACKINGS if not packing.pairs and packing.parts != 1]
 needs_cpp = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
 
@@ -41,22 +46,23 @@ def complaint(actual, args, options, packed) -> str | None:
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case, dtype, tile, simd):
     args, options = CASES[case].inputs(dtype)
-    packed = pack(args[1], tile=tile, pairs=False)
+    packed = pack(args[1], Packing(tile))
     actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
     assert actual.dtype == dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert complaint(actual, args, options, packed) is None
 
 
-@pytest.mark.skipif(not multiplies_pairs(), reason="this processor has no AVX512_BF16")
-@pytest.mark.parametrize("tile", [0, 2])
+@needs_cpp
+@pytest.mark.parametrize("packing", PACKINGS[3:], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_pairs_of_bfloat16(case, dtype, tile):
-    """Inputs and weights are rounded to bfloat16, whatever x's dtype."""
+def test_products_of_bfloat16(case, dtype, packing):
+    """Inputs and weights are rounded to bfloat16, or split into two parts of it, whatever x's dtype."""
     args, options = CASES[case].inputs(dtype)
-    packed = pack(args[1], tile=tile, pairs=True)
+    packed = pack(args[1], packing)
     actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
+    assert actual.dtype == dtype
     assert complaint(actual, args, options, packed) is None
 
 
@@ -67,7 +73,7 @@ def test_what_auto_and_packing_choose(case, dtype):
     args, options = CASES[case].inputs(dtype)
     factor = 2 if options["upsample"] else 1
     packed = pack_conv3x3(args[1], *(factor * size for size in args[0].shape[2:]), dtype)
-    assert (packed.data.dtype == torch.bfloat16) == (dtype == torch.bfloat16 and multiplies_pairs())
+    assert packed.packing in (EXACT if dtype != torch.bfloat16 or not multiplies_pairs() else PACKINGS)
     assert complaint(conv3x3(args[0], packed, args[2], **options), args, options, packed) is None
 
 
@@ -101,10 +107,10 @@ def test_reference_is_the_formula():
 
 @needs_cpp
 @pytest.mark.parametrize("case", ["odd", "many_blocks", "four_pixels", "upsampled"])
-@pytest.mark.parametrize("tile", [0, 2, 4])
-def test_an_image_does_not_depend_on_its_batch_or_the_threads(case, tile):
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_an_image_does_not_depend_on_its_batch_or_the_threads(case, packing):
     args, options = CASES[case].inputs(torch.float32)
-    packed = pack(args[1], tile=tile, pairs=False)
+    packed = pack(args[1], packing)
 
     def some(images):
         chosen = {
@@ -144,6 +150,12 @@ def channels_last(*shape, seed=0, dtype=torch.float32):
     ],
 )
 def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, simd):
+    packings = [packing for packing in EXACT if not packing.tile and (simd == "amx" or not packing.parts)]
+    for packing in packings:
+        check_other_convolution(kernel, stride, padding, below, normalised, dtype, packing)
+
+
+def check_other_convolution(kernel, stride, padding, below, normalised, dtype, packing):
     """Those of the change of resolution and of attention, from and to some channels of wider images."""
     wide = channels_last(2, 40, 12, 10, dtype=dtype)
     x = wide[:, 3:26]
@@ -153,10 +165,10 @@ def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, s
     room = channels_last(2, 90, height, width, dtype=dtype)
     before, out = room.clone(), room[:, 11:81]
     map = torch.randn(3, 2, 23, generator=torch.Generator().manual_seed(2)) if normalised else None
-    packed = pack(weight, tile=0, pairs=False)
+    packed = pack(weight, packing)
     residual = before[:, 11:81].clone(memory_format=torch.channels_last)
     convolution_(
-        x, packed.data, kernel, stride, padding, 1, 0, bias, map, False, out, out
+        x, packed.data, kernel, stride, padding, 1, 0, packing.parts, bias, map, False, out, out
     )  # the residual is out
 
     def plain(dtype):
@@ -167,7 +179,7 @@ def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, s
         h = F.pad(h, (padding, below, padding, below))
         return F.conv2d(h, weight.to(dtype), bias.to(dtype), stride) + residual.to(dtype)
 
-    assert wrong(out, plain(dtype), plain(torch.float64)) is None
+    assert wrong(out, plain(dtype), plain(torch.float64), accuracy=packed.accuracy) is None
     untouched = torch.cat([room[:, :11], room[:, 81:]], 1)
     assert torch.equal(untouched, torch.cat([before[:, :11], before[:, 81:]], 1))
 
@@ -175,11 +187,11 @@ def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, s
 @needs_cpp
 def test_opcheck():
     x, out = channels_last(2, 8, 8, 8), channels_last(2, 16, 8, 8)
-    packed = pack(channels_last(16, 8, 3, 3), tile=4, pairs=False)
+    packed = pack(channels_last(16, 8, 3, 3), Packing(4))
     map = torch.ones(3, 2, 8)
     torch.library.opcheck(
         torch.ops.fused_diffusion.convolution_.default,
-        (x, packed.data, 3, 1, 1, 1, 4, torch.ones(16), map, True, None, out),
+        (x, packed.data, 3, 1, 1, 1, 4, 0, torch.ones(16), map, True, None, out),
     )
     torch.library.opcheck(
         torch.ops.fused_diffusion.group_norm_map_.default,
@@ -201,12 +213,12 @@ def test_compiled_without_a_graph_break():
 
 
 @needs_cpp
-@pytest.mark.parametrize("tile", [0, 2, 4])
-def test_nan_stays_where_it_reaches(tile):
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_nan_stays_where_it_reaches(packing):
     """A pixel that is not a number spoils those around it, and no other tile or image."""
     x = channels_last(2, 16, 16, 16)
     x[0, 3, 9, 9] = float("nan")
-    packed = pack(channels_last(16, 16, 3, 3), tile=tile, pairs=False)
+    packed = pack(channels_last(16, 16, 3, 3), packing)
     spoiled = conv3x3(x, packed, backend="cpp").isnan()
     assert spoiled[0, :, 8:11, 8:11].all()
     assert not spoiled[1].any()
@@ -217,7 +229,7 @@ def test_nan_stays_where_it_reaches(tile):
 def test_the_packed_weight_is_whole():
     """Zero beyond the weight, and each number of it where the product reads it."""
     weight = torch.arange(70 * 5 * 9, dtype=torch.float32).reshape(70, 5, 3, 3)
-    data = pack(weight, tile=0, pairs=False).data.flatten()
+    data = pack(weight, Packing()).data.flatten()
     first, last = data[: 9 * 5 * PANEL].reshape(9, 5, PANEL), data[9 * 5 * PANEL :].reshape(9, 5, 16)
     taps = weight.permute(2, 3, 1, 0).flatten(0, 1)
     assert torch.equal(first, taps[:, :, :PANEL])
@@ -225,15 +237,71 @@ def test_the_packed_weight_is_whole():
     assert not last[:, :, 6:].any()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_weight_in_tiles_is_whole(parts):
+    """[panel][chunk][tap][part, low first][tile][pair of channels][output][2], zero beyond the weight."""
+    weight = torch.randn(40, 35, 3, 3, generator=torch.Generator().manual_seed(0))
+    data = pack(weight, Packing(parts=parts)).data
+    words = 2 * 9 * parts * 512  # of a tile in each chunk, tap and part
+    assert data.dtype == torch.bfloat16
+    assert data.shape == (3 * words,)
+    panels = (
+        data[: 2 * words].view(2, 9, parts, 2, 16, 16, 2),
+        data[2 * words :].view(2, 9, parts, 1, 16, 16, 2),
+    )
+    summed = torch.cat([panel.float().sum(2) for panel in panels], 2)  # [chunk, tap, tile, pair, output, 2]
+    found = summed.permute(2, 4, 0, 3, 5, 1).reshape(48, 64, 3, 3)
+    assert not found[40:].any()
+    assert not found[:, 35:].any()
+    error = (found[:40, :35] - weight).abs() / weight.abs()
+    assert error.max() <= 2.0 ** (-8 if parts == 1 else -16)
+    if parts == 2:
+        assert torch.equal(panels[1][:, :, 1, 0, 0, 0, 0], weight[32, ::32].flatten(1).bfloat16())
+
+
 @pytest.mark.parametrize(
     ("size", "small", "large", "pairs"),
     [(1, 0, 0, 0), (2, 0, 0, 0), (4, 2, 2, 2), (8, 4, 2, 2), (14, 4, 4, 2)],
 )
-def test_tiles_by_size(size, small, large, pairs):
-    assert choose_tile((96, 96, 3, 3), size, 64, False) == small
-    assert choose_tile((256, 256, 3, 3), 64, size, False) == large
-    assert choose_tile((96, 96, 3, 3), size, size, True) == pairs
-    assert choose_tile((64, 3, 3, 3), size, size, False) == 0
+def test_packings_by_size(size, small, large, pairs):
+    single, half, vectors = torch.float32, torch.bfloat16, "avx512_bf16"
+    assert choose_packing((96, 96, 3, 3), size, 64, single, vectors) == Packing(small)
+    assert choose_packing((256, 256, 3, 3), 64, size, single, vectors) == Packing(large)
+    assert choose_packing((96, 96, 3, 3), size, size, half, vectors) == Packing(pairs, pairs=True)
+    assert choose_packing((96, 96, 3, 3), size, size, half, "avx512") == Packing(small)
+    assert choose_packing((96, 96, 3, 3), size, size, single, vectors, winograd=False) == Packing()
+    assert choose_packing((64, 3, 3, 3), size, size, single, "amx") == Packing()
+    assert choose_packing((96, 96, 3, 3), size, size, single, "amx") == Packing(parts=2)
+    assert choose_packing((96, 96, 3, 3), size, size, half, "amx") == Packing(parts=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "packing"),
+    [
+        ((8, 8, 1, 1), Packing(2)),
+        ((8, 8, 3, 1), Packing()),
+        ((8, 8, 5, 5), Packing()),
+        ((8, 8, 3, 3), Packing(3)),
+        ((8, 8, 3, 3), Packing(parts=3)),
+        ((8, 8, 3, 3), Packing(2, parts=1)),
+        ((8, 8, 3, 3), Packing(pairs=True, parts=1)),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_packed(shape, packing):
+    with pytest.raises(ValueError, match="cannot be packed as"):
+        pack(torch.zeros(shape), packing)
+
+
+@needs_cpp
+def test_weights_for_another_processor():
+    """Packed for AMX, and then run without it."""
+    packed = pack(W, Packing(parts=2))
+    _native.use_simd("baseline")
+    try:
+        assert "not cpp: the weight is packed for a processor with AMX" in explain("conv3x3", X, packed)
+    finally:
+        _native.use_simd("best")
 
 
 X, W = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 3, 3)

@@ -76,3 +76,14 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
 
 
 define("attention")
+
+# Without a gradient, on a CPU with AMX; float32 in two parts, whose products are right to 2^-16 at worst.
+torch.library.define(
+    "fused_diffusion::attention_parts_",
+    "(Tensor q, Tensor k, Tensor v, float scale, int parts, Tensor(a!) out) -> ()",
+)
+
+
+@torch.library.register_fake("fused_diffusion::attention_parts_")
+def _fake_parts(q, k, v, scale, parts, out) -> None:
+    return None

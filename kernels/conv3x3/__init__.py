@@ -3,11 +3,12 @@ after."""
 
 import torch
 
+from .. import _native
 from .._arguments import check_integer, check_number, check_tensors
 from .._dispatch import Backend, Op, always
 from ..group_norm_silu import ACTIVATIONS
 from . import native_impl, reference
-from .packing import PackedWeight, choose_tile, pack
+from .packing import PackedWeight, choose_packing, pack
 
 
 def _validate(
@@ -76,16 +77,16 @@ def pack_conv3x3(
 ) -> PackedWeight:
     """A weight [K, C, 3, 3] transformed once, for `conv3x3` on a CPU to maps of height x width pixels.
 
-    The size of the map decides between Winograd's algorithm and the direct one; other sizes are as right, but
-    slower. dtype: bfloat16 lets processors with AVX512_BF16 multiply in it; other dtypes, and other
-    processors, multiply in float32. The packed weight takes up to four times the memory, and does not follow
-    later changes of `weight`. ValueError: another shape.
+    Processors with AMX multiply tiles. Elsewhere the size of the map decides between Winograd's algorithm and
+    the direct one; other sizes are as right, but slower. dtype: bfloat16 lets processors with AMX or
+    AVX512_BF16 multiply in it; other dtypes, and other processors, multiply in float32 or as exactly. The
+    packed weight takes up to four times the memory, and does not follow later changes of `weight`.
+    ValueError: another shape.
     """
     check_tensors("pack_conv3x3", weight=weight)
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"pack_conv3x3 needs a weight [K, C, 3, 3], not {list(weight.shape)}")
-    pairs = dtype == torch.bfloat16 and native_impl.multiplies_pairs()
-    return pack(weight, tile=choose_tile(weight.shape, height, width, pairs), pairs=pairs)
+    return pack(weight, choose_packing(weight.shape, height, width, dtype, _native.simd_in_use()))
 
 
 def conv3x3(
@@ -115,8 +116,9 @@ def conv3x3(
     bias: [K]. norm_weight, norm_bias: [C]. add, scale, shift: [N, C]. residual: [N, K, H, W], or twice that
     size.
     Returns [N, K, H, W] in x's dtype; the C++ backend in channels_last. It uses Winograd's algorithm (Lavin &
-    Gray 2016, arXiv:1509.09308) by the size of the map: in float32 the error is below 2e-5 of the largest
-    output, in bfloat16 below 1e-2. An image's result does not depend on the others of its batch.
+    Gray 2016, arXiv:1509.09308) by the size of the map, or AMX, for which float32 is split into two numbers
+    of bfloat16: in float32 the error is below 2e-5 of the largest output, in bfloat16 below 1e-2. With AMX an
+    infinite input gives NaN. An image's result does not depend on the others of its batch.
     ValueError: shapes that do not fit, or a backend that cannot serve the call; TypeError: what is no tensor.
     """
     return op(

@@ -13,16 +13,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
 # weight: as packed. bias: float32 [K]. map: see group_norm_map_. scale: 2 reads each pixel of x as 2 x 2.
 # padding: on the left and above; what is missing on the right and below is as large as out has to have it.
-# tile: 0, 2 or 4.
+# tile: 0, 2 or 4. parts: 0, 1 or 2. See packing.Packing.
 torch.library.define(
     "fused_diffusion::convolution_",
-    "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int tile, Tensor? bias, "
-    "Tensor? map, bool silu, Tensor? residual, Tensor(a!) out) -> ()",
+    "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int tile, int parts, "
+    "Tensor? bias, Tensor? map, bool silu, Tensor? residual, Tensor(a!) out) -> ()",
 )
 
 
 @torch.library.register_fake("fused_diffusion::convolution_")
-def _fake(x, weight, kernel, stride, padding, scale, tile, bias, map, silu, residual, out) -> None:
+def _fake(x, weight, kernel, stride, padding, scale, tile, parts, bias, map, silu, residual, out) -> None:
     return None
 
 
@@ -30,8 +30,8 @@ convolution_ = torch.ops.fused_diffusion.convolution_
 
 
 def multiplies_pairs() -> bool:
-    """Whether this processor multiplies pairs of bfloat16, so that weights should be packed as such."""
-    return _native.simd_in_use() == "avx512_bf16"
+    """Whether this processor has instructions for products of bfloat16."""
+    return _native.simd_in_use() in ("avx512_bf16", "amx")
 
 
 def supports(
@@ -56,8 +56,10 @@ def supports(
         return _native.CPP_MISSING
     if not isinstance(weight, PackedWeight):
         return "the weight is not packed; see pack_conv3x3"
-    if weight.data.dtype == torch.bfloat16 and not multiplies_pairs():
+    if weight.packing.pairs and not multiplies_pairs():
         return "the weight is packed for a processor that multiplies pairs of bfloat16"
+    if weight.packing.parts and _native.simd_in_use() != "amx":
+        return "the weight is packed for a processor with AMX"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, not float32, bfloat16 or float16"
     tensors = {
@@ -111,5 +113,6 @@ def conv3x3(
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else channels_last(residual.to(x.dtype))
-    convolution_(x, weight.data, 3, 1, 1, factor, weight.tile, bias, map, silu, residual, out)
+    tile, _, parts = weight.packing
+    convolution_(x, weight.data, 3, 1, 1, factor, tile, parts, bias, map, silu, residual, out)
     return out

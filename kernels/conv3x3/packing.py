@@ -2,17 +2,20 @@
 
 Winograd's algorithm F(m x m, 3 x 3) makes m x m outputs out of (m + 2)^2 products for each pair of channels,
 instead of 9 m^2 (Lavin & Gray 2016, arXiv:1509.09308): 2.25 times fewer for m = 2 and 4 times fewer for m =
-4, whose transforms, by the points 0, 1, -1, 2, -2 and infinity, cost a digit.
+4, whose transforms, by the points 0, 1, -1, 2, -2 and infinity, cost a digit. Processors with AMX take the
+direct convolution, as products of tiles.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PANEL = 64  # csrc/convolution.h
 LANES = 16
+CHUNK = 32
 SMALL_WEIGHT = 1 << 15  # C * K: transformed for m = 4, it takes 4.7 MB
 
 # G of U = G g G^T.
@@ -29,24 +32,37 @@ _TRANSFORMS = {
 }
 
 
+class Packing(NamedTuple):
+    """How a weight is packed. tile: m of Winograd's algorithm, 0 for none.
+
+    pairs: rounded to bfloat16, for processors that multiply pairs of it (AVX512_BF16). parts: for processors
+    with AMX, which multiply tiles of bfloat16: 1 rounds to it, 2 splits each number into a sum of two, of
+    whose four products three are computed; 0 does without AMX.
+    """
+
+    tile: int = 0
+    pairs: bool = False
+    parts: int = 0
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A convolution's weight [K, C, 3, 3] or [K, C, 1, 1], ready for the C++ backend; see `pack`.
 
-    weight: as it was. data: float32, or bfloat16 where pairs of it are multiplied. tile: m of Winograd's
-    algorithm, 0 for none.
+    weight: as it was. data: float32, or bfloat16 in pairs and in parts.
     """
 
     weight: Tensor
     data: Tensor
-    tile: int
+    packing: Packing
 
     @property
     def accuracy(self) -> float:
         """What the algorithm may lose, as a share of the largest output, beyond what every kernel may."""
-        if self.data.dtype == torch.bfloat16:
-            return {0: 6e-3, 2: 1e-2, 4: 0.2}[self.tile]
-        return {0: 0.0, 2: 0.0, 4: 2e-5}[self.tile]
+        tile, pairs, parts = self.packing
+        if parts:
+            return {1: 6e-3, 2: 2e-5}[parts]
+        return {0: 6e-3, 2: 1e-2, 4: 0.2}[tile] if pairs else {0: 0.0, 2: 0.0, 4: 2e-5}[tile]
 
     @property
     def shape(self) -> torch.Size:
@@ -61,38 +77,77 @@ def _factors(weight: Tensor, tile: int) -> Tensor:
     return torch.einsum("ia,kcab,jb->ijck", transform, weight, transform).flatten(0, 1)
 
 
-def pack(weight: Tensor, *, tile: int, pairs: bool) -> PackedWeight:
-    """Packs a weight [K, C, 3, 3], or [K, C, 1, 1] with tile 0.
-
-    tile: 2 or 4 for Winograd's algorithm, 0 for the direct one. pairs: round to bfloat16, for processors that
-    multiply pairs of it. The transform is in float64 and rounds once.
-    """
-    k, c, height, width = weight.shape
-    if height != width or height not in (1, 3) or tile not in (0, 2, 4) or (tile and height != 3):
-        raise ValueError(f"a weight {list(weight.shape)} cannot be packed for tiles of {tile}")
-    pack = 2 if pairs else 1
-    dtype = torch.bfloat16 if pairs else torch.float32
+def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
+    """[frequency or 1, words of all panels], a panel being [rows / pack][columns][pack] for each factor."""
+    k, c = weight.shape[:2]
+    pack = 2 if packing.pairs else 1
+    dtype = torch.bfloat16 if packing.pairs else torch.float32
     rows, columns = -(-c // pack) * pack, -(-k // LANES) * LANES
     panels = []
-    for panel in weight.detach().cpu().split(PANEL):  # a panel at a time: float64 is large
-        factors = _factors(panel.double(), tile)
+    for panel in weight.split(PANEL):  # a panel at a time: float64 is large
+        factors = _factors(panel.double(), packing.tile)
         padded = factors.new_zeros(len(factors), rows, min(PANEL, columns - PANEL * len(panels)))
         padded[:, :c, : factors.shape[2]] = factors
         words = padded.to(dtype).unflatten(1, (-1, pack)).transpose(2, 3)  # [F, rows / pack, K, pack]
-        panels.append(words.flatten(1) if tile else words.reshape(1, -1))
-    return PackedWeight(weight.detach(), torch.cat(panels, 1), tile)
+        panels.append(words.flatten(1) if packing.tile else words.reshape(1, -1))
+    return torch.cat(panels, 1)
 
 
-def choose_tile(shape: Sequence[int], height: int, width: int, pairs: bool) -> int:
-    """The tile with which a convolution by a weight [K, C, 3, 3] to a map of this size takes the least time.
+def _tile_panels(weight: Tensor, parts: int) -> Tensor:
+    """[words of all panels], a panel of 32 outputs being [chunk of 32 channels][tap][part][tile].
 
-    By benchmarks/test_ops.py. It does not depend on the batch, so that an image does not either. Where a map
-    is small and the weight is not, the weight is most of what is read, and it grows with the tile; the
-    transforms of few channels cost more than they save. Rounded to bfloat16, F(4 x 4, 3 x 3) would lose too
-    much: up to a tenth of the largest output.
+    The low part comes first. A tile is [pair of channels][16 outputs][2].
     """
+    c = weight.shape[1]
+    panels = []
+    for panel in weight.split(2 * LANES):
+        factors = panel.float().permute(2, 3, 1, 0).flatten(0, 1)  # [taps, C, K]
+        rows, columns = -(-c // CHUNK) * CHUNK, -(-len(panel) // LANES) * LANES
+        padded = factors.new_zeros(len(factors), rows, columns)
+        padded[:, :c, : len(panel)] = factors
+        high = padded.bfloat16()
+        both = [high] if parts == 1 else [(padded - high.float()).bfloat16(), high]
+        tiles = torch.stack(both).unflatten(3, (-1, LANES)).unflatten(2, (-1, CHUNK // 2, 2))
+        panels.append(
+            tiles.permute(2, 1, 0, 5, 3, 6, 4).flatten()
+        )  # of [part, tap, chunk, pair, 2, tile, 16]
+    return torch.cat(panels)
+
+
+def pack(weight: Tensor, packing: Packing) -> PackedWeight:
+    """Packs a weight [K, C, 3, 3], or, without a tile, [K, C, 1, 1].
+
+    Winograd's transform is in float64 and rounds once.
+    """
+    height, width = weight.shape[2:]
+    tile, pairs, parts = packing
+    known = tile in (0, 2, 4) and parts in (0, 1, 2) and not (parts and (tile or pairs))
+    if not known or height != width or height not in (1, 3) or (tile and height != 3):
+        raise ValueError(f"a weight {list(weight.shape)} cannot be packed as {packing}")
+    plain = weight.detach().cpu()
+    return PackedWeight(
+        weight.detach(), _tile_panels(plain, parts) if parts else _vector_panels(plain, packing), packing
+    )
+
+
+def choose_packing(
+    shape: Sequence[int], height: int, width: int, dtype: torch.dtype, simd: str, winograd: bool = True
+) -> Packing:
+    """How a convolution by a weight [K, C, 3, 3] or [K, C, 1, 1] to a map of this size takes the least time.
+
+    dtype: of the maps. simd: the instruction set. winograd: whether the convolution is one for Winograd's
+    algorithm, 3 x 3 with stride and padding 1. By benchmarks/test_ops.py. It does not depend on the batch, so
+    that an image does not either. AMX multiplies so fast that transforms do not pay, and a chunk of few
+    channels is too empty for it. For vectors: where a map is small and the weight is not, the weight is most
+    of what is read, and it grows with the tile; the transforms of few channels cost more than they save.
+    Rounded to bfloat16, F(4 x 4, 3 x 3) would lose too much: up to a tenth of the largest output.
+    """
+    halves, few = dtype == torch.bfloat16, shape[1] < 8
+    if simd == "amx" and not few:
+        return Packing(parts=1 if halves else 2)
+    pairs = halves and simd in ("avx512_bf16", "amx")
     least = min(height, width)
-    if least < 3 or shape[1] < 8:
-        return 0
+    if not winograd or least < 3 or few:
+        return Packing(pairs=pairs)
     small = shape[0] * shape[1] <= SMALL_WEIGHT
-    return 4 if not pairs and least >= (6 if small else 12) else 2
+    return Packing(4 if not pairs and least >= (6 if small else 12) else 2, pairs)
