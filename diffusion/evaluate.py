@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import __version__
 from .classifier import (
     Classifier,
     Reference,
@@ -16,8 +17,11 @@ from .classifier import (
     measure_reference,
 )
 from .data import load_dataset
+from .files import sha256
 from .frechet import frechet_distance, moments
 from .images import to_uint8
+
+ROUNDING = "8 bits, to nearest"
 
 
 def class_accuracy(digits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -76,9 +80,10 @@ def evaluate(
     distance shrinks with the number of samples, so a ratio is None where the real images were measured for
     another number than `num`.
 
-    Returns a JSON-able dict with `classifier`, `protocol`, `class_accuracy` (None if unconditional) and
-    `frechet`; `format_report` prints it. ValueError for a model of other images, num below K, or samples
-    that are not finite.
+    Returns a JSON-able dict with `classifier` (its weights' SHA-256 among the rest), `protocol` (what else
+    decides the numbers, and the decay of the averaged weights if the model says it), `class_accuracy` (None
+    if unconditional) and `frechet`; `format_report` prints it. ValueError for a model of other images, num
+    below K, or samples that are not finite.
     """
     judge, reference = load_classifier(classifier)
     check_model(model, judge)
@@ -106,10 +111,19 @@ def evaluate(
     return {
         "classifier": {
             "path": str(judge.folder),
+            "sha256": sha256(judge.folder / "model.safetensors"),
             "test_accuracy": reference.test_accuracy,
             "feature_dimension": judge.num_features,
         },
-        "protocol": {"samples": num, "sampler": sampler, "steps": steps, "seed": seed},
+        "protocol": {
+            "samples": num,
+            "rounding": ROUNDING,
+            "sampler": sampler,
+            "steps": steps,
+            "seed": seed,
+            "ema_decay": ema_decay(model),
+            "versions": f"fused-diffusion {__version__}, torch {torch.__version__}",
+        },
         "class_accuracy": accuracy,
         "frechet": _frechet(
             _read(judge, samples)[0], reference, "random" if accuracy is None else "balanced"
@@ -123,15 +137,18 @@ def format_report(result: dict[str, Any]) -> str:
     accuracy, frechet = result["class_accuracy"], result["frechet"]
     steps = "full chain" if protocol["steps"] is None else f"{protocol['steps']} steps"
     lines = [
-        f"classifier  {judge['path']}, {judge['test_accuracy']:.2%} of real test images",
+        f"classifier  {judge['path']}, {judge['test_accuracy']:.2%} of real test images, "
+        f"SHA-256 {judge['sha256']}",
         f"samples     {protocol['samples']:,}, {protocol['sampler']}, {steps}, seed {protocol['seed']}, "
-        "rounded to 8 bits",
+        f"EMA decay {protocol['ema_decay'] or 'not known'}, rounded to {protocol['rounding']}",
     ]
     if accuracy:
         lines.append(
             f"accuracy    {accuracy['accuracy']:.1%} are seen as the class asked for "
             f"({accuracy['correct']:,} of {accuracy['samples']:,}, guidance {accuracy['guidance_scale']:g})"
         )
+        shares = (f"{entry['asked']}: {entry['accuracy']:.1%}" for entry in accuracy["by_class"])
+        lines.append(f"by class    {', '.join(shares)}")
         pairs = (f"{pair['asked']} as {pair['seen']}: {pair['count']}" for pair in accuracy["misread"])
         lines.append(f"misread     {', '.join(pairs) or 'none'}")
     features = f"{os.path.basename(judge['path'])} features"
@@ -147,7 +164,13 @@ def format_report(result: dict[str, Any]) -> str:
             f"{frechet['real_samples']:,} real test images, {how}: {ratio}"
         )
     lines.append(f"reference   {frechet['reference']}")
+    lines.append(f"versions    {protocol['versions']}")
     return "\n".join(lines)
+
+
+def ema_decay(model: Any) -> float | None:
+    """Of the averaged weights that a model trained here consists of, which it says; None for others."""
+    return model.metadata.get("training", {}).get("ema_decay")
 
 
 def check_model(model: Any, judge: Classifier) -> None:
@@ -180,6 +203,7 @@ def _frechet(features: torch.Tensor, reference: Reference, drawn: str) -> dict[s
         real[name] = {"distance": mean, "spread": spread, "ratio": distance / mean if comparable else None}
     return {
         "distance": distance,
+        "guidance_scale": 1.0,
         "ratio": real[drawn]["ratio"],
         "drawn": drawn,
         "real": real,

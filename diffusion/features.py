@@ -1,6 +1,5 @@
 """What images are compared in: the features of Inception, by torch-fidelity, or of a classifier."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .classifier import Classifier, classify, load_classifier
+from .files import sha256
 
 BATCH = 64
 
@@ -52,7 +52,7 @@ def load_features(name: str | os.PathLike) -> Features:
     if str(name) == "inception":
         return _inception()
     judge, _ = load_classifier(None if str(name) == "classifier" else name)
-    return Features(judge.folder.name, _sha256(judge.folder / "model.safetensors"), judge.shape, _of(judge))
+    return Features(judge.folder.name, sha256(judge.folder / "model.safetensors"), judge.shape, _of(judge))
 
 
 def _of(judge: Classifier) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -91,7 +91,7 @@ def _inception() -> Features:
         with torch.no_grad():
             return network(images.expand(-1, 3, -1, -1))
 
-    return Features("inception-v3-compat", _sha256(path), None, extract)
+    return Features("inception-v3-compat", sha256(path), None, extract)
 
 
 def import_fidelity():
@@ -103,11 +103,3 @@ def import_fidelity():
             f'this needs torch-fidelity ({error}); pip install "fused-diffusion[evaluate]"'
         ) from error
     return feature_extractor_inceptionv3
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .evaluate import ROUNDING
 from .features import Features, import_fidelity
 from .folders import ImageSet
 
@@ -75,7 +76,7 @@ def compare(
             "number of samples": len(samples.images),
             "reference": reference.name,
             "number of reference images": len(reference.images),
-            "rounding": "8 bits, to nearest",
+            "rounding": ROUNDING,
             "feature network": features.name,
             "feature network's SHA-256": features.sha256,
             **(card or {}),

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .classifier import Reference, balanced_labels, classify, load_classifier
-from .evaluate import check_model
-from .files import replacing
+from .classifier import balanced_labels, classify, load_classifier
+from .evaluate import ROUNDING, check_model, ema_decay
+from .files import replacing, sha256
 from .frechet import frechet_distance, moments
 from .images import to_uint8
 
@@ -58,17 +58,18 @@ def sweep(
             point["distance"] = frechet_distance(*moments(features), reference.mean, reference.cov)
             point["accuracy"] = (read == labels).double().mean().item() if conditional else None
             points.append(point)
-    return {"points": points, "card": _card(judge.folder.name, reference, num, seed)}
-
-
-def _card(name: str, reference: Reference, num: int, seed: int) -> dict[str, Any]:
-    return {
-        "distance": f"Fréchet distance in {name} features; not FID",
-        "samples": num,
+    card = {
+        "distance": f"Fréchet distance in {judge.folder.name} features; not FID",
+        "feature network's SHA-256": sha256(judge.folder / "model.safetensors"),
+        "number of samples": num,
+        "labels": "each class in turn" if conditional else "none",
         "seed": seed,
         "reference": reference.source,
-        "rounding": "8 bits, to nearest",
+        "rounding": ROUNDING,
+        "EMA decay": ema_decay(model) or "not known",
+        **options,
     }
+    return {"points": points, "card": card}
 
 
 def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
@@ -96,7 +97,7 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
     left.minorticks_off()
     right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
     left.legend()
-    figure.suptitle(f"{result['card']['distance']}; {result['card']['samples']} samples a point")
+    figure.suptitle(f"{result['card']['distance']}; {result['card']['number of samples']} samples a point")
     with replacing(path, path.with_suffix(".png")) as (as_json, as_png):
         as_json.write_text(json.dumps(result, indent=1) + "\n")
         figure.savefig(as_png, format="png", dpi=100)

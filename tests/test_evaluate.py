@@ -1,5 +1,6 @@
 """The Fréchet distance, the classifier that judges samples, and `evaluate` where the answer is known."""
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -49,6 +50,7 @@ class FakeModel:
 
     def __init__(self, draw, num_classes=10, shape=(1, 28, 28)):
         self.draw, self.num_classes, self.calls = draw, num_classes, []
+        self.metadata = {"training": {"ema_decay": 0.99}}
         self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=shape[0], image_shape=shape[1:]))
 
     def sample(self, labels=None, *, num_samples=None, guidance_scale=1.0, **options):
@@ -336,7 +338,11 @@ def test_the_report_says_what_was_measured():
         "of real test images",
         "100, ddpm, full chain, seed 5",
         "guidance 2",
+        "EMA decay 0.99",
+        "by class    0: ",
         " as ",
+        hashlib.sha256((BUNDLED / "model.safetensors").read_bytes()).hexdigest(),
+        f"torch {torch.__version__}",
     ):
         assert part in text
     for part in (

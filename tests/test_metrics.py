@@ -300,7 +300,7 @@ def test_unknown_metrics(pair):
 def test_the_curve_has_every_point(tmp_path):
     """Real digits, whatever the options, so every distance is small and every digit is read as asked."""
     model = FakeModel(real_digits)
-    result = sweep(model, num=40, samplers=("ddim", "dpm++"), steps=(2, 5), guidance=(1.0, 3.0))
+    result = sweep(model, num=40, samplers=("ddim", "dpm++"), steps=(2, 5), guidance=(1.0, 3.0), tier="fast")
     points = [(p["sampler"], p["steps"], p["guidance"]) for p in result["points"]]
     one = [(2, 1.0), (5, 1.0), (5, 3.0)]
     assert points == [(sampler, *rest) for sampler in ("ddim", "dpm++") for rest in one]
@@ -311,6 +311,10 @@ def test_the_curve_has_every_point(tmp_path):
     )[0]
     expected = frechet_distance(*moments(features), reference.mean, reference.cov)
     assert result["points"][0]["distance"] == pytest.approx(expected, rel=1e-9)
+    card = result["card"]
+    assert card["feature network's SHA-256"] == load_features("classifier").sha256
+    assert (card["number of samples"], card["EMA decay"], card["tier"]) == (40, 0.99, "fast")
+    assert card["labels"] == "each class in turn"
     save_sweep(result, tmp_path / "curve.json")
     assert json.loads((tmp_path / "curve.json").read_text()) == result
     with Image.open(tmp_path / "curve.png") as picture:
@@ -323,5 +327,7 @@ def test_bits_per_dimension_by_the_command(tmp_path, capsys):
     save_npz(pixels.float() / 127.5 - 1, tmp_path / "a.npz")
     words = ["evaluate", "--model", str(tmp_path / "model"), "--bits-per-dim", "--reference"]
     main([*words, str(tmp_path / "a.npz"), "--num", "3", "--out", str(tmp_path / "r.json")])
-    assert "on 3 images" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "on 3 images" in output
+    assert "without labels, seed 0, EMA decay not known" in output
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 3

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..arrays import load_images
 from ..ddpm import DDPM, load
-from ..evaluate import evaluate, format_report
+from ..evaluate import ema_decay, evaluate, format_report
 from ..features import load_features
 from ..files import check_writable, replacing
 from ..folders import ImageSet
@@ -119,7 +119,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
             "guidance scale": scale,
             "labels": "each class in turn" if labels else "none",
         }
-        card["EMA decay"] = model.metadata.get("training", {}).get("ema_decay", "not known")
+        card["EMA decay"] = ema_decay(model) or "not known"
     return compare(samples, reference, features, tuple(args.metrics), card=card, progress=True)
 
 
@@ -131,10 +131,13 @@ def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     labels = images.labels[: args.num] if images.labels is not None and model.num_classes else None
     result = bits_per_dimension(model, images.images[: args.num], labels, seed=args.seed, progress=True)
     result |= {"model": args.model, "reference": images.name, "seed": args.seed, "variance": model.variance}
+    result |= {"labels": labels is not None, "ema_decay": ema_decay(model)}
+    given = "with" if result["labels"] else "without"
     text = (
         f"bits per dimension  {result['bits_per_dim']:.4f} +- {result['standard_error']:.4f} "
         f"(variational bound, {result['variance']}, prior {result['prior']:.5f})\n"
-        f"  on {result['images']} images of {images.name}, seed {args.seed}"
+        f"  on {result['images']} images of {images.name}, {given} labels, seed {args.seed}, "
+        f"EMA decay {result['ema_decay'] or 'not known'}"
     )
     return result, text
 
