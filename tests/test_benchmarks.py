@@ -48,9 +48,14 @@ def test_cifar10s_network_is_ddpms():
 
 
 def test_the_parts_of_a_step(pair):
-    spent = timing.parts(pair, 2, 2.0, "exact")
-    assert set(spent) == {"convolution", "norm", "attention", "rest", "step"}
+    spent = timing.parts(pair, 2, 2.0, "exact", rounds=3)
+    assert set(spent) == {*report.PARTS, "network", "chain"}
     assert min(spent.values()) > 0
+
+
+def test_the_time_of_calls_grows_with_their_steps(pair):
+    times = timing.by_steps(pair, 1, "cpu", ["exact"], [1, 40], 0.2)
+    assert 0 < times["exact"][0] < times["exact"][1]
 
 
 def test_the_report(pair, tmp_path):
@@ -60,14 +65,17 @@ def test_the_report(pair, tmp_path):
         "OpenVINO": {"reason": "ModuleNotFoundError: no openvino"},
     }
     where = {"model": "mnist", "mode": "guided", "batch": 8, "flops": 10**8}
+    spent = {"convolution": 0.008, "step": 0.0001, "network": 0.0098, "chain": 0.01}
     result = {
         "device": "A Processor, 2 GHz",
         "threads": 2,
         "versions": {"torch": torch.__version__},
         "matrix_rate": {"float32": 1e12, "bfloat16": 2e12},
         "chains": [{**where, "peer": name, **row} for name, row in rows.items()],
-        "parts": [{**where, "tier": "exact", "seconds": {"convolution": 0.008, "step": 0.0019}}],
-        "growth": [],
+        "build": {"simd": "avx2"},
+        "parts": [{**where, "tier": "exact", "seconds": spent}],
+        "growth": [{"size": 32, "batch": batch, "step": {"exact": 0.01 * batch}} for batch in (1, 2)],
+        "steps": {"model": "mnist", "steps": [1, 2], "seconds": {"exact": [0.0102, 0.02]}},
     }
     paths = report.write(result, tmp_path, "cpu")
     assert [path.name for path in paths[:2]] == [
@@ -80,7 +88,12 @@ def test_the_report(pair, tmp_path):
     assert "| exact | 10.00 | 16% | 16 | 0.8 | 1.00 GiB | 1.00x |  |" in text
     assert "| diffusers | 30.00 | 5% | 5.33 | 0.267 |  | 3.00x |  |" in text
     assert "| OpenVINO | ModuleNotFoundError: no openvino | | | | | | |" in text
-    assert "| mnist, guided, batch 8, exact | 8.00 | 1.90 | 9.90 | +1.0% |" in text
+    assert (
+        "| mnist, guided, batch 8, exact | 8.00 | 0.00 | 0.00 | 0.00 | 0.10 | 9.80 | 10.00 | 2.0% |" in text
+    )
+    assert "| exact | 10.2 | 20.0 |" in text
+    assert "2 threads; avx2; torch" in text
+    assert [path.suffix for path in paths[2:]] == [".png", ".png"]
 
 
 def test_training_loops_agree_and_are_timed():

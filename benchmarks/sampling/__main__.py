@@ -18,6 +18,7 @@ from . import peers, report, timing
 from .models import make
 
 GUIDANCE = {"unconditional": 1.0, "guided": 3.0}
+COUNTED_STEPS = (1, 2, 5, 10, 20)
 PACKAGES = ("torch", "diffusers", "openvino", "onnxruntime", "triton")
 
 
@@ -55,6 +56,7 @@ def measure(args: argparse.Namespace) -> dict:
         "chains": [],
         "parts": [],
         "growth": [],
+        "steps": {},
     }
     shared = ["--device", device, "--seconds", args.seconds, "--peers", *args.peers]
     for model in args.models:
@@ -76,6 +78,8 @@ def measure(args: argparse.Namespace) -> dict:
         steps = {name: row.get("step") for name, row in what["rows"].items()}
         result["growth"].append({"size": size, "batch": count, "step": steps})
         print(f"{size} x {size}, batch {count}: {steps}", flush=True)
+    if args.growth:
+        result["steps"] = timing.in_a_process(*shared, "--count-steps", args.models[0]) or {}
     return result
 
 
@@ -87,6 +91,13 @@ def compare(args: argparse.Namespace) -> dict:
     tiers = ("exact", "fast") if args.device == "cpu" and args.size is None else ()
     parts = {tier: timing.parts(pair, count, guidance, tier) for tier in tiers}
     return {"rows": rows, "parts": parts, "flops": pair.flops}
+
+
+def count_steps(args: argparse.Namespace) -> dict:
+    """How a call's time grows with the steps, for one image."""
+    pair = make(args.count_steps)
+    times = timing.by_steps(pair, 1, args.device, args.peers, COUNTED_STEPS, args.seconds)
+    return {"model": pair.name, "steps": COUNTED_STEPS, "seconds": times}
 
 
 def measure_memory(model: str, count: str, guidance: str, name: str) -> int | None:
@@ -122,12 +133,15 @@ def main() -> None:
         default=Path(__file__).parent.parent / "results",
         help="folder (default: %(default)s)",
     )
-    add("--compare", nargs=3, help=argparse.SUPPRESS)  # these three are for processes that this one starts
+    add("--compare", nargs=3, help=argparse.SUPPRESS)  # these four are for processes that this one starts
+    add("--count-steps", help=argparse.SUPPRESS)
     add("--size", type=int, help=argparse.SUPPRESS)
     add("--measure-memory", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compare:
         return print(json.dumps(compare(args)))
+    if args.count_steps:
+        return print(json.dumps(count_steps(args)))
     if args.measure_memory:
         return print(json.dumps(measure_memory(*args.measure_memory)))
     args.batches = args.batches or ([1, 8, 64] if args.device == "cuda" else [1, 8])

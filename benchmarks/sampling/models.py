@@ -7,6 +7,7 @@ from typing import NamedTuple
 import diffusers
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
@@ -84,6 +85,7 @@ def make(name: str, size: int | None = None) -> Pair:
 def _flops(network: nn.Module, model: diffusion.DDPM) -> int:
     config = model.unet.config
     x = torch.zeros(1, config.in_channels, *config.image_shape)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Fused attention is counted by some versions of PyTorch only, plain products by all.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(x, torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops()

@@ -6,6 +6,8 @@ from typing import Any
 
 from .peers import OURS, PEERS
 
+PARTS = ("convolution", "norm", "attention", "rest", "step")
+
 
 def slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
@@ -62,11 +64,12 @@ def markdown(result: dict, plots: list[Path]) -> str:
     lines = [
         f"# Sampling on {result['device']}",
         "",
-        f"{result['threads']} threads; "
+        f"{result['threads']} threads; {result['build'].get('simd', 'no compiled kernels')}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + f". A matrix product of 2048 x 2048 runs at {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
+        + f". PyTorch multiplies large matrices at {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
         f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. A peer's share of that counts the FLOPs of direct "
-        "convolutions, of which Winograd's algorithm needs fewer. `exact` is 2x means that it takes half the "
+        "convolutions, of which Winograd's algorithm needs fewer; with AMX `exact` multiplies in bfloat16, "
+        "three times for one. `exact` is 2x means that it takes half the "
         "time. A step is one of DDIM; guided steps evaluate the network on twice the images. Made by "
         "`python -m benchmarks.sampling`.",
     ]
@@ -75,29 +78,27 @@ def markdown(result: dict, plots: list[Path]) -> str:
         group = [row for row in result["chains"] if (row["model"], row["mode"], row["batch"]) == key]
         lines += ["", f"## {key[0]}, {key[1]}, batch {key[2]}", "", *_chain_table(result, group)]
     if result["parts"]:
-        kinds = list(dict.fromkeys(kind for row in result["parts"] for kind in row["seconds"]))
         lines += ["", "## What a step is spent on, in ms", ""]
-        lines += ["| | " + " | ".join(kinds) + " | sum | engine |", "|---" * (len(kinds) + 3) + "|"]
+        lines += ["| | " + " | ".join(PARTS) + " | network | chain | engine |"]
+        lines += ["|---" * (len(PARTS) + 4) + "|"]
         for row in result["parts"]:
-            own = next(
-                (
-                    chain.get("step")
-                    for chain in result["chains"]
-                    if chain["peer"] == row["tier"]
-                    and all(chain[k] == row[k] for k in ("model", "mode", "batch"))
-                ),
-                None,
-            )
-            total = sum(row["seconds"].values())
-            engine = f"{(own - total) / own:+.1%}" if own else ""
-            values = " | ".join(f"{1e3 * row['seconds'].get(kind, 0):.2f}" for kind in kinds)
+            spent = row["seconds"]
+            values = [f"{1e3 * spent.get(part, 0):.2f}" for part in (*PARTS, "network", "chain")]
             name = f"{row['model']}, {row['mode']}, batch {row['batch']}, {row['tier']}"
-            lines.append(f"| {name} | {values} | {1e3 * total:.2f} | {engine} |")
+            engine = (spent["chain"] - spent["network"]) / spent["chain"]
+            lines.append(f"| {name} | {' | '.join(values)} | {engine:.1%} |")
         lines += [
             "",
-            "engine: what the step of the chain above takes beyond the sum, as a share of it; the two are "
-            "measured one after the other, so it holds their noise too.",
+            "The network's calls one by one, and the reverse step; then the network as it runs, a step of "
+            "the chain, and what of that is not the network: the engine's own share.",
         ]
+    if result["steps"]:
+        counted = result["steps"]
+        lines += ["", f"## Whole calls, one image of {counted['model']}, in ms", ""]
+        lines += ["| steps | " + " | ".join(map(str, counted["steps"])) + " |"]
+        lines += ["|---" * (len(counted["steps"]) + 1) + "|"]
+        for name, times in counted["seconds"].items():
+            lines.append(f"| {name} | {' | '.join(f'{1e3 * t:.1f}' for t in times)} |")
     lines += [line for plot in plots for line in ("", f"![{plot.stem}]({plot.name})")]
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,13 @@ def medians(runs: Mapping[str, Callable[[], object]], device: str, budget: float
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def matrix_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
-    """FLOP/s of a large matrix product."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / medians({"": lambda: a @ b}, device, 1.0)[""]
+def matrix_rate(dtype: torch.dtype, device: str, sizes: Sequence[int] = (1024, 2048, 4096)) -> float:
+    """FLOP/s of PyTorch's product of two large matrices, of the size at which that is fastest."""
+    rates = []
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates.append(2 * size**3 / medians({"": partial(torch.mm, a, b)}, device, 1.0)[""])
+    return max(rates)
 
 
 def compare(
@@ -89,26 +93,52 @@ def compare(
     return rows
 
 
-def parts(pair: Pair, count: int, guidance: float, tier: str) -> dict[str, float]:
-    """Seconds of one step on the CPU, by what they are spent on; medians of a few steps."""
+def parts(pair: Pair, count: int, guidance: float, tier: str, rounds: int = 7) -> dict[str, float]:
+    """Seconds of one step on the CPU, by what they are spent on; medians of a few rounds.
+
+    "convolution", "norm", "attention" and "rest" are of the network's calls one by one, "network" of all of
+    them as they run, "step" of the reverse step, "chain" of a step of the chain: what is beyond "network" is
+    the engine's own.
+    """
     fast = tier == "fast" and multiplies_bfloat16(torch.device("cpu"))
     network = PreparedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
     images = count if guidance == 1 else 2 * count
     x, t = torch.randn(images, *pair.shape), torch.full((images,), 500)
     table = pair.ours.steps("ddim", 1, guidance_scale=guidance)
+    sample = peers.PEERS[tier][0](pair, count, guidance, "cpu")
     samples = defaultdict(list)
     with torch.no_grad():
         embedding = pair.ours.unet.embed(t, peers.labels(images))
         network.denoise(x, embedding)
-        for _ in range(5):
+        sample(STEPS[0])
+        for _ in range(rounds):
             spent = defaultdict(float)
             for name, call in network.calls():
                 spent[name] += seconds(call, "cpu")
             output = network.denoise(x, embedding).chunk(images // count)
             spent["step"] = seconds(_reverse_step(pair, count, table, output), "cpu")
+            between = STEPS[1] - STEPS[0]
+            spent["network"] = seconds(partial(_repeat, network, between, x, embedding), "cpu") / between
+            short, long = (seconds(partial(sample, steps), "cpu") for steps in STEPS)
+            spent["chain"] = (long - short) / between
             for name, value in spent.items():
                 samples[name].append(value)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _repeat(network: PreparedUNet, times: int, x: torch.Tensor, embedding: torch.Tensor) -> None:
+    for _ in range(times):
+        network.denoise(x, embedding)
+
+
+def by_steps(
+    pair: Pair, count: int, device: str, names: Sequence[str], steps: Sequence[int], budget: float
+) -> dict[str, list[float]]:
+    """Seconds of whole calls of each peer, for each number of steps."""
+    samples = {name: peers.PEERS[name][0](pair, count, 1.0, device) for name in names}
+    runs = {(name, n): partial(sample, n) for name, sample in samples.items() for n in steps}
+    times = medians(runs, device, budget)
+    return {name: [times[name, n] for n in steps] for name in names}
 
 
 def _reverse_step(pair: Pair, count: int, table, output) -> Callable[[], None]:
