@@ -232,6 +232,22 @@ def test_training_command_ends_in_one_line_without_data(tmp_path, capsys):
     assert list(tmp_path.glob("c/*")) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--sample-size", "1000"], "too few for 1,000"),
+        (["--sample-size", "0"], "at least 10 images"),
+        (["--width", "0"], "width must be at least 1, not 0"),
+    ],
+)
+def test_training_command_looks_before_it_trains(words, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classifier_command, "train_classifier", None)
+    with pytest.raises(SystemExit) as end:
+        classifier_command.main(["--data-dir", str(DATA), "--out", str(tmp_path / "c"), *words])
+    assert end.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "architecture", "nan", "config", "foreign"])
 def test_a_damaged_classifier_is_refused(tmp_path, damage):
     from safetensors.torch import save_file

@@ -9,7 +9,7 @@ import torch
 from ..data import DATASETS, load_dataset
 from ..files import check_writable
 from .network import ClassifierConfig
-from .reference import measure_reference
+from .reference import draw_samples, measure_reference
 from .storage import save_classifier, stored
 from .training import train_classifier
 
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
             channels=channels,
             size=height,
             classes=classes,
-            width=options.width or (16 if channels == 1 else 48),
+            width=(16 if channels == 1 else 48) if options.width is None else options.width,
             features=64 if channels == 1 else 128,
         )
+        draw_samples(test, classes, options.sample_size)  # fails now, not after the training
         start = time.monotonic()
         classifier = train_classifier(
             train.images,

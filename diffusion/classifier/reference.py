@@ -34,20 +34,9 @@ def measure_reference(
 ) -> Reference:
     """Moments of training images in a classifier's features, and what labelled test images give.
 
-    The test images are shuffled (by seed) before they are cut into samples: the second half of MNIST's were
-    written by other people than the first. ValueError if there are too few.
+    The test images are cut into samples by `draw_samples`.
     """
-    classes = classifier.config.classes
-    order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed))
-    random = _samples(order, sample_size)
-    wanted = torch.bincount(balanced_labels(sample_size, classes), minlength=classes).tolist()
-    pools = [_samples(order[test.labels[order] == label], wanted[label]) for label in range(classes)]
-    balanced = [torch.cat(parts) for parts in zip(*pools, strict=False)]
-    if not balanced:
-        raise ValueError(
-            f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}, as many of each "
-            "class"
-        )
+    random, balanced = draw_samples(test, classifier.config.classes, sample_size, seed)
     mean, cov = moments(classify(classifier, train.images)[0])
     features, found = classify(classifier, test.images)
     return Reference(
@@ -62,6 +51,26 @@ def measure_reference(
             f"with seed {seed}, {len(random)} disjoint samples at random, {len(balanced)} balanced"
         ),
     )
+
+
+def draw_samples(
+    test: ImageSet, classes: int, sample_size: int, seed: int = 0
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Indices of disjoint samples of labelled images, drawn at random, and as many of each class.
+
+    The images are shuffled (by seed) before: the second half of MNIST's test digits were written by other
+    people than the first. ValueError if there are too few.
+    """
+    wanted = torch.bincount(balanced_labels(sample_size, classes), minlength=classes).tolist()
+    order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed))
+    pools = [_samples(order[test.labels[order] == label], wanted[label]) for label in range(classes)]
+    balanced = [torch.cat(parts) for parts in zip(*pools, strict=False)]
+    if not balanced:
+        raise ValueError(
+            f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}, as many of each "
+            "class"
+        )
+    return _samples(order, sample_size), balanced
 
 
 def balanced_labels(count: int, classes: int = 10) -> torch.Tensor:

@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
             **_sampling(args),
         )
         text = format_report(result)
+        result["model"] = args.model
     print(text)
     if args.out:
         with replacing(Path(args.out)) as (temporary,):
@@ -151,6 +152,7 @@ def _sweep(args: argparse.Namespace) -> None:
     result = sweep(
         _model(args), num=args.num, classifier=args.classifier, seed=args.seed, progress=True, **options
     )
+    result["card"]["model"] = args.model
     save_sweep(result, args.out)
     for point in result["points"]:
         accuracy = "" if point["accuracy"] is None else f"  read as asked {point['accuracy']:.1%}"
