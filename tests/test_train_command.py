@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_train import RECIPE
 
@@ -64,3 +65,13 @@ def test_a_network_that_does_not_fit_into_memory(words, tmp_path, capsys):
     huge = [*words, "--resize", "--set", "unet.channels=10000000"]
     assert "the memory of cpu is not enough; try --micro-batch" in fails(huge, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_compiling_without_a_compiler(words, capsys, monkeypatch):
+    def fails_to_compile(*args, **options):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler was found")
+
+    monkeypatch.setattr(torch, "compile", lambda network: fails_to_compile)
+    told = fails([*words, "--resize", "--compile"], capsys)
+    assert "torch.compile fails here; train without --compile: " in told
+    assert "no C++ compiler was found" in told

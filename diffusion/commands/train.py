@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
     data, validation = load_data(args, recipe)
-    with process_group(ranks, device), _enough_memory(device):
+    with process_group(ranks, device), _what_to_do(device):
         trainer = Trainer(
             recipe,
             data.images,
@@ -140,16 +140,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _enough_memory(device: torch.device) -> Iterator[None]:
-    """ValueError with what to do where memory is not enough."""
+def _what_to_do(device: torch.device) -> Iterator[None]:
+    """ValueError with a way out where memory is not enough, or torch.compile fails (without g++, it does)."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"the memory of {device} is not enough; try --micro-batch, --checkpointing, or a smaller network"
-        ) from error
+        if is_out_of_memory(error):
+            ways = "--micro-batch, --checkpointing, or a smaller network"
+            raise ValueError(f"the memory of {device} is not enough; try {ways}") from error
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"torch.compile fails here; train without --compile: {reason}") from error
+        raise
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
