@@ -87,7 +87,8 @@ def compare(
 
 def format_result(result: dict[str, Any]) -> str:
     """The result of `compare` as lines to print."""
-    lines = [f"{name:44s}{value:.5g}" for name, value in result["metrics"].items()]
+    width = max(map(len, result["metrics"]))
+    lines = [f"{name:{width}s}  {value:.5g}" for name, value in result["metrics"].items()]
     return "\n".join([*lines, *(f"  {name}: {value}" for name, value in result["card"].items())])
 
 

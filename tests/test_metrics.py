@@ -120,6 +120,10 @@ def test_the_card_says_what_was_measured(result):
     text = format_result(result)
     assert "rounding: 8 bits" in text
     assert not any(name in text.lower() for name in ("fid ", "fid_", "kid", "inception"))
+    for name, value in result["metrics"].items():
+        assert [name, f"{value:.5g}"] in [line.split() for line in text.splitlines()]
+    long = format_result({"metrics": {"n" * 60: 1.5, "m": 2.0}, "card": {}}).splitlines()
+    assert [line.split() for line in long] == [["n" * 60, "1.5"], ["m", "2"]]
 
 
 def test_inceptions_are_called_by_their_names():
