@@ -30,6 +30,8 @@ def load_dataset(
     split, download: of a named set, see `load_mnist`. channels, size, cache, progress: of a folder or zip,
     see `folders.read_images`. ValueError for what cannot be read, or a named set without data_dir.
     """
+    if not os.fspath(source):
+        raise ValueError("there is no data set, folder or zip ''")
     if str(source) not in DATASETS:
         return read_images(source, channels=channels, size=size, cache=cache, progress=progress)
     if data_dir is None:

@@ -8,7 +8,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .process import check_loss_weighting, check_prediction_type
+from .process import check_loss_weighting, check_x0_determined
 from .schedule import NoiseSchedule
 from .unet_config import UNetConfig
 
@@ -75,10 +75,16 @@ class Recipe:
             _require(getattr(self, name) in known, name, " or ".join(known), repr(getattr(self, name)))
         if self.optimizer == "adam":
             _require(self.weight_decay == 0, "weight_decay", "0 for adam; adamw takes one", self.weight_decay)
-        check_prediction_type(self.prediction_type)
         check_loss_weighting(self.loss_weighting)
-        UNetConfig.from_dict(self.unet)
-        NoiseSchedule.from_config(self.schedule)
+        config = UNetConfig.from_dict(self.unet)
+        channels = config.in_channels
+        expected = f"{channels}, or {2 * channels} for a learned variance"
+        _require(
+            config.out_channels in (channels, 2 * channels), "out_channels", expected, config.out_channels
+        )
+        if config.num_classes is not None and not config.has_null_label:
+            _require(self.label_dropout == 0, "label_dropout", "0 without a null label", self.label_dropout)
+        check_x0_determined(self.prediction_type, NoiseSchedule.from_config(self.schedule).alphas_cumprod)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step 0..steps-1."""

@@ -182,10 +182,10 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _save_samples(model: DDPM, path: Path) -> None:
-    classes = model.unet.config.num_classes
-    if classes is None:
-        x = model.sample(num_samples=20, sampler="ddim", steps=50)
+    config, options = model.unet.config, {"sampler": "ddim", "steps": min(50, model.schedule.T)}
+    if config.num_classes is None:
+        x = model.sample(num_samples=20, **options)
     else:
-        labels = [label for _ in range(2) for label in range(min(classes, 10))]
-        x = model.sample(labels=labels, guidance_scale=2.0, sampler="ddim", steps=50)
+        labels = [label for _ in range(2) for label in range(min(config.num_classes, 10))]
+        x = model.sample(labels=labels, guidance_scale=2.0 if config.has_null_label else 1.0, **options)
     save_grid(x, path)

@@ -188,10 +188,13 @@ class Trainer:
         return mean
 
     def validation_loss(self, batch_size: int = 256) -> float:
-        """Mean loss of the averaged weights on the validation images, with the same noise each time."""
+        """Mean loss of the averaged weights on the validation images, with the same noise each time.
+
+        In the precision of the steps.
+        """
         images, labels = self.validation
         total = 0.0
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), self._precision():
             torch.manual_seed(seed_of(self.recipe.seed, "validation", 0))
             for start in range(0, len(images), batch_size):
                 x = self._to_device(images[start : start + batch_size])
@@ -199,10 +202,12 @@ class Trainer:
                 total += len(x) * self.ema.loss(x, y, **self._weighting()).item()
         return total / len(images)
 
+    def _precision(self) -> torch.autocast:
+        dtype = self.autocast or torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.autocast is not None)
+
     def _loss(self, x, labels, t, noise) -> torch.Tensor:
-        with torch.autocast(
-            self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
-        ):
+        with self._precision():
             return self.model.loss(x, labels, t=t, noise=noise, network=self.network, **self._weighting())
 
     def _weighting(self) -> dict:

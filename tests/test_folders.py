@@ -327,5 +327,7 @@ def test_more_images_than_memory(tmp_path, monkeypatch):
 def test_load_dataset_reads_folders_and_asks_for_the_named(tmp_path):
     path = write(tmp_path / "set", some_images(), "folder")
     assert torch.equal(load_dataset(path, channels=3).images, read_images(path).images)
+    with pytest.raises(ValueError, match="there is no data set, folder or zip ''"):
+        load_dataset("")
     with pytest.raises(ValueError, match="where is cifar10"):
         load_dataset("cifar10")

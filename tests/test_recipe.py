@@ -76,6 +76,12 @@ def test_show_prints_what_recipe_reads(name, tmp_path, capsys):
         ('{"optimizer": "sgd"}', "optimizer must be adam or adamw"),
         ('{"weight_decay": 0.1}', "adamw takes one"),
         ('{"seed": -1}', "seed"),
+        ('{"unet": {"out_channels": 5}}', "out_channels must be 3, or 6 for a learned variance, not 5"),
+        ('{"unet": {"num_classes": 3, "has_null_label": false}}', "label_dropout must be 0"),
+        (
+            '{"prediction_type": "epsilon", "schedule": {"kind": "betas", "betas": [0.1, 1.0]}}',
+            "zero",
+        ),
     ],
 )
 def test_files_that_are_no_recipe(text, expected, tmp_path):

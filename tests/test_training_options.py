@@ -100,6 +100,17 @@ def test_a_run_goes_on_in_another_precision(tmp_path):
         assert trainer.step == recipe.steps
 
 
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), NoiseSchedule.cosine()])
+@pytest.mark.parametrize("null_label", [True, False])
+def test_every_model_can_show_samples(schedule, null_label, tmp_path):
+    """Of a short chain too, and without a null label, which guidance would need."""
+    unet = PLAIN.unet | {"has_null_label": null_label}
+    dropout = 0.1 if null_label else 0.0
+    recipe = replace(PLAIN, steps=1, unet=unet, schedule=schedule.to_config(), label_dropout=dropout)
+    run(tmp_path, make_trainer(recipe))
+    assert len(list((tmp_path / "samples").iterdir())) == 1
+
+
 def test_half_of_the_images_are_mirrored():
     plain, flipping = make_trainer(PLAIN), make_trainer(replace(PLAIN, horizontal_flip=True))
     mirrored = 0
