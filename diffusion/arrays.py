@@ -9,6 +9,7 @@ import torch
 
 from .data import load_dataset
 from .folders import ImageSet
+from .reading import read_json
 
 MOST_BYTES = 2**36  # of images in one array
 
@@ -24,12 +25,13 @@ def load_images(
 
     A .npz holds `images` uint8 [N, H, W, C] as `images.save_npz` writes it, or `arr_0`, as the reference
     batches of guided-diffusion, and perhaps `labels` int64 [N]. ValueError, naming the file, for anything
-    else, and for fewer than two images.
+    else, for fewer than two images, and for a folder that `shards.sample_shards` has not finished.
     """
     path = Path(source)
     shards = sorted(path.glob("shard-*.npz")) if path.is_dir() else []
     if shards:
         found = _joined([_read(shard) for shard in shards], path)
+        _check_finished(path, len(found.images))
     elif path.suffix.lower() == ".npz":
         found = _read(path)
     else:
@@ -72,6 +74,15 @@ def _check_size(path: Path, name: str) -> None:
         size = archive.getinfo(f"{name}.npy").file_size
     if size > MOST_BYTES:
         raise ValueError(f"its images take {size >> 30} GiB")
+
+
+def _check_finished(path: Path, count: int) -> None:
+    """ValueError if the run.json beside shards says that there will be more of them."""
+    if not (path / "run.json").exists():
+        return
+    wanted = read_json(path / "run.json").get("num")
+    if wanted != count:
+        raise ValueError(f"{path} holds {count} images of {wanted}; finish sampling first")
 
 
 def _joined(parts: list[ImageSet], path: Path) -> ImageSet:

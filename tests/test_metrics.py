@@ -203,6 +203,9 @@ def test_sources_of_images(tmp_path):
     assert torch.equal(load_images(tmp_path / "c.zip").images, pixels[:2])
     sample_shards(make_model(channels=3), tmp_path / "d", 5, steps=2, shard_size=3)
     assert load_images(tmp_path / "d").images.shape == (5, 3, 8, 8)
+    (tmp_path / "d" / "shard-00001.npz").unlink()
+    with pytest.raises(ValueError, match=r"d holds 3 images of 5; finish sampling first"):
+        load_images(tmp_path / "d")
 
 
 def bad_npz(kind: str) -> bytes:
