@@ -97,5 +97,5 @@ def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str,
         return getattr(datasets, name)(root=str(data_dir), train=split == "train", download=download)
     except Exception as error:
         missing = f"there is no {folder}; give the folder above {files}, or download it"
-        reason = error if folder.is_dir() else missing
+        reason = error if folder.is_dir() or download else missing
         raise ValueError(f"cannot read {name} in {data_dir}: {reason}".replace("\n", " ")) from error

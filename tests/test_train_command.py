@@ -1,15 +1,17 @@
 """`diffusion train` on folders of images: sizes, recipes, and what is too much for the machine."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import RECIPE
+from test_train import DATA, RECIPE, torchvision_works
 
 import diffusion
 from diffusion.cli import main
+from diffusion.commands import train
 
 
 @pytest.fixture
@@ -46,10 +48,42 @@ def test_images_of_any_size_are_scaled_where_asked(words, tmp_path, capsys):
     assert "labels of the images" in fails([*words, "--resize", "--set", "unet.num_classes=2"], capsys)
 
 
-def test_resize_is_for_folders_and_squares(words, tmp_path, capsys):
-    assert "--resize is for" in fails([*words, "--resize", "--set", "unet.sample_size=[8,16]"], capsys)
-    named = ["train", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run"), "--resize"]
-    assert "--resize is for" in fails(named, capsys)
+def test_resize_makes_squares(words, capsys):
+    assert "8 x 16" in fails([*words, "--resize", "--set", "unet.sample_size=[8,16]"], capsys)
+
+
+def test_options_of_other_data_are_not_passed_over(words, tmp_path, capsys):
+    named = ["train", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert "--resize is for a folder or zip" in fails([*named, "--resize"], capsys)
+    assert "--cache is for a folder or zip" in fails([*named, "--cache", str(tmp_path)], capsys)
+    for option in (["--data-dir", str(tmp_path)], ["--download"]):
+        assert f"{option[0]} is for the data sets mnist, cifar10" in fails([*words, *option], capsys)
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
+def test_validation_data_take_the_place_of_the_test_split(words, folder, tmp_path, capsys):
+    named = ["train", "--data-dir", str(DATA), "--out", str(tmp_path / "run"), "--validation-data"]
+    assert "images of one size are needed" in fails([*named, str(folder)], capsys)
+
+
+def test_validation_images_are_of_every_class(words, folder, monkeypatch):
+    monkeypatch.setattr(train, "VALIDATION_IMAGES", 6)
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args([*words[1:], "--resize", "--validation-data", str(folder)])
+    images, labels = train.load_data(args, train.choose_recipe(args))[1]
+    assert images.shape == (6, 1, 8, 8)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
+def test_a_download_that_fails_says_why(tmp_path, capsys, monkeypatch):
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    named = ["train", "--data", "cifar10", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert "no network" in fails([*named, "--download"], capsys)
 
 
 def test_changes_are_for_resuming(words, tmp_path, capsys):

@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data-dir", help="torchvision's folder of mnist or cifar10, such as DIR with DIR/MNIST/raw")
     add("--download", action="store_true", help="let torchvision fetch missing files")
-    add("--validation-data", metavar="PATH", help="another folder or zip, for the validation loss")
+    add(
+        "--validation-data",
+        metavar="PATH",
+        help="another folder or zip, for the validation loss (default: the test split of mnist or cifar10)",
+    )
     add("--cache", metavar="DIR", help="keep decoded images there, and read them from the file")
     add(
         "--resize",
@@ -176,27 +180,30 @@ def load_data(
     config = UNetConfig.from_dict(recipe.unet)
     conditional = config.num_classes is not None
     options = {"channels": config.in_channels, "cache": args.cache}
+    named = {"data_dir": args.data_dir, "download": args.download} if args.data in DATASETS else {}
+    for name in ("cache", "resize") if named else ("data_dir", "download"):
+        if getattr(args, name):
+            kind = "a folder or zip of images" if named else f"the data sets {', '.join(DATASETS)}"
+            raise ValueError(f"--{name.replace('_', '-')} is for {kind}, and --data is {args.data}")
     if args.resize:
         height, width = config.image_shape
-        if args.data in DATASETS or height != width:
-            raise ValueError("--resize is for a folder or zip of images and a model of square ones")
+        if height != width:
+            raise ValueError(f"--resize makes square images, and the model's are {height} x {width}")
         options["size"] = height
-    if args.data in DATASETS:
-        options |= {"data_dir": args.data_dir, "download": args.download}
-    data = load_dataset(args.data, split="train", **options)
+    data = load_dataset(args.data, split="train", **options, **named)
     validation = None
-    if args.data in DATASETS:
-        validation = load_dataset(args.data, split="test", **options)
-    elif args.validation_data:
+    if args.validation_data:
         validation = load_dataset(args.validation_data, **options)
-    if validation is not None:
-        labels = (
-            validation.labels[:VALIDATION_IMAGES] if conditional and validation.labels is not None else None
-        )
-        validation = validation.images[:VALIDATION_IMAGES], labels
+    elif named:
+        validation = load_dataset(args.data, split="test", **options, **named)
     if not conditional:
         data = data._replace(labels=None)
-    return data, validation
+    if validation is None:
+        return data, None
+    count = min(VALIDATION_IMAGES, len(validation.images))
+    chosen = torch.arange(count) * len(validation.images) // count  # of every class: they are often in order
+    labels = validation.labels[chosen] if conditional and validation.labels is not None else None
+    return data, (validation.images[chosen], labels)
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
