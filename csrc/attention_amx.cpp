@@ -242,7 +242,7 @@ void run(const AttentionArguments& g) {
 
 void attention_parts_(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t parts, Tensor out) {
   STD_TORCH_CHECK(simd_in_use() == Simd::amx, "this processor has no AMX");
-  STD_TORCH_CHECK(parts == 1 || parts == 2, "there are 1 or 2 parts");
+  STD_TORCH_CHECK(parts == 1 || parts == 3, "there are 1 or 3 parts");
   check_attention(q, q, "q");
   check_attention(k, q, "k");
   check_attention(v, q, "v");
@@ -254,7 +254,7 @@ void attention_parts_(const Tensor& q, const Tensor& k, const Tensor& v, double 
   const auto with = [&](auto* type) {
     typedef std::remove_pointer_t<decltype(type)> T;
     if (parts == 1) run<T, 1>(g);
-    else run<T, 2>(g);
+    else run<T, 3>(g);
   };
   switch (q.scalar_type()) {
     case ScalarType::Float: return with(static_cast<float*>(nullptr));

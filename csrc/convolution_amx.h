@@ -121,3 +121,45 @@ void amx_multiply(const Convolution& g, const Pixels& block, const char* from, i
   before.advance(g, before.left);
   _tile_release();
 }
+
+// ---- Winograd's algorithm.
+
+// How the transformed inputs lie: for each frequency as [chunk][part][tile][32 channels].
+struct Parts {
+  static FD_HD int64_t place(const Tiles& tiles, int64_t tile, int64_t channel) {
+    return (channel / kChunk * kParts * tiles.rows + tile) * kRowBytes + channel % kChunk * 2;
+  }
+
+  static FD_HD void put(const Tiles& tiles, char* to, Vec value) {
+#pragma GCC unroll 3
+    for (int part = 0; part < kParts; ++part, to += tiles.rows * kRowBytes) {
+      const Halves rounded = narrowed(value, static_cast<BFloat16*>(nullptr));
+      *reinterpret_cast<UnalignedHalves*>(to) = rounded;
+      value -= widened(rounded, static_cast<BFloat16*>(nullptr));
+    }
+  }
+
+  static constexpr int kParts = 3;
+};
+
+// Items: for each frequency panels of 32 outputs, and for each of them blocks of 32 tiles.
+inline void amx_winograd_multiply(const Convolution& g, const Tiles& tiles, const float* v, float* m, int64_t begin,
+                                  int64_t end) {
+  const TileShapes shapes;
+  _tile_loadconfig(&shapes);
+  const int64_t panels = (g.out_channels + kChunk - 1) / kChunk, blocks = tiles.rows / 32, no_tap = 0;
+  Factors f{};
+  f.row_step = kRowBytes, f.part_step = tiles.rows * kRowBytes, f.chunk_step = Parts::kParts * f.part_step;
+  f.chunks = (g.channels + kChunk - 1) / kChunk, f.taps = &no_tap, f.tap_count = 1;
+  const char *inputs = reinterpret_cast<const char*>(v), *weights = reinterpret_cast<const char*>(g.weight);
+  const int64_t column_bytes = f.chunks * Parts::kParts * kTileBytes;  // of weights for 16 outputs
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t frequency = item / (panels * blocks), panel = item / blocks % panels, first = item % blocks * 32;
+    f.left = inputs + frequency * tiles.input_step * 4 + first * kRowBytes;
+    f.right = weights + (frequency * (tiles.outputs / 16) + 2 * panel) * column_bytes;
+    float* to = m + frequency * tiles.output_step + first * tiles.outputs + panel * kChunk;
+    sum_products<Parts::kParts>(tiles.count() - first, g.out_channels - panel * kChunk, f, to, tiles.outputs * 4,
+                                []() FD_INLINE {});
+  }
+  _tile_release();
+}

@@ -1,21 +1,21 @@
 // Matrix products by AMX, in tiles of 16 rows x 32 by 32 x 16 columns: numbers of bfloat16, sums in float32. Included
 // after vectors.h, in the same namespace.
 //
-// float32 is multiplied in two parts: x = high + low, but for 2^-16 of it at most and 2^-18 as a rule, and of the four
-// products of parts the smallest, as small as that, is left out. Sums are in float32 as in any other kernel.
+// float32 is multiplied in three parts, whose sum it is: each is what the ones before leave, rounded. Of the nine
+// products of parts the three smallest, 2^-24 of the whole and less, are left out.
 
 constexpr int64_t kRowBytes = 64, kTileBytes = 1024;
 
-// 32 numbers as bfloat16: the high parts, and `part_step` bytes behind them the low ones.
+// 32 numbers as bfloat16: what rounding leaves of them follows `part_step` bytes behind, and so on.
 template <int kParts>
 FD_HD void store_parts(char* to, int64_t part_step, Vec first, Vec second) {
-  const __m512bh high = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  _mm512_storeu_si512(to, (__m512i)high);
-  if constexpr (kParts == 2) {
-    const Halves* halves = reinterpret_cast<const Halves*>(&high);
-    const Vec a = first - widened(halves[0], static_cast<BFloat16*>(nullptr));
-    const Vec b = second - widened(halves[1], static_cast<BFloat16*>(nullptr));
-    _mm512_storeu_si512(to + part_step, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#pragma GCC unroll 3
+  for (int part = 0; part < kParts; ++part, to += part_step) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    _mm512_storeu_si512(to, (__m512i)rounded);
+    const Halves* halves = reinterpret_cast<const Halves*>(&rounded);
+    first -= widened(halves[0], static_cast<BFloat16*>(nullptr));
+    second -= widened(halves[1], static_cast<BFloat16*>(nullptr));
   }
 }
 
@@ -47,7 +47,7 @@ FD_HD void multiply_tiles() {
 }
 
 // 32 rows of the left factor, as [chunk of 32 columns][part][row][32], and 32 columns of the right one, as
-// [chunk][tap][part, low first][tile], a tile being [pair of rows][16 columns][2].
+// [chunk][tap][part, last first][tile], a tile being [pair of rows][16 columns][2].
 struct Factors {
   const char* left;
   int64_t row_step, part_step, chunk_step, chunks;  // bytes
@@ -69,15 +69,23 @@ FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Meanw
     for (int64_t tap = 0; tap < f.tap_count; ++tap) {
       const char* left = f.left + chunk * f.chunk_step + f.taps[tap];
       for (int64_t i = 0; i < f.fetch; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-      load_left<kM>(left, f.row_step);
-      load_right<kN>(right);
-      right += kN * kTileBytes;
-      multiply_tiles<kM, kN>();
-      if constexpr (kParts == 2) {  // the low parts on the right were first
+      const auto next_right = [&]() FD_INLINE {
         load_right<kN>(right);
         right += kN * kTileBytes;
+      };
+      load_left<kM>(left, f.row_step);
+      next_right();
+      multiply_tiles<kM, kN>();
+      if constexpr (kParts == 3) {  // the smallest products are first
+        next_right();
         multiply_tiles<kM, kN>();
         load_left<kM>(left + f.part_step, f.row_step);
+        multiply_tiles<kM, kN>();
+        next_right();
+        multiply_tiles<kM, kN>();
+        load_left<kM>(left + 2 * f.part_step, f.row_step);
+        multiply_tiles<kM, kN>();
+        load_left<kM>(left, f.row_step);
         multiply_tiles<kM, kN>();
       }
       meanwhile();

@@ -24,7 +24,10 @@ from .steps import SAMPLERS, VARIANCES, StepTable
 from .thresholding import check_threshold, thresholded_step
 from .unet import UNet
 
-BATCH_SIZE = 64  # images sampled together when the caller does not say
+# Images that the network evaluates together when the caller does not say. More than that do not fit in the
+# caches of a CPU; see `python -m benchmarks.sampling`.
+MOST_TOGETHER = {"cpu": 32}
+MOST_TOGETHER_ELSEWHERE = 512
 TIERS = ("exact", "fast")
 
 
@@ -180,8 +183,8 @@ class DDPM(nn.Module):
         sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             the batch it is made in; sample_ids are 0..N-1 by default.
-        batch_size: images made at a time, by default 64, or as many as there is free memory for; halved for
-            as long as memory does not suffice.
+        batch_size: images made at a time, by default as many as the device evaluates best and has free
+            memory for; halved for as long as memory does not suffice.
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
         backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
@@ -221,7 +224,12 @@ class DDPM(nn.Module):
         place, config = network.device, self.unet.config
         shape = (config.in_channels, *config.image_shape)
         kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
-        size = batch_size or (len(ids) if noise is not None else self._affordable_batch(network))
+        size = batch_size or len(ids)
+        if batch_size is None and noise is None:
+            size = self._affordable_batch(network, guided=labels is not None and guidance != 1)
+            size = math.ceil(
+                len(ids) / math.ceil(len(ids) / size)
+            )  # batches of one size, as far as they can be
         images = torch.empty(len(ids), *shape, device=place)
         start = 0
         with _Progress(len(ids), len(table), progress) as bar:
@@ -314,17 +322,19 @@ class DDPM(nn.Module):
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
 
-    def _affordable_batch(self, network: engine.Network) -> int:
-        """BATCH_SIZE, or as many images as half of the free memory should hold the feature maps of."""
-        free, config = free_memory(network.device), self.unet.config
+    def _affordable_batch(self, network: engine.Network, guided: bool) -> int:
+        """MOST_TOGETHER, or as many images as half of the free memory should hold the feature maps of."""
+        evaluations, config = 2 if guided else 1, self.unet.config
+        most = MOST_TOGETHER.get(network.device.type, MOST_TOGETHER_ELSEWHERE) // evaluations
+        free = free_memory(network.device)
         if free is None:
-            return BATCH_SIZE
+            return most
         numbers = 0
         for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
             pixels = math.prod(size >> i for size in config.image_shape)
             numbers += pixels * width * (4 * blocks + 12)  # way down, wider way up, and the rest
-        size = 2 * numbers * network.dtype.itemsize  # guided
-        return max(1, min(BATCH_SIZE, free // (2 * size)))
+        size = evaluations * numbers * network.dtype.itemsize
+        return max(1, min(most, free // (2 * size)))
 
     def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
         """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""

@@ -63,7 +63,8 @@ class PreparedUNet:
 
     def _affordable_tile(self) -> int:
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else 4
+        size = 6 if self.simd == "amx" else 4  # three parts
+        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else size
         numbers = sum(m.weight.numel() for m in convs) * size
         budget = SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
         return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)
@@ -226,7 +227,7 @@ class _Plan:
         heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
         arguments = (q, k, v, q.shape[-1] ** -0.5)
         if self.prepared.simd == "amx" and height * width <= MOST_POSITIONS:
-            parts = 1 if self.prepared.dtype == torch.bfloat16 else 2
+            parts = 1 if self.prepared.dtype == torch.bfloat16 else 3
             self._call(torch.ops.fused_diffusion.attention_parts_, *arguments, parts, heads)
         else:
             self._call(_attention_into, heads, *arguments)

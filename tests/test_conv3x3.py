@@ -14,7 +14,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
 PACKINGS = [Packing(0), Packing(2), Packing(4)]
 PACKINGS += [Packing(0, pairs=True), Packing(2, pairs=True)] if multiplies_pairs() else []
-PACKINGS += [Packing(parts=1), Packing(parts=2)] if "amx" in _native.simd_variants() else []
+AMX = [Packing(parts=1), Packing(parts=3), Packing(2, parts=3), Packing(4, parts=3)]
+PACKINGS += AMX if "amx" in _native.simd_variants() else []
 EXACT = [packing for packing in PACKINGS if not packing.pairs and packing.parts != 1]
 needs_cpp = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -58,7 +59,7 @@ def test_parity(case, dtype, tile, simd):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_products_of_bfloat16(case, dtype, packing):
-    """Inputs and weights are rounded to bfloat16, or split into two parts of it, whatever x's dtype."""
+    """Inputs and weights are rounded to bfloat16, or are sums of three parts of it, whatever x's dtype."""
     args, options = CASES[case].inputs(dtype)
     packed = pack(args[1], packing)
     actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
@@ -237,11 +238,11 @@ def test_the_packed_weight_is_whole():
     assert not last[:, :, 6:].any()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 3])
 def test_the_weight_in_tiles_is_whole(parts):
-    """[panel][chunk][tap][part, low first][tile][pair of channels][output][2], zero beyond the weight."""
+    """[panel][chunk][tap][part, last first][tile][pair of channels][output][2], zero beyond the weight."""
     weight = torch.randn(40, 35, 3, 3, generator=torch.Generator().manual_seed(0))
-    data = pack(weight, Packing(parts=parts)).data
+    data = pack(weight, Packing(parts=parts)).data.flatten()
     words = 2 * 9 * parts * 512  # of a tile in each chunk, tap and part
     assert data.dtype == torch.bfloat16
     assert data.shape == (3 * words,)
@@ -249,14 +250,15 @@ def test_the_weight_in_tiles_is_whole(parts):
         data[: 2 * words].view(2, 9, parts, 2, 16, 16, 2),
         data[2 * words :].view(2, 9, parts, 1, 16, 16, 2),
     )
-    summed = torch.cat([panel.float().sum(2) for panel in panels], 2)  # [chunk, tap, tile, pair, output, 2]
+    summed = torch.cat([panel.double().sum(2) for panel in panels], 2)  # [chunk, tap, tile, pair, output, 2]
     found = summed.permute(2, 4, 0, 3, 5, 1).reshape(48, 64, 3, 3)
     assert not found[40:].any()
     assert not found[:, 35:].any()
-    error = (found[:40, :35] - weight).abs() / weight.abs()
-    assert error.max() <= 2.0 ** (-8 if parts == 1 else -16)
-    if parts == 2:
-        assert torch.equal(panels[1][:, :, 1, 0, 0, 0, 0], weight[32, ::32].flatten(1).bfloat16())
+    if parts == 3:
+        assert torch.equal(found[:40, :35], weight.double())
+        assert torch.equal(panels[1][:, :, 2, 0, 0, 0, 0], weight[32, ::32].flatten(1).bfloat16())
+    else:
+        assert torch.equal(found[:40, :35], weight.bfloat16().double())
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,10 @@ def test_packings_by_size(size, small, large, pairs):
     assert choose_packing((96, 96, 3, 3), size, size, half, "avx512") == Packing(small)
     assert choose_packing((96, 96, 3, 3), size, size, single, vectors, winograd=False) == Packing()
     assert choose_packing((64, 3, 3, 3), size, size, single, "amx") == Packing()
-    assert choose_packing((96, 96, 3, 3), size, size, single, "amx") == Packing(parts=2)
+    assert choose_packing((96, 96, 3, 3), size, size, single, "amx") == Packing(parts=3)
+    by_amx = Packing(large, parts=3 if size < 3 or size > 5 else 0)
+    assert choose_packing((256, 256, 3, 3), size, 64, single, "amx") == by_amx
+    assert choose_packing((256, 256, 1, 1), size, size, single, "amx", winograd=False) == Packing(parts=3)
     assert choose_packing((96, 96, 3, 3), size, size, half, "amx") == Packing(parts=1)
 
 
@@ -282,7 +287,7 @@ def test_packings_by_size(size, small, large, pairs):
         ((8, 8, 3, 1), Packing()),
         ((8, 8, 5, 5), Packing()),
         ((8, 8, 3, 3), Packing(3)),
-        ((8, 8, 3, 3), Packing(parts=3)),
+        ((8, 8, 3, 3), Packing(parts=2)),
         ((8, 8, 3, 3), Packing(2, parts=1)),
         ((8, 8, 3, 3), Packing(pairs=True, parts=1)),
     ],
@@ -296,7 +301,7 @@ def test_what_cannot_be_packed(shape, packing):
 @needs_cpp
 def test_weights_for_another_processor():
     """Packed for AMX, and then run without it."""
-    packed = pack(W, Packing(parts=2))
+    packed = pack(W, Packing(parts=3))
     _native.use_simd("baseline")
     try:
         assert "not cpp: the weight is packed for a processor with AMX" in explain("conv3x3", X, packed)

@@ -1,11 +1,13 @@
 """DDPM.sample: against diffusers' schedulers, guidance, batches, conventions, and what it refuses."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
 import torch
 from conftest import make_model
+from diffusion.kernels._tolerance import wrong
 
 from diffusion import chain, ddpm, engine, kernels
 from diffusion.ddpm import Interrupted
@@ -73,10 +75,13 @@ def test_sample_equals_diffusers(name, prediction_type, steps):
         **theirs,
     )
     options = ours if sampler == "ddim" else {}
-    expected = diffusers_chain(model, scheduler, noise, steps, **options)
+    peer = diffusers_chain(model, scheduler, noise, steps, **options)
+    double = copy.deepcopy(model)
+    double.unet.double()
+    expected = diffusers_chain(double, scheduler, lambda k: noise(k).double(), steps, **options)
     x = model.sample(num_samples=3, sampler=sampler, steps=steps, noise=noise, **ours)
     assert expected.abs().max() > 0.1
-    torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+    assert wrong(x, peer, expected, accuracy=1e-4) is None  # some chains make much of the peer's own rounding
 
 
 def test_full_chain_equals_diffusers():
@@ -289,9 +294,9 @@ def test_a_models_own_sampler_options_are_defaults():
     assert torch.equal(chosen.sample([1], use_clipped_model_output=False, **options), as_it_is)
     assert (clipped - as_it_is).abs().max() > 0.01
     assert torch.equal(chosen.sample(steps=3), plain.sample(steps=3))
-    for wrong in ({"euler": {}}, {"ddim": {"variance": 1}}, {"ddim": 3}, [1]):
+    for options in ({"euler": {}}, {"ddim": {"variance": 1}}, {"ddim": 3}, [1]):
         with pytest.raises(ValueError, match=r"sampler|option"):
-            make_model(sampler_options=wrong)
+            make_model(sampler_options=options)
 
 
 BAD = {
@@ -400,7 +405,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(model, monkeypatch, error, c
     assert "9/9 images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("free", "expected"), [(None, [9]), (1 << 40, [9]), (1 << 20, None), (0, [1] * 9)])
+@pytest.mark.parametrize(("free", "expected"), [(None, [9]), (1 << 40, [9]), (1 << 19, None), (0, [1] * 9)])
 def test_the_batch_is_what_free_memory_holds(model, monkeypatch, free, expected):
     monkeypatch.setattr(ddpm, "free_memory", lambda device: free)
     sizes = failing(monkeypatch, lambda sizes: False, None)

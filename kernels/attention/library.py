@@ -77,7 +77,7 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
 
 define("attention")
 
-# Without a gradient, on a CPU with AMX; float32 in two parts, whose products are right to 2^-16 at worst.
+# Without a gradient, on a CPU with AMX: bfloat16 in one part, float32 in three parts of bfloat16.
 torch.library.define(
     "fused_diffusion::attention_parts_",
     "(Tensor q, Tensor k, Tensor v, float scale, int parts, Tensor(a!) out) -> ()",

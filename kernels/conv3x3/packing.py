@@ -36,8 +36,8 @@ class Packing(NamedTuple):
     """How a weight is packed. tile: m of Winograd's algorithm, 0 for none.
 
     pairs: rounded to bfloat16, for processors that multiply pairs of it (AVX512_BF16). parts: for processors
-    with AMX, which multiply tiles of bfloat16: 1 rounds to it, 2 splits each number into a sum of two, of
-    whose four products three are computed; 0 does without AMX.
+    with AMX, which multiply tiles of bfloat16: 1 rounds to it, 3 makes each number a sum of three, of whose
+    nine products the six largest are computed; 0 does without AMX.
     """
 
     tile: int = 0
@@ -60,9 +60,9 @@ class PackedWeight:
     def accuracy(self) -> float:
         """What the algorithm may lose, as a share of the largest output, beyond what every kernel may."""
         tile, pairs, parts = self.packing
-        if parts:
-            return {1: 6e-3, 2: 2e-5}[parts]
-        return {0: 6e-3, 2: 1e-2, 4: 0.2}[tile] if pairs else {0: 0.0, 2: 0.0, 4: 2e-5}[tile]
+        if pairs or parts == 1:
+            return {0: 6e-3, 2: 1e-2, 4: 0.2}[tile]
+        return {0: 0.0, 2: 0.0, 4: 2e-5}[tile]
 
     @property
     def shape(self) -> torch.Size:
@@ -93,25 +93,26 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     return torch.cat(panels, 1)
 
 
-def _tile_panels(weight: Tensor, parts: int) -> Tensor:
-    """[words of all panels], a panel of 32 outputs being [chunk of 32 channels][tap][part][tile].
+def _tile_panels(weight: Tensor, packing: Packing) -> Tensor:
+    """[frequency or 1, words of all panels], a panel of 32 outputs being [chunk][tap][part][tile].
 
-    The low part comes first. A tile is [pair of channels][16 outputs][2].
+    A chunk is of 32 channels. The last part comes first. A tile is [pair of channels][16 outputs][2].
     """
     c = weight.shape[1]
     panels = []
     for panel in weight.split(2 * LANES):
-        factors = panel.float().permute(2, 3, 1, 0).flatten(0, 1)  # [taps, C, K]
+        factors = _factors(panel.double(), packing.tile)
         rows, columns = -(-c // CHUNK) * CHUNK, -(-len(panel) // LANES) * LANES
-        padded = factors.new_zeros(len(factors), rows, columns)
-        padded[:, :c, : len(panel)] = factors
-        high = padded.bfloat16()
-        both = [high] if parts == 1 else [(padded - high.float()).bfloat16(), high]
-        tiles = torch.stack(both).unflatten(3, (-1, LANES)).unflatten(2, (-1, CHUNK // 2, 2))
-        panels.append(
-            tiles.permute(2, 1, 0, 5, 3, 6, 4).flatten()
-        )  # of [part, tap, chunk, pair, 2, tile, 16]
-    return torch.cat(panels)
+        rest = factors.new_zeros(len(factors), rows, columns)
+        rest[:, :c, : len(panel)] = factors
+        parts = []
+        for _ in range(packing.parts):
+            parts.insert(0, rest.bfloat16())
+            rest = rest - parts[0].double()
+        tiles = torch.stack(parts).unflatten(3, (-1, LANES)).unflatten(2, (-1, CHUNK // 2, 2))
+        tiles = tiles.permute(1, 2, 0, 5, 3, 6, 4)  # of [part, factor, chunk, pair, 2, tile, 16]
+        panels.append(tiles.flatten(1) if packing.tile else tiles.transpose(0, 1).reshape(1, -1))
+    return torch.cat(panels, 1)
 
 
 def pack(weight: Tensor, packing: Packing) -> PackedWeight:
@@ -121,13 +122,12 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     """
     height, width = weight.shape[2:]
     tile, pairs, parts = packing
-    known = tile in (0, 2, 4) and parts in (0, 1, 2) and not (parts and (tile or pairs))
+    known = tile in (0, 2, 4) and parts in (0, 1, 3) and not (parts and pairs) and not (parts == 1 and tile)
     if not known or height != width or height not in (1, 3) or (tile and height != 3):
         raise ValueError(f"a weight {list(weight.shape)} cannot be packed as {packing}")
     plain = weight.detach().cpu()
-    return PackedWeight(
-        weight.detach(), _tile_panels(plain, parts) if parts else _vector_panels(plain, packing), packing
-    )
+    panels = _tile_panels(plain, packing) if parts else _vector_panels(plain, packing)
+    return PackedWeight(weight.detach(), panels, packing)
 
 
 def choose_packing(
@@ -137,17 +137,20 @@ def choose_packing(
 
     dtype: of the maps. simd: the instruction set. winograd: whether the convolution is one for Winograd's
     algorithm, 3 x 3 with stride and padding 1. By benchmarks/test_ops.py. It does not depend on the batch, so
-    that an image does not either. AMX multiplies so fast that transforms do not pay, and a chunk of few
-    channels is too empty for it. For vectors: where a map is small and the weight is not, the weight is most
-    of what is read, and it grows with the tile; the transforms of few channels cost more than they save.
-    Rounded to bfloat16, F(4 x 4, 3 x 3) would lose too much: up to a tenth of the largest output.
+    that an image does not either. Where a map is small and the weight is not, the weight is most of what is
+    read, and it grows with the tile; the transforms of few channels cost more than they save, all the more
+    beside AMX, for which a chunk of very few is too empty. Rounded to bfloat16, F(4 x 4, 3 x 3) would lose
+    too much: up to a tenth of the largest output.
     """
-    halves, few = dtype == torch.bfloat16, shape[1] < 8
-    if simd == "amx" and not few:
-        return Packing(parts=1 if halves else 2)
+    halves, few, amx = dtype == torch.bfloat16, shape[1] < 8, simd == "amx"
+    least, small = min(height, width), shape[0] * shape[1] <= SMALL_WEIGHT
     pairs = halves and simd in ("avx512_bf16", "amx")
-    least = min(height, width)
-    if not winograd or least < 3 or few:
+    if few:
         return Packing(pairs=pairs)
-    small = shape[0] * shape[1] <= SMALL_WEIGHT
+    if amx and halves:
+        return Packing(parts=1)
+    if not winograd or least < 3 or (amx and small):
+        return Packing(pairs=pairs, parts=3 if amx else 0)
+    if amx:
+        return Packing(4 if least >= 12 else 2, parts=3 if least >= 6 else 0)
     return Packing(4 if not pairs and least >= (6 if small else 12) else 2, pairs)
