@@ -156,7 +156,7 @@ FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scal
     Vec weights[2];
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t at = block * kBlock + half * kLanes;
-      const Vec weight = power_of_two<float>(fma(load(logits + at), spread(scale), -largest));
+      const Vec weight = power_of_two<float>(load(logits + at) * spread(scale) - largest);
       weights[half] = (Vec)_mm512_maskz_mov_ps(inside(at), weight);
       sum += weights[half];
     }
@@ -168,8 +168,7 @@ FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scal
 // Items: blocks of queries of all heads of the group.
 template <class T, int kParts>
 void attend(const AttentionArguments& g, const Packed& packed, int64_t begin, int64_t end) {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  load_shapes();
   alignas(64) float sums[kBlock * kBlock], inverse[kBlock];
   const int64_t keys = packed.keys * kBlock, blocks = divide_up(g.positions, kBlock), no_tap = 0;
   const int64_t left_bytes = kParts * kBlock * kRowBytes;

@@ -200,12 +200,12 @@ void winograd(const Convolution& g, const Kernels& set, int64_t size, int64_t pa
   }
 }
 
-void direct(const Convolution& g, const Kernels& set, int64_t pack, int64_t element) {
+void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType type) {
   Rows block{};
-  const int64_t weight_element = pack == 2 ? 2 : 4;
+  const int64_t element = type == ScalarType::Float ? 4 : 2, weight_element = pack == 2 ? 2 : 4;
+  const bool same_type = type == (pack == 2 ? ScalarType::BFloat16 : ScalarType::Float);
   const bool in_place = g.kernel == 1 && g.stride == 1 && g.scale == 1 && g.padding == 0 && g.centre == nullptr &&
-                        g.out_height == g.height && g.out_width == g.width && element == weight_element &&
-                        g.channels % pack == 0;
+                        g.out_height == g.height && g.out_width == g.width && same_type && g.channels % pack == 0;
   block.columns = (g.out_width - 1) * g.stride + g.kernel;
   block.pixel = in_place ? g.x_pixel * element : round_up(g.channels, 16) * weight_element;
   const int64_t row_words = block.columns * block.pixel / 4;
@@ -287,6 +287,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && out.scalar_type() == type && x.size(0) == out.size(0),
                   "x and out must be [N, C, H, W] of one dtype");
+  STD_TORCH_CHECK(x.size(1) >= 1, "x must have a channel");
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "x must be float32, bfloat16 or float16");
   Convolution g{};
@@ -333,7 +334,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   if (out.numel() == 0) return;
   if (parts > 0 && tile == 0) return by_amx(g, amx_kernels(type, parts), parts);
   const Kernels set = parts > 0 ? amx_winograd_kernels(type) : kernels(type, pairs);
-  if (tile == 0) direct(g, set, pack, type == ScalarType::Float ? 4 : 2);
+  if (tile == 0) direct(g, set, pack, type);
   else winograd(g, set, tile, pack, parts);
 }
 

@@ -65,7 +65,7 @@ struct Finisher {
     const int64_t image = block.image + (block.flat ? line : line / block.rows);
     const int64_t row = block.row + (block.flat ? first / columns : line % block.rows);
     column = block.flat ? first % columns : first;
-    at = (image * g.out_height + row) * out_width + column;
+    at = (image * g.out_height + row) * out_width + (column < out_width ? column : out_width);
     lanes = lanes_at(g, channel);
     more = channel + kLanes < g.out_channels ? lanes_at(g, channel + kLanes) : 0;
     bias = bias_at(g, channel, lanes);
@@ -87,8 +87,7 @@ struct Finisher {
 // Items: panels of 32 outputs, and 32 pixels of a line; the ones or the others come first.
 template <class T, int kParts>
 void amx_multiply(const Convolution& g, const Pixels& block, const char* from, int64_t begin, int64_t end) {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  load_shapes();
   alignas(64) float sums[2][32 * 32];
   Finisher<T> before;
   const int64_t taps = g.kernel * g.kernel, panels = (g.out_channels + kChunk - 1) / kChunk;
@@ -145,8 +144,7 @@ struct Parts {
 // Items: for each frequency panels of 32 outputs, and for each of them blocks of 32 tiles.
 inline void amx_winograd_multiply(const Convolution& g, const Tiles& tiles, const float* v, float* m, int64_t begin,
                                   int64_t end) {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  load_shapes();
   const int64_t panels = (g.out_channels + kChunk - 1) / kChunk, blocks = tiles.rows / 32, no_tap = 0;
   Factors f{};
   f.row_step = kRowBytes, f.part_step = tiles.rows * kRowBytes, f.chunk_step = Parts::kParts * f.part_step;

@@ -25,6 +25,11 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+inline void load_shapes() {
+  static constexpr TileShapes kShapes;
+  _tile_loadconfig(&kShapes);
+}
+
 // Tiles 0..3 are sums, 4 and 5 left factors, 6 and 7 right ones.
 template <int kM>
 FD_HD void load_left(const char* from, int64_t row_step) {
@@ -60,6 +65,7 @@ struct Factors {
 // Sums of 16 kM rows and 16 kN columns, rows `step` bytes apart; `meanwhile` is called for each product.
 template <int kM, int kN, int kParts, class Meanwhile>
 FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Meanwhile& meanwhile) {
+  asm volatile("" ::: "memory");  // GCC's tile intrinsics do not say what memory they read
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -96,6 +102,7 @@ FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Meanw
   if constexpr (kN == 2) _tile_stored(1, sums + 16, step);
   if constexpr (kM == 2) _tile_stored(2, below, step);
   if constexpr (kM == 2 && kN == 2) _tile_stored(3, below + 16, step);
+  asm volatile("" ::: "memory");
 }
 
 // The same for as many tiles as are wanted.

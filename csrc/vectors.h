@@ -157,7 +157,8 @@ FD_HD Vec silu(Vec u) {
 #endif
   const Vec factor = spread(-kLog2E);
 #if FD_RECIPROCALS
-  const Vec divisor = fma(power_of_two<T>((Vec)_mm512_min_ps(spread(126.0f), u)), factor, factor);  // NaN stays NaN
+  u = (Vec)_mm512_min_ps(spread(126.0f), u);  // NaN stays NaN
+  const Vec divisor = fma(power_of_two<T>(u), factor, factor);
   const Vec inverse = (Vec)_mm512_rcp14_ps((__m512)divisor);
   if constexpr (sizeof(T) == 2) return u * inverse;
   return u * fma(fma(-divisor, inverse, spread(1.0f)), inverse, inverse);

@@ -1,7 +1,8 @@
 """A batch on its way through a step table, in buffers, so that a CUDA graph can hold a step."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -60,13 +61,21 @@ class Network:
         size, null = sum(unet.embedding_sizes), unet.config.null_label
         return cls(unet.embed, denoise, size, null, parameter.device, parameter.dtype, backend)
 
-    def chain(self, *key) -> "Chain":
-        """The chain for `Chain`'s further arguments, with the graphs that it captured when it ran before."""
-        if getattr(self._own, "key", None) != key:
-            self._own.key = self._own.chain = None  # frees the memory first
+    @contextmanager
+    def chain(self, *key) -> Iterator["Chain"]:
+        """The chain for `Chain`'s further arguments, with the graphs that it captured when it ran before.
+
+        While it is in use, this thread's further calls, such as those of a callback, get chains of their own.
+        """
+        kept, self._own.kept = getattr(self._own, "kept", None), None
+        if kept is None or kept[0] != key:
+            kept = None  # frees the memory first
             with torch.inference_mode(False):
-                self._own.key, self._own.chain = key, Chain(self, *key)
-        return self._own.chain
+                kept = (key, Chain(self, *key))
+        try:
+            yield kept[1]
+        finally:
+            self._own.kept = kept
 
 
 class Chain:
@@ -90,7 +99,7 @@ class Chain:
     ):
         self.network, self.channels, self.count = network, shape[0], count
         self.learned_variance, device = learned_variance, network.device
-        self.x = torch.zeros(count, *shape, device=device)
+        self.x = torch.zeros(count, *shape, device=device, dtype=torch.float32)
         self.x0 = torch.zeros_like(self.x) if keeps_x0 else None
         self.noise = torch.zeros_like(self.x) if injected else None
         inputs = torch.zeros(2 * count, *shape, device=device, dtype=network.dtype)
@@ -99,7 +108,8 @@ class Chain:
         self.counter = kernels.step_counter(0, device=device)
         self.ids = torch.zeros(count, dtype=torch.int64, device=device)
         self.positions = torch.zeros(2 * count, dtype=torch.int64, device=device)
-        self.embeddings = torch.zeros(STEPS_EMBEDDED, labels, network.embedding_size, device=device)
+        size = (STEPS_EMBEDDED, labels, network.embedding_size)
+        self.embeddings = torch.zeros(size, device=device, dtype=torch.float32)
         self._graphs: dict[tuple, Callable[[], None]] = {}
         self._captures = device.type == "cuda" and self._step_backend() != "reference"
 

@@ -230,39 +230,41 @@ class DDPM(nn.Module):
             size = math.ceil(
                 len(ids) / math.ceil(len(ids) / size)
             )  # batches of one size, as far as they can be
-        images = torch.empty(len(ids), *shape, device=place)
+        images = torch.empty(len(ids), *shape, device=place, dtype=torch.float32)
         start = 0
-        with _Progress(len(ids), len(table), progress) as bar:
-            while start < len(ids):
-                part = slice(start, min(start + size, len(ids)))
-                batch = engine.Batch(
-                    labels=None if labels is None else labels[part].to(place),
-                    sample_ids=ids[part],
-                    seed=seed,
-                    noise=None if noise is None else _sliced(noise, part, len(ids), shape),
-                )
-                try:
-                    images[part] = engine.run(
-                        network,
-                        table,
-                        batch,
-                        shape,
-                        guidance_rescale=guidance_rescale,
-                        threshold=threshold,
-                        callback=callback,
-                        progress=bar.of_batch(len(ids[part])),
+        try:
+            with _Progress(len(ids), len(table), progress) as bar:
+                while start < len(ids):
+                    part = slice(start, min(start + size, len(ids)))
+                    batch = engine.Batch(
+                        labels=None if labels is None else labels[part].to(place),
+                        sample_ids=ids[part],
+                        seed=seed,
+                        noise=None if noise is None else _sliced(noise, part, len(ids), shape),
                     )
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if size == 1:
-                        raise ValueError(f"there is not enough memory on {place} for one image") from error
-                    size = math.ceil(min(size, len(ids) - start) / 2)
-                    bar.back_to(start)
-                except KeyboardInterrupt:
-                    raise Interrupted(images[:start]) from None
-                else:
-                    start = part.stop
+                    try:
+                        images[part] = engine.run(
+                            network,
+                            table,
+                            batch,
+                            shape,
+                            guidance_rescale=guidance_rescale,
+                            threshold=threshold,
+                            callback=callback,
+                            progress=bar.of_batch(len(ids[part])),
+                        )
+                        start = part.stop
+                    except (MemoryError, RuntimeError) as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        if size == 1:
+                            raise ValueError(
+                                f"there is not enough memory on {place} for one image"
+                            ) from error
+                        size = math.ceil(min(size, len(ids) - start) / 2)
+                        bar.back_to(start)
+        except KeyboardInterrupt:
+            raise Interrupted(images[:start]) from None
         if not images.isfinite().all():
             raise ValueError(f"the UNet gave NaN or infinite values in {str(network.dtype)[6:]}")
         return images

@@ -35,30 +35,30 @@ def run(
     labels = 1 if batch.labels is None else len(batch.labels.unique()) + any(guided)
     keeps_x0 = table.needs_x0_prev or callback is not None or threshold is not None
     count = len(batch.sample_ids)
-    chain = network.chain(
-        tuple(shape), count, labels, len(table), table.learned_variance, keeps_x0, batch.noise is not None
-    )
-    chain.begin(table, batch, any(guided))
-    for i in range(len(table)):
-        following = guided[i + 1] if i + 1 < len(table) else None
-        chain.embed(i)
-        if noisy[i]:
-            chain.noise.copy_(injected(batch.noise, i + 1, chain.x.shape))
-        if threshold is not None or (guidance_rescale and guided[i]):
-            chain.advance_modified(
-                table.row(i),
-                guided[i],
-                following,
-                noisy[i],
-                guidance_rescale,
-                threshold,
-                seed=batch.seed,
-                stream=i + 1,
-            )
-        else:
-            chain.advance(guided[i], following, noisy[i])
-        if callback is not None:
-            callback(i, chain.x.clone(), chain.x0.clone())
-        if progress is not None:
-            progress()
-    return chain.x.clone()
+    key = (tuple(shape), count, labels, len(table), table.learned_variance, keeps_x0, batch.noise is not None)
+    plain = torch.autocast(network.device.type, enabled=False)  # the network's dtype is chosen by the caller
+    with network.chain(*key) as chain, plain:
+        chain.begin(table, batch, any(guided))
+        for i in range(len(table)):
+            following = guided[i + 1] if i + 1 < len(table) else None
+            chain.embed(i)
+            if noisy[i]:
+                chain.noise.copy_(injected(batch.noise, i + 1, chain.x.shape))
+            if threshold is not None or (guidance_rescale and guided[i]):
+                chain.advance_modified(
+                    table.row(i),
+                    guided[i],
+                    following,
+                    noisy[i],
+                    guidance_rescale,
+                    threshold,
+                    seed=batch.seed,
+                    stream=i + 1,
+                )
+            else:
+                chain.advance(guided[i], following, noisy[i])
+            if callback is not None:
+                callback(i, chain.x.clone(), chain.x0.clone())
+            if progress is not None:
+                progress()
+        return chain.x.clone()

@@ -39,4 +39,5 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that an allocation failed, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

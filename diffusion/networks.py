@@ -37,7 +37,8 @@ class NetworkCache:
 
     def of(self, unet: UNet, device: torch.device, dtype: torch.dtype, backend: str) -> Network:
         """`make_network`, made anew where a weight is not what it was."""
-        key = [device, dtype, backend, unet.training, _native.simd_in_use(), *_state(unet)]
+        refused = unsupported(unet, dtype)  # hooks may have come
+        key = [device, dtype, backend, unet.training, refused, _native.simd_in_use(), *_state(unet)]
         last = self._last
         if last is None or last[0] != key:
             last = self._last = None  # frees the memory first

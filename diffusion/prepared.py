@@ -6,6 +6,7 @@ written where the way up reads them, so that nothing is concatenated; and every 
 next evaluation.
 """
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,6 +43,7 @@ class PreparedUNet:
         self._largest_tile = self._affordable_tile()
         self._weights: dict[tuple[nn.Module, Packing], PackedWeight] = {}
         self._vectors: dict[nn.Parameter, Tensor] = {}
+        self._norms: dict[Norm, Norm] = {}
         self._own = threading.local()  # each thread has buffers of its own
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -79,12 +81,18 @@ class PreparedUNet:
             self._weights[module, packing] = pack(weight, packing)
         return self._weights[module, packing]
 
+    def norm(self, norm: Norm) -> Norm:
+        """A copy."""
+        if norm not in self._norms:
+            self._norms[norm] = copy.deepcopy(norm)
+        return self._norms[norm]
+
     def vector(self, parameter: nn.Parameter | None) -> Tensor | None:
         """A bias, or a norm's weight, in float32."""
         if parameter is None:
             return None
         if parameter not in self._vectors:
-            self._vectors[parameter] = parameter.detach().float().contiguous()
+            self._vectors[parameter] = parameter.detach().float().clone(memory_format=torch.contiguous_format)
         return self._vectors[parameter]
 
 
@@ -95,6 +103,11 @@ def unsupported(unet: UNet, dtype: torch.dtype) -> str | None:
         return f"it is on {parameter.device}, not on the CPU"
     if dtype not in convolutions.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    for name, module in unet.named_modules():
+        if not type(module).__module__.startswith(("torch.nn.modules.", f"{__package__}.")):
+            return f"{name or 'it'} is a {type(module).__name__}, which is not one of a UNet's own modules"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'it'} has a forward hook"
     x = torch.empty(0, 1, 4, 4, dtype=dtype)
     packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), Packing())
     return convolutions.supports(x, packed)
@@ -109,7 +122,7 @@ class _Plan:
         self.calls: list[tuple[Callable, tuple]] = []
         self._buffers: dict[tuple, Tensor] = {}
         self.input = self._image(channels, height, width)
-        self.embedding = torch.empty(batch, sum(unet.embedding_sizes))
+        self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32)
         parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
         self._lay_out(unet, parts, height, width)
 
@@ -142,7 +155,7 @@ class _Plan:
         """What a norm does to each channel of x, and whether SiLU follows."""
         key = ("map", x.shape[1])
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(3, *x.shape[:2])
+            self._buffers[key] = torch.empty(3, *x.shape[:2], dtype=torch.float32)
         map, silu = self._buffers[key], norm.activation == "silu"
         weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
         modulation = [modulation.get(name) for name in ("add", "scale", "shift")]
@@ -191,7 +204,7 @@ class _Plan:
             x = self._resample(block.resample, x, "upsampled", size)
         else:
             normalised = self._scratch("normalised", x.shape[1], *x.shape[2:])
-            self._call(_store, normalised, block.norm1, x)
+            self._call(_store, normalised, self.prepared.norm(block.norm1), x)
             smaller = self._resample(block.resample, normalised, "pooled", size)
             self._convolve(block.conv1, smaller, hidden)
             x = self._resample(block.resample, x, "downsampled", size)

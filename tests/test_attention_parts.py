@@ -47,6 +47,15 @@ def test_large_logits_choose_one_key():
     assert (out.double() - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("size", [5e4, 1e8])
+def test_logits_whose_products_round(size):
+    """The largest weight is 1, whatever rounding leaves of its logit."""
+    q, k, v, out = inputs((1, 1, 40, 64), torch.float32)
+    attention_parts_(q * size, k * size, v, 0.125, 3, out)
+    chosen = (q.double() @ k.double().mT).argmax(-1)[0, 0]
+    torch.testing.assert_close(out[0, 0], v[0, 0, chosen], rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_does_not_depend_on_the_others_or_the_threads():
     q, k, v, out = inputs((5, 2, 49, 48), torch.float32)
     attention_parts_(q, k, v, 0.2, 3, out)

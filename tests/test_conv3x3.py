@@ -1,5 +1,7 @@
 """conv3x3 and what it is made of: against float64, over instruction sets, tiles, layouts and sizes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,6 +150,8 @@ def channels_last(*shape, seed=0, dtype=torch.float32):
         (3, 2, 0, 1),
         (3, 1, 1, 1),
         (3, 1, 0, 0),
+        (3, 1, 1, 2),
+        (3, 1, 2, 1),
     ],
 )
 def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, simd):
@@ -158,7 +162,7 @@ def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, s
 
 def check_other_convolution(kernel, stride, padding, below, normalised, dtype, packing):
     """Those of the change of resolution and of attention, from and to some channels of wider images."""
-    wide = channels_last(2, 40, 12, 10, dtype=dtype)
+    wide = channels_last(2, 40, 12, 32, dtype=dtype)
     x = wide[:, 3:26]
     weight = channels_last(70, 23, kernel, kernel, seed=1) / (23 * kernel**2) ** 0.5
     bias = torch.linspace(-1, 1, 70)
@@ -349,3 +353,37 @@ def test_gradients_are_the_references():
     again = args[0].double().requires_grad_()
     expected_of((again, args[1], args[2]), options).sum().backward()
     torch.testing.assert_close(x.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_without_channels(packing):
+    x, out = channels_last(1, 0, 4, 4), channels_last(1, 16, 4, 4)
+    weight = torch.zeros(0, dtype=torch.bfloat16 if packing.pairs or packing.parts else torch.float32)
+    with pytest.raises(RuntimeError, match="x must have a channel"):
+        convolution_(x, weight, 3, 1, 1, 1, packing.tile, packing.parts, None, None, False, None, out)
+
+
+@pytest.mark.skipif(not multiplies_pairs(), reason="this processor has no AVX512_BF16")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_by_one_pixel(dtype):
+    """Only what is bfloat16 is read in place."""
+    x, out = channels_last(1, 32, 4, 4, dtype=dtype), channels_last(1, 16, 4, 4, dtype=dtype)
+    weight = channels_last(16, 32, 1, 1, seed=1) / 32**0.5
+    packed = pack(weight, Packing(pairs=True))
+    convolution_(x, packed.data, 1, 1, 0, 1, 0, 0, None, None, False, None, out)
+    peer, expected = F.conv2d(x, weight.to(dtype)), F.conv2d(x.double(), weight.double())
+    assert wrong(out, peer, expected, accuracy=packed.accuracy) is None
+
+
+@needs_cpp
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("value", [-100.0, -1e4, -1e30, -1e38])
+def test_what_silu_makes_nothing_of(value, packing):
+    """The activation is 0 far below 0."""
+    x, out = torch.full((1, 16, 8, 8), value), channels_last(1, 16, 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    map = torch.stack([torch.zeros(1, 16), torch.full((1, 16), -1 / math.log(2)), torch.zeros(1, 16)])
+    packed = pack(torch.ones(16, 16, 3, 3), packing)
+    convolution_(x, packed.data, 3, 1, 1, 1, packing.tile, packing.parts, None, map, True, None, out)
+    assert out.abs().max() <= 1e-30

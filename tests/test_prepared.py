@@ -12,6 +12,7 @@ from test_unet import TINY, VARIANTS, inputs, randomized
 from diffusion import prepared
 from diffusion.networks import NetworkCache
 from diffusion.prepared import PreparedUNet, unsupported
+from diffusion.unet import UNet
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -217,3 +218,48 @@ def test_what_cannot_be_prepared():
     with pytest.raises(ValueError, match=r"this UNet cannot be prepared: the dtype is torch\.float64"):
         PreparedUNet(unet, torch.float64)
     assert unsupported(unet, torch.float32) is None
+
+
+class Halved(UNet):
+    def denoise(self, x, embedding, backend="auto"):
+        return super().denoise(x, embedding, backend) / 2
+
+
+def hooked(unet):
+    unet.mid.register_forward_hook(lambda module, args, output: output * 0)
+    return unet
+
+
+def wrapped(unet):
+    torch.nn.utils.parametrizations.weight_norm(unet.output_conv)
+    return unet
+
+
+def test_what_others_changed_is_not_passed_over():
+    unet, cache = randomized(TINY), NetworkCache()
+    assert unsupported(unet, torch.float32) is None
+    halved = Halved(TINY).eval()
+    halved.load_state_dict(unet.state_dict())
+    x, t = inputs(TINY)
+    with torch.no_grad():
+        expected = network_of(cache, unet).denoise(x, unet.embed(t)).clone()
+        found = network_of(NetworkCache(), halved).denoise(x, halved.embed(t))
+        torch.testing.assert_close(found, expected / 2, rtol=1e-4, atol=1e-4)
+        hooked(unet)
+        found = network_of(cache, unet).denoise(x, unet.embed(t))
+        torch.testing.assert_close(found, unet(x, t), rtol=1e-4, atol=1e-4)
+        assert (found - expected).abs().max() > 0.1
+    assert "mid has a forward hook" in unsupported(unet, torch.float32)
+    assert "it is a Halved" in unsupported(halved, torch.float32)
+    assert "output_conv is a ParametrizedConv2d" in unsupported(wrapped(randomized(TINY)), torch.float32)
+
+
+def test_norms_are_copies():
+    unet = randomized(VARIANTS["resblock"])
+    x, t = inputs(unet.config)
+    with torch.no_grad():
+        network, embedding = PreparedUNet(unet, torch.float32), unet.embed(t)
+        expected = network.denoise(x, embedding).clone()
+        for parameter in unet.parameters():
+            parameter.mul_(2)
+        assert torch.equal(network.denoise(x, embedding), expected)

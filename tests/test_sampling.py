@@ -515,3 +515,66 @@ def test_threads_sample_from_one_model(conditional):
     with ThreadPoolExecutor(3) as pool:
         results = pool.map(lambda seed: conditional.sample([1, 2], seed=seed, **options), range(6))
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_threshold": 0.995}], ids=str)
+@pytest.mark.parametrize("fails", [False, True])
+def test_sampling_within_a_callback(conditional, options, fails):
+    """A call within a call has buffers of its own, also where it ends early."""
+    outer = {"labels": [3, 1], "steps": 5, "sampler": "ddim", "guidance_scale": 2.0, **options}
+    inner = outer | {"labels": [4, 7], "seed": 9}
+    expected = conditional.sample(**outer), conditional.sample(**inner, callback=lambda *args: None)
+    found = []
+
+    def stop(i, x, x0):
+        if fails and i == 2:
+            raise LookupError
+
+    def callback(i, x, x0):
+        if i == 1:
+            try:
+                found.append(conditional.sample(**inner, callback=stop))
+            except LookupError:
+                found.append(None)
+
+    assert torch.equal(conditional.sample(**outer, callback=callback), expected[0])
+    assert found == [None] if fails else torch.equal(found[0], expected[1])
+    assert torch.equal(conditional.sample(**outer), expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    expected = make_model().sample(num_samples=2, steps=3)
+    model = make_model()
+    torch.set_default_dtype(dtype)
+    try:
+        found = model.sample(num_samples=2, steps=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_around_a_call_changes_nothing(conditional, backend):
+    options = {"labels": [3, 1], "steps": 3, "guidance_scale": 2.0, "backend": backend}
+    expected = conditional.sample(**options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conditional.sample(**options), expected)
+
+
+def test_ctrl_c_between_two_batches(model, monkeypatch):
+    expected = model.sample(num_samples=2, steps=3)
+    begun = []
+
+    def batch(**arguments):
+        begun.append(arguments)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return engine_batch(**arguments)
+
+    engine_batch = engine.Batch
+    monkeypatch.setattr(ddpm.engine, "Batch", batch)
+    with pytest.raises(Interrupted) as caught:
+        model.sample(num_samples=5, steps=3, batch_size=2)
+    assert torch.equal(caught.value.images, expected)

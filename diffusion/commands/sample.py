@@ -168,6 +168,9 @@ class _Frames:
         self.latents: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
 
     def __call__(self, i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+        if i == 0:  # a batch begins, perhaps because there was not memory enough to finish one as large
+            whole = len(self.latents[self.kept[-1]])
+            self.latents = {step: latents[:whole] for step, latents in self.latents.items()}
         if i in self.latents:
             self.latents[i].append(x.cpu())
 
