@@ -104,7 +104,7 @@ struct Kernels {
 
 #define FD_KERNELS(set, T, math)                                                                        \
   Kernels {                                                                                             \
-    set::winograd_input<T, set::Words<set::math>>, set::winograd_multiply<set::math>, set::winograd_output<T>,      \
+    set::winograd_input<T, set::math>, set::winograd_multiply<set::math>, set::winograd_output<T>,      \
         set::direct_input<T, set::math>, set::direct_multiply<T, set::math>, set::kLanes                \
   }
 
@@ -149,23 +149,6 @@ AmxKernels amx_kernels(ScalarType type, int64_t parts) {
   return type == ScalarType::BFloat16 ? amx_kernels_of<BFloat16>(parts) : amx_kernels_of<Half>(parts);
 }
 
-// Winograd's algorithm with AMX: the transforms in vectors, the products in three parts.
-template <class T>
-Kernels amx_winograd_kernels_of() {
-#if FD_AMX
-  return {amx::winograd_input<T, amx::Parts>, amx::amx_winograd_multiply, amx::winograd_output<T>, nullptr, nullptr,
-          amx::kLanes};
-#else
-  return {};
-#endif
-}
-
-Kernels amx_winograd_kernels(ScalarType type) {
-  STD_TORCH_CHECK(simd_in_use() == Simd::amx, "the weights are packed for a processor with AMX");
-  if (type == ScalarType::Float) return amx_winograd_kernels_of<float>();
-  return type == ScalarType::BFloat16 ? amx_winograd_kernels_of<BFloat16>() : amx_winograd_kernels_of<Half>();
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Run>
@@ -174,26 +157,24 @@ void share(int64_t items, int64_t work_per_item, const Run& run) {
                               run);
 }
 
-void winograd(const Convolution& g, const Kernels& set, int64_t size, int64_t pack, int64_t parts) {
-  Tiles tiles(g, size, pack, parts, 1);
+void winograd(const Convolution& g, const Kernels& set, int64_t size, int64_t pack) {
+  Tiles tiles(g, size, pack, 1);
   const int64_t strips = g.images * tiles.high, strip_words = tiles.frequencies() * tiles.wide * (tiles.inputs + tiles.outputs);
   const int64_t blocks = divide_up(strips, std::max<int64_t>(1, kBlockWords / strip_words));
   const int64_t strips_per_block = divide_up(strips, blocks);
   for (int64_t first = 0; first < strips; first += strips_per_block) {
-    tiles = Tiles(g, size, pack, parts, std::min(strips_per_block, strips - first));
+    tiles = Tiles(g, size, pack, std::min(strips_per_block, strips - first));
     tiles.first = first;
     float* v = buffer(tiles.frequencies() * tiles.input_step, 0);
     float* m = buffer(tiles.frequencies() * tiles.output_step, 1);
     const int64_t images = (first + tiles.strips - 1) / tiles.high - first / tiles.high + 1;
-    const int64_t vectors = tiles.vectors(g, set.lanes);
+    const int64_t vectors = round_up(g.channels, 16) / set.lanes;
     const int64_t plane = (std::min(tiles.strips, tiles.high) * size + 2) * (tiles.wide * size + 2) * set.lanes;
     share(images * vectors, tiles.count() / images * 200, [&](int64_t begin, int64_t end) {
       set.winograd_input(g, tiles, v, buffer(plane, 2), begin, end);
     });
-    const bool by_amx = parts > 0;
-    const int64_t panels = by_amx ? divide_up(g.out_channels, kChunk) * tiles.rows / 32 : g.panels();
-    const int64_t work = by_amx ? g.channels * parts * 4 : tiles.count() * g.channels * kPanel / (16 * pack);
-    share(tiles.frequencies() * panels, work,
+    const int64_t items = tiles.frequencies() * g.panels();
+    share(items, tiles.count() * g.channels * kPanel / (16 * pack),
           [&](int64_t begin, int64_t end) { set.winograd_multiply(g, tiles, v, m, begin, end); });
     share(tiles.count(), g.out_channels / 16 * 250,
           [&](int64_t begin, int64_t end) { set.winograd_output(g, tiles, m, begin, end); });
@@ -301,7 +282,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   STD_TORCH_CHECK(tile == 0 || ((tile == 2 || tile == 4) && kernel == 3 && stride == 1 && padding == 1 &&
                                 g.out_height == g.in_height() && g.out_width == g.in_width()),
                   "Winograd's convolution is 3 x 3, and its output as large as its input");
-  STD_TORCH_CHECK(parts == 0 || parts == 3 || (parts == 1 && tile == 0), "there are no, 1 or 3 parts, and tiles of 3");
+  STD_TORCH_CHECK(parts == 0 || ((parts == 1 || parts == 3) && tile == 0), "there are no, 1 or 3 parts, and no tiles");
   const bool halves = weight.scalar_type() == ScalarType::BFloat16, pairs = halves && parts == 0;
   const int64_t pack = pairs ? 2 : parts > 0 ? kChunk : 1;
   const int64_t factors = std::max<int64_t>(1, parts) * (tile == 0 ? kernel * kernel : (tile + 2) * (tile + 2));
@@ -332,10 +313,10 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.residual_pixel = pixel_distance(*residual, "residual");
   }
   if (out.numel() == 0) return;
-  if (parts > 0 && tile == 0) return by_amx(g, amx_kernels(type, parts), parts);
-  const Kernels set = parts > 0 ? amx_winograd_kernels(type) : kernels(type, pairs);
+  if (parts > 0) return by_amx(g, amx_kernels(type, parts), parts);
+  const Kernels set = kernels(type, pairs);
   if (tile == 0) direct(g, set, pack, type);
-  else winograd(g, set, tile, pack, parts);
+  else winograd(g, set, tile, pack);
 }
 
 }  // namespace

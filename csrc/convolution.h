@@ -47,26 +47,19 @@ struct Tiles {
   int64_t first, strips;            // of this block, counted over all images
   int64_t inputs, outputs;          // words to a tile and frequency
   int64_t input_step, output_step;  // words from one frequency to the next
-  int64_t parts, rows;              // of a number, or 0 without AMX; tiles, and for AMX room for some more
 
-  // Words are floats, or pairs of bfloat16: with parts, so many for two channels.
-  FD_HD Tiles(const Convolution& g, int64_t size_, int64_t pack, int64_t parts_, int64_t strips_)
-      : size(size_), first(0), strips(strips_), parts(parts_) {
+  FD_HD Tiles(const Convolution& g, int64_t size_, int64_t pack, int64_t strips_) : size(size_), first(0), strips(strips_) {
     wide = (g.out_width + size - 1) / size;
     high = (g.out_height + size - 1) / size;
-    inputs = parts > 0 ? round_up(g.channels, kChunk) * parts / 2 : round_up(g.channels, 16) / pack;
+    inputs = round_up(g.channels, 16) / pack;
     outputs = g.padded_out();
-    rows = parts > 0 ? round_up(count(), 32) : count();
     // Not a power of two apart, or all frequencies of a tile would meet in one set of the cache.
-    input_step = rows * inputs + 16;
-    output_step = rows * outputs + 16;
+    input_step = strips * wide * inputs + 16;
+    output_step = strips * wide * outputs + 16;
   }
 
   FD_HD int64_t frequencies() const { return (size + 2) * (size + 2); }
   FD_HD int64_t count() const { return strips * wide; }
-  FD_HD int64_t vectors(const Convolution& g, int64_t lanes) const {
-    return round_up(g.channels, parts > 0 ? kChunk : 16) / lanes;
-  }
 };
 
 // Some of the outputs of a direct convolution, and the inputs that they need, with their padding around them:

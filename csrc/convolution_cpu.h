@@ -38,10 +38,6 @@ struct InputMap {
 template <Input kInput, class T>
 void fill_plane(const Convolution& g, int64_t image, int64_t channel, int64_t first, int64_t rows, int64_t columns,
                 float* to) {
-  if (channel >= g.channels) {
-    memset(to, 0, rows * columns * kLanes * sizeof(float));
-    return;
-  }
   const InputMap map(g, image, channel);
   const T* x = static_cast<const T*>(g.x) + channel;
   for (int64_t row = first; row < first + rows; ++row, to += columns * kLanes) {
@@ -105,18 +101,8 @@ FD_HD void transform_outputs(const Vec (&m)[kTile + 2], Vec (&y)[kTile]) {
   }
 }
 
-// How the transformed inputs lie: as the words of a left factor.
-template <class Math>
-struct Words {
-  typedef typename Math::Element Element;
-  static FD_HD int64_t place(const Tiles& tiles, int64_t tile, int64_t channel) {
-    return (tile * tiles.inputs * Math::kPack + channel) * static_cast<int64_t>(sizeof(Element));
-  }
-  static FD_HD void put(const Tiles&, char* to, Vec value) { store(reinterpret_cast<Element*>(to), value); }
-};
-
-template <int kTile, class Layout>
-FD_HD void transform_tile(const Tiles& tiles, const float* plane, int64_t columns, char* to) {
+template <int kTile, class Element>
+FD_HD void transform_tile(const float* plane, int64_t columns, Element* to, int64_t step) {
   constexpr int kSize = kTile + 2;
   Vec halfway[kSize][kSize];
 #pragma GCC unroll 6
@@ -133,14 +119,15 @@ FD_HD void transform_tile(const Tiles& tiles, const float* plane, int64_t column
     Vec t[kSize];
     transform_inputs<kTile>(halfway[i], t);
 #pragma GCC unroll 6
-    for (int j = 0; j < kSize; ++j) Layout::put(tiles, to + (i * kSize + j) * 4 * tiles.input_step, t[j]);
+    for (int j = 0; j < kSize; ++j) store(to + (i * kSize + j) * step, t[j]);
   }
 }
 
-template <Input kInput, int kTile, class T, class Layout>
+template <Input kInput, int kTile, class T, class Math>
 void transform_planes(const Convolution& g, const Tiles& tiles, float* v, float* plane, int64_t begin, int64_t end) {
-  const int64_t columns = tiles.wide * kTile + 2, vectors = tiles.vectors(g, kLanes);
-  char* to = reinterpret_cast<char*>(v);
+  typedef typename Math::Element Element;
+  const int64_t columns = tiles.wide * kTile + 2, vectors = round_up(g.channels, 16) / kLanes;
+  Element* to = reinterpret_cast<Element*>(v);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t channel = item % vectors * kLanes;
     const int64_t image = tiles.first / tiles.high + item / vectors;
@@ -151,18 +138,18 @@ void transform_planes(const Convolution& g, const Tiles& tiles, float* v, float*
     int64_t tile = (image * tiles.high + from - tiles.first) * tiles.wide;
     for (int64_t strip = 0; strip < strips; ++strip) {
       for (int64_t i = 0; i < tiles.wide; ++i, ++tile) {
-        transform_tile<kTile, Layout>(tiles, plane + (strip * columns + i) * kTile * kLanes, columns,
-                                      to + Layout::place(tiles, tile, channel));
+        transform_tile<kTile>(plane + (strip * columns + i) * kTile * kLanes, columns,
+                              to + tile * tiles.inputs * Math::kPack + channel, tiles.input_step * Math::kPack);
       }
     }
   }
 }
 
-template <class T, class Layout>
+template <class T, class Math>
 void winograd_input(const Convolution& g, const Tiles& tiles, float* v, float* plane, int64_t begin, int64_t end) {
   const auto run = [&](auto input) FD_INLINE {
-    if (tiles.size == 2) transform_planes<decltype(input)::value, 2, T, Layout>(g, tiles, v, plane, begin, end);
-    else transform_planes<decltype(input)::value, 4, T, Layout>(g, tiles, v, plane, begin, end);
+    if (tiles.size == 2) transform_planes<decltype(input)::value, 2, T, Math>(g, tiles, v, plane, begin, end);
+    else transform_planes<decltype(input)::value, 4, T, Math>(g, tiles, v, plane, begin, end);
   };
   switch (input_of(g)) {
     case Input::plain: return run(std::integral_constant<Input, Input::plain>{});

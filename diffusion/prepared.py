@@ -65,8 +65,7 @@ class PreparedUNet:
 
     def _affordable_tile(self) -> int:
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        size = 6 if self.simd == "amx" else 4  # three parts
-        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else size
+        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else 4
         numbers = sum(m.weight.numel() for m in convs) * size
         budget = SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
         return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)

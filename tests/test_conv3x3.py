@@ -16,8 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
 PACKINGS = [Packing(0), Packing(2), Packing(4)]
 PACKINGS += [Packing(0, pairs=True), Packing(2, pairs=True)] if multiplies_pairs() else []
-AMX = [Packing(parts=1), Packing(parts=3), Packing(2, parts=3), Packing(4, parts=3)]
-PACKINGS += AMX if "amx" in _native.simd_variants() else []
+PACKINGS += [Packing(parts=1), Packing(parts=3)] if "amx" in _native.simd_variants() else []
 EXACT = [packing for packing in PACKINGS if not packing.pairs and packing.parts != 1]
 needs_cpp = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -278,7 +277,7 @@ def test_packings_by_size(size, small, large, pairs):
     assert choose_packing((96, 96, 3, 3), size, size, single, vectors, winograd=False) == Packing()
     assert choose_packing((64, 3, 3, 3), size, size, single, "amx") == Packing()
     assert choose_packing((96, 96, 3, 3), size, size, single, "amx") == Packing(parts=3)
-    by_amx = Packing(large, parts=3 if size < 3 or size > 5 else 0)
+    by_amx = Packing(large, parts=0 if large else 3)
     assert choose_packing((256, 256, 3, 3), size, 64, single, "amx") == by_amx
     assert choose_packing((256, 256, 1, 1), size, size, single, "amx", winograd=False) == Packing(parts=3)
     assert choose_packing((96, 96, 3, 3), size, size, half, "amx") == Packing(parts=1)
@@ -293,6 +292,7 @@ def test_packings_by_size(size, small, large, pairs):
         ((8, 8, 3, 3), Packing(3)),
         ((8, 8, 3, 3), Packing(parts=2)),
         ((8, 8, 3, 3), Packing(2, parts=1)),
+        ((8, 8, 3, 3), Packing(4, parts=3)),
         ((8, 8, 3, 3), Packing(pairs=True, parts=1)),
     ],
     ids=str,

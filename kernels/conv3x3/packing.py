@@ -93,26 +93,27 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     return torch.cat(panels, 1)
 
 
-def _tile_panels(weight: Tensor, packing: Packing) -> Tensor:
-    """[frequency or 1, words of all panels], a panel of 32 outputs being [chunk][tap][part][tile].
+def _tile_panels(weight: Tensor, parts: int) -> Tensor:
+    """[words of all panels], a panel of 32 outputs being [chunk of 32 channels][tap][part][tile].
 
-    A chunk is of 32 channels. The last part comes first. A tile is [pair of channels][16 outputs][2].
+    The last part comes first. A tile is [pair of channels][16 outputs][2].
     """
     c = weight.shape[1]
     panels = []
     for panel in weight.split(2 * LANES):
-        factors = _factors(panel.double(), packing.tile)
+        factors = _factors(panel.float(), 0)
         rows, columns = -(-c // CHUNK) * CHUNK, -(-len(panel) // LANES) * LANES
         rest = factors.new_zeros(len(factors), rows, columns)
         rest[:, :c, : len(panel)] = factors
-        parts = []
-        for _ in range(packing.parts):
-            parts.insert(0, rest.bfloat16())
-            rest = rest - parts[0].double()
-        tiles = torch.stack(parts).unflatten(3, (-1, LANES)).unflatten(2, (-1, CHUNK // 2, 2))
-        tiles = tiles.permute(1, 2, 0, 5, 3, 6, 4)  # of [part, factor, chunk, pair, 2, tile, 16]
-        panels.append(tiles.flatten(1) if packing.tile else tiles.transpose(0, 1).reshape(1, -1))
-    return torch.cat(panels, 1)
+        rounded = []
+        for _ in range(parts):
+            rounded.insert(0, rest.bfloat16())
+            rest = rest - rounded[0].float()
+        tiles = torch.stack(rounded).unflatten(3, (-1, LANES)).unflatten(2, (-1, CHUNK // 2, 2))
+        panels.append(
+            tiles.permute(2, 1, 0, 5, 3, 6, 4).flatten()
+        )  # of [part, tap, chunk, pair, 2, tile, 16]
+    return torch.cat(panels)
 
 
 def pack(weight: Tensor, packing: Packing) -> PackedWeight:
@@ -122,11 +123,11 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     """
     height, width = weight.shape[2:]
     tile, pairs, parts = packing
-    known = tile in (0, 2, 4) and parts in (0, 1, 3) and not (parts and pairs) and not (parts == 1 and tile)
+    known = tile in (0, 2, 4) and parts in (0, 1, 3) and not (parts and (tile or pairs))
     if not known or height != width or height not in (1, 3) or (tile and height != 3):
         raise ValueError(f"a weight {list(weight.shape)} cannot be packed as {packing}")
     plain = weight.detach().cpu()
-    panels = _tile_panels(plain, packing) if parts else _vector_panels(plain, packing)
+    panels = _tile_panels(plain, parts) if parts else _vector_panels(plain, packing)
     return PackedWeight(weight.detach(), panels, packing)
 
 
@@ -139,18 +140,17 @@ def choose_packing(
     algorithm, 3 x 3 with stride and padding 1. By benchmarks/test_ops.py. It does not depend on the batch, so
     that an image does not either. Where a map is small and the weight is not, the weight is most of what is
     read, and it grows with the tile; the transforms of few channels cost more than they save, all the more
-    beside AMX, for which a chunk of very few is too empty. Rounded to bfloat16, F(4 x 4, 3 x 3) would lose
+    beside AMX, for which a chunk of very few is too empty, and which multiplies float32 in six products for
+    one. Rounded to bfloat16, F(4 x 4, 3 x 3) would lose
     too much: up to a tenth of the largest output.
     """
-    halves, few, amx = dtype == torch.bfloat16, shape[1] < 8, simd == "amx"
+    halves, few = dtype == torch.bfloat16, shape[1] < 8
     least, small = min(height, width), shape[0] * shape[1] <= SMALL_WEIGHT
-    pairs = halves and simd in ("avx512_bf16", "amx")
+    pairs, transformed = halves and simd in ("avx512_bf16", "amx"), winograd and least >= 3
     if few:
         return Packing(pairs=pairs)
-    if amx and halves:
-        return Packing(parts=1)
-    if not winograd or least < 3 or (amx and small):
-        return Packing(pairs=pairs, parts=3 if amx else 0)
-    if amx:
-        return Packing(4 if least >= 12 else 2, parts=3 if least >= 6 else 0)
+    if simd == "amx" and (halves or small or not transformed):
+        return Packing(parts=1 if halves else 3)
+    if not transformed:
+        return Packing(pairs=pairs)
     return Packing(4 if not pairs and least >= (6 if small else 12) else 2, pairs)
