@@ -97,7 +97,7 @@ def _inception() -> Features:
 def import_fidelity():
     """torch-fidelity's modules, as far as they are needed; ValueError that says how to install it."""
     try:
-        from torch_fidelity import feature_extractor_inceptionv3
+        from torch_fidelity import feature_extractor_inceptionv3, metric_prc  # noqa: F401 (since 0.4)
     except Exception as error:  # ImportError, or what torchvision raises beside another torch
         raise ValueError(
             f'this needs torch-fidelity ({error}); pip install "fused-diffusion[evaluate]"'

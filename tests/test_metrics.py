@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -297,6 +298,14 @@ def test_what_is_missing_is_told(words, expected, capsys, tmp_path, monkeypatch)
         main(["evaluate", *words])
     assert caught.value.code == 2
     assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_old_torch_fidelity_is_told(pair, monkeypatch):
+    """0.3 has no precision and recall."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_prc", None)
+    monkeypatch.delattr("torch_fidelity.metric_prc", raising=False)
+    with pytest.raises(ValueError, match=r"this needs torch-fidelity .*fused-diffusion\[evaluate\]"):
+        compare(*pair, toy_features())
 
 
 def test_unknown_metrics(pair):
