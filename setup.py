@@ -5,6 +5,7 @@ metadata allows. Environment: DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO
 CXXFLAGS and CUDA_HOME are honoured. What was built, or why not, is recorded in kernels/_build.json.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -111,6 +112,14 @@ def torch_to_build_with() -> list[str]:
     return [] if find_torch() else ["torch>={}.{}".format(*TORCH_MINIMUM)]
 
 
+def digest_of_sources() -> str:
+    """What the libraries were built from, by which kernels/_native.py knows them again."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path("csrc").iterdir() if p.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def run(command: list[str]) -> None:
     print(shlex.join(command), flush=True)
     result = subprocess.run(command, capture_output=True, text=True)
@@ -127,7 +136,7 @@ class BuildLibraries(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extensions(self):
-        record = {}
+        record = {"sources": digest_of_sources()}
         for extension in self.extensions:
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         for extension in self.extensions:

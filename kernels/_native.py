@@ -2,29 +2,65 @@
 
 `_cpp.so` and `_cuda.so` register their kernels with the dispatcher for the ops that the op folders define.
 They use LibTorch's stable ABI and no symbol of Python, so one build serves every torch from 2.10 on.
+
+In a clone, whose sources Python prefers to an installation, there may be no libraries beside this file. Those
+of the installation serve then, if they were built from the same csrc/.
 """
 
 import ctypes
+import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent
-RECORD = FOLDER / "_build.json"  # what setup.py built, or why not
+RECORD = "_build.json"  # what setup.py built, or why not
+HERE = Path(__file__).parent
+SOURCES = HERE.parent / "csrc"
 
 
-def _read_record() -> dict[str, dict[str, str]]:
+def _digest(folder: Path) -> str:
+    """As setup.py's."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _installed() -> Path | None:
+    """Where an installation has its libraries, if there is one beside this clone."""
+    for distribution in importlib.metadata.distributions(name="fused-diffusion"):
+        folder = Path(str(distribution.locate_file("diffusion/kernels")))
+        if (folder / RECORD).is_file() and folder != HERE:
+            return folder
+    return None
+
+
+def _read_record(folder: Path) -> dict[str, dict[str, str]]:
     try:
-        return json.loads(RECORD.read_text())
+        return json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _find() -> tuple[Path, dict[str, dict[str, str]], str]:
+    """The folder with the libraries, what setup.py recorded there, and why nothing may be found."""
+    if (HERE / RECORD).exists() or not SOURCES.is_dir():
+        return HERE, _read_record(HERE), "this installation has no record of a build"
+    folder = _installed()
+    if folder is None:
+        return HERE, {}, "this clone is not installed; run: pip install ."
+    record = _read_record(folder)
+    if record.get("sources") != _digest(SOURCES):
+        return HERE, {}, f"the libraries in {folder} are not of this clone's sources; run: pip install ."
+    return folder, record, ""
 
 
 def _load(name: str, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """The loaded library, or the reason why there is none, as a short sentence."""
     if not path.exists():
-        reason = _record.get(name, {}).get("reason", "this installation has no record of a build")
+        reason = _record.get(name, {}).get("reason", _missing)
         return None, f"the {name} library was not built: {reason}"
     try:
         torch.ops.load_library(str(path))
@@ -33,7 +69,7 @@ def _load(name: str, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the {name} library cannot be loaded: {' '.join(str(error).split())}"
 
 
-def _load_cpp(path: Path = FOLDER / "_cpp.so") -> tuple[ctypes.CDLL | None, str | None]:
+def _load_cpp(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     library, reason = _load("cpp", path)
     if library is None:
         return None, reason
@@ -46,7 +82,7 @@ def _load_cpp(path: Path = FOLDER / "_cpp.so") -> tuple[ctypes.CDLL | None, str 
     return library, None
 
 
-def _load_cuda(path: Path = FOLDER / "_cuda.so") -> tuple[ctypes.CDLL | None, str | None]:
+def _load_cuda(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -54,9 +90,9 @@ def _load_cuda(path: Path = FOLDER / "_cuda.so") -> tuple[ctypes.CDLL | None, st
     return _load("cuda", path)
 
 
-_record = _read_record()
-_cpp, CPP_MISSING = _load_cpp()
-_cuda, CUDA_MISSING = _load_cuda()
+FOLDER, _record, _missing = _find()
+_cpp, CPP_MISSING = _load_cpp(FOLDER / "_cpp.so")
+_cuda, CUDA_MISSING = _load_cuda(FOLDER / "_cuda.so")
 _simd = "" if _cpp is None else _cpp.fused_diffusion_simd_in_use().decode()
 
 
@@ -101,5 +137,7 @@ def build_info() -> dict[str, str]:
         info["compiler"] = _cpp.fused_diffusion_compiler().decode()
         info["simd"] = simd_in_use()
         info["simd variants"] = ", ".join(simd_variants())
+    if _cpp is not None and FOLDER != HERE:
+        info["libraries"] = f"in {FOLDER}"
     info["cuda archs"] = cuda.get("archs") or f"none: {cuda.get('reason', 'no record of a build')}"
     return info

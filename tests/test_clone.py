@@ -1,0 +1,65 @@
+"""A clone that is run as it is: with the libraries of an installation, if they are of the same sources."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusion.kernels import _native
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The package's sources, without libraries, and an installation's folder that has them."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for name in ("diffusion", "kernels", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "weights")
+        shutil.copytree(ROOT / name, clone / name, ignore=ignored)
+    installed = site / "diffusion" / "kernels"
+    installed.mkdir(parents=True)
+    shutil.copy(_native.FOLDER / "_cpp.so", installed)
+    (installed / "_build.json").write_text(json.dumps({"sources": _native._digest(ROOT / "csrc"), "cpp": {}}))
+    information = site / "fused_diffusion-0.1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fused-diffusion\nVersion: 0.1.0\n")
+    return clone, site
+
+
+def info(clone, site) -> str:
+    script = "from diffusion import kernels; print(kernels.build_info())"
+    words = [sys.executable, "-S", "-c", script]
+    path = os.pathsep.join([str(site), *(entry for entry in sys.path if entry.endswith("site-packages"))])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(
+        words, cwd=clone, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_installation_serves(clone):
+    found = info(*clone)
+    assert "'cpp': 'loaded'" in found
+    assert str(clone[1] / "diffusion" / "kernels") in found
+
+
+def test_other_sources(clone):
+    (clone[0] / "csrc" / "convolution.h").write_text("// changed\n")
+    assert "are not of this clone's sources; run: pip install ." in info(*clone)
+
+
+def test_no_installation(clone):
+    shutil.rmtree(clone[1])
+    assert "this clone is not installed; run: pip install ." in info(*clone)
+
+
+def test_an_installation_without_libraries(clone):
+    record = clone[1] / "diffusion" / "kernels" / "_build.json"
+    reason = {"cpp": {"reason": "there is no C++ compiler g++ or clang++"}}
+    record.write_text(json.dumps(json.loads(record.read_text()) | reason))
+    (record.parent / "_cpp.so").unlink()
+    assert "the cpp library was not built: there is no C++ compiler" in info(*clone)
