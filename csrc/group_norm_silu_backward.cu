@@ -15,8 +15,8 @@ constexpr int kSums = 3;  // of dz, of dz * (x - centre) and of x - centre
 // What a block keeps in shared memory: of each warp, group and channel, and the tiles.
 template <class T>
 struct Shared {
-  double *warps, *dz_sum, *dz_xhat_mean, *x_sum, *sums[kSums];  // the sums of a group: for each of its channels
-  float *partial[kSums], *rstd, *slope, *centre, *gain, *offset, *of_x, *constant;
+  double *warps, *of_groups, *sums;  // of_groups: see map_gradients; sums and partial: kSums times each channel's
+  float *partial, *rstd, *slope, *centre, *gain, *offset, *of_x, *constant;
   T *x, *grad;
   size_t bytes;
 
@@ -24,9 +24,9 @@ struct Shared {
   FD_HD Shared(const void* memory, int groups, int width, int room, int64_t packs) {
     Memory left{reinterpret_cast<uintptr_t>(memory)};
     warps = left.take<double>(kMostThreads / kWarp);
-    for (double** array : {&dz_sum, &dz_xhat_mean, &x_sum}) *array = left.take<double>(groups);
-    for (double*& array : sums) array = left.take<double>(width);
-    for (float*& array : partial) array = left.take<float>(static_cast<int64_t>(width) * room);
+    of_groups = left.take<double>(3 * static_cast<int64_t>(groups));
+    sums = left.take<double>(kSums * static_cast<int64_t>(width));
+    partial = left.take<float>(kSums * static_cast<int64_t>(width) * room);
     for (float** array : {&rstd, &slope, &centre, &gain, &offset, &of_x, &constant}) *array = left.take<float>(width);
     x = left.take<T>(packs * kPack<T>);
     grad = left.take<T>(packs * kPack<T>);
@@ -127,12 +127,12 @@ __device__ __forceinline__ void measure(const Tile<T, kChannelsLast>& tile, cons
           sums[2][map] += d;
         },
         [](int) {});
-    for (int k = 0; k < kSums; ++k) tile.keep(shared.partial[k], channel, line, sums[k]);
+    for (int k = 0; k < kSums; ++k) tile.keep(shared.partial + k * tile.width * tile.threads().room, channel, line, sums[k]);
   });
   const int room = tile.threads().room;
   for (int k = 0; k < kSums; ++k) {
-    sum_runs(tile.width, room, shared.warps, [&](int c, int i) { return shared.partial[k][c * room + i]; },
-             [&](int c, double sum) { shared.sums[k][c] = sum; });
+    sum_runs(tile.width, room, shared.warps, [&](int c, int i) { return shared.partial[(k * tile.width + c) * room + i]; },
+             [&](int c, double sum) { shared.sums[k * tile.width + c] = sum; });
   }
 }
 
@@ -142,36 +142,39 @@ __device__ __forceinline__ void map_gradients(const Tile<T, kChannelsLast>& tile
                                               const NormGradient& gradient, const Shared<T>& shared, bool results) {
   const int size = tile.group_size;
   const double positions = static_cast<double>(args.positions), inverse = 1.0 / size;
+  // Of each group the means over its channels of the sums of dz and of x, and the mean of dz * xhat.
+  double *mean_dz_sum = shared.of_groups, *mean_x_sum = mean_dz_sum + tile.groups;
+  double* dz_xhat_mean = mean_x_sum + tile.groups;
   // What the centre, a float, leaves of the mean.
   const auto left_of_centre = [&](int c) {
     return exact_centre(args, tile.sample, tile.first_channel + c) - shared.centre[c];
   };
-  const auto dz_sum = [&](int c) { return shared.slope[c] * shared.sums[0][c]; };
+  const auto dz_sum = [&](int c) { return shared.slope[c] * shared.sums[c]; };
   const auto dz_xhat_sum = [&](int c) {
-    return (shared.sums[1][c] - left_of_centre(c) * shared.sums[0][c]) * shared.rstd[c];
+    return (shared.sums[tile.width + c] - left_of_centre(c) * shared.sums[c]) * shared.rstd[c];
   };
-  const auto x_sum = [&](int c) { return shared.sums[2][c] - left_of_centre(c) * positions; };  // less its mean
+  const auto x_sum = [&](int c) { return shared.sums[2 * tile.width + c] - left_of_centre(c) * positions; };  // less its mean
   sum_runs(tile.groups, size, shared.warps, [&](int g, int i) { return dz_sum(g * size + i); },
-           [&](int g, double sum) { shared.dz_sum[g] = sum * inverse; });
+           [&](int g, double sum) { mean_dz_sum[g] = sum * inverse; });
   sum_runs(tile.groups, size, shared.warps,
            [&](int g, int i) { return shared.slope[g * size + i] * dz_xhat_sum(g * size + i); },
-           [&](int g, double sum) { shared.dz_xhat_mean[g] = sum * inverse / positions; });
+           [&](int g, double sum) { dz_xhat_mean[g] = sum * inverse / positions; });
   if (results) {
     sum_runs(tile.groups, size, shared.warps, [&](int g, int i) { return x_sum(g * size + i); },
-             [&](int g, double sum) { shared.x_sum[g] = sum * inverse; });
+             [&](int g, double sum) { mean_x_sum[g] = sum * inverse; });
   }
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
     const int g = c / size;
     const GradientMap map = gradient_map(exact_centre(args, tile.sample, tile.first_channel + c), shared.rstd[c],
-                                         shared.slope[c], shared.dz_sum[g] / positions, shared.dz_xhat_mean[g]);
+                                         shared.slope[c], mean_dz_sum[g] / positions, dz_xhat_mean[g]);
     shared.of_x[c] = map.of_x;
     shared.constant[c] = map.constant;
     if (!results) continue;
     const int64_t at = tile.sample * args.channels + tile.first_channel + c;
-    gradient.sum_dz[at] = static_cast<float>(shared.sums[0][c]);
+    gradient.sum_dz[at] = static_cast<float>(shared.sums[c]);
     gradient.sum_dz_xhat[at] = static_cast<float>(dz_xhat_sum(c));
-    gradient.sum_dx[at] = sum_of_dx(shared.rstd[c], dz_sum(c) - shared.dz_sum[g], x_sum(c) - shared.x_sum[g],
-                                    shared.dz_xhat_mean[g]);
+    gradient.sum_dx[at] = sum_of_dx(shared.rstd[c], dz_sum(c) - mean_dz_sum[g], x_sum(c) - mean_x_sum[g],
+                                    dz_xhat_mean[g]);
   }
   __syncthreads();
 }
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   measure(tile, args, static_cast<const T*>(gradient.grad), shared, division.vector, false);
   sums += (tile.sample * division.chunks + tile.chunk) * kSums * args.channels + tile.first_channel;
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
-    for (int k = 0; k < kSums; ++k) sums[k * args.channels + c] = shared.sums[k][c];
+    for (int k = 0; k < kSums; ++k) sums[k * args.channels + c] = shared.sums[k * tile.width + c];
   }
 }
 
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   for (int k = 0; k < kSums; ++k) {
     sum_runs(tile.width, division.chunks, shared.warps,
              [&](int c, int i) { return sums[(i * int64_t{kSums} + k) * args.channels + c]; },
-             [&](int c, double sum) { shared.sums[k][c] = sum; });
+             [&](int c, double sum) { shared.sums[k * tile.width + c] = sum; });
   }
   map_gradients(tile, args, gradient, shared, tile.chunk == 0);
   write_dx<false>(tile, args, static_cast<const T*>(gradient.grad), static_cast<T*>(gradient.dx), shared,

@@ -184,7 +184,9 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 
 def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:
-    """Lines on what this rank did and, from the last rank of a run to finish, on all of them.
+    """Lines on what this rank did and, from a rank that finds that all have finished, on all of them.
+
+    That is the last one to finish, and those that finish together with it.
 
     done: from `sample_shards`. The efficiency of N ranks is what they made in a second, from the first start
     to the last end, in relation to the sum of what each made in a second while it was sampling.
