@@ -1,10 +1,11 @@
 """Training steps against other loops on the same network, images and batch: python -m benchmarks.training.
 
-This package's trainer, in float32 and in bfloat16; the loop of an educational repository (plain PyTorch:
-no averaged weights, no clipping, the loss read back every step), on this package's UNet without its kernels;
-and diffusers' training loop on its UNet2DModel (AdamW, clipping, EMAModel), in float32 and under autocast to
-bfloat16. All start from the same weights. They take turns in one process; ratios are of medians. A loop
-whose first loss is not that of the others, within the noise of a batch, is not timed.
+This package's trainer, in float32 and in bfloat16, with one average, as diffusers' loop has; the loop of an
+educational repository, juraam/stable-diffusion-from-scratch (plain PyTorch: no averaged weights, no
+clipping, the loss read back every step), on this package's UNet without its kernels; and diffusers'
+training loop on its UNet2DModel (AdamW, clipping, EMAModel), in float32 and under autocast to bfloat16. All
+start from the same weights. They take turns in one process; ratios are of medians. A loop whose first loss
+is not that of the others, within the noise of a batch, is not timed.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def ours(pair, size: int, device: str, autocast: torch.dtype | None) -> Step:
     recipe = load_recipe(pair.name)
     values = {**recipe.__dict__, "unet": pair.ours.unet.config.to_dict(), "batch_size": size}
     values |= {"schedule": pair.ours.schedule.to_config(), "prediction_type": pair.ours.prediction_type}
+    values["more_ema_decays"] = ()
     trainer = Trainer(type(recipe)(**values), *batches(pair, size), None, device, autocast=autocast)
     trainer.model.unet.load_state_dict(pair.ours.unet.state_dict())
 

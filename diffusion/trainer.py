@@ -93,9 +93,11 @@ class Trainer:
             self.network = torch.nn.parallel.DistributedDataParallel(
                 self.network, gradient_as_bucket_view=True, broadcast_buffers=False
             )
+        # Adam's fused step on the CPU copies what is not contiguous, so it is given the weights as they lie.
+        self.weights = [as_it_lies(p.detach(), p).requires_grad_() for p in unet.parameters()]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
         self.optimizer = kind(
-            unet.parameters(),
+            self.weights,
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
@@ -131,6 +133,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.unet.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         starts = range(0, len(x), self.micro_batch or len(x))
         for start in starts:
@@ -143,15 +146,19 @@ class Trainer:
                 )
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+        parameters = list(self.model.unet.parameters())
+        for weight, parameter in zip(self.weights, parameters, strict=True):
+            weight.grad = as_it_lies(parameter.grad, parameter)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.unet.parameters(), recipe.gradient_clip)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if norm.device.type != "cpu" or norm > recipe.gradient_clip:  # on others, looking would mean waiting
+            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.gradient_clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        weights = list(self.model.unet.parameters())
         with torch.no_grad():
             for decay, average in self.averages.items():
                 decay = min(decay, (1 + self.step) / (10 + self.step))
-                torch._foreach_lerp_(list(average.unet.parameters()), weights, 1 - decay)
+                torch._foreach_lerp_(list(average.unet.parameters()), parameters, 1 - decay)
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(total)
             total /= self.ranks.world_size
@@ -252,6 +259,12 @@ class Trainer:
             generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "epoch", epoch))
             self._order = epoch, torch.randperm(len(self.images), generator=generator)
         return self._order[1][position * size : (position + 1) * size]
+
+
+def as_it_lies(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A view [O, H, W, I] of a tensor of a parameter's shape [O, I, H, W], if that is in channels_last."""
+    last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return tensor.permute(0, 2, 3, 1) if last else tensor
 
 
 def seed_of(seed: int, purpose: str, index: int) -> int:

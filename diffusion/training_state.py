@@ -1,6 +1,7 @@
 """The whole state of a training run as one file, written whole or not at all; it resumes exactly."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from .checkpoint import load_weights, read_safetensors
 from .files import replacing
-from .trainer import Trainer
+from .trainer import Trainer, as_it_lies
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
 # Fields of a recipe without which its state means nothing, and those of the loss's scale.
@@ -21,10 +22,10 @@ LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
 def save_state(trainer: Trainer, path: Path) -> None:
     """Writes weights, averages, the optimiser and all else that decides the next steps, or nothing."""
     tensors = {}
-    for name, parameter in trainer.model.unet.named_parameters():
+    for (name, parameter), weight in _parameters(trainer):
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"adam.{key}.{name}"] = value
+        for key, value in trainer.optimizer.state.get(weight, {}).items():
+            tensors[f"adam.{key}.{name}"] = value if key == "step" else _like(parameter, value)
     for index, average in enumerate(trainer.averages.values()):
         tensors |= {f"ema{index}.{name}": value for name, value in average.unet.named_parameters()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -40,6 +41,16 @@ def save_state(trainer: Trainer, path: Path) -> None:
     }
     with replacing(path) as (temporary,):
         save_file(tensors, temporary, metadata={"training": json.dumps(about)})
+
+
+def _parameters(trainer: Trainer) -> Iterable[tuple[tuple[str, torch.Tensor], torch.Tensor]]:
+    """Each parameter with its name, and as the optimiser sees it."""
+    return zip(trainer.model.unet.named_parameters(), trainer.weights, strict=True)
+
+
+def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What Adam keeps of a parameter, in the parameter's shape."""
+    return value.as_strided(parameter.shape, parameter.stride())
 
 
 def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> None:
@@ -64,7 +75,7 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     for index, average in enumerate(trainer.averages.values()):
         load_weights(average.unet, groups.get(f"ema{index}", {}), path)
     moments = groups.get("adam", {})
-    for name, parameter in trainer.model.unet.named_parameters():
+    for (name, parameter), weight in _parameters(trainer):
         state = {key: moments.get(f"{key}.{name}") for key in MOMENTS}
         found = [value is not None for value in state.values()]
         if not any(found) and (about["step"] == 0 or about["scaler"]):
@@ -72,12 +83,10 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         shapes = [parameter.new_empty(()).shape, parameter.shape, parameter.shape]
         if not all(found) or [value.shape for value in state.values()] != shapes:
             raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
-        # Adam keeps its moments like the parameter, and its step count on the CPU unless it is fused on CUDA.
+        # Adam keeps its moments like the weight, and its step count on the CPU unless it is fused on CUDA.
         place = parameter.device if parameter.is_cuda else "cpu"
-        trainer.optimizer.state[parameter] = {
-            key: value.to(place)
-            if key == "step"
-            else torch.empty_like(parameter, requires_grad=False).copy_(value)
+        trainer.optimizer.state[weight] = {"step": state.pop("step").to(place)} | {
+            key: as_it_lies(torch.empty_like(parameter, requires_grad=False).copy_(value), parameter)
             for key, value in state.items()
         }
     if trainer.scaler.is_enabled() and about["scaler"]:
