@@ -1,12 +1,14 @@
 """Times, interleaved in one process: everything that is compared slows down alike on a busy machine."""
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,9 +98,9 @@ def compare(
 def parts(pair: Pair, count: int, guidance: float, tier: str, rounds: int = 7) -> dict[str, float]:
     """Seconds of one step on the CPU, by what they are spent on; medians of a few rounds.
 
-    "convolution", "norm", "attention" and "rest" are of the network's calls one by one, "network" of all of
-    them as they run, "step" of the reverse step, "chain" of a step of the chain: what is beyond "network" is
-    the engine's own.
+    "convolution", "norm", "attention" and "rest" are of the network's calls one by one, "step" of the reverse
+    step. "chain" is from one evaluation of the network to the next in a call of `sample`, and "network" what
+    the evaluation takes of it: what is beyond is the engine's own.
     """
     fast = tier == "fast" and multiplies_bfloat16(torch.device("cpu"))
     network = PreparedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
@@ -110,25 +112,39 @@ def parts(pair: Pair, count: int, guidance: float, tier: str, rounds: int = 7) -
     with torch.no_grad():
         embedding = pair.ours.unet.embed(t, peers.labels(images))
         network.denoise(x, embedding)
-        sample(STEPS[0])
+        with _timed_evaluations() as spans:
+            sample(STEPS[0])  # which prepares the network
         for _ in range(rounds):
             spent = defaultdict(float)
             for name, call in network.calls():
                 spent[name] += seconds(call, "cpu")
             output = network.denoise(x, embedding).chunk(images // count)
             spent["step"] = seconds(_reverse_step(pair, count, table, output), "cpu")
-            between = STEPS[1] - STEPS[0]
-            spent["network"] = seconds(partial(_repeat, network, between, x, embedding), "cpu") / between
-            short, long = (seconds(partial(sample, steps), "cpu") for steps in STEPS)
-            spent["chain"] = (long - short) / between
+            spans.clear()
+            sample(STEPS[1])
+            spent["network"] = statistics.median(end - start for start, end in spans[:-1])
+            spent["chain"] = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(spans))
             for name, value in spent.items():
                 samples[name].append(value)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _repeat(network: PreparedUNet, times: int, x: torch.Tensor, embedding: torch.Tensor) -> None:
-    for _ in range(times):
-        network.denoise(x, embedding)
+@contextmanager
+def _timed_evaluations() -> Iterator[list[tuple[float, float]]]:
+    """When each evaluation begins and ends, of the networks that are prepared within, also later."""
+    spans, denoise = [], PreparedUNet.denoise
+
+    def timed(*args) -> torch.Tensor:
+        start = time.perf_counter()
+        output = denoise(*args)
+        spans.append((start, time.perf_counter()))
+        return output
+
+    PreparedUNet.denoise = timed
+    try:
+        yield spans
+    finally:
+        PreparedUNet.denoise = denoise
 
 
 def by_steps(
