@@ -4,7 +4,9 @@ Each holds the whole model (torch.nn.parallel.DistributedDataParallel). They are
 """
 
 import contextlib
+import gc
 import hashlib
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from . import __version__
 from .ranks import Ranks
@@ -22,10 +25,16 @@ PATIENCE = timedelta(minutes=10)  # how long ranks wait for each other
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """torch.distributed's default group, nccl on CUDA devices and gloo elsewhere; nothing for one rank."""
+    """torch.distributed's default group, nccl on CUDA devices and gloo elsewhere; nothing for one rank.
+
+    It ends with its threads, unless the caller keeps it: one that is about to let go of a tensor when the
+    interpreter shuts down aborts the process.
+    """
     if ranks.world_size == 1:
         yield
         return
+    # Imported later, by DistributedDataParallel, it would keep the group as its functions' default argument.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, timeout=PATIENCE)
@@ -38,6 +47,21 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        gc.collect()  # what still has the group: a DistributedDataParallel is part of cycles
+
+
+@contextlib.contextmanager
+def shared_gradients(trainer: Trainer) -> Iterator[None]:
+    """Within, a step's gradients are the means over the ranks; nothing for one rank."""
+    if trainer.ranks.world_size == 1:
+        yield
+        return
+    network = trainer.network
+    trainer.network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    try:
+        yield
+    finally:  # it has the process group, which is to end before the trainer may
+        trainer.network = network
 
 
 def agree(trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .ddpm import DDPM
 from .files import check_writable, remove_leftovers, replacing
 from .images import save_grid
-from .parallel import agree, any_rank, losing_a_rank
+from .parallel import agree, any_rank, losing_a_rank, shared_gradients
 from .trainer import Trainer
 from .training_state import load_state, save_state
 
@@ -100,7 +100,7 @@ def train(
         unit_scale=True,
         disable=not (progress and first_rank),
     )
-    with bar, _repeatable(), _signals() as stopping, losing_a_rank(trainer, out):
+    with bar, _repeatable(), _signals() as stopping, losing_a_rank(trainer, out), shared_gradients(trainer):
         while trainer.step < recipe.steps:
             trainer.train_step()
             bar.update(recipe.batch_size)

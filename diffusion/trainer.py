@@ -12,6 +12,7 @@ import hashlib
 import math
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import to_float
 from .ddpm import DDPM
@@ -36,8 +37,9 @@ class Trainer:
     """A run: the model, its averages, the optimiser, and the step they have reached.
 
     images: uint8 [N, C, H, W]; labels: int64 [N], or None for an unconditional model. validation: another
-    such pair, for the validation loss. ranks: which share of each batch this process works on, in a process
-    group of torch.distributed that exists. ValueError if the data do not fit the recipe.
+    such pair, for the validation loss. ranks: which share of each batch this process works on; several take
+    their steps within `parallel.shared_gradients`, as `train` does. ValueError if the data do not fit the
+    recipe.
 
     How it is computed, which changes the weights by rounding only: autocast: run the UNet in bfloat16 or
     float16 (with a scaled loss) where PyTorch finds it safe. micro_batch: images at a time whose gradients
@@ -89,10 +91,6 @@ class Trainer:
             average.unet.eval().requires_grad_(False)
         unet.checkpoint_activations(checkpointing)
         self.network = torch.compile(unet) if compile else unet
-        if self.ranks.world_size > 1:
-            self.network = torch.nn.parallel.DistributedDataParallel(
-                self.network, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
         # Adam's fused step on the CPU copies what is not contiguous, so it is given the weights as they lie.
         self.weights = [as_it_lies(p.detach(), p).requires_grad_() for p in unet.parameters()]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
@@ -128,6 +126,8 @@ class Trainer:
         Both are of the whole batch and stay on the device.
         """
         recipe = self.recipe
+        if self.ranks.world_size > 1 and not isinstance(self.network, DistributedDataParallel):
+            raise RuntimeError("several ranks take their steps within parallel.shared_gradients")
         x, labels, t, noise = self._share()
         torch.manual_seed(seed_of(recipe.seed, f"dropout of rank {self.ranks.rank}", self.step))
         for group in self.optimizer.param_groups:

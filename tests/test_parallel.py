@@ -2,10 +2,8 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,14 @@ from safetensors.torch import load_file
 from test_train import DATA, make_trainer, run, torchvision_works
 from test_training_options import PLAIN
 
+from diffusion.ranks import Ranks
+from diffusion.training_state import read_state
+
+PATIENCE = 300  # seconds, on a machine however busy
 SCRIPT = """
-import sys, time
+import sys
 sys.path[:] = {path!r}  # the same package: another one may be without compiled kernels
+import atexit, os, signal, weakref
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -28,12 +31,15 @@ from diffusion.ranks import current
 ranks = current()
 try:
     with process_group(ranks, torch.device("cpu")):
+        group = weakref.ref(torch.distributed.group.WORLD)
+        # Its threads have to end before the interpreter does; one that comes too late aborts the process.
+        atexit.register(lambda: group() is None or os._exit(3))
         trainer = make_trainer({recipe}, ranks=ranks, {options})
         step = trainer.train_step
-        def slow():
-            time.sleep({pause})
+        def watched():
+            {before}
             return step()
-        trainer.train_step = slow
+        trainer.train_step = watched
         run(Path(sys.argv[1]), trainer, save_every={save_every}, resume={resume})
 except ValueError as error:
     print(error, file=sys.stderr)
@@ -41,20 +47,29 @@ except ValueError as error:
 """
 
 
+stores = []  # of the runs so far: where their ranks find each other
+
+
 def start(
-    out, world_size=2, recipe="PLAIN", options="", pause=0.0, save_every=100, resume=False, port=None
+    out, world_size=2, recipe="PLAIN", options="", before="pass", save_every=100, resume=False
 ) -> list[subprocess.Popen]:
-    """The processes of a run; `recipe` and `options` are expressions that may look at `ranks`."""
+    """The processes of a run; `recipe` and `options` are expressions that may look at `ranks`.
+
+    before: a statement that is run before each step.
+    """
     path = [str(Path(__file__).parent), *sys.path]
     script = SCRIPT.format(
-        path=path, recipe=recipe, options=options, pause=pause, save_every=save_every, resume=resume
+        path=path, recipe=recipe, options=options, before=before, save_every=save_every, resume=resume
     )
-    if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    # As under torchrun: a port that is merely free may be taken before the first rank takes it.
+    stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment |= {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-c", script, str(out)],
@@ -69,7 +84,7 @@ def start(
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """Exit status and last line of standard error of each."""
     try:
-        outputs = [process.communicate(timeout=120)[1] for process in processes]
+        outputs = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -88,6 +103,7 @@ def test_ranks_train_what_one_would(world_size, tmp_path):
     options = "micro_batch=2" if world_size == 3 else ""
     ended = finish(start(tmp_path / "many", world_size, options=options))
     assert [code for code, _ in ended] == [0] * world_size, ended
+    assert not any("Warning" in text for _, text in ended), ended
     one, many = state_of(tmp_path / "one"), state_of(tmp_path / "many")
     assert one.keys() == many.keys()
     for name in one:
@@ -115,41 +131,31 @@ def test_ranks_that_disagree_all_stop(recipe, options, expected, tmp_path):
 def test_a_killed_rank_stops_the_others_and_the_run_resumes(tmp_path):
     assert [code for code, _ in finish(start(tmp_path / "whole"))] == [0, 0]
     out = tmp_path / "cut"
-    processes = start(out, pause=0.1, save_every=1)
-    try:
-        deadline = time.monotonic() + 100
-        while not (out / "state.safetensors").exists():
-            assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.01)
-        processes[1].send_signal(signal.SIGKILL)
-    finally:
-        (_, _), (killed, _) = ended = finish(processes)
+    dies = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGKILL)"
+    (left, text), (killed, _) = finish(start(out, before=dies, save_every=1))
     assert killed == -signal.SIGKILL
-    assert ended[0][0] == 2
-    assert "lost another rank" in ended[0][1].splitlines()[-1]
+    assert left == 2
+    assert "lost another rank" in text.splitlines()[-1]
     assert [code for code, _ in finish(start(out, resume=True))] == [0, 0]
     whole, cut = state_of(tmp_path / "whole"), state_of(out)
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
-    processes = start(tmp_path, pause=0.1, save_every=1)
-    try:
-        deadline = time.monotonic() + 100
-        while not (tmp_path / "state.safetensors").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        processes[1].send_signal(signal.SIGTERM)
-    finally:
-        ended = finish(processes)
+    told = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGTERM)"
+    ended = finish(start(tmp_path, before=told))
     assert all("KeyboardInterrupt" in text for _, text in ended), ended
+    assert read_state(tmp_path / "state.safetensors")["step"] == 4
     assert [code for code, _ in finish(start(tmp_path, resume=True))] == [0, 0]
 
 
-def test_a_batch_smaller_than_the_ranks():
-    from diffusion.ranks import Ranks
+def test_a_step_of_several_ranks_shares_its_gradients():
+    trainer = make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=2, local_rank=0))
+    with pytest.raises(RuntimeError, match=r"within parallel\.shared_gradients"):
+        trainer.train_step()
 
+
+def test_a_batch_smaller_than_the_ranks():
     with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 9 ranks"):
         make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=9, local_rank=0))
 
@@ -162,7 +168,9 @@ def test_the_command_under_torchrun(tmp_path):
     command += ["--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "run"), "--set"]
     command += ["unet.channel_mult=[1]", "unet.attention_levels=[]"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("2 steps in") == 1  # the first rank speaks for all
     assert "2 ranks" in done.stdout
