@@ -94,7 +94,7 @@ def test_instruction_sets_and_threads(case, dtype):
     seen = {}
     for variant in every_variant():
         actual = with_gradients(lambda *a: attention(*a, backend="cpp", **kwargs), args)
-        pairs = dtype == torch.bfloat16 and variant.startswith("avx512_bf16")
+        pairs = dtype == torch.bfloat16 and variant.startswith(("avx512_bf16", "amx"))
         assert all(map(torch.equal, actual, seen.setdefault(pairs, actual))), variant
         for one, other, truth in zip(actual, peer, expected, strict=True):
             assert_close(one, other, truth)
