@@ -157,6 +157,17 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def _in_turn(path: Path) -> Iterator[None]:
+    """One process after another, where the system and the file system have locks; `path` is there already."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(stack.enter_context(path.open("r+")), fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether no other living process is making this file; a process that dies gives its claim back."""
     try:
@@ -184,9 +195,9 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 
 def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:
-    """Lines on what this rank did and, from a rank that finds that all have finished, on all of them.
+    """Lines on what this rank did and, from the last rank of a run to finish, on all of them.
 
-    That is the last one to finish, and those that finish together with it.
+    A rank that ended before this one began is taken for one of a former run.
 
     done: from `sample_shards`. The efficiency of N ranks is what they made in a second, from the first start
     to the last end, in relation to the sum of what each made in a second while it was sampling.
@@ -199,13 +210,14 @@ def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> lis
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     launch = "/".join(os.environ.get(name, "") for name in names)
     mine = {**done, "launch": launch, "ended": time.time()}
-    with replacing(Path(folder) / f".rank-{ranks.rank}.json") as (temporary,):
-        temporary.write_text(json.dumps(mine))
     every = []
-    for rank in range(ranks.world_size):
-        with contextlib.suppress(OSError, ValueError):
-            entry = json.loads((Path(folder) / f".rank-{rank}.json").read_text())
-            every += [entry] if entry["launch"] == launch and entry["ended"] >= done["started"] else []
+    with _in_turn(Path(folder) / "run.json"):  # of ranks that end together, the last to write finds all
+        with replacing(Path(folder) / f".rank-{ranks.rank}.json") as (temporary,):
+            temporary.write_text(json.dumps(mine))
+        for rank in range(ranks.world_size):
+            with contextlib.suppress(OSError, ValueError):
+                entry = json.loads((Path(folder) / f".rank-{rank}.json").read_text())
+                every += [entry] if entry["launch"] == launch and entry["ended"] >= done["started"] else []
     if len(every) == ranks.world_size and (total := sum(entry["images"] for entry in every)):
         wall = max(entry["ended"] for entry in every) - min(entry["started"] for entry in every)
         busy = sum(entry["images"] / entry["seconds"] for entry in every if entry["images"])

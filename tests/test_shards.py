@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from conftest import make_model
 from diffusion.cli import main
 from diffusion.images import to_uint8
 from diffusion.ranks import Ranks
-from diffusion.shards import sample_shards
+from diffusion.shards import report, sample_shards
 
 OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
 
@@ -28,23 +30,32 @@ def folder(tmp_path_factory):
     return path
 
 
-def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, slow=False) -> subprocess.Popen:
-    command = f"import sys, time; sys.path[:] = {sys.path!r}; from diffusion.cli import main; "
-    if slow:  # says when it begins a shard, and takes its time
+def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, asks=False) -> subprocess.Popen:
+    command = f"import sys; sys.path[:] = {sys.path!r}; from diffusion.cli import main; "
+    if asks:  # says when it begins a shard, and waits for a line before it does
         command += "import diffusion; sample = diffusion.DDPM.sample; "
-        command += "diffusion.DDPM.sample = lambda *a, **k: print('begun', flush=True) or time.sleep(1) "
-        command += "or sample(*a, **k); "
+        command += "ask = lambda: print('begun', flush=True) or sys.stdin.readline(); "
+        command += "diffusion.DDPM.sample = lambda *a, **k: (ask(), sample(*a, **k))[1]; "
     command += "main(sys.argv[1:])"
     words = [sys.executable, "-c", command, "sample", "--model", str(model), "--out", f"{out}/", *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def begun(process: subprocess.Popen) -> None:
+    """Waits until it begins a shard."""
+    assert process.stdout.readline() == "begun\n", process.communicate()[1]
 
 
 def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each, which asks no more."""
     try:
-        return [(p.returncode, *output) for p in processes if (output := p.communicate(timeout=120))]
+        for process in processes:
+            process.stdin.close()
+            process.stdin = None
+        return [(p.returncode, *output) for p in processes if (output := p.communicate(timeout=300))]
     finally:
         for process in processes:
             process.kill()
@@ -87,22 +98,44 @@ def test_shards_hold_the_images_of_their_ids(whole, folder, tmp_path):
 @pytest.mark.parametrize(("world_size", "threads"), [(1, 2), (2, 1), (4, 1), (2, 3)])
 def test_any_ranks_and_threads_make_the_same_bytes(world_size, threads, whole, folder, tmp_path):
     out = tmp_path / "out"
-    ended = finish(*(start(folder, out, rank, world_size, threads) for rank in range(world_size)))
+    processes = [start(folder, out, rank, world_size, threads, asks=True) for rank in range(world_size)]
+    for process in processes:  # each holds one of its own shards, so that all take part
+        begun(process)
+    ended = finish(*processes)
     assert [code for code, _, _ in ended] == [0] * world_size, ended
     assert shards_of(out) == whole
-    made = [int(text.split(": ")[1].split()[0]) for _, text, _ in ended]
+    lines = [line for _, text, _ in ended for line in text.splitlines()]
+    made = [int(line.split(": ")[1].split()[0]) for line in lines if line.startswith("rank ")]
+    assert len(made) == world_size
     assert sum(made) == 11
-    totals = [line for _, text, _ in ended for line in text.splitlines() if "efficiency" in line]
-    assert all(line.startswith(f"{world_size} ranks: 11 images in ") for line in totals)
-    assert totals or world_size > 1  # a rank that ends before another begins is taken for one of a former run
+    (total,) = (line for line in lines if "efficiency" in line)  # the last to end tells of all
+    assert total.startswith(f"{world_size} ranks: 11 images in ")
+
+
+def test_one_of_ranks_that_end_together_tells_of_all(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    done = {"images": 3, "seconds": 1.0, "kept": 0, "started": time.time()}
+    for _ in range(20):
+        together = Barrier(8)
+
+        def end(rank, together=together):
+            together.wait()
+            return report(tmp_path, done, Ranks(rank, 8))
+
+        with ThreadPoolExecutor(8) as pool:
+            reports = list(pool.map(end, range(8)))
+        assert sum(len(lines) - 1 for lines in reports) == 1
+        for path in tmp_path.glob(".rank-*.json"):
+            path.unlink()
 
 
 @pytest.mark.parametrize("now", [1, 3])
 def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
     out = tmp_path / "out"
-    dying = start(folder, out, 0, 2, slow=True)
-    assert dying.stdout.readline() == "begun\n"
-    assert dying.stdout.readline() == "begun\n"  # the second: one shard is there
+    dying = start(folder, out, 0, 2, asks=True)
+    begun(dying)
+    print(file=dying.stdin, flush=True)
+    begun(dying)  # the second: one shard is there
     dying.send_signal(signal.SIGKILL)
     finish(dying)
     assert len(shards_of(out)) == 1
@@ -170,8 +203,8 @@ def test_another_model_is_refused(folder, tmp_path):
 
 
 def test_ranks_that_disagree_are_refused(folder, tmp_path):
-    first = start(folder, tmp_path / "out", 0, 2, slow=True)
-    assert first.stdout.readline() == "begun\n"
+    first = start(folder, tmp_path / "out", 0, 2, asks=True)
+    begun(first)
     second = start(folder, tmp_path / "out", 1, 2, options=[*OPTIONS, "--seed", "6"])
     (_, _, _), (code, _, errors) = finish(first, second)
     assert code == 2
