@@ -136,7 +136,10 @@ LOOPS: dict[str, Callable[..., Step]] = {
 def measure(model: str, size: int, device: str, names: list[str], budget: float) -> dict:
     pair = make(model)
     steps = {name: LOOPS[name](pair, size, device) for name in names}
-    losses = {name: sum(step() for _ in range(2)) / 2 for name, step in steps.items()}
+    losses = {}
+    for name, step in steps.items():
+        torch.manual_seed(0)  # the same images, timesteps and noise each time
+        losses[name] = sum(step() for _ in range(2)) / 2
     middle = sorted(losses.values())[len(losses) // 2]
     wrong = [name for name, loss in losses.items() if not abs(loss - middle) < 0.25 * middle]
     times = medians({name: step for name, step in steps.items() if name not in wrong}, device, budget)

@@ -15,6 +15,7 @@ import diffusion
 from diffusion.files import replacing
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds, with a kernel on a machine however busy
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -48,6 +49,8 @@ def execute(
         km=kernels,
         resources={"metadata": {"path": str(work)}},
         timeout=timeout,
+        startup_timeout=PATIENCE,
+        iopub_timeout=PATIENCE,  # for what a cell has put out: else it would be left out
         record_timing=False,
         coalesce_streams=True,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from execute_notebooks import NOTEBOOKS, ROOT, execute, main
+from execute_notebooks import NOTEBOOKS, PATIENCE, ROOT, execute, main
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from test_train import torchvision_works
 
@@ -69,7 +69,7 @@ def test_a_notebook_runs_and_puts_out_what_is_stored(path, tmp_path):
         environment["MNIST_DIR"] = str(ROOT / "tests" / "data")
     where = "import sys\nprint(sys.executable, diffusion.__file__, sep='\\n')"
     notebook.cells.append(nbformat.v4.new_code_cell(where))
-    execute(notebook, tmp_path, timeout=300, **environment)
+    execute(notebook, tmp_path, timeout=PATIENCE, **environment)
     *cells, last = code_cells(notebook)
     assert last.outputs[0].text.splitlines() == [sys.executable, diffusion.__file__]
     for before, after in zip(code_cells(stored), cells, strict=True):

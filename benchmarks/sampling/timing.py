@@ -42,8 +42,9 @@ def medians(runs: Mapping[str, Callable[[], object]], device: str, budget: float
     """
     for run in runs.values():
         seconds(run, device)
-    samples, end = defaultdict(list), time.perf_counter() + budget
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
+    samples, rounds, end = defaultdict(list), 0, time.perf_counter() + budget
+    while runs and (rounds < 3 or time.perf_counter() < end):
+        rounds += 1
         for name, run in runs.items():
             time.sleep(REST)
             samples[name].append(seconds(run, device))
