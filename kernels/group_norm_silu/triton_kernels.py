@@ -103,11 +103,13 @@ def forward_tile_kernel(
         value = tl.where(mask, value, 0.0)
     count = 1.0 * GROUP_SIZE * positions
     m = over_groups(column_sum(value), GROUPS, GROUP_SIZE, BLOCK_C) / count
-    centred = tl.where(mask, value - m[None, :], 0.0)
-    rest = over_groups(column_sum(centred), GROUPS, GROUP_SIZE, BLOCK_C) / count  # what rounding left of m
-    centred = tl.where(mask, centred - rest[None, :], 0.0)
+    centred = value - m[None, :]  # where the mask is off too: to mask the sums alone takes fewer registers
+    left = column_sum(tl.where(mask, centred, 0.0))
+    rest = over_groups(left, GROUPS, GROUP_SIZE, BLOCK_C) / count  # what rounding left of m
+    centred -= rest[None, :]
     m += rest
-    squares = over_groups(column_sum(centred * centred), GROUPS, GROUP_SIZE, BLOCK_C)
+    squares = column_sum(tl.where(mask, centred * centred, 0.0))
+    squares = over_groups(squares, GROUPS, GROUP_SIZE, BLOCK_C)
     r = _reciprocal_root(squares / count + eps)
     _store_statistics(mean, rstd, m, r, sample, groups, c, valid, GROUP_SIZE)
     gamma, beta = affine(weight, bias, scale, shift, sample, scale_n, shift_n, c, valid)
