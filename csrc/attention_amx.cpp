@@ -40,7 +40,7 @@ struct Packed {
 };
 
 #if FD_AMX
-FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")
 namespace amx {
 #define FD_LANES 16
 #define FD_BFLOAT16 1

@@ -28,8 +28,11 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockWords = 1 << 20;  // of both buffers of a Winograd block, or the inputs of a direct one
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs, in half of its cache
+constexpr int64_t kMostProducts = ((int64_t{1} << 31) - 1) / (3 * 128 * 128);  // of bytes to a sum
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // that stay in a thread's cache besides
 constexpr int64_t kWorkPerThread = 1 << 14;  // vector operations, some five microseconds
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 namespace baseline {
 #define FD_LANES 4
@@ -76,7 +79,7 @@ FD_END_TARGET
 #endif
 
 #if FD_AMX
-FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+FD_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")
 namespace amx {
 #define FD_LANES 16
 #define FD_BFLOAT16 1
@@ -127,17 +130,39 @@ Kernels kernels(ScalarType type, bool pairs) {
   return type == ScalarType::BFloat16 ? kernels_of<BFloat16>(pairs) : kernels_of<Half>(pairs);
 }
 
-// The kernels for AMX, for one element type of the images.
+// The kernels for AMX, for one element type of the images and one kind of numbers.
 struct AmxKernels {
   void (*input)(const Convolution&, const Pixels&, char* to, int64_t begin, int64_t end);
   void (*multiply)(const Convolution&, const Pixels&, const char* from, int64_t begin, int64_t end);
+  void (*largest)(const Convolution&, uint32_t* to, int64_t begin, int64_t end);  // null where there are no scales
+  void (*scale)(const Convolution&, const uint32_t* rows, float* scale, float* inverse);
+  void (*spoil)(const Convolution&, int64_t image, const uint32_t* rows);
+  int64_t copies, chunk, outputs, head_bytes;  // of the kind of numbers
+
+  int64_t weight_bytes(const Convolution& g) const {
+    const int64_t panels = divide_up(g.out_channels, 16), chunks = divide_up(g.channels, chunk);
+    return panels * (head_bytes + chunks * g.kernel * g.kernel * copies * 1024);
+  }
 };
+
+#if FD_AMX
+template <class T, class Numbers>
+AmxKernels amx_kernels_of() {
+  AmxKernels set{amx::amx_input<T, Numbers>, amx::amx_multiply<T, Numbers>, nullptr, nullptr, nullptr,
+                 Numbers::kCopies, Numbers::kChunk, Numbers::kOutputs, Numbers::kHeadBytes};
+  if (Numbers::kHeadBytes > 0) {
+    set.largest = amx::amx_largest<T>;
+    set.scale = amx::amx_scale;
+    set.spoil = amx::amx_spoil<T>;
+  }
+  return set;
+}
+#endif
 
 template <class T>
 AmxKernels amx_kernels_of(int64_t parts) {
 #if FD_AMX
-  if (parts == 1) return {amx::amx_input<T, 1>, amx::amx_multiply<T, 1>};
-  return {amx::amx_input<T, 3>, amx::amx_multiply<T, 3>};
+  return parts == 1 ? amx_kernels_of<T, amx::Halved>() : amx_kernels_of<T, amx::Digits>();
 #else
   return {};
 #endif
@@ -148,8 +173,6 @@ AmxKernels amx_kernels(ScalarType type, int64_t parts) {
   if (type == ScalarType::Float) return amx_kernels_of<float>(parts);
   return type == ScalarType::BFloat16 ? amx_kernels_of<BFloat16>(parts) : amx_kernels_of<Half>(parts);
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Run>
 void share(int64_t items, int64_t work_per_item, const Run& run) {
@@ -216,20 +239,21 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType t
   }
 }
 
-void by_amx(const Convolution& g, const AmxKernels& set, int64_t parts) {
+// The blocks of a convolution by AMX.
+void amx_blocks(const Convolution& g, const AmxKernels& set) {
   Pixels block{};
   const bool shared = g.kernel == 3 && g.stride == 1 && g.padding == 1 && g.out_width == g.in_width();
   block.columns = (g.out_width - 1) * g.stride + g.kernel - shared;  // a row's right padding is the next one's left
   block.flat = g.stride == 1;
-  const int64_t chunks = divide_up(g.channels, kChunk), taps = g.kernel * g.kernel;
-  const int64_t pixel_bytes = chunks * parts * kChunk * 2;
+  const int64_t chunks = divide_up(g.channels, set.chunk), taps = g.kernel * g.kernel;
+  const int64_t pixel_bytes = chunks * set.copies * 64;
   const int64_t budget = kAmxBytesPerThread * torch::stable::get_num_threads();
   const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
   const int64_t whole = budget / (image_rows * block.columns * pixel_bytes);
   const int64_t rows = std::max<int64_t>(1, (budget / (block.columns * pixel_bytes) - g.kernel) / g.stride + 1);
   const int64_t most_images = std::min(g.images, std::max<int64_t>(1, whole));
   const int64_t most_rows = whole > 0 ? g.out_height : std::min(g.out_height, rows);
-  const int64_t panels = divide_up(g.out_channels, kChunk);
+  const int64_t panels = divide_up(g.out_channels, set.outputs);
   for (block.image = 0; block.image < g.images; block.image += most_images) {
     block.images = std::min(most_images, g.images - block.image);
     for (block.row = 0; block.row < g.out_height; block.row += most_rows) {
@@ -240,15 +264,28 @@ void by_amx(const Convolution& g, const AmxKernels& set, int64_t parts) {
       block.lines = block.flat ? block.images : block.images * block.rows;
       block.length = block.flat ? (block.rows - 1) * block.columns + g.out_width : g.out_width;
       // Either each thread reads all weights or each reads all inputs, half of which another one wrote.
-      const int64_t weight_bytes = chunks * taps * parts * panels * kChunk * kChunk * 2;
+      const int64_t weight_bytes = set.weight_bytes(g);
       block.panels_first = weight_bytes > kAmxWeightBytes || weight_bytes > 2 * inputs * pixel_bytes;
       char* pixels = reinterpret_cast<char*>(buffer(block.count * pixel_bytes / 4, 0));
       share(block.images * block.in_rows, block.columns * chunks * 4,
             [&](int64_t begin, int64_t end) { set.input(g, block, pixels, begin, end); });
-      share(block.lines * divide_up(block.length, 32) * panels, chunks * taps * parts * 32,
+      share(block.lines * divide_up(block.length, 32) * panels, chunks * taps * set.copies * set.outputs,
             [&](int64_t begin, int64_t end) { set.multiply(g, block, pixels, begin, end); });
     }
   }
+}
+
+void by_amx(Convolution g, const AmxKernels& set) {
+  if (set.largest == nullptr) return amx_blocks(g, set);
+  float* scales = buffer(g.images * (g.height + 2), 1);
+  float* inverses = scales + g.images;
+  uint32_t* rows = reinterpret_cast<uint32_t*>(inverses + g.images);
+  share(g.images * g.height, g.width * g.channels / 4,
+        [&](int64_t begin, int64_t end) { set.largest(g, rows, begin, end); });
+  for (int64_t i = 0; i < g.images; ++i) set.scale(g, rows + i * g.height, scales + i, inverses + i);
+  g.scales = scales, g.inverses = inverses;
+  amx_blocks(g, set);
+  for (int64_t i = 0; i < g.images; ++i) set.spoil(g, i, rows + i * g.height);
 }
 
 // The distance between the pixels of a channels_last tensor [N, C, H, W], or of a range of its channels.
@@ -283,12 +320,21 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
                                 g.out_height == g.in_height() && g.out_width == g.in_width()),
                   "Winograd's convolution is 3 x 3, and its output as large as its input");
   STD_TORCH_CHECK(parts == 0 || ((parts == 1 || parts == 3) && tile == 0), "there are no, 1 or 3 parts, and no tiles");
-  const bool halves = weight.scalar_type() == ScalarType::BFloat16, pairs = halves && parts == 0;
-  const int64_t pack = pairs ? 2 : parts > 0 ? kChunk : 1;
-  const int64_t factors = std::max<int64_t>(1, parts) * (tile == 0 ? kernel * kernel : (tile + 2) * (tile + 2));
-  STD_TORCH_CHECK((halves || (parts == 0 && weight.scalar_type() == ScalarType::Float)) && weight.is_contiguous() &&
-                      weight.numel() == factors * round_up(g.channels, pack) * g.padded_out(),
-                  "weight is not packed for this convolution");
+  const ScalarType weight_type = weight.scalar_type();
+  const bool halves = weight_type == ScalarType::BFloat16;
+  const int64_t factors = tile == 0 ? kernel * kernel : (tile + 2) * (tile + 2);
+  AmxKernels by_parts{};
+  bool packed = weight.is_contiguous();
+  if (parts > 0) {
+    by_parts = amx_kernels(type, parts);
+    packed &= weight_type == (parts == 1 ? ScalarType::BFloat16 : ScalarType::Char) &&
+              weight.numel() * weight.element_size() == by_parts.weight_bytes(g);
+    STD_TORCH_CHECK(parts == 1 || factors * g.channels <= kMostProducts, "the sums of bytes would be too large");
+  } else {
+    packed &= (halves || weight_type == ScalarType::Float) &&
+              weight.numel() == factors * round_up(g.channels, halves ? 2 : 1) * g.padded_out();
+  }
+  STD_TORCH_CHECK(packed, "weight is not packed for this convolution");
   g.weight = static_cast<const float*>(weight.const_data_ptr());
   g.x_pixel = pixel_distance(x, "x");
   g.out_pixel = pixel_distance(out, "out");
@@ -313,10 +359,10 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.residual_pixel = pixel_distance(*residual, "residual");
   }
   if (out.numel() == 0) return;
-  if (parts > 0) return by_amx(g, amx_kernels(type, parts), parts);
-  const Kernels set = kernels(type, pairs);
-  if (tile == 0) direct(g, set, pack, type);
-  else winograd(g, set, tile, pack);
+  if (parts > 0) return by_amx(g, by_parts);
+  const Kernels set = kernels(type, halves);
+  if (tile == 0) direct(g, set, halves ? 2 : 1, type);
+  else winograd(g, set, tile, halves ? 2 : 1);
 }
 
 }  // namespace

@@ -8,7 +8,6 @@
 namespace fused_diffusion {
 
 constexpr int64_t kPanel = 64;     // columns of the right factor that lie together
-constexpr int64_t kChunk = 32;     // channels of a pixel, and outputs, that AMX multiplies together
 constexpr int64_t kMostRows = 48;  // of the left factor at a time: their addresses are kept in a list
 
 FD_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -20,6 +19,7 @@ struct Convolution {
   void* out;
   const float *weight, *bias;                 // packed; bias: [out_channels], may be null
   const float *centre, *gain, *offset;        // [images, channels] each, or all null
+  const float *scales, *inverses;             // [images] each, for AMX in digits: of the inputs
   int64_t images, channels, height, width;    // of x, before it is upsampled
   int64_t out_channels, out_height, out_width;
   int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements
@@ -75,7 +75,7 @@ struct Rows {
 };
 
 // Some of the outputs of a convolution by AMX, and the inputs that they need: images one behind another, each row by
-// row with its padding, 32 channels at a time. Outputs come in lines, whose inputs are `stride` pixels apart. With a
+// row with its padding, some channels at a time. Outputs come in lines, whose inputs are `stride` pixels apart. With a
 // stride of 1 a line is a whole image, and what it has between two rows is not used.
 struct Pixels {
   int64_t image, images;     // first, count

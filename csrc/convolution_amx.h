@@ -1,82 +1,234 @@
 // Convolutions by AMX: the left factors are pixels, the right ones weights. convolution.cpp includes this file after
 // matrix_amx.h and convolution_cpu.h in the same namespace.
 
-template <int kParts>
-FD_HD void clear_pixels(char* to, int64_t part_step, int64_t count) {
-  for (int part = 0; part < kParts; ++part) memset(to + part * part_step, 0, count * kRowBytes);
+// ---- Numbers as AMX multiplies them: kCopies rows of 64 bytes for kChunk channels of a pixel.
+
+struct Halved {
+  static constexpr int kCopies = 1, kChunk = 32, kOutputs = 32, kSums = 1;
+  static constexpr int64_t kHeadBytes = 0;  // before the weights of a panel
+
+  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[2], Vec) {
+    store_parts<1>(to, step, numbers[0], numbers[1]);
+  }
+
+  template <class Meanwhile>
+  static FD_HD void multiply(int64_t rows, int64_t columns, const Factors& f, float* sums, const Meanwhile& meanwhile) {
+    sum_products<1>(rows, columns, f, sums, 128, meanwhile);
+  }
+
+  static FD_HD Vec scales(const Convolution&, const char*, int64_t) { return Vec{}; }
+
+  static FD_HD Vec sum(const float* sums, int half, Vec) { return load(sums + half * kLanes); }
+};
+
+struct Digits {
+  static constexpr int kCopies = 3, kChunk = 64, kOutputs = 16, kSums = 3;
+  static constexpr int64_t kHeadBytes = 64;  // a scale for each output
+
+  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[4], Vec inverse) {
+    store_digits(to, step, numbers, inverse);
+  }
+
+  template <class Meanwhile>
+  static FD_HD void multiply(int64_t rows, int64_t, const Factors& f, float* sums, const Meanwhile& meanwhile) {
+    int32_t* whole = reinterpret_cast<int32_t*>(sums);
+    if (rows > 16) sum_digit_products<2>(f, whole, meanwhile);
+    else sum_digit_products<1>(f, whole, meanwhile);
+  }
+
+  static FD_HD Vec scales(const Convolution& g, const char* head, int64_t image) {
+    return load(reinterpret_cast<const float*>(head)) * spread(g.scales[image] * 65536.0f);
+  }
+
+  static FD_HD Vec sum(const float* sums, int, Vec scales) {
+    const auto whole = [&](int unit) FD_INLINE {
+      return (Vec)_mm512_cvtepi32_ps(_mm512_load_si512(sums + unit * 512));
+    };
+    return fma(whole(0), spread(65536.0f), fma(whole(1), spread(256.0f), whole(2))) * scales;
+  }
+};
+
+// ---- Scales of the images.
+
+constexpr uint32_t kInfinite = 0x7F800000, kMagnitude = 0x7FFFFFFF;  // bits of numbers, which are in their order
+constexpr uint32_t kSpoiled = 0x80000000;                            // beside the largest finite number of a row
+
+// What goes into the activation, of kLanes channels.
+template <Input kInput, class T>
+FD_HD Vec before_activation(const InputMap& map, const T* from) {
+  if constexpr (kInput == Input::plain) return map.template read<Input::plain>(from);
+  else return map.template read<Input::normalised>(from);
 }
 
-// Items: rows of the input pixels of all images, as [chunk][part][pixel][32 channels].
-template <Input kInput, class T, int kParts>
+FD_HD __mmask16 finite(__m512i magnitude) { return _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(kInfinite)); }
+
+// A bound of the numbers of an input row, as its bits, and whether any of them is NaN or infinite.
+template <Input kInput, class T>
+uint32_t largest_of_row(const Convolution& g, int64_t image, int64_t row) {
+  const T* from = static_cast<const T*>(g.x) + (image * g.height + row) * g.width * g.x_pixel;
+  const Vec lowest = spread(0.2784646f), factor = spread(-1 / kLog2E);  // SiLU is nowhere below -lowest
+  __m512i result = _mm512_setzero_si512();
+  __mmask16 all_finite = 0xFFFF;
+  for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
+    const InputMap map(g, image, channel);
+    for (int64_t column = 0; column < g.width; ++column) {
+      Vec number = before_activation<kInput>(map, from + column * g.x_pixel + channel);
+      if constexpr (kInput == Input::activated) number = (Vec)_mm512_max_ps((__m512)lowest, (__m512)(number * factor));
+      const __m512i magnitude = _mm512_and_si512((__m512i)number, _mm512_set1_epi32(kMagnitude));
+      const __mmask16 usable = finite(magnitude);
+      all_finite &= usable;
+      result = _mm512_mask_max_epu32(result, usable, result, magnitude);
+    }
+  }
+  return _mm512_reduce_max_epu32(result) | (all_finite == 0xFFFF ? 0 : kSpoiled);
+}
+
+// Items: rows of x of all images.
+template <class T>
+void amx_largest(const Convolution& g, uint32_t* to, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / g.height, row = item % g.height;
+    switch (input_of(g)) {
+      case Input::plain: to[item] = largest_of_row<Input::plain, T>(g, image, row); break;
+      case Input::normalised: to[item] = largest_of_row<Input::normalised, T>(g, image, row); break;
+      case Input::activated: to[item] = largest_of_row<Input::activated, T>(g, image, row); break;
+    }
+  }
+}
+
+// An image's scale, of the largest numbers of its rows, and what divides by it.
+inline void amx_scale(const Convolution& g, const uint32_t* rows, float* scale, float* inverse) {
+  uint32_t bits = 0x0D800000;  // 2^-100
+  for (int64_t row = 0; row < g.height; ++row) bits = std::max(bits, rows[row] & kMagnitude);
+  float largest;
+  memcpy(&largest, &bits, sizeof largest);
+  *scale = largest / kLargestWhole;
+  *inverse = kLargestWhole / largest;
+}
+
+// Makes NaN what depends on NaN or infinity, which have no digits. rows: as amx_largest leaves them.
+template <class T>
+void amx_spoil(const Convolution& g, int64_t image, const uint32_t* rows) {
+  const int64_t reach = g.kernel - 1;
+  for (int64_t row = 0; row < g.height; ++row) {
+    if ((rows[row] & kSpoiled) == 0) continue;
+    for (int64_t column = 0; column < g.width; ++column) {
+      const T* from = static_cast<const T*>(g.x) + ((image * g.height + row) * g.width + column) * g.x_pixel;
+      __mmask16 all_finite = 0xFFFF;
+      for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
+        const InputMap map(g, image, channel);
+        const Vec number = g.centre == nullptr ? before_activation<Input::plain>(map, from + channel)
+                                               : before_activation<Input::normalised>(map, from + channel);
+        all_finite &= finite(_mm512_and_si512((__m512i)number, _mm512_set1_epi32(kMagnitude)));
+      }
+      if (all_finite == 0xFFFF) continue;
+      // Output y reads rows y * stride - padding up to `reach` more, of an image that may be twice as large.
+      for (int64_t y = 0; y < g.out_height; ++y) {
+        const int64_t top = y * g.stride - g.padding;
+        if (top + reach < row * g.scale || top >= (row + 1) * g.scale) continue;
+        for (int64_t x = 0; x < g.out_width; ++x) {
+          const int64_t left = x * g.stride - g.padding;
+          if (left + reach < column * g.scale || left >= (column + 1) * g.scale) continue;
+          T* to = static_cast<T*>(g.out) + ((image * g.out_height + y) * g.out_width + x) * g.out_pixel;
+          for (int64_t k = 0; k < g.out_channels; k += kLanes) {
+            store(to + k, spread(__builtin_nanf("")), lanes_at(g, k));
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- Inputs.
+
+template <class Numbers>
+FD_HD void clear_pixels(char* to, int64_t part_step, int64_t count) {
+  for (int part = 0; part < Numbers::kCopies; ++part) memset(to + part * part_step, 0, count * kRowBytes);
+}
+
+// Items: rows of the input pixels of all images, as [chunk][copy][pixel][64 bytes].
+template <Input kInput, class T, class Numbers>
 void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t begin, int64_t end) {
+  constexpr int kVectors = Numbers::kChunk / kLanes;
   const int64_t part_step = block.count * kRowBytes;
   const int64_t left = g.padding < block.columns ? g.padding : block.columns;
   const int64_t inside = g.in_width() < block.columns - left ? g.in_width() : block.columns - left;
   const int64_t extra = end == block.images * block.in_rows ? 1 : 0;  // the pixel on the right of the last one
-  for (int64_t channel = 0; channel < g.channels; channel += kChunk, to += kParts * part_step) {
-    const bool wide = channel + kLanes < g.channels;
+  for (int64_t channel = 0; channel < g.channels; channel += Numbers::kChunk, to += Numbers::kCopies * part_step) {
+    const bool whole = channel + Numbers::kChunk <= g.channels;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = block.image + item / block.in_rows;
       const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
       char* next = to + item * block.columns * kRowBytes;
       if (row < 0 || row >= g.in_height()) {
-        clear_pixels<kParts>(next, part_step, block.columns);
+        clear_pixels<Numbers>(next, part_step, block.columns);
         continue;
       }
       const T* from = static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel + channel;
-      const InputMap first(g, image, channel), second(g, image, wide ? channel + kLanes : channel);
-      clear_pixels<kParts>(next, part_step, left);
+      InputMap maps[kVectors];
+      for (int i = 0; i < kVectors; ++i) {
+        if (channel + i * kLanes < g.channels) maps[i] = InputMap(g, image, channel + i * kLanes);
+      }
+      const Vec inverse = spread(g.inverses == nullptr ? 1.0f : g.inverses[image]);
+      clear_pixels<Numbers>(next, part_step, left);
       next += left * kRowBytes;
       for (int64_t column = 0; column < inside; ++column, next += kRowBytes) {
         const T* pixel = from + (g.scale == 2 ? column / 2 : column) * g.x_pixel;
-        const Vec a = first.template read<kInput>(pixel);
-        const Vec b = wide ? second.template read<kInput>(pixel + kLanes) : Vec{};
-        store_parts<kParts>(next, part_step, a, b);
+        Vec numbers[kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+          const bool some = whole || channel + i * kLanes < g.channels;
+          numbers[i] = some ? maps[i].template read<kInput>(pixel + i * kLanes) : Vec{};
+        }
+        Numbers::write(next, part_step, numbers, inverse);
       }
-      clear_pixels<kParts>(next, part_step, block.columns - left - inside);
+      clear_pixels<Numbers>(next, part_step, block.columns - left - inside);
     }
-    clear_pixels<kParts>(to + block.images * block.in_rows * block.columns * kRowBytes, part_step, extra);
+    clear_pixels<Numbers>(to + block.images * block.in_rows * block.columns * kRowBytes, part_step, extra);
   }
 }
 
-template <class T, int kParts>
+template <class T, class Numbers>
 void amx_input(const Convolution& g, const Pixels& block, char* to, int64_t begin, int64_t end) {
   switch (input_of(g)) {
-    case Input::plain: return copy_pixels<Input::plain, T, kParts>(g, block, to, begin, end);
-    case Input::normalised: return copy_pixels<Input::normalised, T, kParts>(g, block, to, begin, end);
-    case Input::activated: return copy_pixels<Input::activated, T, kParts>(g, block, to, begin, end);
+    case Input::plain: return copy_pixels<Input::plain, T, Numbers>(g, block, to, begin, end);
+    case Input::normalised: return copy_pixels<Input::normalised, T, Numbers>(g, block, to, begin, end);
+    case Input::activated: return copy_pixels<Input::activated, T, Numbers>(g, block, to, begin, end);
   }
 }
 
-// Sums of 32 pixels and 32 outputs on their way to the output, pixel by pixel, so that this can be done while AMX is
+// ---- Products.
+
+// Sums of 32 pixels and some outputs on their way to the output, pixel by pixel, so that this can be done while AMX is
 // busy with the next ones.
-template <class T>
+template <class T, class Numbers>
 struct Finisher {
-  const float* sums;  // [pixel][32]
+  const float* sums;  // [pixel][outputs]
   int64_t left = 0;   // pixels
   int64_t at, column, columns, out_width, channel, lanes, more;
-  Vec bias, bias_of_more;
+  Vec bias, bias_of_more, scales;
 
   FD_HD Finisher() {}
 
   FD_HD Finisher(const Convolution& g, const Pixels& block, int64_t line, int64_t first, int64_t count,
-                 int64_t channel_, const float* sums_)
+                 int64_t channel_, const char* head, const float* sums_)
       : sums(sums_), left(count), columns(block.columns), out_width(g.out_width), channel(channel_) {
     const int64_t image = block.image + (block.flat ? line : line / block.rows);
     const int64_t row = block.row + (block.flat ? first / columns : line % block.rows);
     column = block.flat ? first % columns : first;
     at = (image * g.out_height + row) * out_width + (column < out_width ? column : out_width);
     lanes = lanes_at(g, channel);
-    more = channel + kLanes < g.out_channels ? lanes_at(g, channel + kLanes) : 0;
+    more = Numbers::kOutputs > kLanes && channel + kLanes < g.out_channels ? lanes_at(g, channel + kLanes) : 0;
     bias = bias_at(g, channel, lanes);
     bias_of_more = more > 0 ? bias_at(g, channel + kLanes, more) : Vec{};
+    scales = Numbers::scales(g, head, image);
   }
 
   FD_HD void advance(const Convolution& g, int64_t count) {
-    for (; count > 0 && left > 0; --count, --left, sums += 32) {
+    for (; count > 0 && left > 0; --count, --left, sums += Numbers::kOutputs) {
       if (column < out_width) {
-        finish_pixel<T>(g, at, channel, lanes, load(sums) + bias);
-        if (more > 0) finish_pixel<T>(g, at, channel + kLanes, more, load(sums + kLanes) + bias_of_more);
+        finish_pixel<T>(g, at, channel, lanes, Numbers::sum(sums, 0, scales) + bias);
+        if (more > 0) finish_pixel<T>(g, at, channel + kLanes, more, Numbers::sum(sums, 1, scales) + bias_of_more);
         ++at;
       }
       if (++column == columns) column = 0;
@@ -84,38 +236,40 @@ struct Finisher {
   }
 };
 
-// Items: panels of 32 outputs, and 32 pixels of a line; the ones or the others come first.
-template <class T, int kParts>
+// Items: panels of outputs, and 32 pixels of a line; the ones or the others come first.
+template <class T, class Numbers>
 void amx_multiply(const Convolution& g, const Pixels& block, const char* from, int64_t begin, int64_t end) {
   load_shapes();
-  alignas(64) float sums[2][32 * 32];
-  Finisher<T> before;
-  const int64_t taps = g.kernel * g.kernel, panels = (g.out_channels + kChunk - 1) / kChunk;
+  alignas(64) float sums[2][Numbers::kSums * 32 * Numbers::kOutputs];
+  Finisher<T, Numbers> before;
+  const int64_t taps = g.kernel * g.kernel, panels = (g.out_channels + Numbers::kOutputs - 1) / Numbers::kOutputs;
   int64_t offsets[9];
   for (int64_t tap = 0; tap < taps; ++tap) {
     offsets[tap] = (tap / g.kernel * block.columns + tap % g.kernel) * kRowBytes;
   }
   const int64_t line_blocks = (block.length + 31) / 32, blocks = block.lines * line_blocks;
   Factors f{};
-  f.row_step = g.stride * kRowBytes, f.part_step = block.count * kRowBytes, f.chunk_step = kParts * f.part_step;
-  f.chunks = (g.channels + kChunk - 1) / kChunk, f.taps = offsets, f.tap_count = taps;
-  const int64_t tile_column = f.chunks * taps * kParts * kTileBytes;
+  f.row_step = g.stride * kRowBytes, f.part_step = block.count * kRowBytes, f.chunk_step = Numbers::kCopies * f.part_step;
+  f.chunks = (g.channels + Numbers::kChunk - 1) / Numbers::kChunk, f.taps = offsets, f.tap_count = taps;
+  const int64_t group_bytes = Numbers::kOutputs / 16 * Numbers::kCopies * kTileBytes;  // of weights, for a tap and chunk
+  const int64_t panel_bytes = Numbers::kHeadBytes + f.chunks * taps * group_bytes;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = block.panels_first ? item / blocks : item % panels;
     const int64_t part = block.panels_first ? item % blocks : item / panels;
     const int64_t line = part / line_blocks, first = part % line_blocks * 32;
     const int64_t count = block.length - first < 32 ? block.length - first : 32;
+    const char* head = reinterpret_cast<const char*>(g.weight) + panel * panel_bytes;
     f.left = from + (block.start(g, line) + first * g.stride) * kRowBytes;
-    f.right = reinterpret_cast<const char*>(g.weight) + 2 * panel * tile_column;
+    f.right = head + Numbers::kHeadBytes;
     const bool fetching = block.panels_first && panel + 1 < panels;
-    const int64_t lines = 2 * kParts * kTileBytes / 64;  // of the weights for one tap and chunk
-    f.fetch = fetching ? (lines + blocks - 1) / blocks : 0;
-    f.next = f.right + 2 * tile_column + part * f.fetch * f.chunks * taps * 64;
+    f.fetch = fetching ? (group_bytes / 64 + blocks - 1) / blocks : 0;
+    f.next = head + panel_bytes + part * f.fetch * f.chunks * taps * 64;
     const int64_t share = (before.left + f.chunks * taps - 1) / (f.chunks * taps);
     const auto meanwhile = [&]() FD_INLINE { before.advance(g, share); };
     float* here = sums[item % 2];
-    sum_products<kParts>(count, g.out_channels - panel * kChunk, f, here, 128, meanwhile);
-    before = Finisher<T>(g, block, line, first, count, panel * kChunk, here);
+    const int64_t channel = panel * Numbers::kOutputs;
+    Numbers::multiply(count, g.out_channels - channel, f, here, meanwhile);
+    before = Finisher<T, Numbers>(g, block, line, first, count, channel, head, here);
   }
   before.advance(g, before.left);
   _tile_release();

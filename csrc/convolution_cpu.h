@@ -13,6 +13,8 @@ struct InputMap {
   Vec centre = {}, gain = {}, offset = {};
   int64_t lanes;
 
+  FD_HD InputMap() {}
+
   FD_HD InputMap(const Convolution& g, int64_t image, int64_t channel) {
     const int64_t left = g.channels - channel, at = image * g.channels + channel;
     lanes = left < kLanes ? left : kLanes;

@@ -17,12 +17,12 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
-// Whether there is AMX for bfloat16, and the system lets this process have its registers.
+// Whether there is AMX for bfloat16 and bytes, and the system lets this process have its registers.
 bool has_amx() {
 #if FD_AMX
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 24 & 1) != 0, products = (d >> 22 & 1) != 0;
+  const bool tiles = (d >> 24 & 1) != 0, products = (d >> 22 & 1) != 0 && (d >> 25 & 1) != 0;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return tiles && products && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

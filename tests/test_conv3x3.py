@@ -60,7 +60,7 @@ def test_parity(case, dtype, tile, simd):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_products_of_bfloat16(case, dtype, packing):
-    """Inputs and weights are rounded to bfloat16, or are sums of three parts of it, whatever x's dtype."""
+    """Inputs and weights are rounded to bfloat16, or are made of three bytes, whatever x's dtype."""
     args, options = CASES[case].inputs(dtype)
     packed = pack(args[1], packing)
     actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
@@ -230,6 +230,29 @@ def test_nan_stays_where_it_reaches(packing):
     assert not spoiled[0, :, :, :4].any()
 
 
+@needs_cpp
+@pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "scale"),
+    [(3, 1, 1, 1), (3, 1, 1, 2), (3, 2, 1, 1), (3, 2, 0, 1), (1, 1, 0, 1), (1, 2, 0, 1)],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale, value):
+    """And the scale of its image is that of the other numbers."""
+    x = channels_last(3, 20, 9, 10)
+    x[1, 17, 4, 5] = x[1, 2, 8, 0] = value
+    weight = channels_last(18, 20, kernel, kernel)
+    padded = (padding, kernel // 2, padding, kernel // 2)
+    scaled = torch.nn.functional.interpolate(x, scale_factor=scale) if scale > 1 else x
+    expected = torch.nn.functional.conv2d(torch.nn.functional.pad(scaled, padded), weight, stride=stride)
+    out = torch.empty_like(expected, memory_format=torch.channels_last)
+    data = pack(weight, Packing(parts=3)).data
+    convolution_(x, data, kernel, stride, padding, scale, 0, 3, None, None, False, None, out)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert torch.equal(out.isnan(), ~out.isfinite())
+    torch.testing.assert_close(out[out.isfinite()], expected[expected.isfinite()], rtol=0, atol=1e-4)
+
+
 def test_the_packed_weight_is_whole():
     """Zero beyond the weight, and each number of it where the product reads it."""
     weight = torch.arange(70 * 5 * 9, dtype=torch.float32).reshape(70, 5, 3, 3)
@@ -241,27 +264,38 @@ def test_the_packed_weight_is_whole():
     assert not last[:, :, 6:].any()
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_the_weight_in_tiles_is_whole(parts):
-    """[panel][chunk][tap][part, last first][tile][pair of channels][output][2], zero beyond the weight."""
+def test_the_weight_in_tiles_is_whole():
+    """[panel][chunk][tap][tile][pair of channels][output][2], zero beyond the weight."""
     weight = torch.randn(40, 35, 3, 3, generator=torch.Generator().manual_seed(0))
-    data = pack(weight, Packing(parts=parts)).data.flatten()
-    words = 2 * 9 * parts * 512  # of a tile in each chunk, tap and part
+    data = pack(weight, Packing(parts=1)).data
+    words = 2 * 9 * 512  # of a tile in each chunk and tap
     assert data.dtype == torch.bfloat16
     assert data.shape == (3 * words,)
-    panels = (
-        data[: 2 * words].view(2, 9, parts, 2, 16, 16, 2),
-        data[2 * words :].view(2, 9, parts, 1, 16, 16, 2),
-    )
-    summed = torch.cat([panel.double().sum(2) for panel in panels], 2)  # [chunk, tap, tile, pair, output, 2]
-    found = summed.permute(2, 4, 0, 3, 5, 1).reshape(48, 64, 3, 3)
+    panels = data[: 2 * words].view(2, 9, 2, 16, 16, 2), data[2 * words :].view(2, 9, 1, 16, 16, 2)
+    found = torch.cat(panels, 2).permute(2, 4, 0, 3, 5, 1).reshape(48, 64, 3, 3)
     assert not found[40:].any()
     assert not found[:, 35:].any()
-    if parts == 3:
-        assert torch.equal(found[:40, :35], weight.double())
-        assert torch.equal(panels[1][:, :, 2, 0, 0, 0, 0], weight[32, ::32].flatten(1).bfloat16())
-    else:
-        assert torch.equal(found[:40, :35], weight.bfloat16().double())
+    assert torch.equal(found[:40, :35], weight.bfloat16())
+
+
+def test_the_weight_in_bytes_is_whole():
+    """[panel: 16 scales, [chunk][tap][byte][tile]], a tile [4i + j][output][k] of channels 16j + 4i + k."""
+    weight = torch.randn(20, 70, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight[3] *= 1e-42
+    weight[17] = 0
+    weight[18] *= 1e30
+    data = pack(weight, Packing(parts=3)).data
+    assert data.dtype == torch.int8
+    heads, tiles = data.view(2, -1).split([64, 2 * 9 * 3 * 1024], 1)
+    scales = heads.contiguous().view(torch.float32).flatten().double()
+    digits = tiles.reshape(2, 2, 9, 3, 4, 4, 16, 4).double()  # [panel, chunk, tap, digit, i, j, output, k]
+    whole = digits[:, :, :, 0] * 2**16 + digits[:, :, :, 1] * 2**8 + digits[:, :, :, 2]
+    found = whole.permute(0, 5, 1, 4, 3, 6, 2).reshape(32, 128, 3, 3) * scales[:, None, None, None]
+    assert digits[:, :, :, 0].abs().max() == 127
+    assert not found[20:].any()
+    assert not found[:, 70:].any()
+    largest = weight.abs().amax((1, 2, 3), keepdim=True).double()
+    assert ((found[:20, :70] - weight.double()).abs() <= largest * 2.0**-23.5 + 2.0**-126).all()
 
 
 @pytest.mark.parametrize(
@@ -276,10 +310,9 @@ def test_packings_by_size(size, small, large, pairs):
     assert choose_packing((96, 96, 3, 3), size, size, half, "avx512") == Packing(small)
     assert choose_packing((96, 96, 3, 3), size, size, single, vectors, winograd=False) == Packing()
     assert choose_packing((64, 3, 3, 3), size, size, single, "amx") == Packing()
-    assert choose_packing((96, 96, 3, 3), size, size, single, "amx") == Packing(parts=3)
-    by_amx = Packing(large, parts=0 if large else 3)
-    assert choose_packing((256, 256, 3, 3), size, 64, single, "amx") == by_amx
-    assert choose_packing((256, 256, 1, 1), size, size, single, "amx", winograd=False) == Packing(parts=3)
+    for shape in ((96, 96, 3, 3), (256, 256, 3, 3), (256, 256, 1, 1)):
+        assert choose_packing(shape, size, 64, single, "amx", winograd=shape[2] == 3) == Packing(parts=3)
+    assert choose_packing((16, 4855, 3, 3), size, size, single, "amx") == Packing(large)
     assert choose_packing((96, 96, 3, 3), size, size, half, "amx") == Packing(parts=1)
 
 

@@ -68,8 +68,8 @@ def markdown(result: dict, plots: list[Path]) -> str:
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + f". PyTorch multiplies large matrices at {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
         f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. A peer's share of that counts the FLOPs of direct "
-        "convolutions, of which Winograd's algorithm needs fewer; with AMX `exact` multiplies some of them "
-        "in three parts of bfloat16, six products for one. `exact` is 2x means that it takes half the "
+        "convolutions, of which Winograd's algorithm needs fewer; with AMX `exact` multiplies numbers of "
+        "three bytes, six products of bytes for one. `exact` is 2x means that it takes half the "
         "time. A step is one of DDIM; guided steps evaluate the network on twice the images. Made by "
         "`python -m benchmarks.sampling`.",
     ]

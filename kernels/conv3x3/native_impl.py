@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
 # weight: as packed. bias: float32 [K]. map: see group_norm_map_. scale: 2 reads each pixel of x as 2 x 2.
 # padding: on the left and above; what is missing on the right and below is as large as out has to have it.
-# tile: 0, 2 or 4. parts: 0, 1 or 2. See packing.Packing.
+# tile: 0, 2 or 4. parts: 0, 1 or 3. See packing.Packing.
 torch.library.define(
     "fused_diffusion::convolution_",
     "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int tile, int parts, "
@@ -113,6 +113,6 @@ def conv3x3(
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else channels_last(residual.to(x.dtype))
-    tile, _, parts = weight.packing
+    tile, parts = weight.packing.tile, weight.packing.parts
     convolution_(x, weight.data, 3, 1, 1, factor, tile, parts, bias, map, silu, residual, out)
     return out

@@ -6,6 +6,7 @@ instead of 9 m^2 (Lavin & Gray 2016, arXiv:1509.09308): 2.25 times fewer for m =
 direct convolution, as products of tiles.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,10 @@ from torch import Tensor
 
 PANEL = 64  # csrc/convolution.h
 LANES = 16
-CHUNK = 32
+CHUNK = 32  # channels of bfloat16 that AMX multiplies together
+BYTE_CHUNK = 64
+LARGEST_WHOLE = 127 * 2**16  # csrc/matrix_amx.h
+MOST_PRODUCTS = (2**31 - 1) // (3 * 128 * 128)  # of bytes to a sum
 SMALL_WEIGHT = 1 << 15  # C * K: transformed for m = 4, it takes 4.7 MB
 
 # G of U = G g G^T.
@@ -36,8 +40,8 @@ class Packing(NamedTuple):
     """How a weight is packed. tile: m of Winograd's algorithm, 0 for none.
 
     pairs: rounded to bfloat16, for processors that multiply pairs of it (AVX512_BF16). parts: for processors
-    with AMX, which multiply tiles of bfloat16: 1 rounds to it, 3 makes each number a sum of three, of whose
-    nine products the six largest are computed; 0 does without AMX.
+    with AMX, which multiply tiles: 1 rounds to bfloat16, 3 makes each number of three bytes and a scale, of
+    whose nine products the six largest are computed; 0 does without AMX.
     """
 
     tile: int = 0
@@ -49,7 +53,7 @@ class Packing(NamedTuple):
 class PackedWeight:
     """A convolution's weight [K, C, 3, 3] or [K, C, 1, 1], ready for the C++ backend; see `pack`.
 
-    weight: as it was. data: float32, or bfloat16 in pairs and in parts.
+    weight: as it was. data: float32, bfloat16 in pairs and in parts, or int8 in three parts.
     """
 
     weight: Tensor
@@ -59,8 +63,8 @@ class PackedWeight:
     @property
     def accuracy(self) -> float:
         """What the algorithm may lose, as a share of the largest output, beyond what every kernel may."""
-        tile, pairs, parts = self.packing
-        if pairs or parts == 1:
+        tile = self.packing.tile
+        if self.packing.pairs or self.packing.parts == 1:
             return {0: 6e-3, 2: 1e-2, 4: 0.2}[tile]
         return {0: 0.0, 2: 0.0, 4: 2e-5}[tile]
 
@@ -93,26 +97,44 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     return torch.cat(panels, 1)
 
 
-def _tile_panels(weight: Tensor, parts: int) -> Tensor:
-    """[words of all panels], a panel of 32 outputs being [chunk of 32 channels][tap][part][tile].
+def _tile_panels(weight: Tensor) -> Tensor:
+    """bfloat16 [words of all panels], a panel of 32 outputs being [chunk of 32 channels][tap][tile].
 
-    The last part comes first. A tile is [pair of channels][16 outputs][2].
+    A tile is [pair of channels][16 outputs][2].
     """
     c = weight.shape[1]
     panels = []
     for panel in weight.split(2 * LANES):
-        factors = _factors(panel.float(), 0)
+        factors = _factors(panel.bfloat16(), 0)
         rows, columns = -(-c // CHUNK) * CHUNK, -(-len(panel) // LANES) * LANES
-        rest = factors.new_zeros(len(factors), rows, columns)
-        rest[:, :c, : len(panel)] = factors
-        rounded = []
-        for _ in range(parts):
-            rounded.insert(0, rest.bfloat16())
-            rest = rest - rounded[0].float()
-        tiles = torch.stack(rounded).unflatten(3, (-1, LANES)).unflatten(2, (-1, CHUNK // 2, 2))
-        panels.append(
-            tiles.permute(2, 1, 0, 5, 3, 6, 4).flatten()
-        )  # of [part, tap, chunk, pair, 2, tile, 16]
+        wide = factors.new_zeros(len(factors), rows, columns)
+        wide[:, :c, : len(panel)] = factors
+        tiles = wide.unflatten(2, (-1, LANES)).unflatten(1, (-1, CHUNK // 2, 2))
+        panels.append(tiles.permute(1, 0, 4, 2, 5, 3).flatten())  # of [tap, chunk, pair, 2, tile, 16]
+    return torch.cat(panels)
+
+
+def _byte_panels(weight: Tensor) -> Tensor:
+    """int8 [bytes of all panels], a panel of 16 outputs being their scales, in float32, and then
+    [chunk of 64 channels][tap][digit][tile].
+
+    A tile is [four channels][16 outputs][4]; within a chunk, channel 16 j + 4 i + k is at 16 i + 4 j + k.
+    """
+    c = weight.shape[1]
+    panels = [torch.empty(0, dtype=torch.int8)]
+    for panel in weight.split(LANES) if len(weight) else ():
+        factors = _factors(panel.double(), 0)
+        wide = factors.new_zeros(len(factors), -(-c // BYTE_CHUNK) * BYTE_CHUNK, LANES)
+        wide[:, :c, : len(panel)] = factors
+        scales = (wide.abs().amax((0, 1)) / LARGEST_WHOLE).float()
+        whole = (wide / scales.double().clamp_min(2.0**-126)).round().long()
+        digits = []
+        for _ in range(3):
+            digits.insert(0, (whole + 128) % 256 - 128)
+            whole = (whole - digits[0]) >> 8
+        tiles = torch.stack(digits).char().unflatten(2, (-1, 4, 4, 4)).transpose(3, 4).flatten(3, 4)
+        tiles = tiles.permute(2, 1, 0, 3, 5, 4)  # of [digit, tap, chunk, four channels, 4, 16]
+        panels += [scales.view(torch.int8), tiles.flatten()]
     return torch.cat(panels)
 
 
@@ -127,7 +149,12 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     if not known or height != width or height not in (1, 3) or (tile and height != 3):
         raise ValueError(f"a weight {list(weight.shape)} cannot be packed as {packing}")
     plain = weight.detach().cpu()
-    panels = _tile_panels(plain, parts) if parts else _vector_panels(plain, packing)
+    if parts == 3 and plain[:1].numel() > MOST_PRODUCTS:
+        raise ValueError(f"a weight {list(weight.shape)} is too large for {packing}")
+    if parts:
+        panels = _tile_panels(plain) if parts == 1 else _byte_panels(plain)
+    else:
+        panels = _vector_panels(plain, packing)
     return PackedWeight(weight.detach(), panels, packing)
 
 
@@ -139,18 +166,15 @@ def choose_packing(
     dtype: of the maps. simd: the instruction set. winograd: whether the convolution is one for Winograd's
     algorithm, 3 x 3 with stride and padding 1. By benchmarks/test_ops.py. It does not depend on the batch, so
     that an image does not either. Where a map is small and the weight is not, the weight is most of what is
-    read, and it grows with the tile; the transforms of few channels cost more than they save, all the more
-    beside AMX, for which a chunk of very few is too empty, and which multiplies float32 in six products for
-    one. Rounded to bfloat16, F(4 x 4, 3 x 3) would lose
-    too much: up to a tenth of the largest output.
+    read, and it grows with the tile; the transforms of few channels cost more than they save. AMX needs
+    neither, but its chunks are too empty with very few channels. Rounded to bfloat16, F(4 x 4, 3 x 3) would
+    lose too much: up to a tenth of the largest output.
     """
     halves, few = dtype == torch.bfloat16, shape[1] < 8
     least, small = min(height, width), shape[0] * shape[1] <= SMALL_WEIGHT
     pairs, transformed = halves and simd in ("avx512_bf16", "amx"), winograd and least >= 3
-    if few:
-        return Packing(pairs=pairs)
-    if simd == "amx" and (halves or small or not transformed):
+    if simd == "amx" and not few and (halves or math.prod(shape[1:]) <= MOST_PRODUCTS):
         return Packing(parts=1 if halves else 3)
-    if not transformed:
+    if few or not transformed:
         return Packing(pairs=pairs)
     return Packing(4 if not pairs and least >= (6 if small else 12) else 2, pairs)
