@@ -239,8 +239,24 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType t
   }
 }
 
-// The blocks of a convolution by AMX.
-void amx_blocks(const Convolution& g, const AmxKernels& set) {
+// Finds the scales of the block's images, while they are on their way into the cache.
+void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& set, float* scales, float* inverses,
+                 uint32_t* rows) {
+  share(block.images * g.height, g.width * g.channels / 4, [&](int64_t begin, int64_t end) {
+    const int64_t before = block.image * g.height;
+    set.largest(g, rows, before + begin, before + end);
+  });
+  for (int64_t i = block.image; i < block.image + block.images; ++i) {
+    set.scale(g, rows + i * g.height, scales + i, inverses + i);
+  }
+}
+
+void by_amx(Convolution g, const AmxKernels& set) {
+  const bool scaled = set.largest != nullptr;
+  float* scales = scaled ? buffer(g.images * (g.height + 2), 1) : nullptr;
+  float* inverses = scaled ? scales + g.images : nullptr;
+  uint32_t* largest = scaled ? reinterpret_cast<uint32_t*>(inverses + g.images) : nullptr;
+  g.scales = scales, g.inverses = inverses;
   Pixels block{};
   const bool shared = g.kernel == 3 && g.stride == 1 && g.padding == 1 && g.out_width == g.in_width();
   block.columns = (g.out_width - 1) * g.stride + g.kernel - shared;  // a row's right padding is the next one's left
@@ -256,6 +272,7 @@ void amx_blocks(const Convolution& g, const AmxKernels& set) {
   const int64_t panels = divide_up(g.out_channels, set.outputs);
   for (block.image = 0; block.image < g.images; block.image += most_images) {
     block.images = std::min(most_images, g.images - block.image);
+    if (scaled) find_scales(g, block, set, scales, inverses, largest);
     for (block.row = 0; block.row < g.out_height; block.row += most_rows) {
       block.rows = std::min(most_rows, g.out_height - block.row);
       block.in_rows = (block.rows - 1) * g.stride + g.kernel;
@@ -272,20 +289,10 @@ void amx_blocks(const Convolution& g, const AmxKernels& set) {
       share(block.lines * divide_up(block.length, 32) * panels, chunks * taps * set.copies * set.outputs,
             [&](int64_t begin, int64_t end) { set.multiply(g, block, pixels, begin, end); });
     }
+    for (int64_t i = block.image; scaled && i < block.image + block.images; ++i) {
+      set.spoil(g, i, largest + i * g.height);
+    }
   }
-}
-
-void by_amx(Convolution g, const AmxKernels& set) {
-  if (set.largest == nullptr) return amx_blocks(g, set);
-  float* scales = buffer(g.images * (g.height + 2), 1);
-  float* inverses = scales + g.images;
-  uint32_t* rows = reinterpret_cast<uint32_t*>(inverses + g.images);
-  share(g.images * g.height, g.width * g.channels / 4,
-        [&](int64_t begin, int64_t end) { set.largest(g, rows, begin, end); });
-  for (int64_t i = 0; i < g.images; ++i) set.scale(g, rows + i * g.height, scales + i, inverses + i);
-  g.scales = scales, g.inverses = inverses;
-  amx_blocks(g, set);
-  for (int64_t i = 0; i < g.images; ++i) set.spoil(g, i, rows + i * g.height);
 }
 
 // The distance between the pixels of a channels_last tensor [N, C, H, W], or of a range of its channels.
