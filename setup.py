@@ -46,6 +46,7 @@ SOURCES = {
         "csrc/philox.cpp",
         "csrc/philox_avx2.cpp",
         "csrc/philox_avx512.cpp",
+        "csrc/program.cpp",
         "csrc/reverse_step.cpp",
     ],
     "diffusion.kernels._cuda": [

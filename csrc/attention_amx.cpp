@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "cpu.h"
+#include "program.h"
 #include "scratch.h"
 #include "targets.h"
 
@@ -252,8 +253,8 @@ void attention_parts_(const Tensor& q, const Tensor& k, const Tensor& v, double 
 #if FD_AMX
   const auto with = [&](auto* type) {
     typedef std::remove_pointer_t<decltype(type)> T;
-    if (parts == 1) run<T, 1>(g);
-    else run<T, 3>(g);
+    if (parts == 1) run_or_write([=] { run<T, 1>(g); });
+    else run_or_write([=] { run<T, 3>(g); });
   };
   switch (q.scalar_type()) {
     case ScalarType::Float: return with(static_cast<float*>(nullptr));

@@ -17,6 +17,7 @@
 #include "convolution.h"
 #include "cpu.h"
 #include "group_norm_silu.h"
+#include "program.h"
 #include "scratch.h"
 #include "targets.h"
 
@@ -366,10 +367,10 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.residual_pixel = pixel_distance(*residual, "residual");
   }
   if (out.numel() == 0) return;
-  if (parts > 0) return by_amx(g, by_parts);
+  if (parts > 0) return run_or_write([=] { by_amx(g, by_parts); });
   const Kernels set = kernels(type, halves);
-  if (tile == 0) direct(g, set, halves ? 2 : 1, type);
-  else winograd(g, set, tile, halves ? 2 : 1);
+  if (tile == 0) run_or_write([=] { direct(g, set, halves ? 2 : 1, type); });
+  else run_or_write([=] { winograd(g, set, tile, halves ? 2 : 1); });
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "cpu.h"
 #include "norm_arguments.h"
+#include "program.h"
 #include "targets.h"
 
 namespace fused_diffusion {
@@ -165,8 +166,10 @@ void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> 
   args.eps = eps;
   float* to = static_cast<float*>(map.mutable_data_ptr());
   const auto maps = kernels(args.type).maps;
-  each_block(args, [&](int64_t groups, double* scratch, int64_t begin, int64_t end) {
-    maps(args, to, groups, scratch, begin, end);
+  run_or_write([=] {
+    each_block(args, [&](int64_t groups, double* scratch, int64_t begin, int64_t end) {
+      maps(args, to, groups, scratch, begin, end);
+    });
   });
 }
 

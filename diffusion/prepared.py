@@ -7,6 +7,7 @@ next evaluation.
 """
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,12 +17,20 @@ from torch import Tensor, nn
 
 from .blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
 from .kernels import _native
+from .kernels._program import Program
+from .kernels.attention.library import attention_parts_
 from .kernels.conv3x3 import native_impl as convolutions
 from .kernels.conv3x3.packing import PackedWeight, Packing, choose_packing, pack
 from .kernels.group_norm_silu.channel_map import group_norm_map_
 from .memory import total_memory
 from .unet import UNet
 
+_Call = tuple[Callable, tuple]
+_WRITTEN = {  # operators that know programs, and their kinds
+    group_norm_map_: "norm",
+    convolutions.convolution_: "convolution",
+    attention_parts_: "attention",
+}
 SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
 MOST_POSITIONS = 2048  # of attention by AMX, which keeps all logits of some queries
 
@@ -60,8 +69,7 @@ class PreparedUNet:
 
         Each with its kind: "convolution", "norm", "attention" or "rest".
         """
-        calls = self._own.plan.calls
-        return [(_kind(function), partial(function, *arguments)) for function, arguments in calls]
+        return [(_kind(call[0]), *_bound([call])) for call in self._own.plan.calls]
 
     def _affordable_tile(self) -> int:
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
@@ -118,18 +126,19 @@ class _Plan:
     def __init__(self, prepared: PreparedUNet, batch: int, channels: int, height: int, width: int):
         unet = prepared.unet
         self.prepared, self.batch = prepared, batch
-        self.calls: list[tuple[Callable, tuple]] = []
+        self.calls: list[_Call] = []
         self._buffers: dict[tuple, Tensor] = {}
         self.input = self._image(channels, height, width)
         self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32)
         parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
         self._lay_out(unet, parts, height, width)
+        self._bound = _bound(self.calls)
 
     def run(self, x: Tensor, embedding: Tensor) -> Tensor:
         self.input.copy_(x)
         self.embedding.copy_(embedding)
-        for function, arguments in self.calls:
-            function(*arguments)
+        for run in self._bound:
+            run()
         return self.output
 
     # ---- Buffers.
@@ -240,7 +249,7 @@ class _Plan:
         arguments = (q, k, v, q.shape[-1] ** -0.5)
         if self.prepared.simd == "amx" and height * width <= MOST_POSITIONS:
             parts = 1 if self.prepared.dtype == torch.bfloat16 else 3
-            self._call(torch.ops.fused_diffusion.attention_parts_, *arguments, parts, heads)
+            self._call(attention_parts_, *arguments, parts, heads)
         else:
             self._call(_attention_into, heads, *arguments)
         self._convolve(attention.proj, attended, out, residual=x)
@@ -326,9 +335,18 @@ class _Plan:
 
 
 def _kind(function: Callable) -> str:
-    kinds = {group_norm_map_: "norm", convolutions.convolution_: "convolution", _attention_into: "attention"}
-    kinds[torch.ops.fused_diffusion.attention_parts_] = "attention"
-    return kinds.get(function, "rest")
+    return _WRITTEN.get(function, "attention" if function is _attention_into else "rest")
+
+
+def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
+    """What runs the calls, those of compiled operators as programs."""
+    bound: list[Callable[[], None]] = []
+    for written, group in itertools.groupby(calls, lambda call: call[0] in _WRITTEN):
+        if written:
+            bound.append(Program(list(group)).run)
+        else:
+            bound += [partial(function, *arguments) for function, arguments in group]
+    return bound
 
 
 def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:

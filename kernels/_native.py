@@ -77,6 +77,10 @@ def _load_cpp(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         for function in ("simd_best", "simd_in_use", "compiler"):
             getattr(library, f"fused_diffusion_{function}").restype = ctypes.c_char_p
         library.fused_diffusion_simd_use.argtypes = [ctypes.c_char_p]
+        library.fused_diffusion_program_begin.restype = ctypes.c_void_p
+        library.fused_diffusion_program_size.restype = ctypes.c_int64
+        for function in ("size", "run", "delete"):
+            getattr(library, f"fused_diffusion_program_{function}").argtypes = [ctypes.c_void_p]
     except AttributeError as error:
         return None, f"the cpp library is not of this version: {error}"
     return library, None
@@ -94,6 +98,13 @@ FOLDER, _record, _missing = _find()
 _cpp, CPP_MISSING = _load_cpp(FOLDER / "_cpp.so")
 _cuda, CUDA_MISSING = _load_cuda(FOLDER / "_cuda.so")
 _simd = "" if _cpp is None else _cpp.fused_diffusion_simd_in_use().decode()
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library of the C++ ops. RuntimeError: there is none."""
+    if _cpp is None:
+        raise RuntimeError(CPP_MISSING)
+    return _cpp
 
 
 def simd_in_use() -> str:

@@ -87,3 +87,6 @@ torch.library.define(
 @torch.library.register_fake("fused_diffusion::attention_parts_")
 def _fake_parts(q, k, v, scale, parts, out) -> None:
     return None
+
+
+attention_parts_ = torch.ops.fused_diffusion.attention_parts_

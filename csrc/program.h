@@ -1,0 +1,23 @@
+// Calls of operators on tensors that stay where they are, written down once and run many times: to check a call's
+// arguments takes longer than a small call.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace fused_diffusion {
+
+typedef std::vector<std::function<void()>> Program;
+
+Program*& program_being_written();  // this thread's, or null; program.cpp
+
+// For an operator that has checked its arguments: `call` holds them by value.
+template <class Call>
+void run_or_write(const Call& call) {
+  Program* program = program_being_written();
+  if (program == nullptr) call();
+  else program->push_back(call);
+}
+
+}  // namespace fused_diffusion
