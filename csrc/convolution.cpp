@@ -136,6 +136,7 @@ struct AmxKernels {
   void (*input)(const Convolution&, const Pixels&, char* to, int64_t begin, int64_t end);
   void (*multiply)(const Convolution&, const Pixels&, const char* from, int64_t begin, int64_t end);
   void (*largest)(const Convolution&, uint32_t* to, int64_t begin, int64_t end);  // null where there are no scales
+  uint32_t (*largest_bound)(const Convolution&, int64_t image);
   void (*scale)(const Convolution&, const uint32_t* rows, float* scale, float* inverse);
   void (*spoil)(const Convolution&, int64_t image, const uint32_t* rows);
   int64_t copies, chunk, outputs, head_bytes;  // of the kind of numbers
@@ -149,10 +150,11 @@ struct AmxKernels {
 #if FD_AMX
 template <class T, class Numbers>
 AmxKernels amx_kernels_of() {
-  AmxKernels set{amx::amx_input<T, Numbers>, amx::amx_multiply<T, Numbers>, nullptr, nullptr, nullptr,
+  AmxKernels set{amx::amx_input<T, Numbers>, amx::amx_multiply<T, Numbers>, nullptr, nullptr, nullptr, nullptr,
                  Numbers::kCopies, Numbers::kChunk, Numbers::kOutputs, Numbers::kHeadBytes};
   if (Numbers::kHeadBytes > 0) {
     set.largest = amx::amx_largest<T>;
+    set.largest_bound = amx::amx_largest_bound;
     set.scale = amx::amx_scale;
     set.spoil = amx::amx_spoil<T>;
   }
@@ -240,13 +242,16 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType t
   }
 }
 
-// Finds the scales of the block's images, while they are on their way into the cache.
+// Finds the scales of the block's images: without a map with bounds, while they are on their way into the cache.
 void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& set, float* scales, float* inverses,
                  uint32_t* rows) {
-  share(block.images * g.height, g.width * g.channels / 4, [&](int64_t begin, int64_t end) {
-    const int64_t before = block.image * g.height;
-    set.largest(g, rows, before + begin, before + end);
-  });
+  const int64_t first = block.image * g.height, end = first + block.images * g.height;
+  if (g.bounds != nullptr) {
+    for (int64_t i = first; i < end; ++i) rows[i] = set.largest_bound(g, i / g.height);
+  } else {
+    share(end - first, g.width * g.channels / 4,
+          [&](int64_t begin, int64_t stop) { set.largest(g, rows, first + begin, first + stop); });
+  }
   for (int64_t i = block.image; i < block.image + block.images; ++i) {
     set.scale(g, rows + i * g.height, scales + i, inverses + i);
   }
@@ -353,11 +358,13 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   }
   if (map.has_value()) {
     STD_TORCH_CHECK(map->scalar_type() == ScalarType::Float && map->is_contiguous() &&
-                        map->numel() == 3 * g.images * g.channels,
-                    "map must be contiguous float32 [3, N, C]");
+                        map->dim() == 3 && (map->size(0) == 3 || map->size(0) == 4) && map->size(1) == g.images &&
+                        map->size(2) == g.channels,
+                    "map must be contiguous float32 [3, N, C] or [4, N, C]");
     g.centre = static_cast<const float*>(map->const_data_ptr());
     g.gain = g.centre + g.images * g.channels;
     g.offset = g.gain + g.images * g.channels;
+    if (map->size(0) == 4) g.bounds = g.offset + g.images * g.channels;
   }
   STD_TORCH_CHECK(!silu || map.has_value(), "without a map there is no activation");
   if (residual.has_value()) {

@@ -66,7 +66,7 @@ FD_HD __mmask16 finite(__m512i magnitude) { return _mm512_cmplt_epu32_mask(magni
 template <Input kInput, class T>
 uint32_t largest_of_row(const Convolution& g, int64_t image, int64_t row) {
   const T* from = static_cast<const T*>(g.x) + (image * g.height + row) * g.width * g.x_pixel;
-  const Vec lowest = spread(0.2784646f), factor = spread(-1 / kLog2E);  // SiLU is nowhere below -lowest
+  const Vec lowest = spread(kLowestSilu), factor = spread(-1 / kLog2E);
   __m512i result = _mm512_setzero_si512();
   __mmask16 all_finite = 0xFFFF;
   for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
@@ -94,6 +94,18 @@ void amx_largest(const Convolution& g, uint32_t* to, int64_t begin, int64_t end)
       case Input::activated: to[item] = largest_of_row<Input::activated, T>(g, image, row); break;
     }
   }
+}
+
+// The same for a whole image, by the bounds of its channels.
+inline uint32_t amx_largest_bound(const Convolution& g, int64_t image) {
+  uint32_t result = 0;
+  for (int64_t channel = 0; channel < g.channels; ++channel) {
+    uint32_t bits;
+    memcpy(&bits, g.bounds + image * g.channels + channel, sizeof bits);
+    bits &= kMagnitude;
+    result = bits < kInfinite ? std::max(result & kMagnitude, bits) | (result & kSpoiled) : result | kSpoiled;
+  }
+  return result;
 }
 
 // An image's scale, of the largest numbers of its rows, and what divides by it.

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 18;      // a quarter of a second cache of today
 constexpr int64_t kElementsPerThread = 1 << 15;  // like PyTorch: a smaller share is not worth a thread
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kChannelDoubles = 9;  // of scratch
+constexpr int64_t kChannelDoubles = 10;  // of scratch
 
 namespace baseline {
 #define FD_LANES 4
@@ -158,12 +158,14 @@ void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> 
                      bool silu, Tensor map) {
   NormArguments args = norm_arguments(x, num_groups, weight, bias, add, scale, shift, silu);
   STD_TORCH_CHECK(map.scalar_type() == ScalarType::Float && map.is_contiguous() &&
-                      map.numel() == 3 * args.samples * args.channels,
-                  "map must be contiguous float32 [3, N, C]");
+                      map.dim() == 3 && (map.size(0) == 3 || map.size(0) == 4) && map.size(1) == args.samples &&
+                      map.size(2) == args.channels,
+                  "map must be contiguous float32 [3, N, C] or [4, N, C]");
   if (x.numel() == 0) return;
   args.channels_last = true;
   args.pixel = pixel_distance(x);
   args.eps = eps;
+  args.bounded = map.size(0) == 4;
   float* to = static_cast<float*>(map.mutable_data_ptr());
   const auto maps = kernels(args.type).maps;
   run_or_write([=] {

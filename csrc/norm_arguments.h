@@ -62,6 +62,7 @@ struct NormArguments {
   int64_t samples, channels, positions, groups, pixel;
   double eps;
   bool channels_last, silu;
+  bool bounded;  // whether the extremes of x are wanted, too: in channels_last only
   ScalarType type;
 
   FD_HD int64_t group_size() const { return channels / groups; }

@@ -49,15 +49,16 @@ FD_HD void each_rows(int64_t size, const Run& run) {
 
 // ---- Statistics.
 
-// For each column: sums of x - base and of its square, and the shift about which its next rows are summed.
+// For each column: sums of x - base and of its square, the shift about which its next rows are summed, and, if wanted,
+// the least and the greatest x, NaN left aside.
 struct ColumnSums {
   double *sum, *squares;
-  float *base, *shift;
+  float *base, *shift, *least, *greatest;
 };
 
 // Adds at most kChunk rows, in float32, about the mean of the rows before, or, if these are the first, of a sample
 // of them: whatever that is far from also spreads the whole column, so no digits are lost.
-template <class T, int kCount, bool kPartial>
+template <bool kExtremes, class T, int kCount, bool kPartial>
 void add_rows(Columns<kCount, kPartial> columns, const T* x, int64_t rows, int64_t stride, bool first,
               const ColumnSums& to) {
   Vec shift[kCount] = {};
@@ -76,14 +77,28 @@ void add_rows(Columns<kCount, kPartial> columns, const T* x, int64_t rows, int64
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) shift[i] = columns.read(to.shift, i);
   }
-  Vec sum[kCount] = {}, squares[kCount] = {};
+  Vec sum[kCount] = {}, squares[kCount] = {}, least[kCount], greatest[kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount && kExtremes; ++i) {
+    least[i] = first ? spread(__builtin_inff()) : columns.read(to.least, i);
+    greatest[i] = first ? spread(-__builtin_inff()) : columns.read(to.greatest, i);
+  }
   for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-      const Vec d = columns.read(x + r * stride, i) - shift[i];
+      const Vec value = columns.read(x + r * stride, i), d = value - shift[i];
       sum[i] += d;
       squares[i] = fma(d, d, squares[i]);
+      if constexpr (kExtremes) {
+        least[i] = value < least[i] ? value : least[i];
+        greatest[i] = value > greatest[i] ? value : greatest[i];
+      }
     }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount && kExtremes; ++i) {
+    columns.write(to.least, i, least[i]);
+    columns.write(to.greatest, i, greatest[i]);
   }
   alignas(64) float sums[3][kCount * kLanes];
 #pragma GCC unroll 4
@@ -129,8 +144,8 @@ Moments stretch_moments(const T* x, int64_t size) {
     double sum[kWidth], squares[kWidth];
     float base[kWidth], shift[kWidth];
     for (int64_t r = 0; r < rows; r += kChunk) {
-      add_rows(columns, x + first + r * stride, rows - r < kChunk ? rows - r : kChunk, stride, r == 0,
-               ColumnSums{sum, squares, base, shift});
+      add_rows<false>(columns, x + first + r * stride, rows - r < kChunk ? rows - r : kChunk, stride, r == 0,
+                      ColumnSums{sum, squares, base, shift, nullptr, nullptr});
     }
     const double count = static_cast<double>(rows), inverse = 1 / count, origin = base[0];
     EqualMoments lanes;
@@ -148,12 +163,13 @@ Moments stretch_moments(const T* x, int64_t size) {
 // What is kept for each channel of a block, in arrays of the block's width.
 struct Channels {
   double *mean, *m2, *first, *second;  // the last two: sums
-  float *add, *slope, *intercept, *rstd, *centre, *gain, *offset, *of_dz, *of_x, *constant;
+  float *add, *slope, *intercept, *rstd, *centre, *gain, *offset, *of_dz, *of_x, *constant, *least, *greatest;
 
   // scratch: kChannelDoubles for each channel.
   FD_HD Channels(double* scratch, int64_t width) {
     double** const doubles[] = {&mean, &m2, &first, &second};
-    float** const floats[] = {&add, &slope, &intercept, &rstd, &centre, &gain, &offset, &of_dz, &of_x, &constant};
+    float** const floats[] = {&add,    &slope, &intercept, &rstd,     &centre, &gain,
+                              &offset, &of_dz, &of_x,      &constant, &least,  &greatest};
     for (double** array : doubles) *array = scratch, scratch += width;
     float* next = reinterpret_cast<float*>(scratch);
     for (float** array : floats) *array = next, next += width;
@@ -234,8 +250,10 @@ struct Block {
     const double inverse = 1 / static_cast<double>(args.positions);
     if (args.channels_last) {
       each_part(kChunk, [&](auto columns, int64_t c, int64_t from, int64_t rows, int64_t stride) FD_INLINE {
-        add_rows(columns, x + from, rows, stride, from - c == at,
-                 ColumnSums{channel.mean + c, channel.m2 + c, channel.centre + c, channel.of_x + c});
+        const ColumnSums sums{channel.mean + c, channel.m2 + c, channel.centre + c,
+                              channel.of_x + c, channel.least + c, channel.greatest + c};
+        if (args.bounded) add_rows<true>(columns, x + from, rows, stride, from - c == at, sums);
+        else add_rows<false>(columns, x + from, rows, stride, from - c == at, sums);
       });
       double *__restrict mean = channel.mean, *__restrict m2 = channel.m2;
       const float* __restrict base = channel.centre;
@@ -287,6 +305,22 @@ struct Block {
     for (int64_t c = first; c < first + args.group_size(); ++c) {
       channel.mean[c] = mean;
       channel.rstd[c] = rstd;
+    }
+  }
+
+  // What each channel's magnitudes do not exceed after the activation; NaN if the group has NaN or infinity.
+  FD_HD void bound_channels(float* bounds) const {
+    const float factor = args.silu ? -1 / kLog2E : 1.0f;
+    for (int64_t c = 0; c < width; ++c) {
+      const auto mapped = [&](float x) FD_INLINE {
+        return ((x - channel.centre[c]) * channel.gain[c] + channel.offset[c]) * factor;
+      };
+      float largest = args.silu ? kLowestSilu : 0.0f;
+      for (const float x : {channel.least[c], channel.greatest[c]}) {
+        const float z = args.silu ? mapped(x) : __builtin_fabsf(mapped(x));
+        largest = z <= largest ? largest : z;
+      }
+      bounds[c] = largest;
     }
   }
 
@@ -359,6 +393,7 @@ void maps(const NormArguments& args, float* to, int64_t groups, double* scratch,
       to[at + c + step] = block.channel.gain[c];
       to[at + c + 2 * step] = block.channel.offset[c];
     }
+    if (args.bounded) block.bound_channels(to + at + 3 * step);
   }
 }
 

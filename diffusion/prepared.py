@@ -50,6 +50,8 @@ class PreparedUNet:
         self.unet, self.dtype = unet, dtype
         self.simd = _native.simd_in_use()
         self._largest_tile = self._affordable_tile()
+        in_bytes = self.simd == "amx" and dtype != torch.bfloat16  # needs bounds of what is multiplied
+        self.map_rows = 4 if in_bytes else 3
         self._weights: dict[tuple[nn.Module, Packing], PackedWeight] = {}
         self._vectors: dict[nn.Parameter, Tensor] = {}
         self._norms: dict[Norm, Norm] = {}
@@ -163,7 +165,7 @@ class _Plan:
         """What a norm does to each channel of x, and whether SiLU follows."""
         key = ("map", x.shape[1])
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(3, *x.shape[:2], dtype=torch.float32)
+            self._buffers[key] = torch.empty(self.prepared.map_rows, *x.shape[:2], dtype=torch.float32)
         map, silu = self._buffers[key], norm.activation == "silu"
         weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
         modulation = [modulation.get(name) for name in ("add", "scale", "shift")]

@@ -11,6 +11,7 @@ from diffusion.kernels.conv3x3 import reference
 from diffusion.kernels.conv3x3.cases import CASES
 from diffusion.kernels.conv3x3.native_impl import convolution_, multiplies_pairs
 from diffusion.kernels.conv3x3.packing import PANEL, Packing, choose_packing, pack
+from diffusion.kernels.group_norm_silu.channel_map import group_norm_map_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
@@ -251,6 +252,31 @@ def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale
     assert torch.equal(out.isfinite(), expected.isfinite())
     assert torch.equal(out.isnan(), ~out.isfinite())
     torch.testing.assert_close(out[out.isfinite()], expected[expected.isfinite()], rtol=0, atol=1e-4)
+
+
+@needs_cpp
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 24, 9, 31), (1, 70, 1, 1), (3, 16, 40, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_of_a_map(dtype, shape, silu):
+    """Of what each channel is mapped to: none exceeds them, and little is between."""
+    x = 3 + channels_last(*shape, dtype=dtype)
+    n, c = shape[:2]
+    weight, bias = channels_last(2, c, 1, 1).flatten(1).unbind(0)
+    map = torch.empty(4, n, c)
+    group_norm_map_(x, 2, weight, bias, 1e-5, None, None, None, silu, map)
+    normalised = torch.nn.functional.group_norm(x.double(), 2, weight.double(), bias.double())
+    if silu:
+        largest = torch.nn.functional.silu(normalised).abs().amax((2, 3))
+        above = normalised.amax((2, 3)).clamp_min(0.2784646)
+    else:
+        largest = above = normalised.abs().amax((2, 3))
+    assert (map[3] >= largest * (1 - 1e-5)).all()
+    assert (map[3] <= above * (1 + 1e-5) + 1e-5).all()
+    x[0, 0, 0, 0] = float("nan")
+    group_norm_map_(x, 2, weight, bias, 1e-5, None, None, None, silu, map)
+    assert map[3, 0, : c // 2].isnan().all()
+    assert map[3, 0, c // 2 :].isfinite().all()
 
 
 def test_the_packed_weight_is_whole():

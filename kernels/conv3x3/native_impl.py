@@ -106,7 +106,8 @@ def conv3x3(
     x = channels_last(x)
     silu, map = activation == "silu", None
     if num_groups is not None:
-        map = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
+        rows = 4 if weight.packing.parts == 3 else 3  # bytes need bounds of what they multiply
+        map = x.new_empty((rows, *x.shape[:2]), dtype=torch.float32)
         group_norm_map_(x, num_groups, norm_weight, norm_bias, eps, add, scale, shift, silu, map)
     factor = 2 if upsample else 1
     shape = (x.shape[0], weight.shape[0], factor * x.shape[2], factor * x.shape[3])

@@ -8,9 +8,9 @@ SCHEMA = (
     "Tensor? shift, bool silu, Tensor(a!) map) -> ()"
 )
 
-# x: [N, C, ...] in channels_last, or a range of the channels of such a tensor. map: float32 [3, N, C], of
-# which the op makes (x - map[0]) * map[1] + map[2] what goes into the activation; map[1] and map[2] times
-# -log2(e) where that is SiLU.
+# x: [N, C, ...] in channels_last, or a range of the channels of such a tensor. map: float32 [3, N, C] or
+# [4, N, C], of which the op makes (x - map[0]) * map[1] + map[2] what goes into the activation; map[1] and
+# map[2] times -log2(e) where that is SiLU. map[3]: what the magnitudes of a channel do not exceed after it.
 torch.library.define("fused_diffusion::group_norm_map_", SCHEMA)
 
 
