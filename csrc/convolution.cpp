@@ -141,9 +141,12 @@ struct AmxKernels {
   void (*spoil)(const Convolution&, int64_t image, const uint32_t* rows);
   int64_t copies, chunk, outputs, head_bytes;  // of the kind of numbers
 
+  int64_t merged(const Convolution& g) const { return merged_pixels(g, chunk / 16); }
+  int64_t taps(const Convolution& g) const { return g.kernel * divide_up(g.kernel, merged(g)); }
+
   int64_t weight_bytes(const Convolution& g) const {
     const int64_t panels = divide_up(g.out_channels, 16), chunks = divide_up(g.channels, chunk);
-    return panels * (head_bytes + chunks * g.kernel * g.kernel * copies * 1024);
+    return panels * (head_bytes + chunks * taps(g) * copies * 1024);
   }
 };
 
@@ -267,7 +270,8 @@ void by_amx(Convolution g, const AmxKernels& set) {
   const bool shared = g.kernel == 3 && g.stride == 1 && g.padding == 1 && g.out_width == g.in_width();
   block.columns = (g.out_width - 1) * g.stride + g.kernel - shared;  // a row's right padding is the next one's left
   block.flat = g.stride == 1;
-  const int64_t chunks = divide_up(g.channels, set.chunk), taps = g.kernel * g.kernel;
+  block.merged = set.merged(g);
+  const int64_t chunks = divide_up(g.channels, set.chunk), taps = set.taps(g);
   const int64_t pixel_bytes = chunks * set.copies * 64;
   const int64_t budget = kAmxBytesPerThread * torch::stable::get_num_threads();
   const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;

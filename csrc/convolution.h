@@ -75,8 +75,15 @@ struct Rows {
   FD_HD int64_t count(const Convolution& g) const { return images * rows * g.out_width; }
 };
 
+// How many pixels beside each other share a row of AMX's left factor, which holds so many vectors of channels.
+FD_HD int64_t merged_pixels(const Convolution& g, int64_t vectors) {
+  const int64_t fit = vectors / ((g.channels + 15) / 16);
+  return g.kernel == 1 || fit < 2 ? 1 : fit < g.kernel ? fit : g.kernel;
+}
+
 // Some of the outputs of a convolution by AMX, and the inputs that they need: images one behind another, each row by
-// row with its padding, some channels at a time. Outputs come in lines, whose inputs are `stride` pixels apart. With a
+// row with its padding, some channels at a time. With few channels, the next pixels stand beside each, so that one
+// product serves as many taps of the filter. Outputs come in lines, whose inputs are `stride` pixels apart. With a
 // stride of 1 a line is a whole image, and what it has between two rows is not used.
 struct Pixels {
   int64_t image, images;     // first, count
@@ -84,6 +91,7 @@ struct Pixels {
   int64_t in_rows, columns;  // of the inputs
   int64_t count;             // of the inputs, and room for a tile more
   int64_t lines, length;
+  int64_t merged;            // pixels to a row of the left factor
   bool flat, panels_first;
 
   // The input pixel of a line's first output and a filter's first tap.

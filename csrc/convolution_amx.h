@@ -200,12 +200,61 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
   }
 }
 
+// The same for few channels: beside each pixel stand the next ones, of which there are none behind a row's end.
+template <Input kInput, class T, class Numbers, int kMerged>
+void merge_pixels(const Convolution& g, const Pixels& block, char* to, int64_t begin, int64_t end) {
+  constexpr int kVectors = Numbers::kChunk / kLanes, kOwn = kVectors / kMerged;  // kOwn: vectors of a pixel
+  const int64_t part_step = block.count * kRowBytes;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = block.image + item / block.in_rows;
+    const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
+    char* next = to + item * block.columns * kRowBytes;
+    if (row < 0 || row >= g.in_height()) {
+      clear_pixels<Numbers>(next, part_step, block.columns);
+      continue;
+    }
+    const T* from = static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel;
+    InputMap maps[kOwn];
+    for (int i = 0; i < kOwn; ++i) {
+      if (i * kLanes < g.channels) maps[i] = InputMap(g, image, i * kLanes);
+    }
+    const Vec inverse = spread(g.inverses == nullptr ? 1.0f : g.inverses[image]);
+    Vec numbers[kVectors] = {};
+    for (int64_t column = 1 - kMerged; column < block.columns; ++column) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kOwn * (kMerged - 1); ++i) numbers[i] = numbers[i + kOwn];
+      const int64_t last = column + kMerged - 1, x = last - g.padding;
+      const bool inside = last < block.columns && x >= 0 && x < g.in_width();
+      const T* pixel = from + (g.scale == 2 ? x / 2 : x) * g.x_pixel;
+#pragma GCC unroll 4
+      for (int i = 0; i < kOwn; ++i) {
+        const bool some = inside && i * kLanes < g.channels;
+        numbers[(kMerged - 1) * kOwn + i] = some ? maps[i].template read<kInput>(pixel + i * kLanes) : Vec{};
+      }
+      if (column < 0) continue;
+      Numbers::write(next, part_step, numbers, inverse);
+      next += kRowBytes;
+    }
+  }
+  if (end == block.images * block.in_rows) {
+    clear_pixels<Numbers>(to + end * block.columns * kRowBytes, part_step, 1);
+  }
+}
+
 template <class T, class Numbers>
 void amx_input(const Convolution& g, const Pixels& block, char* to, int64_t begin, int64_t end) {
+  const auto run = [&](auto input) FD_INLINE {
+    constexpr Input kInput = decltype(input)::value;
+    if constexpr (Numbers::kChunk == 64) {
+      if (block.merged == 3) return merge_pixels<kInput, T, Numbers, 3>(g, block, to, begin, end);
+    }
+    if (block.merged == 2) return merge_pixels<kInput, T, Numbers, 2>(g, block, to, begin, end);
+    return copy_pixels<kInput, T, Numbers>(g, block, to, begin, end);
+  };
   switch (input_of(g)) {
-    case Input::plain: return copy_pixels<Input::plain, T, Numbers>(g, block, to, begin, end);
-    case Input::normalised: return copy_pixels<Input::normalised, T, Numbers>(g, block, to, begin, end);
-    case Input::activated: return copy_pixels<Input::activated, T, Numbers>(g, block, to, begin, end);
+    case Input::plain: return run(std::integral_constant<Input, Input::plain>{});
+    case Input::normalised: return run(std::integral_constant<Input, Input::normalised>{});
+    case Input::activated: return run(std::integral_constant<Input, Input::activated>{});
   }
 }
 
@@ -254,10 +303,11 @@ void amx_multiply(const Convolution& g, const Pixels& block, const char* from, i
   load_shapes();
   alignas(64) float sums[2][Numbers::kSums * 32 * Numbers::kOutputs];
   Finisher<T, Numbers> before;
-  const int64_t taps = g.kernel * g.kernel, panels = (g.out_channels + Numbers::kOutputs - 1) / Numbers::kOutputs;
+  const int64_t panels = (g.out_channels + Numbers::kOutputs - 1) / Numbers::kOutputs;
+  const int64_t wide = (g.kernel + block.merged - 1) / block.merged, taps = g.kernel * wide;
   int64_t offsets[9];
   for (int64_t tap = 0; tap < taps; ++tap) {
-    offsets[tap] = (tap / g.kernel * block.columns + tap % g.kernel) * kRowBytes;
+    offsets[tap] = (tap / wide * block.columns + tap % wide * block.merged) * kRowBytes;
   }
   const int64_t line_blocks = (block.length + 31) / 32, blocks = block.lines * line_blocks;
   Factors f{};

@@ -97,11 +97,25 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     return torch.cat(panels, 1)
 
 
+def _merged(weight: Tensor, chunk: int) -> Tensor:
+    """A weight whose few channels stand beside those of the next taps, as merge_pixels makes pixels stand."""
+    k, c, height, width = weight.shape
+    own = -(-c // LANES) * LANES
+    beside = min(width, chunk // own) if c else 1
+    if beside < 2:
+        return weight
+    taps = -(-width // beside)
+    wide = weight.new_zeros(k, own, height, taps * beside)
+    wide[:, :c, :, :width] = weight
+    return wide.unflatten(3, (taps, beside)).permute(0, 4, 1, 2, 3).flatten(1, 2)
+
+
 def _tile_panels(weight: Tensor) -> Tensor:
     """bfloat16 [words of all panels], a panel of 32 outputs being [chunk of 32 channels][tap][tile].
 
     A tile is [pair of channels][16 outputs][2].
     """
+    weight = _merged(weight, CHUNK)
     c = weight.shape[1]
     panels = []
     for panel in weight.split(2 * LANES):
@@ -120,6 +134,7 @@ def _byte_panels(weight: Tensor) -> Tensor:
 
     A tile is [four channels][16 outputs][4]; within a chunk, channel 16 j + 4 i + k is at 16 i + 4 j + k.
     """
+    weight = _merged(weight, BYTE_CHUNK)
     c = weight.shape[1]
     panels = [torch.empty(0, dtype=torch.int8)]
     for panel in weight.split(LANES) if len(weight) else ():
