@@ -48,6 +48,7 @@ SOURCES = {
         "csrc/philox_avx512.cpp",
         "csrc/program.cpp",
         "csrc/reverse_step.cpp",
+        "csrc/upsample.cpp",
     ],
     "diffusion.kernels._cuda": [
         "csrc/attention.cu",

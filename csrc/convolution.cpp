@@ -17,6 +17,7 @@
 #include "convolution.h"
 #include "cpu.h"
 #include "group_norm_silu.h"
+#include "images.h"
 #include "program.h"
 #include "scratch.h"
 #include "targets.h"
@@ -303,17 +304,6 @@ void by_amx(Convolution g, const AmxKernels& set) {
       set.spoil(g, i, largest + i * g.height);
     }
   }
-}
-
-// The distance between the pixels of a channels_last tensor [N, C, H, W], or of a range of its channels.
-int64_t pixel_distance(const Tensor& t, const char* name) {
-  const int64_t width = t.size(3), height = t.size(2);
-  const int64_t pixel = width > 1 ? t.stride(3) : height > 1 ? t.stride(2) : t.size(0) > 1 ? t.stride(0) : t.size(1);
-  STD_TORCH_CHECK((t.size(1) <= 1 || t.stride(1) == 1) && pixel >= t.size(1) &&
-                      (height <= 1 || t.stride(2) == width * pixel) &&
-                      (t.size(0) <= 1 || t.stride(0) == height * width * pixel),
-                  name, " must be channels_last, or a range of the channels of such a tensor");
-  return pixel;
 }
 
 void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, int64_t padding,

@@ -22,6 +22,7 @@ from .kernels.attention.library import attention_parts_
 from .kernels.conv3x3 import native_impl as convolutions
 from .kernels.conv3x3.packing import PackedWeight, Packing, choose_packing, pack
 from .kernels.group_norm_silu.channel_map import group_norm_map_
+from .kernels.upsample import doubled_
 from .memory import total_memory
 from .unet import UNet
 
@@ -30,6 +31,7 @@ _WRITTEN = {  # operators that know programs, and their kinds
     group_norm_map_: "norm",
     convolutions.convolution_: "convolution",
     attention_parts_: "attention",
+    doubled_: "rest",
 }
 SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
 MOST_POSITIONS = 2048  # of attention by AMX, which keeps all logits of some queries
@@ -235,7 +237,7 @@ class _Plan:
 
     def _change(self, how: Downsample | Upsample, x: Tensor, out: Tensor) -> None:
         if isinstance(how, Upsample):
-            self._call(_doubled_into, out, x)
+            self._call(doubled_, x, out)
         else:
             self._call(_store, out, how, x)
 
@@ -354,13 +356,6 @@ def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
 def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     """By the same backend for every batch, so that no image depends on how many others there are."""
     out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
-
-
-def _doubled_into(out: Tensor, x: Tensor) -> None:
-    """Nearest-neighbour interpolation to twice the size, straight to where it is read."""
-    height, width = x.shape[2:]
-    pixels = out.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))
-    pixels.copy_(x.permute(0, 2, 3, 1)[:, :, None, :, None].expand_as(pixels))
 
 
 def _store(out: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> None:

@@ -1,0 +1,14 @@
+"""Nearest-neighbour interpolation to twice the size, straight to where it is read: csrc/upsample.cpp."""
+
+import torch
+
+# x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor; out: [N, C, 2 H, 2 W], too.
+torch.library.define("fused_diffusion::doubled_", "(Tensor x, Tensor(a!) out) -> ()")
+
+
+@torch.library.register_fake("fused_diffusion::doubled_")
+def _fake(x, out) -> None:
+    return None
+
+
+doubled_ = torch.ops.fused_diffusion.doubled_
