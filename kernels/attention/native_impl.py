@@ -54,7 +54,9 @@ def slower_cpp(q, k, v, *, scale=None) -> str | None:
 
     In float32 on AVX-512 the forward pass is 1.1 to 1.4 times as fast from 2**19 products of the logits on;
     below it is 0.6 to 1.0 times, since calling the operator takes 8 us longer. On AVX2 it is 0.98 times at
-    S = 256, D = 256 and 1.1 to 1.2 times to D = 64. In 16 bits it is 1.3 to 2.4 times from 2**17 products on.
+    S = 256, D = 256 and 1.1 to 1.2 times to D = 64. In 16 bits it is 1.3 to 2.4 times from 2**17 products
+    on, but in bfloat16 beside AMX, which PyTorch's op uses, 0.3 to 0.8 times, and with the gradient 1.2 to 3
+    times up to S * D = 2**14 and 0.5 to 0.8 times beyond.
     """
     if _native.simd_in_use() == "baseline":
         return "without AVX2 it has not been measured"
@@ -62,6 +64,10 @@ def slower_cpp(q, k, v, *, scale=None) -> str | None:
     single = q.dtype == torch.float32
     if positions < 4 or batch * heads * positions**2 * width < (2**19 if single else 2**17):
         return f"{tuple(q.shape)} is so small that calling PyTorch's own op takes less time"
+    if q.dtype == torch.bfloat16 and _native.simd_in_use() == "amx":
+        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if not gradient or positions * width > 2**14:
+            return "PyTorch's own op multiplies bfloat16 by AMX"
     if single and width > 128 and _native.simd_in_use() == "avx2":
         return f"in float32 with AVX2, PyTorch's own op is faster for a width of {width}"
     return None
