@@ -10,17 +10,17 @@ from diffusion.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(20):  # until the heap is as large as they need
-    torch.ones(5 << 20)
+    torch.ones(12 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    torch.ones(5 << 20)
+    torch.ones(12 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is for glibc")
 def test_kept_memory_costs_no_page_faults():
-    """Blocks of 20 MiB, each of which is 5,120 pages where the system has small ones."""
+    """Blocks of 48 MiB, larger than any that glibc keeps of its own accord."""
 
     def faults(what):
         return int(subprocess.check_output([sys.executable, "-c", FAULTS, what], text=True))
