@@ -37,25 +37,23 @@ def _ratio(peer: float | None, own: float | None) -> str:
 
 def _chain_table(result: dict, group: list[dict]) -> list[str]:
     rows = {row["peer"]: row for row in group}
-    lines = [
-        "| | ms a step | of the matrix rate | images/s, 50 steps | images/s, 1000 steps | peak memory | "
-        "`exact` is | `fast` is |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["ms a step", "of the matrix rate", "images/s, 50 steps", "images/s, 1000 steps"]
+    measured = any(row.get("memory") for row in group)
+    titles += ["peak memory"] * measured + ["`exact` is", "`fast` is"]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     evaluations = group[0]["batch"] * (1 if group[0]["mode"] == "unconditional" else 2)
     for name, row in rows.items():
         if "step" not in row:
-            lines.append(f"| {name} | {row['reason']} | | | | | | |")
+            lines.append(f"| {name} | {row['reason']}" + " |" * len(titles))
             continue
         rate = result["matrix_rate"]["float32" if PEERS[name][1] else "bfloat16"]
         share = evaluations * row["flops"] / row["step"] / rate
         images = [row["batch"] / (row["call"] + steps * row["step"]) for steps in (50, 1000)]
-        memory = f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else ""
-        ratios = [_ratio(row["step"], rows.get(tier, {}).get("step")) for tier in ("exact", "fast")]
-        lines.append(
-            f"| {name} | {1e3 * row['step']:.2f} | {share:.0%} | {images[0]:.3g} | {images[1]:.3g} "
-            f"| {memory} | {ratios[0]} | {ratios[1]} |"
-        )
+        cells = [f"{1e3 * row['step']:.2f}", f"{share:.0%}", *(f"{n:.3g}" for n in images)]
+        if measured:
+            cells.append(f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else "")
+        cells += [_ratio(row["step"], rows.get(tier, {}).get("step")) for tier in ("exact", "fast")]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
 
 
