@@ -145,9 +145,11 @@ struct AmxKernels {
   int64_t merged(const Convolution& g) const { return merged_pixels(g, chunk / 16); }
   int64_t taps(const Convolution& g) const { return g.kernel * divide_up(g.kernel, merged(g)); }
 
+  int64_t share_count(const Convolution& g) const { return largest == nullptr ? 0 : round_up(g.channels, chunk); }
+
   int64_t weight_bytes(const Convolution& g) const {
     const int64_t panels = divide_up(g.out_channels, 16), chunks = divide_up(g.channels, chunk);
-    return panels * (head_bytes + chunks * taps(g) * copies * 1024);
+    return 4 * share_count(g) + panels * (head_bytes + chunks * taps(g) * copies * 1024);
   }
 };
 
@@ -343,6 +345,10 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   }
   STD_TORCH_CHECK(packed, "weight is not packed for this convolution");
   g.weight = static_cast<const float*>(weight.const_data_ptr());
+  if (parts == 3) {
+    g.shares = g.weight;
+    g.weight += by_parts.share_count(g);
+  }
   g.x_pixel = pixel_distance(x, "x");
   g.out_pixel = pixel_distance(out, "out");
   if (bias.has_value()) {

@@ -20,7 +20,8 @@ struct Convolution {
   const float *weight, *bias;                 // packed; bias: [out_channels], may be null
   const float *centre, *gain, *offset;        // [images, channels] each, or all null
   const float* bounds;                        // [images, channels], of the inputs' magnitudes, or null
-  const float *scales, *inverses;             // [images] each, for AMX in digits: of the inputs
+  const float* shares;                        // [channels, padded], for AMX in digits: inputs are multiplied by them
+  const float *scales, *inverses;             // [images] each, likewise: of the inputs
   int64_t images, channels, height, width;    // of x, before it is upsampled
   int64_t out_channels, out_height, out_width;
   int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements

@@ -7,7 +7,9 @@ struct Halved {
   static constexpr int kCopies = 1, kChunk = 32, kOutputs = 32, kSums = 1;
   static constexpr int64_t kHeadBytes = 0;  // before the weights of a panel
 
-  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[2], Vec) {
+  static FD_HD Vec factor(const Convolution&, int64_t, int64_t) { return Vec{}; }
+
+  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[2], const Vec (&)[2]) {
     store_parts<1>(to, step, numbers[0], numbers[1]);
   }
 
@@ -25,8 +27,13 @@ struct Digits {
   static constexpr int kCopies = 3, kChunk = 64, kOutputs = 16, kSums = 3;
   static constexpr int64_t kHeadBytes = 64;  // a scale for each output
 
-  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[4], Vec inverse) {
-    store_digits(to, step, numbers, inverse);
+  // What takes a channel's numbers to whole ones.
+  static FD_HD Vec factor(const Convolution& g, int64_t image, int64_t channel) {
+    return load(g.shares + channel) * spread(g.inverses[image]);
+  }
+
+  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4]) {
+    store_digits(to, step, numbers, factors);
   }
 
   template <class Meanwhile>
@@ -71,9 +78,11 @@ uint32_t largest_of_row(const Convolution& g, int64_t image, int64_t row) {
   __mmask16 all_finite = 0xFFFF;
   for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
     const InputMap map(g, image, channel);
+    const Vec share = load(g.shares + channel);
     for (int64_t column = 0; column < g.width; ++column) {
       Vec number = before_activation<kInput>(map, from + column * g.x_pixel + channel);
       if constexpr (kInput == Input::activated) number = (Vec)_mm512_max_ps((__m512)lowest, (__m512)(number * factor));
+      number *= share;
       const __m512i magnitude = _mm512_and_si512((__m512i)number, _mm512_set1_epi32(kMagnitude));
       const __mmask16 usable = finite(magnitude);
       all_finite &= usable;
@@ -100,8 +109,9 @@ void amx_largest(const Convolution& g, uint32_t* to, int64_t begin, int64_t end)
 inline uint32_t amx_largest_bound(const Convolution& g, int64_t image) {
   uint32_t result = 0;
   for (int64_t channel = 0; channel < g.channels; ++channel) {
+    const float bound = g.bounds[image * g.channels + channel] * g.shares[channel];
     uint32_t bits;
-    memcpy(&bits, g.bounds + image * g.channels + channel, sizeof bits);
+    memcpy(&bits, &bound, sizeof bits);
     bits &= kMagnitude;
     result = bits < kInfinite ? std::max(result & kMagnitude, bits) | (result & kSpoiled) : result | kSpoiled;
   }
@@ -181,7 +191,8 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
       for (int i = 0; i < kVectors; ++i) {
         if (channel + i * kLanes < g.channels) maps[i] = InputMap(g, image, channel + i * kLanes);
       }
-      const Vec inverse = spread(g.inverses == nullptr ? 1.0f : g.inverses[image]);
+      Vec factors[kVectors];
+      for (int i = 0; i < kVectors; ++i) factors[i] = Numbers::factor(g, image, channel + i * kLanes);
       clear_pixels<Numbers>(next, part_step, left);
       next += left * kRowBytes;
       for (int64_t column = 0; column < inside; ++column, next += kRowBytes) {
@@ -192,7 +203,7 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
           const bool some = whole || channel + i * kLanes < g.channels;
           numbers[i] = some ? maps[i].template read<kInput>(pixel + i * kLanes) : Vec{};
         }
-        Numbers::write(next, part_step, numbers, inverse);
+        Numbers::write(next, part_step, numbers, factors);
       }
       clear_pixels<Numbers>(next, part_step, block.columns - left - inside);
     }
@@ -218,8 +229,8 @@ void merge_pixels(const Convolution& g, const Pixels& block, char* to, int64_t b
     for (int i = 0; i < kOwn; ++i) {
       if (i * kLanes < g.channels) maps[i] = InputMap(g, image, i * kLanes);
     }
-    const Vec inverse = spread(g.inverses == nullptr ? 1.0f : g.inverses[image]);
-    Vec numbers[kVectors] = {};
+    Vec numbers[kVectors] = {}, factors[kVectors];
+    for (int i = 0; i < kVectors; ++i) factors[i] = Numbers::factor(g, image, i % kOwn * kLanes);
     for (int64_t column = 1 - kMerged; column < block.columns; ++column) {
 #pragma GCC unroll 4
       for (int i = 0; i < kOwn * (kMerged - 1); ++i) numbers[i] = numbers[i + kOwn];
@@ -232,7 +243,7 @@ void merge_pixels(const Convolution& g, const Pixels& block, char* to, int64_t b
         numbers[(kMerged - 1) * kOwn + i] = some ? maps[i].template read<kInput>(pixel + i * kLanes) : Vec{};
       }
       if (column < 0) continue;
-      Numbers::write(next, part_step, numbers, inverse);
+      Numbers::write(next, part_step, numbers, factors);
       next += kRowBytes;
     }
   }

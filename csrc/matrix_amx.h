@@ -25,16 +25,16 @@ FD_HD void store_parts(char* to, int64_t part_step, Vec first, Vec second) {
 
 constexpr float kLargestWhole = 127 * 65536.0f;  // and half of a unit of the first digit more fits
 
-// 64 numbers divided by their scale, as digits: the first digit of all, `step` bytes on the second, then the third.
+// 64 numbers times their factors, as digits: the first digit of all, `step` bytes on the second, then the third.
 // Within a row, numbers 16 j + 4 i + k are at 16 i + 4 j + k, for j, i and k up to 3.
-FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], Vec inverse) {
+FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4]) {
   // Bytes of w + 0x808080 are those digits plus 128.
   const __m512i half = _mm512_set1_epi32(0x00808080);
   const __m512i bytes = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
   __m512i lanes[4];  // in each quarter: four third digits, four second, four first ones
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)(numbers[j] * inverse));
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(numbers[j] * factors[j]));
     lanes[j] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(whole, half), half), bytes);
   }
   const __m512i a = _mm512_unpacklo_epi32(lanes[0], lanes[1]), b = _mm512_unpacklo_epi32(lanes[2], lanes[3]);

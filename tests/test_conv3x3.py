@@ -305,23 +305,44 @@ def test_the_weight_in_tiles_is_whole():
 
 
 def test_the_weight_in_bytes_is_whole():
-    """[panel: 16 scales, [chunk][tap][byte][tile]], a tile [4i + j][output][k] of channels 16j + 4i + k."""
+    """[shares][panel: 16 scales, [chunk][tap][byte][tile]], tile [4i + j][output][k] of channels 16j + 4i + k."""
     weight = torch.randn(20, 70, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[3] *= 1e-42
     weight[17] = 0
     weight[18] *= 1e30
+    weight[:, 5] *= 1e-3
+    weight[:, 6] = 0
     data = pack(weight, Packing(parts=3)).data
     assert data.dtype == torch.int8
+    shares, data = data[: 4 * 128].view(torch.float32).double(), data[4 * 128 :]
     heads, tiles = data.view(2, -1).split([64, 2 * 9 * 3 * 1024], 1)
     scales = heads.contiguous().view(torch.float32).flatten().double()
     digits = tiles.reshape(2, 2, 9, 3, 4, 4, 16, 4).double()  # [panel, chunk, tap, digit, i, j, output, k]
     whole = digits[:, :, :, 0] * 2**16 + digits[:, :, :, 1] * 2**8 + digits[:, :, :, 2]
     found = whole.permute(0, 5, 1, 4, 3, 6, 2).reshape(32, 128, 3, 3) * scales[:, None, None, None]
     assert digits[:, :, :, 0].abs().max() == 127
+    found *= shares[:, None, None]
+    assert not shares[70:].any()
+    assert torch.equal(shares.log2().round(), shares.log2())
     assert not found[20:].any()
     assert not found[:, 70:].any()
-    largest = weight.abs().amax((1, 2, 3), keepdim=True).double()
-    assert ((found[:20, :70] - weight.double()).abs() <= largest * 2.0**-23.5 + 2.0**-126).all()
+    largest = (weight.double() / shares[:70, None, None]).abs().amax((1, 2, 3), keepdim=True)
+    errors = (found[:20, :70] - weight.double()).abs() / shares[:70, None, None]
+    assert (errors <= largest * 2.0**-23.5 + 2.0**-126).all()
+
+
+@needs_cpp
+@pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
+@pytest.mark.parametrize("channels", [12, 70])
+def test_channels_of_unequal_size(channels):
+    """Channels a thousand times as large as others, with weights as much smaller, cost the others nothing."""
+    x, weight = channels_last(2, channels, 9, 9), channels_last(20, channels, 3, 3, seed=1)
+    sizes = torch.logspace(-6, 6, channels)
+    packed = pack(weight / sizes[:, None, None], Packing(parts=3))
+    unequal = x * sizes[:, None, None]
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    actual = conv3x3(unequal, packed, backend="cpp")
+    assert (actual - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -128,17 +128,30 @@ def _tile_panels(weight: Tensor) -> Tensor:
     return torch.cat(panels)
 
 
+def _shares(weight: Tensor) -> Tensor:
+    """float64 [C]: powers of two, by which inputs are multiplied and weights divided.
+
+    The weights of all channels are then about as large, and so an input is as large as what it contributes.
+    """
+    largest = weight.double().abs().amax((0, 2, 3)) if len(weight) else weight.new_ones(weight.shape[1])
+    ratio = (largest / largest.max().clamp_min(2.0**-149)).clamp(2.0**-60, 1)
+    return torch.exp2(ratio.log2().round())
+
+
 def _byte_panels(weight: Tensor) -> Tensor:
-    """int8 [bytes of all panels], a panel of 16 outputs being their scales, in float32, and then
-    [chunk of 64 channels][tap][digit][tile].
+    """int8 [bytes]: float32 shares of the channels, padded to 64, and then the panels, a panel of 16 outputs
+    being their scales, in float32, and then [chunk of 64 channels][tap][digit][tile].
 
     A tile is [four channels][16 outputs][4]; within a chunk, channel 16 j + 4 i + k is at 16 i + 4 j + k.
     """
-    weight = _merged(weight, BYTE_CHUNK)
+    shares = _shares(weight)
+    padded = shares.new_zeros(-(-len(shares) // BYTE_CHUNK) * BYTE_CHUNK)
+    padded[: len(shares)] = shares
+    weight = _merged(weight.double() / shares[:, None, None], BYTE_CHUNK)
     c = weight.shape[1]
-    panels = [torch.empty(0, dtype=torch.int8)]
+    panels = [padded.float().view(torch.int8)]
     for panel in weight.split(LANES) if len(weight) else ():
-        factors = _factors(panel.double(), 0)
+        factors = _factors(panel, 0)
         wide = factors.new_zeros(len(factors), -(-c // BYTE_CHUNK) * BYTE_CHUNK, LANES)
         wide[:, :c, : len(panel)] = factors
         scales = (wide.abs().amax((0, 1)) / LARGEST_WHOLE).float()
