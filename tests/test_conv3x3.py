@@ -305,7 +305,7 @@ def test_the_weight_in_tiles_is_whole():
 
 
 def test_the_weight_in_bytes_is_whole():
-    """[shares][panel: 16 scales, [chunk][tap][byte][tile]], tile [4i + j][output][k] of channels 16j + 4i + k."""
+    """[shares][panel: 16 scales, [chunk][tap][byte][tile]]; tiles [4i + j][output][k] of 16j + 4i + k."""
     weight = torch.randn(20, 70, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[3] *= 1e-42
     weight[17] = 0

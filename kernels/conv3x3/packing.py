@@ -133,7 +133,9 @@ def _shares(weight: Tensor) -> Tensor:
 
     The weights of all channels are then about as large, and so an input is as large as what it contributes.
     """
-    largest = weight.double().abs().amax((0, 2, 3)) if len(weight) else weight.new_ones(weight.shape[1])
+    if len(weight) == 0:
+        return torch.ones(weight.shape[1], dtype=torch.float64)
+    largest = weight.abs().amax((0, 2, 3)).double()
     ratio = (largest / largest.max().clamp_min(2.0**-149)).clamp(2.0**-60, 1)
     return torch.exp2(ratio.log2().round())
 
@@ -147,23 +149,19 @@ def _byte_panels(weight: Tensor) -> Tensor:
     shares = _shares(weight)
     padded = shares.new_zeros(-(-len(shares) // BYTE_CHUNK) * BYTE_CHUNK)
     padded[: len(shares)] = shares
-    weight = _merged(weight.double() / shares[:, None, None], BYTE_CHUNK)
-    c = weight.shape[1]
-    panels = [padded.float().view(torch.int8)]
-    for panel in weight.split(LANES) if len(weight) else ():
-        factors = _factors(panel, 0)
-        wide = factors.new_zeros(len(factors), -(-c // BYTE_CHUNK) * BYTE_CHUNK, LANES)
-        wide[:, :c, : len(panel)] = factors
-        scales = (wide.abs().amax((0, 1)) / LARGEST_WHOLE).float()
-        whole = (wide / scales.double().clamp_min(2.0**-126)).round().long()
-        digits = []
-        for _ in range(3):
-            digits.insert(0, (whole + 128) % 256 - 128)
-            whole = (whole - digits[0]) >> 8
-        tiles = torch.stack(digits).char().unflatten(2, (-1, 4, 4, 4)).transpose(3, 4).flatten(3, 4)
-        tiles = tiles.permute(2, 1, 0, 3, 5, 4)  # of [digit, tap, chunk, four channels, 4, 16]
-        panels += [scales.view(torch.int8), tiles.flatten()]
-    return torch.cat(panels)
+    wide = _merged(weight.double() / shares[:, None, None], BYTE_CHUNK)
+    k, c, height, width = wide.shape
+    panels, chunks, taps = -(-k // LANES), -(-c // BYTE_CHUNK), height * width
+    numbers = wide.new_zeros(panels * LANES, taps, chunks * BYTE_CHUNK)
+    numbers[:k, :, :c] = wide.permute(0, 2, 3, 1).flatten(1, 2)
+    scales = (numbers.abs().amax((1, 2)) / LARGEST_WHOLE).float()
+    numbers *= 1 / scales.double().clamp_min(2.0**-126)[:, None, None]
+    whole = (numbers.round_().int() + 0x808080) ^ 0x808080  # bytes: third digit, second, first, and one more
+    digits = whole.view(torch.int8).unflatten(2, (chunks, 4, 4, 4, 4))  # [..., chunk, j, i, k, byte]
+    digits = digits.unflatten(0, (panels, LANES))[..., [2, 1, 0]]
+    tiles = digits.permute(0, 3, 2, 7, 5, 4, 1, 6)  # [panel, chunk, tap, digit, i, j, output, k]
+    heads = scales.view(torch.int8).view(panels, 4 * LANES)
+    return torch.cat([padded.float().view(torch.int8), torch.cat([heads, tiles.flatten(1)], 1).flatten()])
 
 
 def pack(weight: Tensor, packing: Packing) -> PackedWeight:
