@@ -141,8 +141,9 @@ struct AmxKernels {
   void (*scale)(const Convolution&, const uint32_t* rows, float* scale, float* inverse);
   void (*spoil)(const Convolution&, int64_t image, const uint32_t* rows);
   int64_t copies, chunk, outputs, head_bytes;  // of the kind of numbers
+  bool merges;
 
-  int64_t merged(const Convolution& g) const { return merged_pixels(g, chunk / 16); }
+  int64_t merged(const Convolution& g) const { return merges ? merged_pixels(g, chunk / 16) : 1; }
   int64_t taps(const Convolution& g) const { return g.kernel * divide_up(g.kernel, merged(g)); }
 
   int64_t share_count(const Convolution& g) const { return largest == nullptr ? 0 : round_up(g.channels, chunk); }
@@ -157,7 +158,7 @@ struct AmxKernels {
 template <class T, class Numbers>
 AmxKernels amx_kernels_of() {
   AmxKernels set{amx::amx_input<T, Numbers>, amx::amx_multiply<T, Numbers>, nullptr, nullptr, nullptr, nullptr,
-                 Numbers::kCopies, Numbers::kChunk, Numbers::kOutputs, Numbers::kHeadBytes};
+                 Numbers::kCopies, Numbers::kChunk, Numbers::kOutputs, Numbers::kHeadBytes, Numbers::kMerges};
   if (Numbers::kHeadBytes > 0) {
     set.largest = amx::amx_largest<T>;
     set.largest_bound = amx::amx_largest_bound;
@@ -248,12 +249,14 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType t
   }
 }
 
-// Finds the scales of the block's images: without a map with bounds, while they are on their way into the cache.
+// Finds the scales of the block's images: by their maps, or while they are on their way into the cache.
 void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& set, float* scales, float* inverses,
                  uint32_t* rows) {
   const int64_t first = block.image * g.height, end = first + block.images * g.height;
   if (g.bounds != nullptr) {
-    for (int64_t i = first; i < end; ++i) rows[i] = set.largest_bound(g, i / g.height);
+    for (int64_t i = block.image; i < block.image + block.images; ++i) {
+      std::fill_n(rows + i * g.height, g.height, set.largest_bound(g, i));
+    }
   } else {
     share(end - first, g.width * g.channels / 4,
           [&](int64_t begin, int64_t stop) { set.largest(g, rows, first + begin, first + stop); });
@@ -366,6 +369,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.offset = g.gain + g.images * g.channels;
     if (map->size(0) == 4) g.bounds = g.offset + g.images * g.channels;
   }
+  STD_TORCH_CHECK(parts != 3 || !map.has_value() || map->size(0) == 4, "with three parts the map must have bounds");
   STD_TORCH_CHECK(!silu || map.has_value(), "without a map there is no activation");
   if (residual.has_value()) {
     STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == type, "residual must be like out");

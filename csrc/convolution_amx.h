@@ -6,6 +6,7 @@
 struct Halved {
   static constexpr int kCopies = 1, kChunk = 32, kOutputs = 32, kSums = 1;
   static constexpr int64_t kHeadBytes = 0;  // before the weights of a panel
+  static constexpr bool kMerges = false;    // or NaN would reach beyond the filter, where a weight is 0
 
   static FD_HD Vec factor(const Convolution&, int64_t, int64_t) { return Vec{}; }
 
@@ -26,6 +27,7 @@ struct Halved {
 struct Digits {
   static constexpr int kCopies = 3, kChunk = 64, kOutputs = 16, kSums = 3;
   static constexpr int64_t kHeadBytes = 64;  // a scale for each output
+  static constexpr bool kMerges = true;
 
   // What takes a channel's numbers to whole ones.
   static FD_HD Vec factor(const Convolution& g, int64_t image, int64_t channel) {
@@ -44,14 +46,14 @@ struct Digits {
   }
 
   static FD_HD Vec scales(const Convolution& g, const char* head, int64_t image) {
-    return load(reinterpret_cast<const float*>(head)) * spread(g.scales[image] * 65536.0f);
+    return load(reinterpret_cast<const float*>(head)) * spread(g.scales[image]);
   }
 
   static FD_HD Vec sum(const float* sums, int, Vec scales) {
     const auto whole = [&](int unit) FD_INLINE {
       return (Vec)_mm512_cvtepi32_ps(_mm512_load_si512(sums + unit * 512));
     };
-    return fma(whole(0), spread(65536.0f), fma(whole(1), spread(256.0f), whole(2))) * scales;
+    return fma(whole(2), spread(0x1p-16f), fma(whole(1), spread(0x1p-8f), whole(0))) * scales;
   }
 };
 
@@ -60,48 +62,29 @@ struct Digits {
 constexpr uint32_t kInfinite = 0x7F800000, kMagnitude = 0x7FFFFFFF;  // bits of numbers, which are in their order
 constexpr uint32_t kSpoiled = 0x80000000;                            // beside the largest finite number of a row
 
-// What goes into the activation, of kLanes channels.
-template <Input kInput, class T>
-FD_HD Vec before_activation(const InputMap& map, const T* from) {
-  if constexpr (kInput == Input::plain) return map.template read<Input::plain>(from);
-  else return map.template read<Input::normalised>(from);
-}
+FD_HD __m512i magnitude_bits(Vec x) { return _mm512_and_si512((__m512i)x, _mm512_set1_epi32(kMagnitude)); }
 
 FD_HD __mmask16 finite(__m512i magnitude) { return _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(kInfinite)); }
 
-// A bound of the numbers of an input row, as its bits, and whether any of them is NaN or infinite.
-template <Input kInput, class T>
-uint32_t largest_of_row(const Convolution& g, int64_t image, int64_t row) {
-  const T* from = static_cast<const T*>(g.x) + (image * g.height + row) * g.width * g.x_pixel;
-  const Vec lowest = spread(kLowestSilu), factor = spread(-1 / kLog2E);
-  __m512i result = _mm512_setzero_si512();
-  __mmask16 all_finite = 0xFFFF;
-  for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
-    const InputMap map(g, image, channel);
-    const Vec share = load(g.shares + channel);
-    for (int64_t column = 0; column < g.width; ++column) {
-      Vec number = before_activation<kInput>(map, from + column * g.x_pixel + channel);
-      if constexpr (kInput == Input::activated) number = (Vec)_mm512_max_ps((__m512)lowest, (__m512)(number * factor));
-      number *= share;
-      const __m512i magnitude = _mm512_and_si512((__m512i)number, _mm512_set1_epi32(kMagnitude));
-      const __mmask16 usable = finite(magnitude);
-      all_finite &= usable;
-      result = _mm512_mask_max_epu32(result, usable, result, magnitude);
-    }
-  }
-  return _mm512_reduce_max_epu32(result) | (all_finite == 0xFFFF ? 0 : kSpoiled);
-}
-
-// Items: rows of x of all images.
+// The largest number of each row of x, as its bits, and whether any is NaN or infinite. Items: rows of all images.
 template <class T>
 void amx_largest(const Convolution& g, uint32_t* to, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / g.height, row = item % g.height;
-    switch (input_of(g)) {
-      case Input::plain: to[item] = largest_of_row<Input::plain, T>(g, image, row); break;
-      case Input::normalised: to[item] = largest_of_row<Input::normalised, T>(g, image, row); break;
-      case Input::activated: to[item] = largest_of_row<Input::activated, T>(g, image, row); break;
+    const T* from = static_cast<const T*>(g.x) + item * g.width * g.x_pixel;
+    __m512i result = _mm512_setzero_si512();
+    __mmask16 all_finite = 0xFFFF;
+    for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
+      const InputMap map(g, item / g.height, channel);
+      const Vec share = load(g.shares + channel);
+      for (int64_t column = 0; column < g.width; ++column) {
+        const Vec x = map.template read<Input::plain>(from + column * g.x_pixel + channel);
+        const __m512i magnitude = magnitude_bits(x * share);
+        const __mmask16 usable = finite(magnitude);
+        all_finite &= usable;
+        result = _mm512_mask_max_epu32(result, usable, result, magnitude);
+      }
     }
+    to[item] = _mm512_reduce_max_epu32(result) | (all_finite == 0xFFFF ? 0 : kSpoiled);
   }
 }
 
@@ -120,37 +103,44 @@ inline uint32_t amx_largest_bound(const Convolution& g, int64_t image) {
 
 // An image's scale, of the largest numbers of its rows, and what divides by it.
 inline void amx_scale(const Convolution& g, const uint32_t* rows, float* scale, float* inverse) {
-  uint32_t bits = 0x0D800000;  // 2^-100
+  uint32_t bits = 0x0D800000;  // 2^-100: what divides by less is infinite
   for (int64_t row = 0; row < g.height; ++row) bits = std::max(bits, rows[row] & kMagnitude);
   float largest;
   memcpy(&largest, &bits, sizeof largest);
-  *scale = largest / kLargestWhole;
-  *inverse = kLargestWhole / largest;
+  *scale = largest / kLargestDigit;
+  *inverse = kLargestDigit * 65536 / largest;
 }
+
+// From the first to the last output that reads pixels `first` to `last` of a row or column of an upsampled image.
+struct Readers {
+  int64_t first, last;
+
+  FD_HD Readers(const Convolution& g, int64_t pixel, int64_t outputs) {
+    const int64_t from = pixel * g.scale + g.padding - (g.kernel - 1), to = (pixel + 1) * g.scale - 1 + g.padding;
+    first = from <= 0 ? 0 : (from + g.stride - 1) / g.stride;
+    last = to / g.stride < outputs ? to / g.stride : outputs - 1;
+  }
+};
 
 // Makes NaN what depends on NaN or infinity, which have no digits. rows: as amx_largest leaves them.
 template <class T>
 void amx_spoil(const Convolution& g, int64_t image, const uint32_t* rows) {
-  const int64_t reach = g.kernel - 1;
   for (int64_t row = 0; row < g.height; ++row) {
     if ((rows[row] & kSpoiled) == 0) continue;
+    const Readers high(g, row, g.out_height);
     for (int64_t column = 0; column < g.width; ++column) {
       const T* from = static_cast<const T*>(g.x) + ((image * g.height + row) * g.width + column) * g.x_pixel;
       __mmask16 all_finite = 0xFFFF;
       for (int64_t channel = 0; channel < g.channels; channel += kLanes) {
         const InputMap map(g, image, channel);
-        const Vec number = g.centre == nullptr ? before_activation<Input::plain>(map, from + channel)
-                                               : before_activation<Input::normalised>(map, from + channel);
-        all_finite &= finite(_mm512_and_si512((__m512i)number, _mm512_set1_epi32(kMagnitude)));
+        const Vec number = g.centre == nullptr ? map.template read<Input::plain>(from + channel)
+                                               : map.template read<Input::normalised>(from + channel);
+        all_finite &= finite(magnitude_bits(number));
       }
       if (all_finite == 0xFFFF) continue;
-      // Output y reads rows y * stride - padding up to `reach` more, of an image that may be twice as large.
-      for (int64_t y = 0; y < g.out_height; ++y) {
-        const int64_t top = y * g.stride - g.padding;
-        if (top + reach < row * g.scale || top >= (row + 1) * g.scale) continue;
-        for (int64_t x = 0; x < g.out_width; ++x) {
-          const int64_t left = x * g.stride - g.padding;
-          if (left + reach < column * g.scale || left >= (column + 1) * g.scale) continue;
+      const Readers wide(g, column, g.out_width);
+      for (int64_t y = high.first; y <= high.last; ++y) {
+        for (int64_t x = wide.first; x <= wide.last; ++x) {
           T* to = static_cast<T*>(g.out) + ((image * g.out_height + y) * g.out_width + x) * g.out_pixel;
           for (int64_t k = 0; k < g.out_channels; k += kLanes) {
             store(to + k, spread(__builtin_nanf("")), lanes_at(g, k));
@@ -256,10 +246,10 @@ template <class T, class Numbers>
 void amx_input(const Convolution& g, const Pixels& block, char* to, int64_t begin, int64_t end) {
   const auto run = [&](auto input) FD_INLINE {
     constexpr Input kInput = decltype(input)::value;
-    if constexpr (Numbers::kChunk == 64) {
+    if constexpr (Numbers::kMerges) {
       if (block.merged == 3) return merge_pixels<kInput, T, Numbers, 3>(g, block, to, begin, end);
+      if (block.merged == 2) return merge_pixels<kInput, T, Numbers, 2>(g, block, to, begin, end);
     }
-    if (block.merged == 2) return merge_pixels<kInput, T, Numbers, 2>(g, block, to, begin, end);
     return copy_pixels<kInput, T, Numbers>(g, block, to, begin, end);
   };
   switch (input_of(g)) {

@@ -5,7 +5,7 @@
 // and less, are left out.
 //
 // Bytes are multiplied 64 to a row, in half the time, sums being whole. float32 is then in three digits: a whole
-// number, times a scale that is the same for all that are summed, is d[0] * 2^16 + d[1] * 2^8 + d[2], the last two from
+// number, d[0] * 2^16 + d[1] * 2^8 + d[2], times a scale that is the same for all that are summed, the last two from
 // -128 to 127, the first from -127 to 127. Of the nine products of digits the three smallest are left out here, too.
 
 constexpr int64_t kRowBytes = 64, kTileBytes = 1024;
@@ -23,7 +23,7 @@ FD_HD void store_parts(char* to, int64_t part_step, Vec first, Vec second) {
   }
 }
 
-constexpr float kLargestWhole = 127 * 65536.0f;  // and half of a unit of the first digit more fits
+constexpr float kLargestDigit = 127;  // the first; and nearly half of its unit more fits
 
 // 64 numbers times their factors, as digits: the first digit of all, `step` bytes on the second, then the third.
 // Within a row, numbers 16 j + 4 i + k are at 16 i + 4 j + k, for j, i and k up to 3.
@@ -158,8 +158,8 @@ FD_HD void sum_products(int64_t rows, int64_t columns, const Factors& f, float* 
   else sum_products<1, 1, kParts>(f, sums, step, meanwhile);
 }
 
-// The sums of 16 kM rows and 16 columns of digits, each as whole numbers in units of 2^32, 2^24 and 2^16 of the scales'
-// product: [unit][32 rows][16].
+// The sums of 16 kM rows and 16 columns of digits, as whole numbers: of products of first digits, then in units of 2^-8
+// and of 2^-16 of those, [unit][32 rows][16].
 template <int kM, class Meanwhile>
 FD_HD void sum_digit_products(const Factors& f, int32_t* sums, const Meanwhile& meanwhile) {
   asm volatile("" ::: "memory");

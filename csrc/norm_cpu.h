@@ -158,6 +158,18 @@ Moments stretch_moments(const T* x, int64_t size) {
   return result;
 }
 
+FD_HD Vec magnitude(Vec x) { return (Vec)((Unsigned)x & 0x7FFFFFFFu); }
+
+FD_HD Vec larger(Vec a, Vec b) { return a < b ? b : a; }  // NaN where a is
+
+// The largest |silu(z)| for z from one end to the other, of u = -z * log2(e) at both.
+FD_HD Vec largest_silu(Vec a, Vec b) {
+  const Vec ends = larger(magnitude(silu<float>(a)), magnitude(silu<float>(b)));
+  const Vec lowest = spread(-kLog2E * kLowestSiluAt);  // u where -silu is largest, and falls on both sides
+  const auto between = (a < lowest) != (b < lowest);
+  return between ? larger(ends, spread(kLowestSilu)) : ends;
+}
+
 // ---- A block: some whole groups of one sample, which stay in the cache between the passes.
 
 // What is kept for each channel of a block, in arrays of the block's width.
@@ -308,19 +320,16 @@ struct Block {
     }
   }
 
-  // What each channel's magnitudes do not exceed after the activation; NaN if the group has NaN or infinity.
+  // What each channel's magnitudes do not exceed after the activation, but for rounding; NaN if its map is.
   FD_HD void bound_channels(float* bounds) const {
-    const float factor = args.silu ? -1 / kLog2E : 1.0f;
-    for (int64_t c = 0; c < width; ++c) {
-      const auto mapped = [&](float x) FD_INLINE {
-        return ((x - channel.centre[c]) * channel.gain[c] + channel.offset[c]) * factor;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t lanes = width - c < kLanes ? width - c : kLanes;
+      const auto mapped = [&](const float* x) FD_INLINE {  // as the op maps them that reads the map
+        return fma(load(x + c, lanes) - load(channel.centre + c, lanes), load(channel.gain + c, lanes),
+                   load(channel.offset + c, lanes));
       };
-      float largest = args.silu ? kLowestSilu : 0.0f;
-      for (const float x : {channel.least[c], channel.greatest[c]}) {
-        const float z = args.silu ? mapped(x) : __builtin_fabsf(mapped(x));
-        largest = z <= largest ? largest : z;
-      }
-      bounds[c] = largest;
+      const Vec a = mapped(channel.least), b = mapped(channel.greatest);
+      store(bounds + c, args.silu ? largest_silu(a, b) : larger(magnitude(a), magnitude(b)), lanes);
     }
   }
 
@@ -378,7 +387,7 @@ void forward(const NormArguments& args, void* y, int64_t groups, double* scratch
   }
 }
 
-// The maps alone, [3, N, C]: centre, gain and offset of what goes into the activation, the last two times -log2(e)
+// The maps alone, [3, N, C] or with bounds [4, N, C]: centre, gain and offset of what goes into the activation, the last two times -log2(e)
 // where that is SiLU.
 template <class T>
 void maps(const NormArguments& args, float* to, int64_t groups, double* scratch, int64_t begin, int64_t end) {

@@ -2,8 +2,8 @@
 #include "program.h"
 
 #include <exception>
-#include <memory>
 #include <new>
+#include <string>
 
 namespace fused_diffusion {
 
@@ -18,27 +18,33 @@ using fused_diffusion::Program;
 
 #define FD_EXPORT extern "C" __attribute__((visibility("default")))
 
-// From now on this thread's calls of operators that know programs are written down instead of being run.
+// From now on this thread's calls of operators that know programs are written down instead of being run, up to the end
+// of this program. Null where memory is short.
 FD_EXPORT void* fused_diffusion_program_begin() {
-  return fused_diffusion::program_being_written() = new (std::nothrow) Program;
+  Program*& written = fused_diffusion::program_being_written();
+  Program* program = new (std::nothrow) Program{{}, written};
+  if (program != nullptr) written = program;
+  return program;
 }
 
-FD_EXPORT void fused_diffusion_program_end() { fused_diffusion::program_being_written() = nullptr; }
+FD_EXPORT void fused_diffusion_program_end(const void* program) {
+  fused_diffusion::program_being_written() = static_cast<const Program*>(program)->outer;
+}
 
 FD_EXPORT int64_t fused_diffusion_program_size(const void* program) {
-  return static_cast<int64_t>(static_cast<const Program*>(program)->size());
+  return static_cast<int64_t>(static_cast<const Program*>(program)->calls.size());
 }
 
-// 0, or 1 where memory is short, or 2 after any other exception.
-FD_EXPORT int fused_diffusion_program_run(const void* program) {
+// Null, or what an exception said, up to this thread's next run.
+FD_EXPORT const char* fused_diffusion_program_run(const void* program) {
+  static thread_local std::string error;
   try {
-    for (const auto& call : *static_cast<const Program*>(program)) call();
-  } catch (const std::bad_alloc&) {
-    return 1;
-  } catch (const std::exception&) {
-    return 2;
+    for (const auto& call : static_cast<const Program*>(program)->calls) call();
+    return nullptr;
+  } catch (const std::exception& exception) {
+    error = exception.what();
   }
-  return 0;
+  return error.c_str();
 }
 
 FD_EXPORT void fused_diffusion_program_delete(void* program) { delete static_cast<Program*>(program); }

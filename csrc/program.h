@@ -8,7 +8,10 @@
 
 namespace fused_diffusion {
 
-typedef std::vector<std::function<void()>> Program;
+struct Program {
+  std::vector<std::function<void()>> calls;
+  Program* outer;  // which was being written when this one began
+};
 
 Program*& program_being_written();  // this thread's, or null; program.cpp
 
@@ -17,7 +20,7 @@ template <class Call>
 void run_or_write(const Call& call) {
   Program* program = program_being_written();
   if (program == nullptr) call();
-  else program->push_back(call);
+  else program->calls.push_back(call);
 }
 
 }  // namespace fused_diffusion

@@ -79,7 +79,8 @@ def _load_cpp(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         library.fused_diffusion_simd_use.argtypes = [ctypes.c_char_p]
         library.fused_diffusion_program_begin.restype = ctypes.c_void_p
         library.fused_diffusion_program_size.restype = ctypes.c_int64
-        for function in ("size", "run", "delete"):
+        library.fused_diffusion_program_run.restype = ctypes.c_char_p
+        for function in ("end", "size", "run", "delete"):
             getattr(library, f"fused_diffusion_program_{function}").argtypes = [ctypes.c_void_p]
     except AttributeError as error:
         return None, f"the cpp library is not of this version: {error}"

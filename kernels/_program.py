@@ -28,19 +28,17 @@ class Program:
             for function, arguments in self._calls:
                 function(*arguments)
         finally:
-            self._library.fused_diffusion_program_end()
+            self._library.fused_diffusion_program_end(self._handle)
 
     def __len__(self) -> int:
         """How many calls were written down: those on empty tensors have nothing to do."""
         return self._library.fused_diffusion_program_size(self._handle)
 
     def run(self) -> None:
-        """MemoryError: an operator found no memory for what it computes on its way."""
-        result = self._library.fused_diffusion_program_run(self._handle)
-        if result == 1:
-            raise MemoryError("no memory for a compiled operator")
-        if result:
-            raise RuntimeError("a compiled operator failed")
+        """RuntimeError: what an operator raised, such as std::bad_alloc where memory is short."""
+        error = self._library.fused_diffusion_program_run(self._handle)
+        if error is not None:
+            raise RuntimeError(f"a compiled operator failed: {error.decode(errors='replace')}")
 
     def __del__(self) -> None:
         if self._handle:

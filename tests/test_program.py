@@ -21,10 +21,8 @@ def calls(batch=2, seed=0):
     x = torch.randn(batch, 32, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 32, 3, 3, generator=generator)
     packed = pack(weight, choose_packing(weight.shape, 8, 8, torch.float32, _native.simd_in_use()))
-    map, out = (
-        torch.empty(3, batch, 32),
-        x.new_zeros(batch, 16, 8, 8).contiguous(memory_format=torch.channels_last),
-    )
+    map = torch.empty(4 if packed.packing.parts == 3 else 3, batch, 32)
+    out = torch.zeros(batch, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     norm = (x, 8, None, None, 1e-5, None, None, None, True, map)
     conv = (x, packed.data, 3, 1, 1, 1, packed.packing.tile, packed.packing.parts, None, map, True, None, out)
     return x, out, [(group_norm_map_, norm), (convolution_, conv)]
@@ -88,6 +86,15 @@ def test_a_program_keeps_its_tensors_and_no_longer():
     del program
     gc.collect()
     assert known() is None
+
+
+def test_a_program_within_another():
+    _, out, written = calls()
+    inner = []
+    outer = Program([written[0], (lambda: inner.append(Program(written)), ()), written[1]])
+    assert len(outer) == 2
+    assert len(inner[0]) == 2
+    assert not out.any()
 
 
 def test_empty_calls_leave_nothing():

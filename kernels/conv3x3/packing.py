@@ -1,4 +1,4 @@
-"""The weights of a convolution in the order in which csrc/convolution_cpu.h reads them, transformed once.
+"""The weights of a convolution in the order in which csrc/convolution_*.h read them, transformed once.
 
 Winograd's algorithm F(m x m, 3 x 3) makes m x m outputs out of (m + 2)^2 products for each pair of channels,
 instead of 9 m^2 (Lavin & Gray 2016, arXiv:1509.09308): 2.25 times fewer for m = 2 and 4 times fewer for m =
@@ -18,7 +18,7 @@ PANEL = 64  # csrc/convolution.h
 LANES = 16
 CHUNK = 32  # channels of bfloat16 that AMX multiplies together
 BYTE_CHUNK = 64
-LARGEST_WHOLE = 127 * 2**16  # csrc/matrix_amx.h
+LARGEST_DIGIT = 127  # csrc/matrix_amx.h
 MOST_PRODUCTS = (2**31 - 1) // (3 * 128 * 128)  # of bytes to a sum
 SMALL_WEIGHT = 1 << 15  # C * K: transformed for m = 4, it takes 4.7 MB
 
@@ -97,11 +97,11 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     return torch.cat(panels, 1)
 
 
-def _merged(weight: Tensor, chunk: int) -> Tensor:
+def _merged(weight: Tensor) -> Tensor:
     """A weight whose few channels stand beside those of the next taps, as merge_pixels makes pixels stand."""
     k, c, height, width = weight.shape
     own = -(-c // LANES) * LANES
-    beside = min(width, chunk // own) if c else 1
+    beside = min(width, BYTE_CHUNK // own) if c else 1
     if beside < 2:
         return weight
     taps = -(-width // beside)
@@ -115,7 +115,6 @@ def _tile_panels(weight: Tensor) -> Tensor:
 
     A tile is [pair of channels][16 outputs][2].
     """
-    weight = _merged(weight, CHUNK)
     c = weight.shape[1]
     panels = []
     for panel in weight.split(2 * LANES):
@@ -133,7 +132,7 @@ def _shares(weight: Tensor) -> Tensor:
 
     The weights of all channels are then about as large, and so an input is as large as what it contributes.
     """
-    if len(weight) == 0:
+    if weight.numel() == 0:
         return torch.ones(weight.shape[1], dtype=torch.float64)
     largest = weight.abs().amax((0, 2, 3)).double()
     ratio = (largest / largest.max().clamp_min(2.0**-149)).clamp(2.0**-60, 1)
@@ -149,13 +148,14 @@ def _byte_panels(weight: Tensor) -> Tensor:
     shares = _shares(weight)
     padded = shares.new_zeros(-(-len(shares) // BYTE_CHUNK) * BYTE_CHUNK)
     padded[: len(shares)] = shares
-    wide = _merged(weight.double() / shares[:, None, None], BYTE_CHUNK)
+    wide = _merged(weight.double() / shares[:, None, None])
     k, c, height, width = wide.shape
     panels, chunks, taps = -(-k // LANES), -(-c // BYTE_CHUNK), height * width
     numbers = wide.new_zeros(panels * LANES, taps, chunks * BYTE_CHUNK)
     numbers[:k, :, :c] = wide.permute(0, 2, 3, 1).flatten(1, 2)
-    scales = (numbers.abs().amax((1, 2)) / LARGEST_WHOLE).float()
-    numbers *= 1 / scales.double().clamp_min(2.0**-126)[:, None, None]
+    largest = numbers.abs().flatten(1).amax(1) if numbers.numel() else numbers.new_zeros(panels * LANES)
+    scales = (largest / LARGEST_DIGIT).float().clamp_min(2.0**-126)
+    numbers *= 2.0**16 / scales.double()[:, None, None]
     whole = (numbers.round_().int() + 0x808080) ^ 0x808080  # bytes: third digit, second, first, and one more
     digits = whole.view(torch.int8).unflatten(2, (chunks, 4, 4, 4, 4))  # [..., chunk, j, i, k, byte]
     digits = digits.unflatten(0, (panels, LANES))[..., [2, 1, 0]]
