@@ -30,7 +30,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockWords = 1 << 20;  // of both buffers of a Winograd block, or the inputs of a direct one
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs, in half of its cache
-constexpr int64_t kMostProducts = ((int64_t{1} << 31) - 1) / (3 * 128 * 128);  // of bytes to a sum
+constexpr int64_t kMostProducts = ((int64_t{1} << 31) - 1) / (128 * (3 * 128 + kZero));  // of bytes to a sum
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // that stay in a thread's cache besides
 constexpr int64_t kWorkPerThread = 1 << 14;  // vector operations, some five microseconds
 
@@ -138,7 +138,7 @@ struct AmxKernels {
   void (*multiply)(const Convolution&, const Pixels&, const char* from, int64_t begin, int64_t end);
   void (*largest)(const Convolution&, uint32_t* to, int64_t begin, int64_t end);  // null where there are no scales
   uint32_t (*largest_bound)(const Convolution&, int64_t image);
-  void (*scale)(const Convolution&, const uint32_t* rows, float* scale, float* inverse);
+  void (*scale)(const Convolution&, const uint32_t* rows, float* scale, float* inverse, int32_t* zero);
   void (*spoil)(const Convolution&, int64_t image, const uint32_t* rows);
   int64_t copies, chunk, outputs, head_bytes;  // of the kind of numbers
   bool merges;
@@ -251,7 +251,7 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType t
 
 // Finds the scales of the block's images: by their maps, or while they are on their way into the cache.
 void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& set, float* scales, float* inverses,
-                 uint32_t* rows) {
+                 int32_t* zeros, uint32_t* rows) {
   const int64_t first = block.image * g.height, end = first + block.images * g.height;
   if (g.bounds != nullptr) {
     for (int64_t i = block.image; i < block.image + block.images; ++i) {
@@ -262,16 +262,17 @@ void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& se
           [&](int64_t begin, int64_t stop) { set.largest(g, rows, first + begin, first + stop); });
   }
   for (int64_t i = block.image; i < block.image + block.images; ++i) {
-    set.scale(g, rows + i * g.height, scales + i, inverses + i);
+    set.scale(g, rows + i * g.height, scales + i, inverses + i, zeros + i);
   }
 }
 
 void by_amx(Convolution g, const AmxKernels& set) {
   const bool scaled = set.largest != nullptr;
-  float* scales = scaled ? buffer(g.images * (g.height + 2), 1) : nullptr;
+  float* scales = scaled ? buffer(g.images * (g.height + 3), 1) : nullptr;
   float* inverses = scaled ? scales + g.images : nullptr;
-  uint32_t* largest = scaled ? reinterpret_cast<uint32_t*>(inverses + g.images) : nullptr;
-  g.scales = scales, g.inverses = inverses;
+  int32_t* zeros = scaled ? reinterpret_cast<int32_t*>(inverses + g.images) : nullptr;
+  uint32_t* largest = scaled ? reinterpret_cast<uint32_t*>(zeros + g.images) : nullptr;
+  g.scales = scales, g.inverses = inverses, g.zeros = zeros;
   Pixels block{};
   const bool shared = g.kernel == 3 && g.stride == 1 && g.padding == 1 && g.out_width == g.in_width();
   block.columns = (g.out_width - 1) * g.stride + g.kernel - shared;  // a row's right padding is the next one's left
@@ -288,12 +289,12 @@ void by_amx(Convolution g, const AmxKernels& set) {
   const int64_t panels = divide_up(g.out_channels, set.outputs);
   for (block.image = 0; block.image < g.images; block.image += most_images) {
     block.images = std::min(most_images, g.images - block.image);
-    if (scaled) find_scales(g, block, set, scales, inverses, largest);
+    if (scaled) find_scales(g, block, set, scales, inverses, zeros, largest);
     for (block.row = 0; block.row < g.out_height; block.row += most_rows) {
       block.rows = std::min(most_rows, g.out_height - block.row);
       block.in_rows = (block.rows - 1) * g.stride + g.kernel;
-      const int64_t inputs = block.images * block.in_rows * block.columns;
-      block.count = inputs + 1 + 32 * g.stride;
+      const int64_t inputs = block.input(block.images * block.in_rows);
+      block.count = inputs + 32 * g.stride;
       block.lines = block.flat ? block.images : block.images * block.rows;
       block.length = block.flat ? (block.rows - 1) * block.columns + g.out_width : g.out_width;
       // Either each thread reads all weights or each reads all inputs, half of which another one wrote.

@@ -8,6 +8,7 @@
 namespace fused_diffusion {
 
 constexpr int64_t kPanel = 64;     // columns of the right factor that lie together
+constexpr int32_t kZero = 96;      // AMX's first digit of 0 in a map that is mostly above it
 constexpr int64_t kMostRows = 48;  // of the left factor at a time: their addresses are kept in a list
 
 FD_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -22,6 +23,7 @@ struct Convolution {
   const float* bounds;                        // [images, channels], of the inputs' magnitudes, or null
   const float* shares;                        // [channels, padded], for AMX in digits: inputs are multiplied by them
   const float *scales, *inverses;             // [images] each, likewise: of the inputs
+  const int32_t* zeros;                       // [images], likewise: where 0 lies among the first digits
   int64_t images, channels, height, width;    // of x, before it is upsampled
   int64_t out_channels, out_height, out_width;
   int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements
@@ -95,10 +97,12 @@ struct Pixels {
   int64_t merged;            // pixels to a row of the left factor
   bool flat, panels_first;
 
+  // The first pixel of a row of inputs, counted over the block's images, behind each of which there is a pixel more.
+  FD_HD int64_t input(int64_t row) const { return row * columns + row / in_rows; }
+
   // The input pixel of a line's first output and a filter's first tap.
   FD_HD int64_t start(const Convolution& g, int64_t line) const {
-    if (flat) return line * in_rows * columns;
-    return (line / rows * in_rows + line % rows * g.stride) * columns;
+    return input(flat ? line * in_rows : line / rows * in_rows + line % rows * g.stride);
   }
 };
 

@@ -10,12 +10,15 @@ struct Halved {
 
   static FD_HD Vec factor(const Convolution&, int64_t, int64_t) { return Vec{}; }
 
-  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[2], const Vec (&)[2]) {
+  static FD_HD int32_t zero(const Convolution&, int64_t) { return 0; }
+
+  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[2], const Vec (&)[2], int32_t) {
     store_parts<1>(to, step, numbers[0], numbers[1]);
   }
 
   template <class Meanwhile>
-  static FD_HD void multiply(int64_t rows, int64_t columns, const Factors& f, float* sums, const Meanwhile& meanwhile) {
+  static FD_HD void multiply(int64_t rows, int64_t columns, const Factors& f, const char*, int32_t, float* sums,
+                             const Meanwhile& meanwhile) {
     sum_products<1>(rows, columns, f, sums, 128, meanwhile);
   }
 
@@ -26,7 +29,7 @@ struct Halved {
 
 struct Digits {
   static constexpr int kCopies = 3, kChunk = 64, kOutputs = 16, kSums = 3;
-  static constexpr int64_t kHeadBytes = 64;  // a scale for each output
+  static constexpr int64_t kHeadBytes = 256;  // for each output a scale, and what its sums start from where 0 is kZero
   static constexpr bool kMerges = true;
 
   // What takes a channel's numbers to whole ones.
@@ -34,15 +37,20 @@ struct Digits {
     return load(g.shares + channel) * spread(g.inverses[image]);
   }
 
-  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4]) {
-    store_digits(to, step, numbers, factors);
+  static FD_HD int32_t zero(const Convolution& g, int64_t image) { return g.zeros[image]; }
+
+  static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
+    store_digits(to, step, numbers, factors, zero);
   }
 
   template <class Meanwhile>
-  static FD_HD void multiply(int64_t rows, int64_t, const Factors& f, float* sums, const Meanwhile& meanwhile) {
+  static FD_HD void multiply(int64_t rows, int64_t, const Factors& f, const char* head, int32_t zero, float* sums,
+                             const Meanwhile& meanwhile) {
+    alignas(64) static constexpr int32_t kNothing[48] = {};
+    const int32_t* start = zero == 0 ? kNothing : reinterpret_cast<const int32_t*>(head + 64);
     int32_t* whole = reinterpret_cast<int32_t*>(sums);
-    if (rows > 16) sum_digit_products<2>(f, whole, meanwhile);
-    else sum_digit_products<1>(f, whole, meanwhile);
+    if (rows > 16) sum_digit_products<2>(f, start, whole, meanwhile);
+    else sum_digit_products<1>(f, start, whole, meanwhile);
   }
 
   static FD_HD Vec scales(const Convolution& g, const char* head, int64_t image) {
@@ -101,14 +109,19 @@ inline uint32_t amx_largest_bound(const Convolution& g, int64_t image) {
   return result;
 }
 
-// An image's scale, of the largest numbers of its rows, and what divides by it.
-inline void amx_scale(const Convolution& g, const uint32_t* rows, float* scale, float* inverse) {
+// An image's scale, of the largest numbers of its rows, and what divides by it. After SiLU, which is hardly below 0,
+// most digits are for what is above it, if that is finer.
+inline void amx_scale(const Convolution& g, const uint32_t* rows, float* scale, float* inverse, int32_t* zero) {
   uint32_t bits = 0x0D800000;  // 2^-100: what divides by less is infinite
   for (int64_t row = 0; row < g.height; ++row) bits = std::max(bits, rows[row] & kMagnitude);
   float largest;
   memcpy(&largest, &bits, sizeof largest);
-  *scale = largest / kLargestDigit;
-  *inverse = kLargestDigit * 65536 / largest;
+  const float lowest = std::min(kLowestSilu, largest);
+  const float even = largest / kLargestDigit;
+  const float uneven = std::max(largest / (kLargestDigit + kZero), lowest / (kLargestDigit - kZero));
+  *zero = g.silu && uneven < even ? kZero : 0;
+  *scale = *zero == 0 ? even : uneven;
+  *inverse = 65536 / *scale;
 }
 
 // From the first to the last output that reads pixels `first` to `last` of a row or column of an upsampled image.
@@ -154,8 +167,9 @@ void amx_spoil(const Convolution& g, int64_t image, const uint32_t* rows) {
 // ---- Inputs.
 
 template <class Numbers>
-FD_HD void clear_pixels(char* to, int64_t part_step, int64_t count) {
-  for (int part = 0; part < Numbers::kCopies; ++part) memset(to + part * part_step, 0, count * kRowBytes);
+FD_HD void clear_pixels(char* to, int64_t part_step, int64_t count, int32_t zero) {
+  memset(to, -zero, count * kRowBytes);
+  for (int part = 1; part < Numbers::kCopies; ++part) memset(to + part * part_step, 0, count * kRowBytes);
 }
 
 // Items: rows of the input pixels of all images, as [chunk][copy][pixel][64 bytes].
@@ -165,15 +179,18 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
   const int64_t part_step = block.count * kRowBytes;
   const int64_t left = g.padding < block.columns ? g.padding : block.columns;
   const int64_t inside = g.in_width() < block.columns - left ? g.in_width() : block.columns - left;
-  const int64_t extra = end == block.images * block.in_rows ? 1 : 0;  // the pixel on the right of the last one
   for (int64_t channel = 0; channel < g.channels; channel += Numbers::kChunk, to += Numbers::kCopies * part_step) {
     const bool whole = channel + Numbers::kChunk <= g.channels;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = block.image + item / block.in_rows;
       const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
-      char* next = to + item * block.columns * kRowBytes;
+      const int32_t zero = Numbers::zero(g, image);
+      char* next = to + block.input(item) * kRowBytes;
+      if (item % block.in_rows == block.in_rows - 1) {  // the pixel behind the image
+        clear_pixels<Numbers>(next + block.columns * kRowBytes, part_step, 1, zero);
+      }
       if (row < 0 || row >= g.in_height()) {
-        clear_pixels<Numbers>(next, part_step, block.columns);
+        clear_pixels<Numbers>(next, part_step, block.columns, zero);
         continue;
       }
       const T* from = static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel + channel;
@@ -183,7 +200,7 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
       }
       Vec factors[kVectors];
       for (int i = 0; i < kVectors; ++i) factors[i] = Numbers::factor(g, image, channel + i * kLanes);
-      clear_pixels<Numbers>(next, part_step, left);
+      clear_pixels<Numbers>(next, part_step, left, zero);
       next += left * kRowBytes;
       for (int64_t column = 0; column < inside; ++column, next += kRowBytes) {
         const T* pixel = from + (g.scale == 2 ? column / 2 : column) * g.x_pixel;
@@ -193,11 +210,10 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
           const bool some = whole || channel + i * kLanes < g.channels;
           numbers[i] = some ? maps[i].template read<kInput>(pixel + i * kLanes) : Vec{};
         }
-        Numbers::write(next, part_step, numbers, factors);
+        Numbers::write(next, part_step, numbers, factors, zero);
       }
-      clear_pixels<Numbers>(next, part_step, block.columns - left - inside);
+      clear_pixels<Numbers>(next, part_step, block.columns - left - inside, zero);
     }
-    clear_pixels<Numbers>(to + block.images * block.in_rows * block.columns * kRowBytes, part_step, extra);
   }
 }
 
@@ -209,9 +225,13 @@ void merge_pixels(const Convolution& g, const Pixels& block, char* to, int64_t b
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = block.image + item / block.in_rows;
     const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
-    char* next = to + item * block.columns * kRowBytes;
+    const int32_t zero = Numbers::zero(g, image);
+    char* next = to + block.input(item) * kRowBytes;
+    if (item % block.in_rows == block.in_rows - 1) {
+      clear_pixels<Numbers>(next + block.columns * kRowBytes, part_step, 1, zero);
+    }
     if (row < 0 || row >= g.in_height()) {
-      clear_pixels<Numbers>(next, part_step, block.columns);
+      clear_pixels<Numbers>(next, part_step, block.columns, zero);
       continue;
     }
     const T* from = static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel;
@@ -233,12 +253,9 @@ void merge_pixels(const Convolution& g, const Pixels& block, char* to, int64_t b
         numbers[(kMerged - 1) * kOwn + i] = some ? maps[i].template read<kInput>(pixel + i * kLanes) : Vec{};
       }
       if (column < 0) continue;
-      Numbers::write(next, part_step, numbers, factors);
+      Numbers::write(next, part_step, numbers, factors, zero);
       next += kRowBytes;
     }
-  }
-  if (end == block.images * block.in_rows) {
-    clear_pixels<Numbers>(to + end * block.columns * kRowBytes, part_step, 1);
   }
 }
 
@@ -331,7 +348,8 @@ void amx_multiply(const Convolution& g, const Pixels& block, const char* from, i
     const auto meanwhile = [&]() FD_INLINE { before.advance(g, share); };
     float* here = sums[item % 2];
     const int64_t channel = panel * Numbers::kOutputs;
-    Numbers::multiply(count, g.out_channels - channel, f, here, meanwhile);
+    const int32_t zero = Numbers::zero(g, block.image + (block.flat ? line : line / block.rows));
+    Numbers::multiply(count, g.out_channels - channel, f, head, zero, here, meanwhile);
     before = Finisher<T, Numbers>(g, block, line, first, count, channel, head, here);
   }
   before.advance(g, before.left);

@@ -25,17 +25,17 @@ FD_HD void store_parts(char* to, int64_t part_step, Vec first, Vec second) {
 
 constexpr float kLargestDigit = 127;  // the first; and nearly half of its unit more fits
 
-// 64 numbers times their factors, as digits: the first digit of all, `step` bytes on the second, then the third.
+// 64 numbers times their factors, less `zero` units of the first digit, as digits: the first digit of all, `step` bytes on the second, then the third.
 // Within a row, numbers 16 j + 4 i + k are at 16 i + 4 j + k, for j, i and k up to 3.
-FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4]) {
+FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
   // Bytes of w + 0x808080 are those digits plus 128.
-  const __m512i half = _mm512_set1_epi32(0x00808080);
+  const __m512i halves = _mm512_set1_epi32(0x00808080), half = _mm512_set1_epi32(0x00808080 - (zero << 16));
   const __m512i bytes = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
   __m512i lanes[4];  // in each quarter: four third digits, four second, four first ones
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512i whole = _mm512_cvtps_epi32((__m512)(numbers[j] * factors[j]));
-    lanes[j] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(whole, half), half), bytes);
+    lanes[j] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(whole, half), halves), bytes);
   }
   const __m512i a = _mm512_unpacklo_epi32(lanes[0], lanes[1]), b = _mm512_unpacklo_epi32(lanes[2], lanes[3]);
   const __m512i c = _mm512_unpackhi_epi32(lanes[0], lanes[1]), d = _mm512_unpackhi_epi32(lanes[2], lanes[3]);
@@ -159,16 +159,18 @@ FD_HD void sum_products(int64_t rows, int64_t columns, const Factors& f, float* 
 }
 
 // The sums of 16 kM rows and 16 columns of digits, as whole numbers: of products of first digits, then in units of 2^-8
-// and of 2^-16 of those, [unit][32 rows][16].
+// and of 2^-16 of those, [unit][32 rows][16]. start: [unit][16], what the sums of each column start from.
 template <int kM, class Meanwhile>
-FD_HD void sum_digit_products(const Factors& f, int32_t* sums, const Meanwhile& meanwhile) {
+FD_HD void sum_digit_products(const Factors& f, const int32_t* start, int32_t* sums, const Meanwhile& meanwhile) {
   asm volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  _tile_loadd(0, start, 0);
+  _tile_loadd(2, start + 16, 0);
+  _tile_loadd(4, start + 32, 0);
+  if constexpr (kM == 2) {
+    _tile_loadd(1, start, 0);
+    _tile_loadd(3, start + 16, 0);
+    _tile_loadd(5, start + 32, 0);
+  }
   const char *right = f.right, *next = f.next;
   Awake awake;
   for (int64_t chunk = 0; chunk < f.chunks; ++chunk) {

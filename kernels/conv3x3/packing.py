@@ -19,7 +19,8 @@ LANES = 16
 CHUNK = 32  # channels of bfloat16 that AMX multiplies together
 BYTE_CHUNK = 64
 LARGEST_DIGIT = 127  # csrc/matrix_amx.h
-MOST_PRODUCTS = (2**31 - 1) // (3 * 128 * 128)  # of bytes to a sum
+ZERO = 96  # csrc/convolution.h
+MOST_PRODUCTS = (2**31 - 1) // (128 * (3 * 128 + ZERO))  # of bytes to a sum
 SMALL_WEIGHT = 1 << 15  # C * K: transformed for m = 4, it takes 4.7 MB
 
 # G of U = G g G^T.
@@ -141,7 +142,8 @@ def _shares(weight: Tensor) -> Tensor:
 
 def _byte_panels(weight: Tensor) -> Tensor:
     """int8 [bytes]: float32 shares of the channels, padded to 64, and then the panels, a panel of 16 outputs
-    being their scales, in float32, and then [chunk of 64 channels][tap][digit][tile].
+    being their scales, in float32, for each digit the outputs' sums times ZERO, in int32, and then
+    [chunk of 64 channels][tap][digit][tile].
 
     A tile is [four channels][16 outputs][4]; within a chunk, channel 16 j + 4 i + k is at 16 i + 4 j + k.
     """
@@ -160,8 +162,10 @@ def _byte_panels(weight: Tensor) -> Tensor:
     digits = whole.view(torch.int8).unflatten(2, (chunks, 4, 4, 4, 4))  # [..., chunk, j, i, k, byte]
     digits = digits.unflatten(0, (panels, LANES))[..., [2, 1, 0]]
     tiles = digits.permute(0, 3, 2, 7, 5, 4, 1, 6)  # [panel, chunk, tap, digit, i, j, output, k]
-    heads = scales.view(torch.int8).view(panels, 4 * LANES)
-    return torch.cat([padded.float().view(torch.int8), torch.cat([heads, tiles.flatten(1)], 1).flatten()])
+    sums = ZERO * digits.flatten(2, 6).sum(2, dtype=torch.int32).transpose(1, 2)  # [panel, digit, output]
+    heads = torch.stack([scales.view(panels, LANES), *sums.contiguous().view(torch.float32).unbind(1)], 1)
+    bytes = torch.cat([heads.flatten(1).view(torch.int8), tiles.flatten(1)], 1)
+    return torch.cat([padded.float().view(torch.int8), bytes.flatten()])
 
 
 def pack(weight: Tensor, packing: Packing) -> PackedWeight:
