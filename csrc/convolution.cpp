@@ -138,7 +138,7 @@ struct AmxKernels {
   void (*multiply)(const Convolution&, const Pixels&, const char* from, int64_t begin, int64_t end);
   void (*largest)(const Convolution&, uint32_t* to, int64_t begin, int64_t end);  // null where there are no scales
   uint32_t (*largest_bound)(const Convolution&, int64_t image);
-  void (*scale)(const Convolution&, const uint32_t* rows, float* scale, float* inverse, int32_t* zero);
+  ImageScale (*scale)(const Convolution&, const uint32_t* rows);
   void (*spoil)(const Convolution&, int64_t image, const uint32_t* rows);
   int64_t copies, chunk, outputs, head_bytes;  // of the kind of numbers
   bool merges;
@@ -250,8 +250,7 @@ void direct(const Convolution& g, const Kernels& set, int64_t pack, ScalarType t
 }
 
 // Finds the scales of the block's images: by their maps, or while they are on their way into the cache.
-void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& set, float* scales, float* inverses,
-                 int32_t* zeros, uint32_t* rows) {
+void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& set, ImageScale* scales, uint32_t* rows) {
   const int64_t first = block.image * g.height, end = first + block.images * g.height;
   if (g.bounds != nullptr) {
     for (int64_t i = block.image; i < block.image + block.images; ++i) {
@@ -262,17 +261,15 @@ void find_scales(const Convolution& g, const Pixels& block, const AmxKernels& se
           [&](int64_t begin, int64_t stop) { set.largest(g, rows, first + begin, first + stop); });
   }
   for (int64_t i = block.image; i < block.image + block.images; ++i) {
-    set.scale(g, rows + i * g.height, scales + i, inverses + i, zeros + i);
+    scales[i] = set.scale(g, rows + i * g.height);
   }
 }
 
 void by_amx(Convolution g, const AmxKernels& set) {
   const bool scaled = set.largest != nullptr;
-  float* scales = scaled ? buffer(g.images * (g.height + 3), 1) : nullptr;
-  float* inverses = scaled ? scales + g.images : nullptr;
-  int32_t* zeros = scaled ? reinterpret_cast<int32_t*>(inverses + g.images) : nullptr;
-  uint32_t* largest = scaled ? reinterpret_cast<uint32_t*>(zeros + g.images) : nullptr;
-  g.scales = scales, g.inverses = inverses, g.zeros = zeros;
+  uint32_t* largest = scaled ? reinterpret_cast<uint32_t*>(buffer(g.images * (g.height + 3), 1)) : nullptr;
+  ImageScale* scales = reinterpret_cast<ImageScale*>(scaled ? largest + g.images * g.height : nullptr);
+  g.scales = scales;
   Pixels block{};
   const bool shared = g.kernel == 3 && g.stride == 1 && g.padding == 1 && g.out_width == g.in_width();
   block.columns = (g.out_width - 1) * g.stride + g.kernel - shared;  // a row's right padding is the next one's left
@@ -289,7 +286,7 @@ void by_amx(Convolution g, const AmxKernels& set) {
   const int64_t panels = divide_up(g.out_channels, set.outputs);
   for (block.image = 0; block.image < g.images; block.image += most_images) {
     block.images = std::min(most_images, g.images - block.image);
-    if (scaled) find_scales(g, block, set, scales, inverses, zeros, largest);
+    if (scaled) find_scales(g, block, set, scales, largest);
     for (block.row = 0; block.row < g.out_height; block.row += most_rows) {
       block.rows = std::min(most_rows, g.out_height - block.row);
       block.in_rows = (block.rows - 1) * g.stride + g.kernel;

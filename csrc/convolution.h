@@ -13,6 +13,13 @@ constexpr int64_t kMostRows = 48;  // of the left factor at a time: their addres
 
 FD_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// How AMX's digits make the numbers of an image: whole ones, which `inverse` takes them to, less `zero` units of the first
+// digit.
+struct ImageScale {
+  float scale, inverse;
+  int32_t zero;
+};
+
 // out = conv(act((x - centre) * gain + offset)) + bias + residual. Pixels lie at a distance of their own in x,
 // residual and out, so that each may be a range of the channels of a wider image.
 struct Convolution {
@@ -22,8 +29,7 @@ struct Convolution {
   const float *centre, *gain, *offset;        // [images, channels] each, or all null
   const float* bounds;                        // [images, channels], of the inputs' magnitudes, or null
   const float* shares;                        // [channels, padded], for AMX in digits: inputs are multiplied by them
-  const float *scales, *inverses;             // [images] each, likewise: of the inputs
-  const int32_t* zeros;                       // [images], likewise: where 0 lies among the first digits
+  const ImageScale* scales;                   // [images], likewise
   int64_t images, channels, height, width;    // of x, before it is upsampled
   int64_t out_channels, out_height, out_width;
   int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements

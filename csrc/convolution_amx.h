@@ -34,10 +34,10 @@ struct Digits {
 
   // What takes a channel's numbers to whole ones.
   static FD_HD Vec factor(const Convolution& g, int64_t image, int64_t channel) {
-    return load(g.shares + channel) * spread(g.inverses[image]);
+    return load(g.shares + channel) * spread(g.scales[image].inverse);
   }
 
-  static FD_HD int32_t zero(const Convolution& g, int64_t image) { return g.zeros[image]; }
+  static FD_HD int32_t zero(const Convolution& g, int64_t image) { return g.scales[image].zero; }
 
   static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
     store_digits(to, step, numbers, factors, zero);
@@ -54,7 +54,7 @@ struct Digits {
   }
 
   static FD_HD Vec scales(const Convolution& g, const char* head, int64_t image) {
-    return load(reinterpret_cast<const float*>(head)) * spread(g.scales[image]);
+    return load(reinterpret_cast<const float*>(head)) * spread(g.scales[image].scale);
   }
 
   static FD_HD Vec sum(const float* sums, int, Vec scales) {
@@ -111,7 +111,7 @@ inline uint32_t amx_largest_bound(const Convolution& g, int64_t image) {
 
 // An image's scale, of the largest numbers of its rows, and what divides by it. After SiLU, which is hardly below 0,
 // most digits are for what is above it, if that is finer.
-inline void amx_scale(const Convolution& g, const uint32_t* rows, float* scale, float* inverse, int32_t* zero) {
+inline ImageScale amx_scale(const Convolution& g, const uint32_t* rows) {
   uint32_t bits = 0x0D800000;  // 2^-100: what divides by less is infinite
   for (int64_t row = 0; row < g.height; ++row) bits = std::max(bits, rows[row] & kMagnitude);
   float largest;
@@ -119,9 +119,9 @@ inline void amx_scale(const Convolution& g, const uint32_t* rows, float* scale, 
   const float lowest = std::min(kLowestSilu, largest);
   const float even = largest / kLargestDigit;
   const float uneven = std::max(largest / (kLargestDigit + kZero), lowest / (kLargestDigit - kZero));
-  *zero = g.silu && uneven < even ? kZero : 0;
-  *scale = *zero == 0 ? even : uneven;
-  *inverse = 65536 / *scale;
+  const int32_t zero = g.silu && uneven < even ? kZero : 0;
+  const float scale = zero == 0 ? even : uneven;
+  return {scale, 65536 / scale, zero};
 }
 
 // From the first to the last output that reads pixels `first` to `last` of a row or column of an upsampled image.
@@ -172,6 +172,23 @@ FD_HD void clear_pixels(char* to, int64_t part_step, int64_t count, int32_t zero
   for (int part = 1; part < Numbers::kCopies; ++part) memset(to + part * part_step, 0, count * kRowBytes);
 }
 
+// Where the pixels of a row of inputs come from, and in `next` where they go to; null, and cleared, where it is padding.
+template <class T, class Numbers>
+FD_HD const T* begin_row(const Convolution& g, const Pixels& block, int64_t item, char* to, char** next) {
+  const int64_t part_step = block.count * kRowBytes, image = block.image + item / block.in_rows;
+  const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
+  const int32_t zero = Numbers::zero(g, image);
+  *next = to + block.input(item) * kRowBytes;
+  if (item % block.in_rows == block.in_rows - 1) {  // the pixel behind the image
+    clear_pixels<Numbers>(*next + block.columns * kRowBytes, part_step, 1, zero);
+  }
+  if (row < 0 || row >= g.in_height()) {
+    clear_pixels<Numbers>(*next, part_step, block.columns, zero);
+    return nullptr;
+  }
+  return static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel;
+}
+
 // Items: rows of the input pixels of all images, as [chunk][copy][pixel][64 bytes].
 template <Input kInput, class T, class Numbers>
 void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t begin, int64_t end) {
@@ -183,17 +200,10 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
     const bool whole = channel + Numbers::kChunk <= g.channels;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = block.image + item / block.in_rows;
-      const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
+      char* next;
+      const T* from = begin_row<T, Numbers>(g, block, item, to, &next);
+      if (from == nullptr) continue;
       const int32_t zero = Numbers::zero(g, image);
-      char* next = to + block.input(item) * kRowBytes;
-      if (item % block.in_rows == block.in_rows - 1) {  // the pixel behind the image
-        clear_pixels<Numbers>(next + block.columns * kRowBytes, part_step, 1, zero);
-      }
-      if (row < 0 || row >= g.in_height()) {
-        clear_pixels<Numbers>(next, part_step, block.columns, zero);
-        continue;
-      }
-      const T* from = static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel + channel;
       InputMap maps[kVectors];
       for (int i = 0; i < kVectors; ++i) {
         if (channel + i * kLanes < g.channels) maps[i] = InputMap(g, image, channel + i * kLanes);
@@ -203,7 +213,7 @@ void copy_pixels(const Convolution& g, const Pixels& block, char* to, int64_t be
       clear_pixels<Numbers>(next, part_step, left, zero);
       next += left * kRowBytes;
       for (int64_t column = 0; column < inside; ++column, next += kRowBytes) {
-        const T* pixel = from + (g.scale == 2 ? column / 2 : column) * g.x_pixel;
+        const T* pixel = from + (g.scale == 2 ? column / 2 : column) * g.x_pixel + channel;
         Vec numbers[kVectors];
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) {
@@ -224,17 +234,10 @@ void merge_pixels(const Convolution& g, const Pixels& block, char* to, int64_t b
   const int64_t part_step = block.count * kRowBytes;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = block.image + item / block.in_rows;
-    const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
+    char* next;
+    const T* from = begin_row<T, Numbers>(g, block, item, to, &next);
+    if (from == nullptr) continue;
     const int32_t zero = Numbers::zero(g, image);
-    char* next = to + block.input(item) * kRowBytes;
-    if (item % block.in_rows == block.in_rows - 1) {
-      clear_pixels<Numbers>(next + block.columns * kRowBytes, part_step, 1, zero);
-    }
-    if (row < 0 || row >= g.in_height()) {
-      clear_pixels<Numbers>(next, part_step, block.columns, zero);
-      continue;
-    }
-    const T* from = static_cast<const T*>(g.x) + (image * g.height + row / g.scale) * g.width * g.x_pixel;
     InputMap maps[kOwn];
     for (int i = 0; i < kOwn; ++i) {
       if (i * kLanes < g.channels) maps[i] = InputMap(g, image, i * kLanes);

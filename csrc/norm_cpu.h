@@ -387,8 +387,8 @@ void forward(const NormArguments& args, void* y, int64_t groups, double* scratch
   }
 }
 
-// The maps alone, [3, N, C] or with bounds [4, N, C]: centre, gain and offset of what goes into the activation, the last two times -log2(e)
-// where that is SiLU.
+// The maps alone, [3, N, C], or with bounds [4, N, C]: centre, gain and offset of what goes into the activation, gain and
+// offset times -log2(e) where that is SiLU.
 template <class T>
 void maps(const NormArguments& args, float* to, int64_t groups, double* scratch, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
