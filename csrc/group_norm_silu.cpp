@@ -11,6 +11,7 @@
 #endif
 
 #include "cpu.h"
+#include "images.h"
 #include "norm_arguments.h"
 #include "program.h"
 #include "targets.h"
@@ -137,22 +138,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
                                });
 }
 
-// The distance between the positions of x [N, C, ...] in channels_last, or of a range of the channels of such a one.
-int64_t pixel_distance(const Tensor& x) {
-  int64_t pixel = 0;
-  for (int64_t d = x.dim() - 1; d >= 2 && pixel == 0; --d) pixel = x.size(d) == 1 ? 0 : x.stride(d);
-  if (pixel == 0) pixel = x.size(0) > 1 ? x.stride(0) : x.size(1);
-  int64_t expected = pixel;
-  bool even = x.size(1) == 1 || x.stride(1) == 1;
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    even = even && (x.size(d) == 1 || x.stride(d) == expected);
-    expected *= x.size(d);
-  }
-  STD_TORCH_CHECK(even && pixel >= x.size(1) && (x.size(0) == 1 || x.stride(0) == expected),
-                  "x must be channels_last, or a range of the channels of such a tensor");
-  return pixel;
-}
-
 void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
                      double eps, std::optional<Tensor> add, std::optional<Tensor> scale, std::optional<Tensor> shift,
                      bool silu, Tensor map) {
@@ -163,7 +148,7 @@ void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> 
                   "map must be contiguous float32 [3, N, C] or [4, N, C]");
   if (x.numel() == 0) return;
   args.channels_last = true;
-  args.pixel = pixel_distance(x);
+  args.pixel = pixel_distance(x, "x");
   args.eps = eps;
   args.bounded = map.size(0) == 4;
   float* to = static_cast<float*>(map.mutable_data_ptr());

@@ -1,9 +1,9 @@
-// What is no tensor op: which instruction sets this processor has and which one runs. Plain C functions for
-// ctypes, so that the library depends on no version of Python.
+// What is no tensor op: which instruction sets this processor has and which one runs.
 #include <atomic>
 #include <cstring>
 
 #include "cpu.h"
+#include "export.h"
 #include "targets.h"
 
 #if FD_AMX
@@ -57,8 +57,6 @@ std::atomic<Simd> in_use{best()};
 Simd simd_in_use() { return in_use.load(std::memory_order_relaxed); }
 
 }  // namespace fused_diffusion
-
-#define FD_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The widest instruction set that both this library and the processor have.
 FD_EXPORT const char* fused_diffusion_simd_best() {

@@ -1,9 +1,11 @@
-// Programs for Python: plain C functions, as in module.cpp.
+// Programs for Python.
 #include "program.h"
 
 #include <exception>
 #include <new>
 #include <string>
+
+#include "export.h"
 
 namespace fused_diffusion {
 
@@ -15,8 +17,6 @@ Program*& program_being_written() {
 }  // namespace fused_diffusion
 
 using fused_diffusion::Program;
-
-#define FD_EXPORT extern "C" __attribute__((visibility("default")))
 
 // From now on this thread's calls of operators that know programs are written down instead of being run, up to the end
 // of this program. Null where memory is short.
