@@ -71,19 +71,21 @@ def check_writable(*targets: str | os.PathLike) -> None:
     for target in map(Path, targets):
         if "\0" in str(target):
             raise ValueError(f"cannot write {str(target)!r}: no file name holds a null character")
-        if target.is_dir():
-            raise ValueError(f"cannot write {target}: it is a folder, not a file")
-        missing = [folder for folder in target.parents if not folder.exists()]
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=target.parent):
-                pass
+            if target.is_dir():
+                raise ValueError(f"cannot write {target}: it is a folder, not a file")
+            there = next(folder for folder in target.parents if os.path.lexists(folder))
+            if there == target.parent:
+                with tempfile.TemporaryFile(dir=there):
+                    pass
+            else:  # tried elsewhere: other processes may be making, and filling, the same folders
+                with tempfile.TemporaryDirectory(dir=there, prefix=".", suffix=LEFTOVER) as scratch:
+                    inside = os.path.normpath("/" / target.parent.relative_to(there))
+                    folder = Path(scratch, inside.lstrip("/"))
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / "file").touch()
         except OSError as error:
             raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
-        finally:
-            for folder in missing:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
 
 
 def _sync(path: Path) -> None:

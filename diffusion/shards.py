@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -130,16 +131,17 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "run.json"
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        mine = folder / f".run.{os.getpid()}.json"
+        mine = folder / f".run.{uuid.uuid4().hex}.json"  # processes on two machines may have one number
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             mine.write_text(json.dumps(settings, indent=1) + "\n")
             with contextlib.suppress(FileExistsError):  # of ranks that start together, the first one's counts
                 os.link(mine, path)
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from error
         finally:
-            mine.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                mine.unlink()
     try:
         found = json.loads(path.read_text())
         differing = [key for key in settings if found.get(key) != settings[key]]
