@@ -42,6 +42,7 @@ SOURCES = {
         "csrc/attention.cpp",
         "csrc/attention_amx.cpp",
         "csrc/convolution.cpp",
+        "csrc/convolution_gradient.cpp",
         "csrc/group_norm_silu.cpp",
         "csrc/philox.cpp",
         "csrc/philox_avx2.cpp",

@@ -53,6 +53,12 @@ def test_differentiable(timed, run, op, case, dtype, backward):
     timed(run, op, case, dtype, DEVICE, backward=backward)
 
 
+@pytest.mark.parametrize(("op", "case", "dtype"), cases("conv2d"), ids=str)
+@pytest.mark.parametrize("run", [*NATIVE, "reference", "torch"])
+def test_conv2d(timed, run, op, case, dtype):
+    timed(run, op, case, dtype, DEVICE, backward=True)
+
+
 @pytest.mark.parametrize(("op", "case", "dtype"), cases("conv3x3"), ids=str)
 @pytest.mark.parametrize("run", [*NATIVE, "reference", "torch"])
 def test_conv3x3(timed, run, op, case, dtype):

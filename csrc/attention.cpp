@@ -11,6 +11,7 @@
 #endif
 
 #include "attention.h"
+#include "attention_amx.h"
 #include "cpu.h"
 #include "targets.h"
 
@@ -128,6 +129,9 @@ void share(int64_t items, int64_t work_per_item, const Run& run) {
 struct Forward {
   template <class T>
   void operator()(const AttentionArguments& g, T*) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (amx_attends(g.positions)) return amx_attention(g);
+    }
     const Kernels set = kernels<T>();
     const int64_t heads = g.batch * g.heads, threads = torch::stable::get_num_threads();
     int64_t queries = kQueries;
@@ -142,6 +146,9 @@ struct Backward {
 
   template <class T>
   void operator()(const AttentionGradientArguments& g, T*) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (amx_attends(g.positions)) return amx_attention_gradient(g);
+    }
     const Kernels set = kernels<T>();
     // The division depends on the shape alone, and so do the sums, whatever the number of threads.
     const int64_t heads = g.batch * g.heads, S = g.positions, work = 5 * S * S * g.width;

@@ -18,8 +18,6 @@ namespace fused_diffusion {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr float kLog2E = 0x1.715476p+0f;
-
 // A [B, H, S, D] tensor with a contiguous last dimension; strides in elements.
 template <class Void>
 struct Strided {

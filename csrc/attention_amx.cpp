@@ -1,14 +1,18 @@
-// fused_diffusion::attention_parts_ on a CPU with AMX: attention without a gradient, as products of tiles.
+// Attention on a CPU with AMX, as products of tiles: fused_diffusion::attention_parts_, without a gradient, and for
+// bfloat16 what attention.cpp calls, with one.
 //
 // Keys and values are packed once for a head; then 32 queries at a time are multiplied with all keys, normalised, and
-// multiplied with all values. All logits of 32 queries are kept, so this is for maps, not for long sequences.
+// multiplied with all values. All logits of 32 queries are kept, and for the gradient all weights of a head, so this is
+// for maps, not for long sequences.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "attention.h"
+#include "attention_amx.h"
 #include "cpu.h"
 #include "program.h"
 #include "scratch.h"
@@ -22,6 +26,7 @@ namespace fused_diffusion {
 namespace {
 
 constexpr int64_t kBlock = 32;                 // queries, keys or numbers of a head that are multiplied together
+constexpr int64_t kMostPositions = 1 << 10;    // with a gradient: 2 MB of weights for a head
 constexpr int64_t kPackedBytes = 1 << 20;      // for each thread: of keys and values at a time
 constexpr int64_t kWorkPerThread = 1 << 13;    // of kBlock * kBlock numbers to pack, or products of such blocks
 
@@ -49,53 +54,50 @@ namespace amx {
 #include "vectors.h"
 #include "matrix_amx.h"
 
-// 16 numbers from a row on, of which some, or the row, may lie beyond the tensor's.
+// The rows of a head: positions, of `width` numbers each.
 template <class T>
-FD_HD Vec numbers(const T* row, int64_t at, int64_t width, bool inside) {
-  const int64_t left = inside ? width - at : 0;
-  return left >= kLanes ? load(row + at) : left > 0 ? load(row + at, left) : Vec{};
+struct Rows {
+  const T* data;
+  int64_t step, positions, width;
+
+  // 16 numbers of a row, of which some, or the row, may lie beyond the tensor's.
+  FD_HD Vec read(int64_t position, int64_t at) const {
+    const int64_t left = position < positions ? width - at : 0;
+    const T* row = data + position * step + at;
+    return left >= kLanes ? load(row) : left > 0 ? load(row, left) : Vec{};
+  }
+};
+
+template <class T>
+FD_HD Rows<T> rows_of(const Input& input, int64_t head, const AttentionArguments& g) {
+  return {input.at<const T>(head / g.heads, head % g.heads), input.row, g.positions, g.width};
 }
 
-// The transposed of 16 x 16 words.
-FD_HD void transpose(__m512i (&rows)[16]) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-  for (int distance = 1; distance < 16; distance *= 2) {
-    const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(distance));
-    const __m512i back = _mm512_add_epi32(lane, _mm512_set1_epi32(16 - distance));
-    const __m512i low = _mm512_mask_mov_epi32(lane, odd, back);
-    const __m512i ahead = _mm512_add_epi32(lane, _mm512_set1_epi32(distance));
-    const __m512i high = _mm512_mask_mov_epi32(ahead, odd, _mm512_add_epi32(lane, _mm512_set1_epi32(16)));
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if ((i & distance) == 0) {
-        const __m512i a = rows[i], b = rows[i + distance];
-        rows[i] = _mm512_permutex2var_epi32(a, low, b);
-        rows[i + distance] = _mm512_permutex2var_epi32(a, high, b);
-      }
+// 32 rows as a left factor, [chunk of numbers][part][row][64 bytes].
+template <int kParts, class T>
+FD_HD void pack_left(const Rows<T>& rows, int64_t block, int64_t chunks, char* to) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, to += kParts * kBlock * kRowBytes) {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const int64_t row = block * kBlock + i, at = chunk * kBlock;
+      store_parts<kParts>(to + i * kRowBytes, kBlock * kRowBytes, rows.read(row, at), rows.read(row, at + kLanes));
     }
   }
 }
 
-// A block of keys, [16 keys][32 numbers] twice, as tiles of [pair of numbers][16 keys][2].
-template <class T, int kParts>
-FD_HD void pack_keys(const AttentionArguments& g, const Packed& packed, int64_t head, int64_t block) {
-  alignas(64) char rows[kParts][kBlock][kRowBytes];
-  char* to = packed.keys_of(head) + block * packed.width * packed.block_bytes();
-  const T* from = g.k.at<const T>(head / g.heads, head % g.heads);
-  for (int64_t chunk = 0; chunk < packed.width; ++chunk) {
+// 32 rows, transposed, as right factors for products that sum over numbers: tiles of [pair of numbers][16 rows][2].
+template <int kParts, class T>
+FD_HD void pack_transposed(const Rows<T>& rows, int64_t block, int64_t chunks, char* to) {
+  alignas(64) char left[kParts][kBlock][kRowBytes];
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t i = 0; i < kBlock; ++i) {
-      const int64_t key = block * kBlock + i, at = chunk * kBlock;
-      const bool inside = key < g.positions;
-      const T* row = from + (inside ? key : 0) * g.k.row;
-      store_parts<kParts>(rows[0][i], kBlock * kRowBytes, numbers(row, at, g.width, inside),
-                          numbers(row, at + kLanes, g.width, inside));
+      const int64_t row = block * kBlock + i, at = chunk * kBlock;
+      store_parts<kParts>(left[0][i], kBlock * kRowBytes, rows.read(row, at), rows.read(row, at + kLanes));
     }
     for (int part = kParts - 1; part >= 0; --part) {
       for (int64_t tile = 0; tile < 2; ++tile, to += kTileBytes) {
         __m512i words[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = _mm512_load_si512(rows[part][16 * tile + i]);
+        for (int i = 0; i < 16; ++i) words[i] = _mm512_load_si512(left[part][16 * tile + i]);
         transpose(words);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kRowBytes, words[i]);
@@ -104,27 +106,20 @@ FD_HD void pack_keys(const AttentionArguments& g, const Packed& packed, int64_t 
   }
 }
 
-// A block of values, as tiles of [pair of values][16 numbers][2] for each block of numbers.
-template <class T, int kParts>
-FD_HD void pack_values(const AttentionArguments& g, const Packed& packed, int64_t head, int64_t block) {
-  alignas(64) static constexpr int16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i pairs = _mm512_load_si512(kPairs);
-  const T* from = g.v.at<const T>(head / g.heads, head % g.heads);
-  for (int64_t chunk = 0; chunk < packed.width; ++chunk) {
-    char* to = packed.values_of(head) + (chunk * packed.keys + block) * packed.block_bytes();
+// 32 rows as right factors for products that sum over rows: for each chunk of numbers, `chunk_step` bytes apart, tiles of
+// [pair of rows][16 numbers][2].
+template <int kParts, class T>
+FD_HD void pack_pairs(const Rows<T>& rows, int64_t block, int64_t chunks, char* to, int64_t chunk_step) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, to += chunk_step) {
     for (int64_t pair = 0; pair < kBlock / 2; ++pair) {
-      const int64_t value = block * kBlock + 2 * pair;
+      const int64_t row = block * kBlock + 2 * pair;
       for (int64_t tile = 0; tile < 2; ++tile) {
         alignas(64) char both[kParts][kRowBytes];
         const int64_t at = chunk * kBlock + tile * kLanes;
-        const bool first = value < g.positions, second = value + 1 < g.positions;
-        store_parts<kParts>(both[0], kRowBytes, numbers(from + (first ? value : 0) * g.v.row, at, g.width, first),
-                            numbers(from + (second ? value + 1 : 0) * g.v.row, at, g.width, second));
+        store_parts<kParts>(both[0], kRowBytes, rows.read(row, at), rows.read(row + 1, at));
         for (int part = 0; part < kParts; ++part) {
-          const __m512i words = _mm512_permutexvar_epi16(pairs, _mm512_load_si512(both[part]));
           char* there = to + ((kParts - 1 - part) * 2 + tile) * kTileBytes + pair * kRowBytes;
-          _mm512_storeu_si512(there, words);
+          _mm512_storeu_si512(there, interleaved(_mm512_load_si512(both[part])));
         }
       }
     }
@@ -135,14 +130,19 @@ FD_HD void pack_values(const AttentionArguments& g, const Packed& packed, int64_
 template <class T, int kParts>
 void pack_blocks(const AttentionArguments& g, const Packed& packed, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    pack_keys<T, kParts>(g, packed, packed.first + item / packed.keys, item % packed.keys);
-    pack_values<T, kParts>(g, packed, packed.first + item / packed.keys, item % packed.keys);
+    const int64_t head = packed.first + item / packed.keys, block = item % packed.keys;
+    const int64_t bytes = packed.block_bytes();
+    pack_transposed<kParts>(rows_of<T>(g.k, head, g), block, packed.width,
+                            packed.keys_of(head) + block * packed.width * bytes);
+    pack_pairs<kParts>(rows_of<T>(g.v, head, g), block, packed.width, packed.values_of(head) + block * bytes,
+                       packed.keys * bytes);
   }
 }
 
-// A row of logits to weights, as a row of the left factor; returns one over the weights' sum.
+// A row of logits to weights, as a row of the left factor; returns one over the weights' sum, and the logarithm of that
+// sum with the largest logit.
 template <int kParts>
-FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scale, char* to) {
+FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scale, char* to, float* logsumexp) {
   Vec most = spread(-__builtin_inff());
   const auto inside = [&](int64_t at) FD_INLINE {
     const int64_t left = keys - at;
@@ -163,7 +163,9 @@ FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scal
     }
     store_parts<kParts>(to, kBlock * kRowBytes, weights[0], weights[1]);
   }
-  return 1.0f / _mm512_reduce_add_ps(sum);
+  const float total = _mm512_reduce_add_ps(sum);
+  if (logsumexp != nullptr) *logsumexp = _mm512_cvtss_f32((__m512)largest) / kLog2E + std::log(total);
+  return 1.0f / total;
 }
 
 // Items: blocks of queries of all heads of the group.
@@ -182,25 +184,17 @@ void attend(const AttentionArguments& g, const Packed& packed, int64_t begin, in
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = packed.first + item / blocks, first = item % blocks * kBlock;
     const int64_t count = std::min(kBlock, g.positions - first), right_bytes = packed.block_bytes();
-    const T* from = g.q.at<const T>(head / g.heads, head % g.heads) + first * g.q.row;
     T* out = g.out.at<T>(head / g.heads, head % g.heads) + first * g.out.row;
-    for (int64_t chunk = 0; chunk < packed.width; ++chunk) {
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const int64_t at = chunk * kBlock;
-        const bool inside = i < count;
-        const T* row = from + (inside ? i : 0) * g.q.row;
-        store_parts<kParts>(queries + chunk * left_bytes + i * kRowBytes, kBlock * kRowBytes,
-                            numbers(row, at, g.width, inside), numbers(row, at + kLanes, g.width, inside));
-      }
-    }
+    pack_left<kParts>(rows_of<T>(g.q, head, g), item % blocks, packed.width, queries);
     f.left = queries, f.chunks = packed.width;
     for (int64_t block = 0; block < packed.keys; ++block) {
       f.right = packed.keys_of(head) + block * packed.width * right_bytes;
       sum_products<kParts>(count, kBlock, f, logits + block * kBlock, keys * 4, []() FD_INLINE {});
     }
     for (int64_t i = 0; i < count; ++i) {
-      inverse[i] =
-          soften<kParts>(logits + i * keys, g.positions, packed.keys, g.scale * kLog2E, weights + i * kRowBytes);
+      float* logsumexp = g.logsumexp == nullptr ? nullptr : g.logsumexp + head * g.positions + first + i;
+      inverse[i] = soften<kParts>(logits + i * keys, g.positions, packed.keys, g.scale * kLog2E,
+                                  weights + i * kRowBytes, logsumexp);
     }
     f.left = weights, f.chunks = packed.keys;
     for (int64_t block = 0; block < packed.width; ++block) {
@@ -214,6 +208,140 @@ void attend(const AttentionArguments& g, const Packed& packed, int64_t begin, in
           else if (left > 0) store(out + i * g.out.row + at, value, left);
         }
       }
+    }
+  }
+  _tile_release();
+}
+
+// Where the factors of one head lie, of `positions` blocks of rows and `width` blocks of numbers: transposed queries and
+// gradients, pairs of queries, gradients and keys, the weights and the gradient of the logits of 32 keys by query, and of
+// all queries by key.
+struct Gradients {
+  int64_t positions, width;
+  char *queries, *grads, *query_pairs, *grad_pairs, *key_pairs, *key, *value, *weights, *by_query, *by_key;
+
+  FD_HD int64_t bytes() const { return kBlock * kBlock * 2; }
+};
+
+// Adds up a product for 32 positions and all numbers, to where an output has them.
+FD_HD void write_products(Factors f, const char* right, int64_t right_step, const Gradients& p, int64_t block,
+                          const AttentionGradientArguments& g, BFloat16* out, int64_t step) {
+  alignas(64) float sums[kBlock * kBlock];
+  const int64_t first = block * kBlock, count = std::min(kBlock, g.positions - first);
+  for (int64_t chunk = 0; chunk < p.width; ++chunk) {
+    f.right = right + chunk * right_step;
+    sum_products<2, 2, 1>(f, sums, kBlock * 4, []() FD_INLINE {});
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t at = chunk * kBlock + half * kLanes, left = g.width - at;
+        const Vec value = load(sums + i * kBlock + half * kLanes);
+        BFloat16* to = out + (first + i) * step + at;
+        if (left >= kLanes) store(to, value);
+        else if (left > 0) store(to, value, left);
+      }
+    }
+  }
+}
+
+// Logits and gradients of weights, [32 keys][32 queries], to weights and gradients of logits in bfloat16: by query, rows
+// of keys, and the latter also by key, rows of queries.
+FD_HD void differentiate(const float* logits, const float* d_weights, const float* logsumexp, const float* delta,
+                         int64_t keys, int64_t queries, float scale, char* weights, char* by_query, char* by_key) {
+  const Vec factor = spread(scale * kLog2E);
+  const auto inside = [&](int64_t half) FD_INLINE {
+    const int64_t left = queries - half * kLanes;
+    return static_cast<__mmask16>(left >= kLanes ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
+  };
+  for (int64_t key = 0; key < kBlock; ++key) {
+    Vec w[2] = {}, d[2] = {};
+    for (int64_t half = 0; half < 2 && key < keys; ++half) {
+      const int64_t at = half * kLanes;
+      const Vec exponent = fma(load(logits + key * kBlock + at), factor, -load(logsumexp + at) * spread(kLog2E));
+      w[half] = (Vec)_mm512_maskz_mov_ps(inside(half), power_of_two<float>(exponent));
+      const Vec difference = load(d_weights + key * kBlock + at) - load(delta + at);
+      d[half] = (Vec)_mm512_maskz_mov_ps(inside(half), w[half] * difference * spread(scale));
+    }
+    store_parts<1>(weights + key * kRowBytes, 0, w[0], w[1]);
+    store_parts<1>(by_query + key * kRowBytes, 0, d[0], d[1]);
+  }
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512i words[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const char* from = by_query + 2 * i * kRowBytes + half * 32;
+      const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+      const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + kRowBytes));
+      words[i] = interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+    }
+    transpose(words);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(by_key + (half * 16 + i) * kRowBytes, words[i]);
+  }
+}
+
+// Items: heads.
+inline void differentiate_heads(const AttentionGradientArguments& g, int64_t begin, int64_t end) {
+  load_shapes();
+  alignas(64) float logits[kBlock * kBlock], d_weights[kBlock * kBlock];
+  Gradients p{};
+  p.positions = divide_up(g.positions, kBlock), p.width = divide_up(g.width, kBlock);
+  const int64_t row = p.width * p.bytes(), head_bytes = p.positions * row, column = p.positions * p.bytes();
+  char* next = reinterpret_cast<char*>(buffer((5 * head_bytes + 2 * row + (2 + p.positions) * column) / 4, 0));
+  for (char** factor : {&p.queries, &p.grads, &p.query_pairs, &p.grad_pairs, &p.key_pairs}) {
+    *factor = next;
+    next += head_bytes;
+  }
+  p.key = next, p.value = p.key + row, p.weights = p.value + row;
+  p.by_query = p.weights + column, p.by_key = p.by_query + column;
+  float* logsumexp = buffer(2 * p.positions * kBlock, 1);
+  float* delta = logsumexp + p.positions * kBlock;
+  const int64_t no_tap = 0;
+  Factors f{};
+  f.row_step = kRowBytes, f.part_step = 0, f.chunk_step = p.bytes(), f.taps = &no_tap, f.tap_count = 1;
+  for (int64_t head = begin; head < end; ++head) {
+    const auto rows = [&](const Input& input) FD_INLINE {
+      const BFloat16* data = input.at<const BFloat16>(head / g.heads, head % g.heads);
+      return Rows<BFloat16>{data, input.row, g.positions, g.width};
+    };
+    const Rows<BFloat16> q = rows(g.q), k = rows(g.k), v = rows(g.v), grad = rows(g.grad), out = rows(g.out);
+    for (int64_t i = 0; i < p.positions * kBlock; ++i) {
+      logsumexp[i] = i < g.positions ? g.logsumexp[head * g.positions + i] : 0.0f;
+      Vec sum = {};
+      for (int64_t at = 0; at < g.width; at += kLanes) sum = fma(grad.read(i, at), out.read(i, at), sum);
+      delta[i] = _mm512_reduce_add_ps(sum);
+    }
+    for (int64_t block = 0; block < p.positions; ++block) {
+      pack_transposed<1>(q, block, p.width, p.queries + block * row);
+      pack_transposed<1>(grad, block, p.width, p.grads + block * row);
+      pack_pairs<1>(q, block, p.width, p.query_pairs + block * p.bytes(), column);
+      pack_pairs<1>(grad, block, p.width, p.grad_pairs + block * p.bytes(), column);
+      pack_pairs<1>(k, block, p.width, p.key_pairs + block * p.bytes(), column);
+    }
+    const auto to = [&](const Output& output) FD_INLINE {
+      return output.at<BFloat16>(head / g.heads, head % g.heads);
+    };
+    for (int64_t j = 0; j < p.positions; ++j) {
+      pack_left<1>(k, j, p.width, p.key);
+      pack_left<1>(v, j, p.width, p.value);
+      f.chunks = p.width;
+      for (int64_t i = 0; i < p.positions; ++i) {
+        f.left = p.key, f.right = p.queries + i * row;
+        sum_products<2, 2, 1>(f, logits, kBlock * 4, []() FD_INLINE {});
+        f.left = p.value, f.right = p.grads + i * row;
+        sum_products<2, 2, 1>(f, d_weights, kBlock * 4, []() FD_INLINE {});
+        differentiate(logits, d_weights, logsumexp + i * kBlock, delta + i * kBlock, g.positions - j * kBlock,
+                      g.positions - i * kBlock, g.scale, p.weights + i * p.bytes(), p.by_query + i * p.bytes(),
+                      p.by_key + i * column + j * p.bytes());
+      }
+      f.chunks = p.positions;
+      f.left = p.weights;
+      write_products(f, p.grad_pairs, column, p, j, g, to(g.dv), g.dv.row);
+      f.left = p.by_query;
+      write_products(f, p.query_pairs, column, p, j, g, to(g.dk), g.dk.row);
+    }
+    for (int64_t i = 0; i < p.positions; ++i) {
+      f.left = p.by_key + i * column;
+      write_products(f, p.key_pairs, column, p, i, g, to(g.dq), g.dq.row);
     }
   }
   _tile_release();
@@ -239,6 +367,26 @@ void run(const AttentionArguments& g) {
   }
 }
 #endif
+
+}  // namespace
+
+#if FD_AMX
+bool amx_attends(int64_t positions) { return simd_in_use() == Simd::amx && positions <= kMostPositions; }
+
+void amx_attention(const AttentionArguments& g) { run<BFloat16, 1>(g); }
+
+void amx_attention_gradient(const AttentionGradientArguments& g) {
+  torch::stable::parallel_for(0, g.batch * g.heads, 1, [&](int64_t begin, int64_t end) {
+    amx::differentiate_heads(g, begin, end);
+  });
+}
+#else
+bool amx_attends(int64_t) { return false; }
+void amx_attention(const AttentionArguments&) {}
+void amx_attention_gradient(const AttentionGradientArguments&) {}
+#endif
+
+namespace {
 
 void attention_parts_(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t parts, Tensor out) {
   STD_TORCH_CHECK(simd_in_use() == Simd::amx, "this processor has no AMX");

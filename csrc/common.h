@@ -1,4 +1,4 @@
-// What the host and the device share: annotations, bit casts and a fused multiply-add that rounds once.
+// What the host and the device share: annotations, a constant, bit casts, a fused multiply-add that rounds once.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,8 @@
 #endif
 
 namespace fused_diffusion {
+
+constexpr float kLog2E = 0x1.715476p+0f;
 
 template <class To, class From>
 FD_HD To bit_cast(From from) {

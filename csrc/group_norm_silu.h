@@ -6,7 +6,6 @@
 
 namespace fused_diffusion {
 
-constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLowestSilu = 0.2784646f, kLowestSiluAt = -1.2784646f;  // -silu is nowhere above, and reaches it there
 
 // Mean and sum of squared deviations of `count` numbers.

@@ -44,6 +44,34 @@ FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const V
   _mm512_storeu_si512(to + 2 * step, _mm512_unpacklo_epi64(a, b));
 }
 
+// The transposed of 16 x 16 words.
+FD_HD void transpose(__m512i (&rows)[16]) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int distance = 1; distance < 16; distance *= 2) {
+    const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(distance));
+    const __m512i back = _mm512_add_epi32(lane, _mm512_set1_epi32(16 - distance));
+    const __m512i low = _mm512_mask_mov_epi32(lane, odd, back);
+    const __m512i ahead = _mm512_add_epi32(lane, _mm512_set1_epi32(distance));
+    const __m512i high = _mm512_mask_mov_epi32(ahead, odd, _mm512_add_epi32(lane, _mm512_set1_epi32(16)));
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if ((i & distance) == 0) {
+        const __m512i a = rows[i], b = rows[i + distance];
+        rows[i] = _mm512_permutex2var_epi32(a, low, b);
+        rows[i + distance] = _mm512_permutex2var_epi32(a, high, b);
+      }
+    }
+  }
+}
+
+// 16 numbers of 16 bits, and 16 more, in pairs of one of each.
+FD_HD __m512i interleaved(__m512i halves) {
+  alignas(64) static constexpr int16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), halves);
+}
+
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

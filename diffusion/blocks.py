@@ -7,8 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import attention, group_norm_silu
+from .kernels import attention, conv2d, group_norm_silu
 from .unet_config import UNetConfig
+
+
+class Conv2d(nn.Conv2d):
+    """`kernels.conv2d` with a square kernel; by PyTorch alone if the other ops of the UNet are."""
+
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        backend = "reference" if backend == "reference" else "auto"
+        options = {"stride": self.stride[0], "padding": self.padding[0], "backend": backend}
+        return conv2d(x, self.weight, self.bias, **options)
 
 
 class Norm(nn.Module):
@@ -34,13 +43,13 @@ class Downsample(nn.Module):
         super().__init__()
         self.asymmetric = padding == "asymmetric"
         self.conv = (
-            nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.asymmetric else 1) if conv else None
+            Conv2d(channels, channels, 3, stride=2, padding=0 if self.asymmetric else 1) if conv else None
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         if self.conv is None:
             return F.avg_pool2d(x, 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x, backend)
 
 
 class Upsample(nn.Module):
@@ -48,11 +57,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+        self.conv = Conv2d(channels, channels, 3, padding=1) if conv else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        return x if self.conv is None else self.conv(x, backend)
 
 
 class ResBlock(nn.Module):
@@ -73,10 +82,10 @@ class ResBlock(nn.Module):
         self.scale_shift, self.dropout, self.resample = config.scale_shift, config.dropout, resample
         self.embedding_size = out_channels * (2 if config.scale_shift else 1)
         self.norm1 = Norm(in_channels, config.norm_groups, config.norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = Norm(out_channels, config.norm_groups, config.norm_eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -86,15 +95,15 @@ class ResBlock(nn.Module):
     def _forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
         h = self.norm1(x, backend)
         if self.resample is not None:
-            x, h = self.resample(x), self.resample(h)
-        h = self.conv1(h)
+            x, h = self.resample(x, backend), self.resample(h, backend)
+        h = self.conv1(h, backend)
         if self.scale_shift:
             scale, shift = embedding.chunk(2, dim=1)
             h = self.norm2(h, backend, scale=scale, shift=shift)
         else:
             h = self.norm2(h, backend, add=embedding)
-        h = self.conv2(F.dropout(h, self.dropout, self.training))
-        return h + (x if self.skip is None else self.skip(x))
+        h = self.conv2(F.dropout(h, self.dropout, self.training), backend)
+        return h + (x if self.skip is None else self.skip(x, backend))
 
 
 class Attention(nn.Module):
@@ -173,7 +182,7 @@ class Level(nn.Module):
     def _leave(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str) -> torch.Tensor:
         if isinstance(self.resample, ResBlock):
             return self.resample(h, next(parts), backend)
-        return self.resample(h)
+        return self.resample(h, backend)
 
     def descend(
         self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 
 from . import attention as _attention
+from . import conv2d as _conv2d
 from . import conv3x3 as _conv3x3
 from . import group_norm_silu as _group_norm_silu
 from . import philox as _philox
@@ -11,6 +12,7 @@ from . import reverse_step as _reverse_step
 from ._native import build_info
 from .attention import attention
 from .benchmarking import benchmark_table
+from .conv2d import conv2d
 from .conv3x3 import conv3x3, pack_conv3x3
 from .group_norm_silu import group_norm_silu
 from .philox import philox_normal
@@ -22,6 +24,7 @@ __all__ = [
     "attention",
     "benchmark_table",
     "build_info",
+    "conv2d",
     "conv3x3",
     "explain",
     "group_norm_silu",
@@ -36,6 +39,7 @@ _OPS = {
     function.__name__: (function, folder.op)
     for function, folder in (
         (attention, _attention),
+        (conv2d, _conv2d),
         (conv3x3, _conv3x3),
         (group_norm_silu, _group_norm_silu),
         (philox_normal, _philox),

@@ -28,9 +28,12 @@ from ._tolerance import wrong
 from .attention import attention
 from .attention import cases as attention_cases
 from .attention import op as attention_op
-from .conv3x3 import cases as conv_cases
+from .conv2d import cases as conv2d_cases
+from .conv2d import conv2d
+from .conv2d import op as conv2d_op
+from .conv3x3 import cases as conv3x3_cases
 from .conv3x3 import conv3x3, pack_conv3x3
-from .conv3x3 import op as conv_op
+from .conv3x3 import op as conv3x3_op
 from .group_norm_silu import cases as norm_cases
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu import op as norm_op
@@ -101,6 +104,10 @@ def _attention(case, q, k, v, *, scale=None):
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def _conv2d(case, x, weight, bias, *, padding):
+    return F.conv2d(x, weight, bias, padding=padding)
+
+
 def _conv3x3_inputs(case, dtype, device, seed):
     """With the weight packed for the map that it is used on."""
     (x, weight, bias), options = case.inputs(dtype, device, seed)
@@ -147,7 +154,6 @@ def _named(cases: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 _NORM_CASES = _named(norm_cases.CASES, norm_cases.BENCHMARKED)
 _ATTENTION_CASES = _named(attention_cases.CASES | attention_cases.LARGE, attention_cases.BENCHMARKED)
-_CONV_CASES = _named(conv_cases.CASES | conv_cases.BENCHMARKED, conv_cases.BENCHMARKED)
 _PHILOX_CASES = _named(philox_cases.CASES, philox_cases.BENCHMARKED)
 _STEP_CASES = _named(step_cases.CASES, step_cases.BENCHMARKED)
 
@@ -156,11 +162,19 @@ SUBJECTS = {
     "attention": Subject(attention, attention_op, _ATTENTION_CASES, _attention, differentiable=True),
     "conv3x3": Subject(
         conv3x3,
-        conv_op,
-        _CONV_CASES,
+        conv3x3_op,
+        conv3x3_cases.BENCHMARKED,
         _conv3x3,
         inputs=_conv3x3_inputs,
         accuracy=lambda args: args[1].accuracy,
+    ),
+    "conv2d": Subject(
+        conv2d,
+        conv2d_op,
+        conv2d_cases.BENCHMARKED,
+        _conv2d,
+        dtypes=(torch.bfloat16,),
+        differentiable=True,
     ),
     "philox_normal": Subject(
         philox_normal,
@@ -252,7 +266,9 @@ class Comparison:
         upstream = None
         if self.backward:
             generator = torch.Generator().manual_seed(seed)
-            upstream = torch.empty_like(args[0]).copy_(torch.randn(args[0].shape, generator=generator))
+            with torch.no_grad():
+                out = self.subject.function(*args, backend="reference", **kwargs)
+            upstream = torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator))
         return Call.of(args, kwargs, upstream)
 
     def _check(self) -> None:

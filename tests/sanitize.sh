@@ -13,7 +13,7 @@ DIFFUSION_NO_CUDA=1 CXXFLAGS=$flags python3 setup.py build_ext --inplace >build.
 test -s kernels/_cpp.so || { tail build.log; exit 1; }
 if [ $# = 0 ]; then
     set -- tests/test_philox.py tests/test_reverse_step.py tests/test_reverse_step_in_place.py
-    for name in group_norm_silu attention attention_parts conv3x3 prepared; do
+    for name in group_norm_silu attention attention_parts conv2d conv3x3 prepared; do
         if [ -e "tests/test_$name.py" ]; then set -- "$@" "tests/test_$name.py"; fi
     done
     set -- "$@" -k "not compile and not opcheck"

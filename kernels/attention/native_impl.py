@@ -11,6 +11,7 @@ from .._dispatch import constant_in_graphs
 from . import library as library  # defines the operators that the libraries implement
 
 MAX_CUDA_WIDTH = 256
+MOST_AMX_POSITIONS = 1024  # csrc/attention_amx.cpp
 WIDE, WIDE_SHARED_MEMORY = 128, 149_760  # bytes of a block, for heads wider than WIDE
 
 
@@ -55,20 +56,23 @@ def slower_cpp(q, k, v, *, scale=None) -> str | None:
     In float32 on AVX-512 the forward pass is 1.1 to 1.4 times as fast from 2**19 products of the logits on;
     below it is 0.6 to 1.0 times, since calling the operator takes 8 us longer. On AVX2 it is 0.98 times at
     S = 256, D = 256 and 1.1 to 1.2 times to D = 64. In 16 bits it is 1.3 to 2.4 times from 2**17 products
-    on, but in bfloat16 beside AMX, which PyTorch's op uses, 0.3 to 0.8 times, and with the gradient 1.2 to 3
-    times up to S * D = 2**14 and 0.5 to 0.8 times beyond.
+    on. In bfloat16 by AMX it is 1.1 to 2.9 times from 2**21 products on, below 0.5 to 0.9 times, and with the
+    gradient 1.2 to 10 times.
     """
-    if _native.simd_in_use() == "baseline":
+    simd = _native.simd_in_use()
+    if simd == "baseline":
         return "without AVX2 it has not been measured"
     batch, heads, positions, width = q.shape
-    single = q.dtype == torch.float32
-    if positions < 4 or batch * heads * positions**2 * width < (2**19 if single else 2**17):
+    single, tiles = q.dtype == torch.float32, q.dtype == torch.bfloat16 and simd == "amx"
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    least = 2**19 if single else 2**17
+    if tiles:
+        least = 2**14 if gradient else 2**21
+    if positions < 4 or batch * heads * positions**2 * width < least:
         return f"{tuple(q.shape)} is so small that calling PyTorch's own op takes less time"
-    if q.dtype == torch.bfloat16 and _native.simd_in_use() == "amx":
-        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if not gradient or positions * width > 2**14:
-            return "PyTorch's own op multiplies bfloat16 by AMX"
-    if single and width > 128 and _native.simd_in_use() == "avx2":
+    if tiles and positions > MOST_AMX_POSITIONS:
+        return "PyTorch's own op multiplies bfloat16 by AMX, also for so many positions"
+    if single and width > 128 and simd == "avx2":
         return f"in float32 with AVX2, PyTorch's own op is faster for a width of {width}"
     return None
 
