@@ -29,8 +29,6 @@ constexpr int64_t kWorkPerThread = 1 << 19;     // multiply-adds, some ten micro
 constexpr int64_t kHeadsToFillThreads = 16;     // fewer heads are divided into chunks of queries
 constexpr int64_t kChunkQueries = 128;          // at least, in the backward pass
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 FD_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // The calling thread's buffer, kept from call to call: fresh pages cost more than a small attention.

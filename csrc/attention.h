@@ -1,8 +1,9 @@
 // The arguments of fused_diffusion::attention and its gradient, checked once for the CPU and for CUDA.
 //
-// The softmax is computed online over tiles of keys (Milakov & Gimelshein 2018; Dao et al. 2022). The gradient
-// recomputes the weights from the logsumexp, whose rounding is then an error of every weight of its row: so it
-// is in natural units, one rounding from the maximum, and subtracted from the product in a fused operation.
+// The softmax is computed online over tiles of keys (Milakov & Gimelshein 2018; Dao et al. 2022), by AMX over all. The
+// gradient recomputes the weights from the logsumexp, whose rounding is then an error of every weight of its row: so
+// it is in natural units, one rounding from the maximum, and subtracted from the product in a fused operation; by AMX
+// from the product rounded as the maximum was, so that the largest of large logits has a weight of 1.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

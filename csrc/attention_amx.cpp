@@ -1,5 +1,5 @@
-// Attention on a CPU with AMX, as products of tiles: fused_diffusion::attention_parts_, without a gradient, and for
-// bfloat16 what attention.cpp calls, with one.
+// Attention on a CPU with AMX, as products of tiles: fused_diffusion::attention_parts_, for networks that are prepared,
+// and what attention.cpp calls for bfloat16, with its gradient.
 //
 // Keys and values are packed once for a head; then 32 queries at a time are multiplied with all keys, normalised, and
 // multiplied with all values. All logits of 32 queries are kept, and for the gradient all weights of a head, so this is
@@ -29,8 +29,6 @@ constexpr int64_t kBlock = 32;                 // queries, keys or numbers of a 
 constexpr int64_t kMostPositions = 1 << 10;    // with a gradient: 2 MB of weights for a head
 constexpr int64_t kPackedBytes = 1 << 20;      // for each thread: of keys and values at a time
 constexpr int64_t kWorkPerThread = 1 << 13;    // of kBlock * kBlock numbers to pack, or products of such blocks
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The sizes in blocks, and where what is packed lies: for each head keys, as right factors of [block of keys], then
 // values, as right factors of [block of numbers].
@@ -144,12 +142,8 @@ void pack_blocks(const AttentionArguments& g, const Packed& packed, int64_t begi
 template <int kParts>
 FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scale, char* to, float* logsumexp) {
   Vec most = spread(-__builtin_inff());
-  const auto inside = [&](int64_t at) FD_INLINE {
-    const int64_t left = keys - at;
-    return static_cast<__mmask16>(left >= kLanes ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
-  };
   for (int64_t at = 0; at < keys; at += kLanes) {
-    most = (Vec)_mm512_mask_max_ps(most, inside(at), most, load(logits + at) * spread(scale));
+    most = (Vec)_mm512_mask_max_ps(most, first_lanes(keys - at), most, load(logits + at) * spread(scale));
   }
   const Vec largest = spread(_mm512_reduce_max_ps(most));
   Vec sum = {};
@@ -157,14 +151,14 @@ FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scal
     Vec weights[2];
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t at = block * kBlock + half * kLanes;
-      const Vec weight = power_of_two<float>(load(logits + at) * spread(scale) - largest);
-      weights[half] = (Vec)_mm512_maskz_mov_ps(inside(at), weight);
+      const Vec weight = power_of_two<float>((load(logits + at) * spread(scale) - largest) * spread(kLog2E));
+      weights[half] = (Vec)_mm512_maskz_mov_ps(first_lanes(keys - at), weight);
       sum += weights[half];
     }
     store_parts<kParts>(to, kBlock * kRowBytes, weights[0], weights[1]);
   }
   const float total = _mm512_reduce_add_ps(sum);
-  if (logsumexp != nullptr) *logsumexp = _mm512_cvtss_f32((__m512)largest) / kLog2E + std::log(total);
+  if (logsumexp != nullptr) *logsumexp = _mm512_cvtss_f32((__m512)largest) + std::log(total);
   return 1.0f / total;
 }
 
@@ -193,7 +187,7 @@ void attend(const AttentionArguments& g, const Packed& packed, int64_t begin, in
     }
     for (int64_t i = 0; i < count; ++i) {
       float* logsumexp = g.logsumexp == nullptr ? nullptr : g.logsumexp + head * g.positions + first + i;
-      inverse[i] = soften<kParts>(logits + i * keys, g.positions, packed.keys, g.scale * kLog2E,
+      inverse[i] = soften<kParts>(logits + i * keys, g.positions, packed.keys, g.scale,
                                   weights + i * kRowBytes, logsumexp);
     }
     f.left = weights, f.chunks = packed.keys;
@@ -247,19 +241,15 @@ FD_HD void write_products(Factors f, const char* right, int64_t right_step, cons
 // of keys, and the latter also by key, rows of queries.
 FD_HD void differentiate(const float* logits, const float* d_weights, const float* logsumexp, const float* delta,
                          int64_t keys, int64_t queries, float scale, char* weights, char* by_query, char* by_key) {
-  const Vec factor = spread(scale * kLog2E);
-  const auto inside = [&](int64_t half) FD_INLINE {
-    const int64_t left = queries - half * kLanes;
-    return static_cast<__mmask16>(left >= kLanes ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
-  };
   for (int64_t key = 0; key < kBlock; ++key) {
     Vec w[2] = {}, d[2] = {};
     for (int64_t half = 0; half < 2 && key < keys; ++half) {
       const int64_t at = half * kLanes;
-      const Vec exponent = fma(load(logits + key * kBlock + at), factor, -load(logsumexp + at) * spread(kLog2E));
-      w[half] = (Vec)_mm512_maskz_mov_ps(inside(half), power_of_two<float>(exponent));
+      const __mmask16 mask = first_lanes(queries - at);
+      const Vec exponent = (load(logits + key * kBlock + at) * spread(scale) - load(logsumexp + at)) * spread(kLog2E);
+      w[half] = (Vec)_mm512_maskz_mov_ps(mask, power_of_two<float>(exponent));
       const Vec difference = load(d_weights + key * kBlock + at) - load(delta + at);
-      d[half] = (Vec)_mm512_maskz_mov_ps(inside(half), w[half] * difference * spread(scale));
+      d[half] = (Vec)_mm512_maskz_mov_ps(mask, w[half] * difference * spread(scale));
     }
     store_parts<1>(weights + key * kRowBytes, 0, w[0], w[1]);
     store_parts<1>(by_query + key * kRowBytes, 0, d[0], d[1]);

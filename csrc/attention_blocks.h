@@ -115,8 +115,6 @@ __device__ __forceinline__ void store_sum(float* sums, const Product<kWidth>& su
   }
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline dim3 grid_of(int64_t blocks, unsigned kinds = 1) {
   STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "attention needs ", blocks, " blocks, more than a grid has");
   return dim3(static_cast<unsigned>(blocks), kinds);

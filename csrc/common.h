@@ -1,4 +1,4 @@
-// What the host and the device share: annotations, a constant, bit casts, a fused multiply-add that rounds once.
+// What the host and the device share: annotations, a constant, division, bit casts, a fused multiply-add that rounds once.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,8 @@
 namespace fused_diffusion {
 
 constexpr float kLog2E = 0x1.715476p+0f;
+
+FD_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class To, class From>
 FD_HD To bit_cast(From from) {

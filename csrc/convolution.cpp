@@ -34,8 +34,6 @@ constexpr int64_t kMostProducts = ((int64_t{1} << 31) - 1) / (128 * (3 * 128 + k
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // that stay in a thread's cache besides
 constexpr int64_t kWorkPerThread = 1 << 14;  // vector operations, some five microseconds
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 namespace baseline {
 #define FD_LANES 4
 #define FD_BFLOAT16 0

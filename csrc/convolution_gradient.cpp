@@ -32,13 +32,11 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 32;            // pixels that are multiplied together
 constexpr int64_t kBlock = 32;            // channels of either factor that are
-constexpr int64_t kChunksOfBlock = 8;     // of pixels, whose factors stay in the first cache from tap to tap
-constexpr int64_t kPackedBytes = 1 << 20; // of as many images at a time as fit, or one; more if the weight is large
+constexpr int64_t kChunksOfPiece = 8;     // of pixels, whose factors stay in the first cache from tap to tap
+constexpr int64_t kPackedBytes = 1 << 20; // of as many pixels at a time; more if the weight is large
 constexpr int64_t kMostGroups = 16;       // of images
 constexpr int64_t kAddsPerThread = 1 << 15;
 constexpr int64_t kMostTaps = 9;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Gradient {
   const uint16_t *grad, *x;  // [images][height][width] pixels, so far apart
@@ -50,23 +48,24 @@ struct Gradient {
   FD_HD int64_t row() const { return width + border(); }
   FD_HD int64_t numbered() const { return (height + border()) * row(); }  // of an image
   FD_HD int64_t taps() const { return side * side; }
+  FD_HD int64_t margin() const { return side == 1 ? 0 : divide_up(row() + 1, kChunk); }  // chunks that taps reach
 };
 
-// What one thread does on its own, so that no factor goes from core to core: a range of the images, and of the outputs
-// in blocks.
+// What one thread does on its own, so that no factor goes from core to core: some of the images, as chunks of their
+// pixels, `at_once` of which are packed, and of the outputs, as blocks.
 struct Part {
-  int64_t first_image, last_image, images, first_block, last_block;  // images: at a time
+  int64_t first_image, images, at_once, first_block, last_block;
   float *weight, *bias;  // as in Gradient
 
   FD_HD int64_t outputs() const { return (last_block - first_block) * kBlock; }
 };
 
-// Where the packed factors of some of its images lie.
+// Where the packed factors of some chunks lie.
 struct Packed {
-  int64_t first, images, chunks;
-  int64_t row_bytes;            // of a channel of the gradient
-  int64_t margin, block_bytes;  // bytes of zeros before and after the pairs of 16 channels; of all those
-  char *rows, *even, *odd;      // odd: the i-th pair is of pixels 2 i - 1 and 2 i
+  int64_t first, chunks, margin;  // margin: as many chunks of x before and after those have been packed, too
+  int64_t row_bytes;              // from a channel of the gradient to the next
+  int64_t group_bytes;            // from 16 channels of x to the next
+  char *rows, *even, *odd;        // odd: the i-th pair is of pixels 2 i - 1 and 2 i
 };
 
 #if FD_AMX
@@ -81,13 +80,16 @@ namespace amx {
 struct Pixels {
   int64_t at[kChunk + 1];
 
-  FD_HD Pixels(const Gradient& g, const Packed& p, int64_t chunk) {
-    const int64_t number = std::max<int64_t>(0, chunk * kChunk - 1);
+  FD_HD Pixels(const Gradient& g, const Part& part, int64_t chunk) {
+    const int64_t first = chunk * kChunk - 1, number = std::max<int64_t>(0, first);
     int64_t image = number / g.numbered(), y = number % g.numbered() / g.row(), column = number % g.numbered() % g.row();
-    at[0] = -1;
-    for (int64_t i = chunk == 0 ? 1 : 0; i <= kChunk; ++i) {
-      const bool inside = image < p.images && y < g.height && column < g.width;
-      at[i] = inside ? ((p.first + image) * g.height + y) * g.width + column : -1;
+    for (int64_t i = 0; i <= kChunk; ++i) {
+      if (first + i < 0) {
+        at[i] = -1;
+        continue;
+      }
+      const bool exists = image < part.images && y < g.height && column < g.width;
+      at[i] = exists ? ((part.first_image + image) * g.height + y) * g.width + column : -1;
       if (++column == g.row()) {
         column = 0;
         if (++y == g.height + g.border()) y = 0, ++image;
@@ -103,13 +105,12 @@ FD_HD __m512i pair_of_pixels(const uint16_t* first, const uint16_t* second, __mm
   return interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
 
-FD_HD __mmask16 inside(int64_t left) { return left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0; }
-
+// chunk: of the packed ones.
 FD_HD void pack_input(const Gradient& g, const Packed& p, int64_t chunk, const Pixels& pixels) {
-  for (int64_t block = 0; block < divide_up(g.inputs, kBlock) * 2; ++block) {
-    const uint16_t* from = g.x + 16 * block;
-    const int64_t to = block * p.block_bytes + p.margin + chunk * kTileBytes;
-    const __mmask16 mask = inside(g.inputs - 16 * block);
+  for (int64_t group = 0; group < divide_up(g.inputs, kBlock) * 2; ++group) {
+    const uint16_t* from = g.x + 16 * group;
+    const int64_t to = group * p.group_bytes + (p.margin + chunk) * kTileBytes;
+    const __mmask16 mask = first_lanes(g.inputs - 16 * group);
     const auto pixel = [&](int64_t i) FD_INLINE {
       return pixels.at[i] < 0 ? nullptr : from + pixels.at[i] * g.x_pixel;
     };
@@ -124,11 +125,11 @@ FD_HD void pack_input(const Gradient& g, const Packed& p, int64_t chunk, const P
 
 // Also adds it up, for the bias.
 FD_HD void pack_gradient(const Gradient& g, const Part& part, const Packed& p, int64_t chunk, const Pixels& pixels) {
-  for (int64_t block = 0; block < part.outputs() / 16; ++block) {
-    const int64_t k = part.first_block * kBlock + 16 * block;
+  for (int64_t group = 0; group < part.outputs() / 16; ++group) {
+    const int64_t k = part.first_block * kBlock + 16 * group;
     const uint16_t* from = g.grad + k;
-    char* to = p.rows + 16 * block * p.row_bytes + chunk * kRowBytes;
-    const __mmask16 mask = inside(g.outputs - k);
+    char* to = p.rows + 16 * group * p.row_bytes + chunk * kRowBytes;
+    const __mmask16 mask = first_lanes(g.outputs - k);
     const auto pixel = [&](int64_t i) FD_INLINE {
       return pixels.at[i] < 0 ? nullptr : from + pixels.at[i] * g.grad_pixel;
     };
@@ -150,7 +151,7 @@ FD_HD void pack_gradient(const Gradient& g, const Part& part, const Packed& p, i
 }
 
 // Adds the products of some chunks of pixels to 32 x 32 sums, or begins those.
-FD_HD void add_products(const char* rows, int64_t row_bytes, const char* pairs, int64_t block_bytes, int64_t chunks,
+FD_HD void add_products(const char* rows, int64_t row_bytes, const char* pairs, int64_t group_bytes, int64_t chunks,
                         bool begins, float* sums) {
   constexpr int64_t kStep = kBlock * sizeof(float);
   float* below = sums + 16 * kBlock;
@@ -169,7 +170,7 @@ FD_HD void add_products(const char* rows, int64_t row_bytes, const char* pairs, 
   for (int64_t chunk = 0; chunk < chunks; ++chunk, rows += kRowBytes, pairs += kTileBytes) {
     load_left<2>(rows, row_bytes);
     _tile_loadd(6, pairs, kRowBytes);
-    _tile_loadd(7, pairs + block_bytes, kRowBytes);
+    _tile_loadd(7, pairs + group_bytes, kRowBytes);
     multiply_tiles<2, 2>();
   }
   _tile_stored(0, sums, kStep);
@@ -179,10 +180,10 @@ FD_HD void add_products(const char* rows, int64_t row_bytes, const char* pairs, 
   asm volatile("" ::: "memory");
 }
 
-// Adds the products of these images to the part's weight, or begins that: 32 outputs by 32 inputs at a time.
+// Adds the products of what is packed to the part's weight, or begins that: 32 outputs by 32 inputs at a time.
 FD_HD void multiply(const Gradient& g, const Part& part, const Packed& p) {
   alignas(64) static thread_local float sums[kMostTaps][kBlock][kBlock];
-  const int64_t blocks = divide_up(p.chunks, kChunksOfBlock);
+  const int64_t pieces = divide_up(p.chunks, kChunksOfPiece);
   int64_t distances[kMostTaps], order[kMostTaps];  // the even distances first
   for (int64_t tap = 0; tap < g.taps(); ++tap) {
     distances[tap] = (tap / g.side - g.border()) * g.row() + tap % g.side - g.border();
@@ -192,25 +193,24 @@ FD_HD void multiply(const Gradient& g, const Part& part, const Packed& p) {
   for (int64_t k = part.first_block * kBlock; k < part.last_block * kBlock; k += kBlock) {
     const char* rows = p.rows + (k - part.first_block * kBlock) * p.row_bytes;
     for (int64_t c = 0; c < g.inputs; c += kBlock) {
-      const int64_t begin = c / 16 * p.block_bytes + p.margin;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = p.chunks * block / blocks, chunks = p.chunks * (block + 1) / blocks - first;
+      const int64_t begin = c / 16 * p.group_bytes + p.margin * kTileBytes;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = p.chunks * piece / pieces, chunks = p.chunks * (piece + 1) / pieces - first;
         for (int64_t i = 0; i < g.taps(); ++i) {
           const int64_t distance = distances[order[i]];
           const char* pairs = distance % 2 == 0 ? p.even + distance / 2 * kRowBytes
                                                 : p.odd + (distance + 1) / 2 * kRowBytes;
-          add_products(rows + first * kRowBytes, p.row_bytes, pairs + begin + first * kTileBytes, p.block_bytes,
-                       chunks, block == 0, sums[order[i]][0]);
+          add_products(rows + first * kRowBytes, p.row_bytes, pairs + begin + first * kTileBytes, p.group_bytes,
+                       chunks, piece == 0, sums[order[i]][0]);
         }
       }
       for (int64_t i = 0; i < std::min(kBlock, g.outputs - k); ++i) {
         for (int64_t tap = 0; tap < g.taps(); ++tap) {
           float* to = part.weight + ((k + i) * g.taps() + tap) * g.inputs + c;
           for (int64_t half = 0; half < 2; ++half, to += 16) {
-            const __mmask16 mask = inside(g.inputs - c - 16 * half);
-            const bool begins = p.first == part.first_image;
+            const __mmask16 mask = first_lanes(g.inputs - c - 16 * half);
             const __m512 sum = _mm512_load_ps(sums[tap][i] + 16 * half);
-            const __m512 before = begins ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, to);
+            const __m512 before = p.first == 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, to);
             _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(before, sum));
           }
         }
@@ -221,29 +221,23 @@ FD_HD void multiply(const Gradient& g, const Part& part, const Packed& p) {
 
 inline void differentiate(const Gradient& g, const Part& part) {
   load_shapes();
-  const int64_t blocks = divide_up(g.inputs, kBlock) * 2, outputs = part.outputs();
+  const int64_t groups = divide_up(g.inputs, kBlock) * 2, all = divide_up(part.images * g.numbered(), kChunk);
   const int64_t last = std::min(part.last_block * kBlock, g.outputs);
   for (int64_t k = part.first_block * kBlock; k < last; ++k) part.bias[k] = 0.0f;
   Packed p{};
-  for (p.first = part.first_image; p.first < part.last_image; p.first += part.images) {
-    p.images = std::min(part.images, part.last_image - p.first);
-    p.chunks = divide_up(p.images * g.numbered(), kChunk);
+  p.margin = g.margin();
+  for (p.first = 0; p.first < all; p.first += part.at_once) {
+    p.chunks = std::min(part.at_once, all - p.first);
     // Both an odd number of cache lines, so that what is used together does not fall on the same ones.
     p.row_bytes = (p.chunks + (p.chunks + 1) % 2) * 64;
-    p.margin = divide_up(g.row() + 1, 2) * 64;
-    p.block_bytes = p.chunks * kTileBytes + 2 * p.margin + 64;
-    p.rows = reinterpret_cast<char*>(buffer(outputs * p.row_bytes / 4, 0));
-    p.even = reinterpret_cast<char*>(buffer(2 * blocks * p.block_bytes / 4, 1));
-    p.odd = p.even + blocks * p.block_bytes;
-    for (int64_t block = 0; block < 2 * blocks; ++block) {
-      char* pairs = p.even + block * p.block_bytes;
-      memset(pairs, 0, p.margin);
-      memset(pairs + p.block_bytes - p.margin - 64, 0, p.margin + 64);
-    }
-    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-      const Pixels pixels(g, p, chunk);
+    p.group_bytes = (p.chunks + 2 * p.margin) * kTileBytes + 64;
+    p.rows = reinterpret_cast<char*>(buffer(part.outputs() * p.row_bytes / 4, 0));
+    p.even = reinterpret_cast<char*>(buffer(2 * groups * p.group_bytes / 4, 1));
+    p.odd = p.even + groups * p.group_bytes;
+    for (int64_t chunk = -p.margin; chunk < p.chunks + p.margin; ++chunk) {
+      const Pixels pixels(g, part, p.first + chunk);
       pack_input(g, p, chunk, pixels);
-      pack_gradient(g, part, p, chunk, pixels);
+      if (chunk >= 0 && chunk < p.chunks) pack_gradient(g, part, p, chunk, pixels);
     }
     multiply(g, part, p);
   }
@@ -259,18 +253,19 @@ void run(const Gradient& g, const Tensor& like) {
   const int64_t numbers = g.images * g.height * g.width * (g.outputs + g.inputs);
   int64_t groups = 1;
   while (groups < kMostGroups && 2 * groups <= g.images && 16 * groups * size <= numbers) groups *= 2;
-  const int64_t image_bytes = 2 * (g.outputs + (g.side == 1 ? 1 : 2) * g.inputs) * g.numbered();
-  const int64_t images = std::max<int64_t>(1, std::max<int64_t>(kPackedBytes, 4 * size) / image_bytes);
+  const int64_t chunk_bytes = 2 * kChunk * (g.outputs + (g.side == 1 ? 1 : 2) * g.inputs);
+  const int64_t fitting = std::max(kPackedBytes, 4 * size) / chunk_bytes;
+  const int64_t at_once = std::max(fitting, 4 * g.margin() + kChunksOfPiece);
   const int64_t blocks = divide_up(g.outputs, kBlock), threads = torch::stable::get_num_threads();
   const int64_t parts = std::min(blocks, divide_up(threads, groups));
   Tensor sums = torch::stable::new_empty(like, {groups == 1 ? 0 : groups * size}, ScalarType::Float);
   float* of_groups = groups == 1 ? nullptr : static_cast<float*>(sums.mutable_data_ptr());
   torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / parts, i = item % parts;
+      const int64_t group = item / parts, i = item % parts, first = g.images * group / groups;
       float* to = groups == 1 ? g.weight : of_groups + group * size;
-      amx::differentiate(g, {g.images * group / groups, g.images * (group + 1) / groups, images,
-                             blocks * i / parts, blocks * (i + 1) / parts, to, groups == 1 ? g.bias : to + weight});
+      amx::differentiate(g, {first, g.images * (group + 1) / groups - first, at_once, blocks * i / parts,
+                             blocks * (i + 1) / parts, to, groups == 1 ? g.bias : to + weight});
     }
   });
   if (groups == 1) return;
@@ -293,6 +288,9 @@ std::tuple<Tensor, Tensor> convolution_weight_gradient(const Tensor& grad, const
                       grad.size(3) == x.size(3),
                   "grad must be [N, K, H, W], and x [N, C, H, W]");
   const int64_t outputs = grad.size(1), inputs = x.size(1);
+  STD_TORCH_CHECK((grad.const_data_ptr() != nullptr || grad.numel() == 0) &&
+                      (x.const_data_ptr() != nullptr || x.numel() == 0),
+                  "grad and x must have memory");
   Tensor weight = torch::stable::new_empty(x, {outputs, side, side, inputs}, ScalarType::Float);
   Tensor bias = torch::stable::new_empty(x, {outputs}, ScalarType::Float);
   if (grad.numel() == 0 || x.numel() == 0) {

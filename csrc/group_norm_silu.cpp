@@ -86,8 +86,6 @@ Kernels kernels(ScalarType type) {
   return type == ScalarType::BFloat16 ? kernels<BFloat16>() : kernels<Half>();
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Groups to a block: what fits in the cache, less where threads would go idle, but whole cache lines.
 int64_t groups_per_block(const NormArguments& args) {
   const int64_t element = args.type == ScalarType::Float ? 4 : 2, threads = torch::stable::get_num_threads();

@@ -65,6 +65,9 @@ FD_HD void transpose(__m512i (&rows)[16]) {
   }
 }
 
+// The first lanes of 16; as many as there are, from none to all.
+FD_HD __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0; }
+
 // 16 numbers of 16 bits, and 16 more, in pairs of one of each.
 FD_HD __m512i interleaved(__m512i halves) {
   alignas(64) static constexpr int16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,

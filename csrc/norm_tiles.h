@@ -263,8 +263,6 @@ struct Memory {
   }
 };
 
-FD_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- The host's side.
 
 constexpr int64_t kTileBytes = 32 << 10;       // several blocks to a multiprocessor

@@ -17,25 +17,22 @@ LEFTOVER = ".partial"  # in the names of files that are not yet whole
 def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     """Gives one temporary path for each target; all are renamed onto their targets if the block succeeds.
 
-    Missing parent folders are made. If the block raises, nothing is left behind and the targets are as
-    they were. ValueError, naming the target, if its folder cannot be written.
+    Missing parent folders are made; links are followed. If the block raises, nothing is left behind and the
+    targets are as they were. ValueError, naming the target, if it is there and no file, or its folder cannot
+    be written.
     """
-    targets = [Path(target) for target in targets]
     check_writable(*targets)
     temporary = []
     try:
-        for target in targets:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(
-                dir=target.parent, prefix=f".{target.name}.", suffix=LEFTOVER + target.suffix
-            )
-            os.close(handle)
-            temporary.append(Path(name))
+        files = [Path(os.path.realpath(target)) for target in targets]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.append(_temporary(file.parent, file.name))
         yield temporary
-        for path, target in zip(temporary, targets, strict=True):
+        for path, file in zip(temporary, files, strict=True):
             _sync(path)
             os.chmod(path, 0o666 & ~_umask())
-            os.replace(path, target)
+            os.replace(path, file)
     except (OSError, SafetensorError) as error:  # safetensors' own, when a disk is full
         raise ValueError(f"cannot write {targets[0]}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -72,20 +69,28 @@ def check_writable(*targets: str | os.PathLike) -> None:
         if "\0" in str(target):
             raise ValueError(f"cannot write {str(target)!r}: no file name holds a null character")
         try:
-            if target.is_dir():
+            file = Path(os.path.realpath(target))
+            if file.is_dir():
                 raise ValueError(f"cannot write {target}: it is a folder, not a file")
-            there = next(folder for folder in target.parents if os.path.lexists(folder))
-            if there == target.parent:
-                with tempfile.TemporaryFile(dir=there):
-                    pass
+            if file.exists() and not file.is_file():
+                raise ValueError(f"cannot write {target}: it is a device or the like, not a file")
+            there = next(folder for folder in file.parents if os.path.lexists(folder))
+            if there == file.parent:
+                _temporary(there, file.name).unlink(missing_ok=True)
             else:  # tried elsewhere: other processes may be making, and filling, the same folders
                 with tempfile.TemporaryDirectory(dir=there, prefix=".", suffix=LEFTOVER) as scratch:
-                    inside = os.path.normpath("/" / target.parent.relative_to(there))
-                    folder = Path(scratch, inside.lstrip("/"))
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "file").touch()
+                    folder = Path(scratch, file.parent.relative_to(there))
+                    folder.mkdir(parents=True)
+                    _temporary(folder, file.name)
         except OSError as error:
             raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    """A new file, empty, beside the one of this name."""
+    handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=LEFTOVER + Path(name).suffix)
+    os.close(handle)
+    return Path(path)
 
 
 def _sync(path: Path) -> None:

@@ -118,9 +118,9 @@ def use_simd(variant: str) -> None:
     "best".
 
     The bits of every result are the same in all of them, but for attention in bfloat16, which avx512_bf16
-    multiplies in pairs, for group_norm_silu, whose sums over a contiguous tensor run in the order of the
-    vectors, and for conv3x3, whose weights are packed for one of them. ValueError if the processor does not
-    have it.
+    multiplies in pairs and amx in tiles, for group_norm_silu, whose sums over a contiguous tensor run in the
+    order of the vectors, and for conv3x3, whose weights are packed for one of them; conv2d is for amx alone.
+    ValueError if the processor does not have it.
     """
     if _cpp is None:
         raise ValueError(f"no instruction set can be chosen: {CPP_MISSING}")

@@ -23,6 +23,13 @@ def gradients(function, tensors, upstream, **options):
     return [out.detach(), *torch.autograd.grad(out, wanted, upstream.to(out.dtype))]
 
 
+def freed():
+    """A tensor whose memory was given back."""
+    t = torch.zeros(2, 4, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    t.untyped_storage().resize_(0)
+    return t
+
+
 @amx
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_in_bfloat16(case):
@@ -133,6 +140,7 @@ def test_opcheck():
         ({"grad": torch.zeros(2, 4, 3, 4).bfloat16()}, "grad must be"),
         ({"grad": torch.zeros(2, 4, 3).bfloat16()}, "grad must be"),
         ({"x": torch.zeros(2, 4, 3, 3).bfloat16()}, "x must be channels_last"),
+        ({"x": freed()}, "must have memory"),
         ({"side": 2}, "the kernel must be"),
     ],
 )
@@ -154,13 +162,37 @@ def test_nothing_has_a_gradient_of_zero(shapes):
 
 
 @amx
-def test_no_second_derivative():
+@pytest.mark.parametrize("first", ["x", "weight", "bias"])
+@pytest.mark.parametrize("second", ["x", "weight", "bias"])
+def test_no_second_derivative(first, second):
+    """Refused, not left out, also where there is another path."""
+    arguments, options = CASES["plain"].inputs(torch.float32)
+    inputs = dict(zip(("x", "weight", "bias"), leaves(arguments), strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv2d(**inputs, backend="cpp", **options).square().sum()
+    y = y + sum(t.pow(3).sum() for t in inputs.values())
+    (gradient,) = torch.autograd.grad(y, inputs[first], create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        torch.autograd.grad(gradient.sum(), inputs[second])
+
+
+@amx
+@pytest.mark.parametrize("double", ["x", "weight", "bias"])
+def test_autocast_leaves_float64_as_it_is(double):
+    arguments, options = CASES["plain"].inputs(torch.float32)
+    inputs = dict(zip(("x", "weight", "bias"), leaves(arguments), strict=True))
+    inputs[double] = inputs[double].double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "float64" in explain(conv2d, **inputs, **options)
+        with pytest.raises(ValueError, match="leaves float64"):
+            conv2d(**inputs, backend="cpp", **options)
+
+
+@amx
+def test_without_autocast_all_is_bfloat16():
     (x, weight, bias), options = CASES["plain"].inputs(torch.bfloat16)
-    weight.requires_grad_()
-    y = conv2d(x, weight, bias, backend="cpp", **options).square().sum()
-    (first,) = torch.autograd.grad(y, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(ValueError, match="it multiplies in bfloat16"):
+        conv2d(x, weight, bias.float(), backend="cpp", **options)
 
 
 def test_torch_func_is_served_by_the_reference():

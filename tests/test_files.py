@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 
-from diffusion.files import check_writable
+from diffusion.files import check_writable, replacing
 
 
 def test_processes_that_begin_together_do_not_remove_each_others_folders(tmp_path):
@@ -43,8 +43,11 @@ def test_nothing_is_left_behind(name, tmp_path):
         ("there", "it is a folder"),
         ("file/a", "Not a directory"),
         ("file/new/a", "Not a directory"),
-        ("gone/a", "No such file or directory"),  # a link to nowhere
-        ("gone/new/a", "No such file or directory"),
+        ("new/../file/a", "Not a directory"),
+        ("round/a", "symbolic links"),
+        ("pipe", "a device or the like"),
+        ("to-pipe", "a device or the like"),
+        ("n" * 240, "File name too long"),  # with what is added to it while it is written
         ("n" * 300 + "/a", "File name too long"),
         ("new/" + "n" * 300 + "/a", "File name too long"),
         ("a\0b", "null character"),
@@ -53,8 +56,40 @@ def test_nothing_is_left_behind(name, tmp_path):
 def test_what_cannot_be_written_is_named(name, said, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("")
-    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="cannot write .*" + said):
         check_writable(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot write .*" + said), replacing(tmp_path / name):
+        raise AssertionError("nothing is begun that cannot be ended")
     assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("a", "a"),
+        ("new/newer/a", "new/newer/a"),
+        ("new/../a", "a"),
+        ("link", "there/file"),  # what a link leads to is written
+        ("gone", "there/nothing"),
+        ("lost/a", "there/lost/a"),
+        ("inner/../new/a", "there/new/a"),  # the folder above is that of what the link leads to
+        ("n" * 230, "n" * 230),
+    ],
+)
+def test_what_passes_the_check_is_written(name, where, tmp_path):
+    (tmp_path / "there" / "inner").mkdir(parents=True)
+    (tmp_path / "there" / "file").write_text("old")
+    for link, to in (("link", "file"), ("gone", "nothing"), ("lost", "lost"), ("inner", "inner")):
+        (tmp_path / link).symlink_to(tmp_path / "there" / to)
+    links = {path for path in tmp_path.iterdir() if path.is_symlink()}
+    check_writable(tmp_path / name)
+    with replacing(tmp_path / name) as (temporary,):
+        temporary.write_text("new")
+    assert (tmp_path / where).read_text() == "new"
+    assert {path for path in tmp_path.iterdir() if path.is_symlink()} == links
+    assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".")]

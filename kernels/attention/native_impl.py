@@ -1,4 +1,4 @@
-"""The C++ and CUDA attention: csrc/attention.{h,cpp,cu}, read through strides, the softmax online.
+"""The C++ and CUDA attention: csrc/attention*.{h,cpp,cu}, read through strides.
 
 Products of float32 are sums of fused multiply-adds, also where torch.backends.cuda.matmul.allow_tf32 is set.
 """

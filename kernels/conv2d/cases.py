@@ -59,4 +59,5 @@ CASES = {
     "slice": Case((2, 32, 8, 8), 32, layout="slice"),
     "many_groups": Case((5, 96, 40, 33), 96),
     "wide": Case((1, 8, 5, 300), 8),
+    "many_pixels": Case((1, 16, 90, 310), 16),
 }

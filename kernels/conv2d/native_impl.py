@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _native
 
@@ -31,9 +30,12 @@ def supports(x, weight, bias=None, *, stride=1, padding=0) -> str | None:
         return _native.CPP_MISSING
     if _native.simd_in_use() != "amx":
         return "this processor has no AMX"
-    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not autocast and not x.dtype == weight.dtype == torch.bfloat16:
-        return f"it multiplies in bfloat16, not in {x.dtype}"
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+        if torch.float64 in dtypes:
+            return "autocast leaves float64 as it is"
+    elif dtypes != {torch.bfloat16}:
+        return "it multiplies in bfloat16"
     side = weight.shape[-1]
     if side not in (1, 3) or tuple(weight.shape[2:]) != (side, side) or stride != 1 or padding != side // 2:
         return "it is for kernels of 1 x 1 and 3 x 3 with a stride of 1 and an output of the input's size"
@@ -56,7 +58,7 @@ def slower(x, weight, bias=None, *, stride=1, padding=0) -> str | None:
 
 
 def conv2d(x, weight, bias=None, *, stride=1, padding=0) -> Tensor:
-    return _Conv2d.apply(x, weight, bias)
+    return _Conv2d.apply(_channels_last(x), weight, bias)
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -64,28 +66,36 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 class _Conv2d(torch.autograd.Function):
-    """With a stride of 1 and an output of the input's size, in bfloat16."""
+    """With a stride of 1 and an output of the input's size; x in bfloat16 and channels_last."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        x, weight = _channels_last(x), _channels_last(weight)
-        ctx.save_for_backward(x, weight)
+        rounded = _channels_last(weight)
+        ctx.save_for_backward(x, weight, bias, rounded)
         bias = None if bias is None else bias.to(torch.bfloat16)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        return F.conv2d(x, rounded, bias, padding=weight.shape[-1] // 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = _channels_last(grad)
-        d_x = d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
+        return _Gradient.apply(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+class _Gradient(torch.autograd.Function):
+    """Of its inputs, and in their dtypes; it has none of its own."""
+
+    @staticmethod
+    def forward(ctx, grad, x, weight, bias, rounded, wanted):
+        grad, d_x, d_weight, d_bias = _channels_last(grad), None, None, None
+        if wanted[0]:
             padding = [weight.shape[-1] // 2] * 2
             options = None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False]
-            d_x = torch.ops.aten.convolution_backward(grad, x, weight, *options)[0].to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            d_x = torch.ops.aten.convolution_backward(grad, x, rounded, *options)[0]
+        if wanted[1] or wanted[2]:
             d_weight, d_bias = convolution_weight_gradient(grad, x, weight.shape[-1])
-            d_weight = d_weight.permute(0, 3, 1, 2).to(ctx.dtypes[1])
-            d_bias = None if ctx.dtypes[2] is None else d_bias.to(ctx.dtypes[2])
+            d_weight = d_weight.permute(0, 3, 1, 2).to(weight.dtype)
+            d_bias = None if bias is None else d_bias.to(bias.dtype)
         return d_x, d_weight, d_bias
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("the gradient of conv2d cannot be differentiated again")
