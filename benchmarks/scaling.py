@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     add = parser.add_argument
     add("--ranks", nargs="+", type=int, default=[1, 2])
-    add("--num", type=int, default=2000)
+    add("--num", type=int, default=1000)
     add("--shard-size", type=int, default=100)
     add("--steps", type=int, default=20)
     add("--rounds", type=int, default=3, help="of all counts in turn; the medians are told (default: 3)")
