@@ -66,19 +66,25 @@ struct Rows {
   }
 };
 
-template <class T>
-FD_HD Rows<T> rows_of(const Input& input, int64_t head, const AttentionArguments& g) {
+template <class T, class Arguments>
+FD_HD Rows<T> rows_of(const Input& input, int64_t head, const Arguments& g) {
   return {input.at<const T>(head / g.heads, head % g.heads), input.row, g.positions, g.width};
 }
 
-// 32 rows as a left factor, [chunk of numbers][part][row][64 bytes].
+// A chunk of 32 rows, 32 numbers of each, as [part][row][64 bytes].
+template <int kParts, class T>
+FD_HD void pack_chunk(const Rows<T>& rows, int64_t block, int64_t chunk, char* to) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int64_t row = block * kBlock + i, at = chunk * kBlock;
+    store_parts<kParts>(to + i * kRowBytes, kBlock * kRowBytes, rows.read(row, at), rows.read(row, at + kLanes));
+  }
+}
+
+// 32 rows as a left factor, chunk after chunk.
 template <int kParts, class T>
 FD_HD void pack_left(const Rows<T>& rows, int64_t block, int64_t chunks, char* to) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk, to += kParts * kBlock * kRowBytes) {
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const int64_t row = block * kBlock + i, at = chunk * kBlock;
-      store_parts<kParts>(to + i * kRowBytes, kBlock * kRowBytes, rows.read(row, at), rows.read(row, at + kLanes));
-    }
+    pack_chunk<kParts>(rows, block, chunk, to);
   }
 }
 
@@ -87,10 +93,7 @@ template <int kParts, class T>
 FD_HD void pack_transposed(const Rows<T>& rows, int64_t block, int64_t chunks, char* to) {
   alignas(64) char left[kParts][kBlock][kRowBytes];
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const int64_t row = block * kBlock + i, at = chunk * kBlock;
-      store_parts<kParts>(left[0][i], kBlock * kRowBytes, rows.read(row, at), rows.read(row, at + kLanes));
-    }
+    pack_chunk<kParts>(rows, block, chunk, left[0][0]);
     for (int part = kParts - 1; part >= 0; --part) {
       for (int64_t tile = 0; tile < 2; ++tile, to += kTileBytes) {
         __m512i words[16];
@@ -162,6 +165,18 @@ FD_HD float soften(const float* logits, int64_t keys, int64_t blocks, float scal
   return 1.0f / total;
 }
 
+// 32 x 32 sums to `count` rows of an output, of whose numbers `left` are left.
+template <class T>
+FD_HD void write_sums(const float* sums, T* out, int64_t step, int64_t count, int64_t left) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t at = 0; at < kBlock; at += kLanes) {
+      const Vec value = load(sums + i * kBlock + at);
+      if (left - at >= kLanes) store(out + i * step + at, value);
+      else if (left > at) store(out + i * step + at, value, left - at);
+    }
+  }
+}
+
 // Items: blocks of queries of all heads of the group.
 template <class T, int kParts>
 void attend(const AttentionArguments& g, const Packed& packed, int64_t begin, int64_t end) {
@@ -194,14 +209,10 @@ void attend(const AttentionArguments& g, const Packed& packed, int64_t begin, in
     for (int64_t block = 0; block < packed.width; ++block) {
       f.right = packed.values_of(head) + block * packed.keys * right_bytes;
       sum_products<kParts>(count, kBlock, f, sums, kBlock * 4, []() FD_INLINE {});
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t at = block * kBlock + half * kLanes, left = g.width - at;
-          const Vec value = load(sums + i * kBlock + half * kLanes) * spread(inverse[i]);
-          if (left >= kLanes) store(out + i * g.out.row + at, value);
-          else if (left > 0) store(out + i * g.out.row + at, value, left);
-        }
+      for (int64_t i = 0; i < count * kBlock; i += kLanes) {
+        store(sums + i, load(sums + i) * spread(inverse[i / kBlock]));
       }
+      write_sums(sums, out + block * kBlock, g.out.row, count, g.width - block * kBlock);
     }
   }
   _tile_release();
@@ -225,15 +236,7 @@ FD_HD void write_products(Factors f, const char* right, int64_t right_step, cons
   for (int64_t chunk = 0; chunk < p.width; ++chunk) {
     f.right = right + chunk * right_step;
     sum_products<2, 2, 1>(f, sums, kBlock * 4, []() FD_INLINE {});
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t at = chunk * kBlock + half * kLanes, left = g.width - at;
-        const Vec value = load(sums + i * kBlock + half * kLanes);
-        BFloat16* to = out + (first + i) * step + at;
-        if (left >= kLanes) store(to, value);
-        else if (left > 0) store(to, value, left);
-      }
-    }
+    write_sums(sums, out + first * step + chunk * kBlock, step, count, g.width - chunk * kBlock);
   }
 }
 
@@ -289,10 +292,7 @@ inline void differentiate_heads(const AttentionGradientArguments& g, int64_t beg
   Factors f{};
   f.row_step = kRowBytes, f.part_step = 0, f.chunk_step = p.bytes(), f.taps = &no_tap, f.tap_count = 1;
   for (int64_t head = begin; head < end; ++head) {
-    const auto rows = [&](const Input& input) FD_INLINE {
-      const BFloat16* data = input.at<const BFloat16>(head / g.heads, head % g.heads);
-      return Rows<BFloat16>{data, input.row, g.positions, g.width};
-    };
+    const auto rows = [&](const Input& input) FD_INLINE { return rows_of<BFloat16>(input, head, g); };
     const Rows<BFloat16> q = rows(g.q), k = rows(g.k), v = rows(g.v), grad = rows(g.grad), out = rows(g.out);
     for (int64_t i = 0; i < p.positions * kBlock; ++i) {
       logsumexp[i] = i < g.positions ? g.logsumexp[head * g.positions + i] : 0.0f;

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusion.kernels import _native
 
 from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
 
@@ -39,6 +40,14 @@ def make_model(
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
     schedule = NoiseSchedule.linear(T, beta_end=min(0.5, 20 / T))
     return DDPM(unet, schedule, prediction_type=prediction_type, **options).eval()
+
+
+@pytest.fixture(params=_native.simd_variants())
+def simd(request):
+    """Each instruction set of this processor, in use."""
+    _native.use_simd(request.param)
+    yield request.param
+    _native.use_simd("best")
 
 
 @pytest.fixture

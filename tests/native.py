@@ -7,6 +7,7 @@ import torch
 from diffusion.kernels import _native
 
 requires_native = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
+requires_amx = pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
 
 
 def every_variant() -> Iterator[str]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from diffusion.kernels import _native
+from native import requires_amx
 
-pytestmark = pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
+pytestmark = requires_amx
 
 attention_parts_ = torch.ops.fused_diffusion.attention_parts_
 

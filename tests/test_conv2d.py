@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusion.kernels import _native, conv2d, explain
+from diffusion.kernels import conv2d, explain
 from diffusion.kernels.conv2d.cases import CASES
 from diffusion.kernels.conv2d.native_impl import convolution_weight_gradient
+from native import requires_amx
 from tolerance import assert_close
 from torch.func import grad as gradient_of
 from torch.utils.checkpoint import checkpoint
-
-amx = pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
 
 
 def leaves(tensors, dtype=None):
@@ -30,7 +29,7 @@ def freed():
     return t
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_in_bfloat16(case):
     arguments, options = CASES[case].inputs(torch.bfloat16)
@@ -43,7 +42,7 @@ def test_gradients_in_bfloat16(case):
         assert three[0].dtype == torch.bfloat16
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_float32_weights_under_autocast_are_not_rounded(case):
     (x, weight, bias), options = CASES[case].inputs(torch.float32)
@@ -60,7 +59,7 @@ def test_gradients_of_float32_weights_under_autocast_are_not_rounded(case):
         assert_close(mine, theirs, right, ulps=16)
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize("side", [1, 3])
 def test_the_number_of_threads_does_not_matter(side):
     grad = torch.randn(6, 96, 33, 20).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -76,7 +75,7 @@ def test_the_number_of_threads_does_not_matter(side):
         assert all(map(torch.equal, results[0], others))
 
 
-@amx
+@requires_amx
 def test_a_nan_stays_in_its_channel():
     (x, weight, bias), options = CASES["odd"].inputs(torch.bfloat16)
     x[1, 5, 3, 3] = float("nan")
@@ -89,7 +88,7 @@ def test_a_nan_stays_in_its_channel():
     assert d_bias.isfinite().all()
 
 
-@amx
+@requires_amx
 def test_unwanted_gradients():
     (x, weight, bias), options = CASES["plain"].inputs(torch.bfloat16)
     conv2d(x, weight.requires_grad_(), bias, backend="cpp", **options).sum().backward()
@@ -104,7 +103,7 @@ def test_unwanted_gradients():
     assert torch.equal(bias.grad, torch.full((16,), 128.0).bfloat16())
 
 
-@amx
+@requires_amx
 def test_checkpointing_and_compilation_change_nothing():
     (x, weight, bias), options = CASES["odd"].inputs(torch.float32)
     upstream = torch.randn(3, 70, 7, 9).bfloat16()
@@ -123,7 +122,7 @@ def test_checkpointing_and_compilation_change_nothing():
     assert all(map(torch.equal, plain, compiled))
 
 
-@amx
+@requires_amx
 def test_opcheck():
     grad = torch.randn(2, 24, 6, 5).bfloat16().contiguous(memory_format=torch.channels_last)
     x = torch.randn(2, 40, 6, 5).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -131,7 +130,7 @@ def test_opcheck():
         torch.library.opcheck(convolution_weight_gradient.default, (grad, x, side))
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -150,7 +149,7 @@ def test_the_operator_refuses(change, message):
         convolution_weight_gradient(**{"grad": images, "x": images, "side": 3} | change)
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize("shapes", [((0, 4, 3, 3), (0, 6, 3, 3)), ((2, 4, 0, 3), (2, 6, 0, 3))])
 def test_nothing_has_a_gradient_of_zero(shapes):
     grad, x = (
@@ -161,7 +160,7 @@ def test_nothing_has_a_gradient_of_zero(shapes):
     assert torch.equal(bias, torch.zeros(4))
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize("first", ["x", "weight", "bias"])
 @pytest.mark.parametrize("second", ["x", "weight", "bias"])
 def test_no_second_derivative(first, second):
@@ -176,7 +175,7 @@ def test_no_second_derivative(first, second):
         torch.autograd.grad(gradient.sum(), inputs[second])
 
 
-@amx
+@requires_amx
 @pytest.mark.parametrize("double", ["x", "weight", "bias"])
 def test_autocast_leaves_float64_as_it_is(double):
     arguments, options = CASES["plain"].inputs(torch.float32)
@@ -188,7 +187,7 @@ def test_autocast_leaves_float64_as_it_is(double):
             conv2d(**inputs, backend="cpp", **options)
 
 
-@amx
+@requires_amx
 def test_without_autocast_all_is_bfloat16():
     (x, weight, bias), options = CASES["plain"].inputs(torch.bfloat16)
     with pytest.raises(ValueError, match="it multiplies in bfloat16"):
@@ -200,13 +199,6 @@ def test_torch_func_is_served_by_the_reference():
     actual = gradient_of(lambda w: conv2d(x, w, bias, **options).float().square().sum())(weight)
     expected = gradient_of(lambda w: F.conv2d(x, w, bias, **options).float().square().sum())(weight)
     assert torch.equal(actual, expected)
-
-
-@pytest.fixture(params=_native.simd_variants())
-def simd(request):
-    _native.use_simd(request.param)
-    yield request.param
-    _native.use_simd("best")
 
 
 def test_what_runs_where(simd):

@@ -12,6 +12,7 @@ from diffusion.kernels.conv3x3.cases import CASES
 from diffusion.kernels.conv3x3.native_impl import convolution_, multiplies_pairs
 from diffusion.kernels.conv3x3.packing import PANEL, Packing, choose_packing, pack
 from diffusion.kernels.group_norm_silu.channel_map import group_norm_map_
+from native import requires_amx, requires_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
@@ -19,14 +20,6 @@ PACKINGS = [Packing(0), Packing(2), Packing(4)]
 PACKINGS += [Packing(0, pairs=True), Packing(2, pairs=True)] if multiplies_pairs() else []
 PACKINGS += [Packing(parts=1), Packing(parts=3)] if "amx" in _native.simd_variants() else []
 EXACT = [packing for packing in PACKINGS if not packing.pairs and packing.parts != 1]
-needs_cpp = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
-
-
-@pytest.fixture(params=_native.simd_variants())
-def simd(request):
-    _native.use_simd(request.param)
-    yield request.param
-    _native.use_simd("best")
 
 
 def as_double(value):
@@ -43,7 +36,7 @@ def complaint(actual, args, options, packed) -> str | None:
     return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("tile", [0, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -56,7 +49,7 @@ def test_parity(case, dtype, tile, simd):
     assert complaint(actual, args, options, packed) is None
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("packing", PACKINGS[3:], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -69,7 +62,7 @@ def test_products_of_bfloat16(case, dtype, packing):
     assert complaint(actual, args, options, packed) is None
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_what_auto_and_packing_choose(case, dtype):
@@ -108,7 +101,7 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(actual, composed(*args, **options), rtol=1e-12, atol=1e-12)
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("case", ["odd", "many_blocks", "four_pixels", "upsampled"])
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_an_image_does_not_depend_on_its_batch_or_the_threads(case, packing):
@@ -144,7 +137,7 @@ def channels_last(*shape, seed=0, dtype=torch.float32):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize(
@@ -199,7 +192,7 @@ def check_other_convolution(kernel, stride, padding, below, normalised, dtype, p
     assert torch.equal(untouched, torch.cat([before[:, :11], before[:, 81:]], 1))
 
 
-@needs_cpp
+@requires_native
 def test_opcheck():
     x, out = channels_last(2, 8, 8, 8), channels_last(2, 16, 8, 8)
     packed = pack(channels_last(16, 8, 3, 3), Packing(4))
@@ -214,7 +207,7 @@ def test_opcheck():
     )
 
 
-@needs_cpp
+@requires_native
 def test_compiled_without_a_graph_break():
     args, options = CASES["odd"].inputs(torch.float32)
     packed = pack_conv3x3(args[1], *args[0].shape[2:])
@@ -227,7 +220,7 @@ def test_compiled_without_a_graph_break():
         assert torch.equal(compiled(args[0], args[2]), run(args[0], args[2]))
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_nan_stays_where_it_reaches(packing):
     """A pixel that is not a number spoils those around it, and no other tile or image."""
@@ -242,8 +235,8 @@ def test_nan_stays_where_it_reaches(packing):
     assert not spoiled[0, :, :, :4].any()
 
 
-@needs_cpp
-@pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
+@requires_native
+@requires_amx
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "scale"),
     [(3, 1, 1, 1), (3, 1, 1, 2), (3, 2, 1, 1), (3, 2, 0, 1), (1, 1, 0, 1), (1, 2, 0, 1)],
@@ -265,7 +258,7 @@ def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale
     torch.testing.assert_close(out[out.isfinite()], expected[expected.isfinite()], rtol=0, atol=1e-4)
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(2, 24, 9, 31), (1, 70, 1, 1), (3, 16, 40, 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -295,7 +288,7 @@ def relative_error(actual, x, weight, **options):
     return (actual - expected).abs().max() / expected.abs().max()
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize(
     ("option", "value", "most"),
     [("norm_weight", size, 1e-5) for size in (1e-2, 1e-4, 1e-6)]
@@ -309,7 +302,7 @@ def test_small_activations(option, value, most):
     assert relative_error(actual, x, weight, **options) <= most
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("seed", range(20))
 def test_cancelling_maps(seed):
     """Gains of hundreds, and offsets that all but cancel them: the bounds are of what was rounded."""
@@ -325,7 +318,7 @@ def test_cancelling_maps(seed):
     assert errors[0] <= 4 * errors[1] + 1e-5
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize(("size", "of_x"), [(1e-33, 1e20), (1e-17, 1e-17), (1e30, 1e-20), (1e-8, 1e37)])
 @pytest.mark.parametrize("outputs", [1, 32])
 def test_sizes_of_weights_and_images(size, of_x, outputs):
@@ -336,7 +329,7 @@ def test_sizes_of_weights_and_images(size, of_x, outputs):
     assert relative_error(actual, x, weight[:outputs]) <= 2e-5
 
 
-@needs_cpp
+@requires_native
 def test_a_large_channel_that_nothing_reads():
     x, weight = channels_last(1, 64, 8, 8), channels_last(32, 64, 3, 3, seed=1)
     x[:, 3] *= 1e4
@@ -416,8 +409,8 @@ def test_few_channels_stand_beside_those_of_the_next_taps(channels, beside):
     assert found.count_nonzero() <= weight.numel()
 
 
-@needs_cpp
-@pytest.mark.skipif("amx" not in _native.simd_variants(), reason="this processor has no AMX")
+@requires_native
+@requires_amx
 @pytest.mark.parametrize("channels", [12, 70])
 def test_channels_of_unequal_size(channels):
     """Channels a thousand times as large as others, with weights as much smaller, cost the others nothing."""
@@ -467,7 +460,7 @@ def test_what_cannot_be_packed(shape, packing):
         pack(torch.zeros(shape), packing)
 
 
-@needs_cpp
+@requires_native
 def test_weights_for_another_processor():
     """Packed for AMX, and then run without it."""
     packed = pack(W, Packing(parts=3))
@@ -505,7 +498,7 @@ def test_what_is_refused(call, message):
         call()
 
 
-@needs_cpp
+@requires_native
 def test_gradients_are_the_references():
     """The C++ backend computes none, and says so."""
     args, options = CASES["odd"].inputs(torch.float32)
@@ -520,7 +513,7 @@ def test_gradients_are_the_references():
     torch.testing.assert_close(x.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_without_channels(packing):
     x, out = channels_last(1, 0, 4, 4), channels_last(1, 16, 4, 4)
@@ -541,7 +534,7 @@ def test_pairs_by_one_pixel(dtype):
     assert wrong(out, peer, expected, accuracy=packed.accuracy) is None
 
 
-@needs_cpp
+@requires_native
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("value", [-100.0, -1e4, -1e30, -1e38])
 def test_what_silu_makes_nothing_of(value, packing):
