@@ -9,7 +9,7 @@ import torch
 
 from .data import load_dataset
 from .folders import ImageSet
-from .reading import read_json
+from .reading import open_regular, read_json
 
 MOST_BYTES = 2**36  # of images in one array
 
@@ -42,16 +42,16 @@ def load_images(
 
 
 def _read(path: Path) -> ImageSet:
+    if not os.path.lexists(path):
+        raise ValueError(f"there is no {path}")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             names = [name for name in ("images", "arr_0") if name in arrays.files]
             if not names:
                 raise ValueError("it holds no array `images` or `arr_0`")
-            _check_size(path, names[0])
+            _check_size(arrays.zip, names[0])
             images = arrays[names[0]]
             labels = arrays["labels"] if "labels" in arrays.files else None
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {path}") from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {error}".replace("\n", " ")) from error
     except Exception as error:  # zlib.error and its like have no common base
@@ -68,10 +68,9 @@ def _read(path: Path) -> ImageSet:
     )
 
 
-def _check_size(path: Path, name: str) -> None:
+def _check_size(archive: zipfile.ZipFile, name: str) -> None:
     """ValueError if a small file would become more than MOST_BYTES in memory."""
-    with zipfile.ZipFile(path) as archive:
-        size = archive.getinfo(f"{name}.npy").file_size
+    size = archive.getinfo(f"{name}.npy").file_size
     if size > MOST_BYTES:
         raise ValueError(f"its images take {size >> 30} GiB")
 

@@ -17,9 +17,9 @@ from .classifier import (
     measure_reference,
 )
 from .data import load_dataset
-from .files import sha256
 from .frechet import frechet_distance, moments
 from .images import to_uint8
+from .reading import sha256
 
 ROUNDING = "8 bits, to nearest"
 

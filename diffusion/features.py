@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .classifier import Classifier, classify, load_classifier
-from .files import sha256
+from .reading import open_regular, sha256
 
 BATCH = 64
 
@@ -79,7 +79,8 @@ def _inception() -> Features:
                 f"{path}, or compare in other features: --features classifier, or a folder of a classifier"
             ) from error
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+        with open_regular(path) as file:  # torch-fidelity would unpickle anything
+            torch.load(file, map_location="cpu", weights_only=True)
         network = fidelity.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         ).eval()

@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -49,15 +48,6 @@ def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None
     for path in Path(folder).glob(f"{prefix}{LEFTOVER}.*"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_writable(*targets: str | os.PathLike) -> None:

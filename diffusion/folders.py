@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import stat
 import zipfile
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from .files import remove_leftovers, replacing
 from .memory import check_fits
+from .reading import name_of, open_regular, read_bytes
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
 MOST_BYTES = 2**28  # of one file
@@ -93,23 +95,7 @@ class _Files:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, ValueError if there are too many or it cannot be read."""
-        try:
-            with self._open(name) as file:
-                data = file.read(MOST_BYTES + 1)
-        except (
-            OSError,
-            zipfile.BadZipFile,
-            RuntimeError,
-            NotImplementedError,
-            EOFError,
-            ValueError,
-        ) as error:
-            raise ValueError(f"cannot read {self.path}/{name}: {error}") from error
-        except Exception as error:  # zlib.error, lzma.LZMAError and their like have no common base
-            raise ValueError(f"cannot read {self.path}/{name}: {type(error).__name__}: {error}") from error
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"{self.path}/{name} is larger than {MOST_BYTES >> 20} MB")
-        return data
+        raise NotImplementedError
 
 
 class _Folder(_Files):
@@ -124,8 +110,8 @@ class _Folder(_Files):
                     stamps[inside] = _stamp(os.path.join(where, name))
         super().__init__(path, stamps, folders)
 
-    def _open(self, name: str):
-        return open(self.path / name, "rb")
+    def read(self, name: str) -> bytes:
+        return read_bytes(os.path.join(self.path, name), MOST_BYTES)
 
 
 class _Zip(_Files):
@@ -142,8 +128,17 @@ class _Zip(_Files):
                 stamps[entry.filename] = (entry.file_size, entry.CRC)
         super().__init__(path, stamps, folders)
 
-    def _open(self, name: str):
-        return self.archive.open(name)
+    def read(self, name: str) -> bytes:
+        try:
+            with self.archive.open(name) as file:
+                data = file.read(MOST_BYTES + 1)
+        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(f"cannot read {self.path}/{name}: {error}") from error
+        except Exception as error:  # zlib.error, lzma.LZMAError and their like have no common base
+            raise ValueError(f"cannot read {self.path}/{name}: {type(error).__name__}: {error}") from error
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"cannot read {self.path}/{name}: it is larger than {MOST_BYTES >> 20} MiB")
+        return data
 
 
 def _fail(error: OSError) -> None:
@@ -166,14 +161,15 @@ def _open(path: Path) -> Iterator[_Files]:
     if path.is_dir():
         yield _Folder(path)
         return
-    try:
-        archive = zipfile.ZipFile(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no data set, folder or zip {str(path)!r}") from error
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} is no folder and no zip that can be read: {error}") from error
-    with archive:
-        yield _Zip(path, archive)
+    if not os.path.lexists(path):
+        raise ValueError(f"there is no data set, folder or zip {str(path)!r}")
+    with open_regular(path, math.inf) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, MemoryError) as error:
+            raise ValueError(f"{path} is no folder and no zip that can be read: {error}") from error
+        with archive:
+            yield _Zip(path, archive)
 
 
 def _is_hidden(name: str) -> bool:
@@ -353,7 +349,8 @@ def _reserve(path: Path) -> None:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    images = np.load(path, mmap_mode="c", allow_pickle=False)
+    with open_regular(path, math.inf) as file:
+        images = np.load(name_of(file, path), mmap_mode="c", allow_pickle=False)
     if images.shape != shape or images.dtype != np.uint8 or not images.flags.c_contiguous:
         raise ValueError(f"{path} holds something else")
     return images

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .process import check_loss_weighting, check_x0_determined
+from .reading import read_json
 from .schedule import NoiseSchedule
 from .unet_config import UNetConfig
 
@@ -107,13 +108,7 @@ def load_recipe(name: str | os.PathLike) -> Recipe:
     path = FOLDER / f"{name}.json" if str(name) in RECIPES else Path(name)
     if path.suffix != ".json":
         raise ValueError(f"unknown recipe {str(name)!r}; choose from: {', '.join(RECIPES)}, or a .json file")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read the recipe {path}: {reason}".replace("\n", " ")) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the recipe {path} must be a JSON object of a recipe's fields")
+    values = read_json(path)
     try:
         return recipe_from(values)
     except ValueError as error:

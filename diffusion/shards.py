@@ -25,6 +25,7 @@ from .ddpm import DDPM
 from .files import check_writable, replacing
 from .images import save_npz
 from .ranks import Ranks
+from .reading import open_regular, read_json
 
 FORMAT = "fused-diffusion-shards"
 FORMAT_VERSION = 1
@@ -116,7 +117,7 @@ def model_digest(model: DDPM) -> str:
 def is_whole(path: Path, ids: torch.Tensor) -> bool:
     """Whether a file is a shard of these images, every byte of it as it was written."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             return np.array_equal(arrays["sample_ids"], ids.numpy()) and len(arrays["images"]) == len(ids)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, TypeError):
         return False
@@ -143,10 +144,10 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
             with contextlib.suppress(OSError):
                 mine.unlink()
     try:
-        found = json.loads(path.read_text())
-        differing = [key for key in settings if found.get(key) != settings[key]]
-    except (OSError, ValueError, AttributeError) as error:
+        found = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
+    differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
         key = differing[0]
         if key == "options":
@@ -218,7 +219,7 @@ def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> lis
             temporary.write_text(json.dumps(mine))
         for rank in range(ranks.world_size):
             with contextlib.suppress(OSError, ValueError):
-                entry = json.loads((Path(folder) / f".rank-{rank}.json").read_text())
+                entry = read_json(Path(folder) / f".rank-{rank}.json")
                 every += [entry] if entry["launch"] == launch and entry["ended"] >= done["started"] else []
     if len(every) == ranks.world_size and (total := sum(entry["images"] for entry in every)):
         wall = max(entry["ended"] for entry in every) - min(entry["started"] for entry in every)

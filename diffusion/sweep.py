@@ -8,9 +8,10 @@ from typing import Any
 
 from .classifier import balanced_labels, classify, load_classifier
 from .evaluate import ROUNDING, check_model, ema_decay
-from .files import replacing, sha256
+from .files import replacing
 from .frechet import frechet_distance, moments
 from .images import to_uint8
+from .reading import sha256
 
 
 def sweep(

@@ -16,6 +16,7 @@ from .ddpm import DDPM
 from .files import check_writable, remove_leftovers, replacing
 from .images import save_grid
 from .parallel import agree, any_rank, losing_a_rank, shared_gradients
+from .reading import read_text
 from .trainer import Trainer
 from .training_state import load_state, save_state
 
@@ -132,7 +133,7 @@ class _LogFile:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
+        lines = read_text(path).splitlines(keepends=True)[1:] if step and path.exists() else []
         kept = [line for line in lines if self._is_whole(line) and int(line.split(",")[0]) <= step]
         with replacing(path) as (temporary,):
             temporary.write_text("".join([",".join(COLUMNS) + "\n", *kept]))

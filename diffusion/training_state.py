@@ -1,6 +1,7 @@
 """The whole state of a training run as one file, written whole or not at all; it resumes exactly."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import load_weights, read_safetensors
 from .files import replacing
+from .reading import load_weights, name_of, open_regular, read_safetensors
 from .trainer import Trainer, as_it_lies
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
@@ -59,6 +60,8 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     accept_changes: also from one of other data, or of a recipe that differs in other fields than FIXED.
     ValueError if it is damaged, or of another recipe or other data.
     """
+    if not os.path.lexists(path):
+        raise ValueError(f"there is no run to resume: {path} is missing")
     about = read_state(path)
     recipe = json.loads(json.dumps(asdict(trainer.recipe)))
     differing = [key for key in recipe if about["recipe"].get(key) != recipe[key]]
@@ -103,8 +106,8 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
 def read_state(path: Path) -> dict:
     """What a training state says of itself beside its tensors; ValueError if it is none."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["training"])
+        with open_regular(path) as file, safe_open(name_of(file, path), framework="pt") as tensors:
+            about = json.loads((tensors.metadata() or {})["training"])
         first = about["first_loss"]
         return {
             "recipe": dict(about["recipe"]),
@@ -116,7 +119,5 @@ def read_state(path: Path) -> dict:
             "norms": [float(norm) for norm in about["norms"]],
             "scaler": dict(about["scaler"]),
         }
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no run to resume: {path} is missing") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no training state, or damaged: {error}".replace("\n", " ")) from error

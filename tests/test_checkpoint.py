@@ -143,7 +143,7 @@ DAMAGE = {
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "a JSON list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
-    "binary JSON": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    "binary JSON": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "no text in UTF-8"),
     "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "not valid JSON"),
     "another's JSON": (lambda f: (f / "config.json").write_text("{}"), "not that of a model"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),

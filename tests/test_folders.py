@@ -313,7 +313,7 @@ def test_files_without_end_are_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion.folders.MOST_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
-    with pytest.raises(ValueError, match=r"a\.png is larger"):
+    with pytest.raises(ValueError, match=r"a\.png: it is larger"):
         read_images(tmp_path / "bomb.zip")
 
 

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..files import replacing
+from ..reading import check_finite, check_weights, load_weights, read_json, read_safetensors
 from .network import Classifier, ClassifierConfig
 from .reference import Reference
 
@@ -25,18 +25,18 @@ def load_classifier(folder: str | os.PathLike | None = None) -> tuple[Classifier
     """
     folder = Path(folder) if folder is not None else BUNDLED
     try:
-        card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        card = read_json(folder / "config.json")
         if card.get("format") != FORMAT:
             raise ValueError(f"its config.json does not say format {FORMAT}")
         classifier = Classifier(ClassifierConfig(**card.get("network", {})))
-        weights = load_file(folder / "model.safetensors")
-        stored = load_file(folder / "statistics.safetensors")
-        if not all(tensor.isfinite().all() for tensor in (*weights.values(), *stored.values())):
-            raise ValueError("it holds NaN or infinite values")
-        classifier.load_state_dict(weights)
+        load_weights(classifier, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+        stored = read_safetensors(folder / "statistics.safetensors")
+        check_weights(stored, folder / "statistics.safetensors")
+        for name, tensor in stored.items():
+            check_finite(name, tensor, folder / "statistics.safetensors")
         real = {name: tuple(stored[name].tolist()) for name in ("real_random", "real_balanced")}
         reference = Reference(mean=stored["mean"], cov=stored["cov"], **real, **card["reference"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} holds no usable classifier: {reason}") from error
     classifier.folder = folder

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..reading import check_weights
+
 
 class Parts(NamedTuple):
     """Pairs of a prefix of ours and the foreign one, in the order in which the network runs."""
@@ -20,9 +22,10 @@ class Parts(NamedTuple):
 
 
 class Source:
-    """A foreign state dict, of which each tensor is taken once."""
+    """A foreign state dict, of which each tensor is taken once. ValueError if one is no weight."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], origin: str):
+        check_weights(tensors, origin)
         self.tensors, self.origin = dict(tensors), origin
 
     def __contains__(self, name: str) -> bool:
