@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .folders import ImageSet, read_images
+from .validation import choice
 
 DATASETS = ("mnist", "cifar10")
 CIFAR10_CLASSES = (
@@ -83,8 +84,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str, download: bool):
     """One of torchvision's data sets, which keeps its files in a folder of this name."""
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; choose from: train, test")
+    choice("split", split, ("train", "test"))
     try:
         from torchvision import datasets
     except Exception as error:  # beside a torch it was not built for, torchvision raises RuntimeError

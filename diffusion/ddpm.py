@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from . import checkpoint, engine, kernels
 from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
-from .guidance import check_rescale, drop_labels
+from .guidance import drop_labels
 from .likelihood import variational_bound_terms
 from .memory import check_fits, free_memory, is_out_of_memory
 from .networks import NetworkCache
 from .process import check_prediction_type, loss_weight, q_sample, random_timesteps, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
-from .thresholding import check_threshold, thresholded_step
+from .thresholding import thresholded_step
 from .unet import UNet
+from .validation import choice, known_names, number, refuse, typed, whole_number, whole_numbers
 
 # Images that the network evaluates together when the caller does not say. More than that do not fit in the
 # caches of a CPU; see `python -m benchmarks.sampling`.
@@ -66,21 +67,14 @@ class DDPM(nn.Module):
         self.unet = unet
         self.schedule = schedule
         self.prediction_type = prediction_type
-        self.clip = clip
-        self.variance = variance or ("learned_range" if unet.config.learned_variance else "fixed_small")
-        if self.variance not in VARIANCES:
-            raise ValueError(f"unknown variance {variance!r}; choose from: {', '.join(VARIANCES)}")
-        if clip is not None and not _number("clip", clip) > 0:
-            raise ValueError(f"clip must be positive, or None for no clipping, not {clip}")
-        self.sampler_options = copy.deepcopy(sampler_options or {})
-        tables = self.sampler_options.values() if isinstance(self.sampler_options, dict) else [None]
-        if not all(isinstance(options, dict) for options in tables):
-            raise ValueError(
-                f"sampler_options must be a dictionary for each sampler, not {sampler_options!r}"
-            )
-        for sampler, options in self.sampler_options.items():
-            _check_options(sampler, options)
-        self.metadata = dict(metadata or {})
+        self.clip = None if clip is None else number("clip", clip, above=0)
+        if variance is None:
+            variance = "learned_range" if unet.config.learned_variance else "fixed_small"
+        self.variance = choice("variance", variance, VARIANCES)
+        self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
+        for sampler, options in typed("sampler_options", self.sampler_options, dict).items():
+            _check_options(sampler, typed(f"sampler_options[{sampler!r}]", options, dict))
+        self.metadata = dict(typed("metadata", {} if metadata is None else metadata, dict))
         self._networks = NetworkCache()
 
     @property
@@ -183,8 +177,8 @@ class DDPM(nn.Module):
         sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             the batch it is made in; sample_ids are 0..N-1 by default.
-        batch_size: images made at a time, by default as many as the device evaluates best and has free
-            memory for; halved for as long as memory does not suffice.
+        batch_size: images made at a time (num_samples says how many there are), by default as many as the
+            device evaluates best and has free memory for; halved for as long as memory does not suffice.
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
         backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
@@ -198,27 +192,33 @@ class DDPM(nn.Module):
         sampler_options: `eta`, `use_clipped_model_output` (ddim), `variance` (ddpm), `sde` (dpm++),
             `spacing`, `clip`, `guidance_interval`; see `diffusion.steps`.
 
-        ValueError for anything that is out of range or does not fit the model. Ctrl-C raises `Interrupted`, a
-        KeyboardInterrupt that has the images finished by then.
+        Numbers may be Python's or NumPy's, or tensors without dimensions. ValueError for anything that is out
+        of range or does not fit the model. Ctrl-C raises `Interrupted`, a KeyboardInterrupt that has the
+        images finished by then.
         """
-        if num_samples is not None:
-            self.check_count(num_samples)
+        seed = whole_number("seed", seed, 0, 2**64 - 1)
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
+            if batch_size > 1 and labels is None and num_samples is None and sample_ids is None:
+                raise ValueError(
+                    f"batch_size is the number of images made at a time; for {batch_size} images "
+                    f"give num_samples={batch_size}"
+                )
         labels, ids = self._images(labels, num_samples, sample_ids)
-        guidance = _number("guidance_scale", guidance_scale)
+        guidance = number("guidance_scale", guidance_scale)
         if labels is None and guidance != 1:
             raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
         if labels is not None and self.unet.config.null_label is None and guidance != 1:
             raise ValueError("this model has no null label, so guidance_scale must be 1")
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be an integer in 0..2^64-1, not {seed!r}")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
-        check_rescale(guidance_rescale)
-        threshold = None
+        guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
+        threshold, most = None, number("dynamic_threshold_max", dynamic_threshold_max, 1, infinite=True)
         if dynamic_threshold is not None:
-            check_threshold(dynamic_threshold, dynamic_threshold_max)
+            ratio = number("dynamic_threshold", dynamic_threshold, 0, 1)
             sampler_options.setdefault("clip", None)
-            threshold = partial(thresholded_step, ratio=dynamic_threshold, max_value=dynamic_threshold_max)
+            threshold = partial(thresholded_step, ratio=ratio, max_value=most)
+        for name, function in (("noise", noise), ("callback", callback)):
+            if function is not None and not callable(function):
+                refuse(name, "a function, or None", function)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
         network = self._network(device, dtype, tier, backend)
         place, config = network.device, self.unet.config
@@ -269,13 +269,12 @@ class DDPM(nn.Module):
             raise ValueError(f"the UNet gave NaN or infinite values in {str(network.dtype)[6:]}")
         return images
 
-    def check_count(self, count: int) -> None:
-        """ValueError unless `count` is a number of images that this model's device has memory for."""
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_samples must be an integer of at least 1, not {count!r}")
-        config = self.unet.config
+    def check_count(self, count: int, name: str = "num_samples") -> int:
+        """`count` as an int; ValueError unless it is a number of images that the device has memory for."""
+        count, config = whole_number(name, count, 1), self.unet.config
         size = 4 * count * config.in_channels * math.prod(config.image_shape)
         check_fits(f"{count:,} images", size, next(self.unet.parameters()).device)
+        return count
 
     def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
@@ -296,24 +295,19 @@ class DDPM(nn.Module):
     def _images(self, labels, num_samples, sample_ids) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Labels int64 [N] or None, and sample ids int64 [N], both on the CPU."""
         if labels is not None:
-            labels = _integers("labels", [labels] if isinstance(labels, int) else labels)
             if self.num_classes is None:
                 raise ValueError("labels are given, but this model is unconditional")
-            outside = [label for label in labels.tolist() if not 0 <= label < self.num_classes]
-            if outside:
-                raise ValueError(f"unknown label {outside[0]}; this model knows 0 to {self.num_classes - 1}")
+            labels = whole_numbers("labels", labels, 0, self.num_classes - 1)
         if labels is None and self.unet.config.null_label is None and self.num_classes is not None:
             raise ValueError("this model was trained without a null label, so it needs labels")
         count = len(labels) if labels is not None else 1
         if sample_ids is not None:
-            sample_ids = _integers("sample_ids", sample_ids)
-            if len(sample_ids) and sample_ids.min() < 0:
-                raise ValueError(f"sample_ids must not be negative, but one is {sample_ids.min()}")
+            sample_ids = whole_numbers("sample_ids", sample_ids, 0)
             count = len(sample_ids) if count == 1 else count
         if num_samples is not None:
-            count = num_samples
+            count = self.check_count(num_samples)
         if count == 0:
-            raise ValueError("labels are empty; give at least one")
+            raise ValueError(f"{'sample_ids' if labels is None else 'labels'} are empty; give at least one")
         if labels is not None and len(labels) == 1:
             labels = labels.expand(count).clone()
         if labels is not None and len(labels) != count:
@@ -341,12 +335,11 @@ class DDPM(nn.Module):
     def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
         """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
         own = next(self.unet.parameters())
-        device = resolve_device(device or own.device)
-        if tier not in TIERS:
-            raise ValueError(f"unknown tier {tier!r}; choose from: {', '.join(TIERS)}")
+        device = resolve_device(own.device if device is None else device)
+        choice("tier", tier, TIERS)
         if dtype is None and tier == "fast" and multiplies_bfloat16(device):
             dtype = torch.bfloat16
-        dtype = resolve_dtype(dtype or own.dtype)
+        dtype = resolve_dtype(own.dtype if dtype is None else dtype)
         check_dtype(device, dtype)
         return self._networks.of(self.unet, device, dtype, backend)
 
@@ -356,7 +349,7 @@ def load(name: str | os.PathLike, device: str | torch.device | None = None) -> D
 
     device: where to put it, the CPU by default. ValueError for what is missing, damaged or no model.
     """
-    device = resolve_device(device or "cpu")
+    device = resolve_device("cpu" if device is None else device)
     unet, schedule, conventions = checkpoint.read(name)
     try:
         model = DDPM(unet, schedule, **conventions)
@@ -367,30 +360,9 @@ def load(name: str | os.PathLike, device: str | torch.device | None = None) -> D
 
 def _check_options(sampler: str, options: dict[str, Any]) -> None:
     """ValueError unless there is a sampler of this name and it has these options."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; choose from: {', '.join(SAMPLERS)}")
+    choice("sampler", sampler, SAMPLERS)
     known = [name for name in signature(SAMPLERS[sampler]).parameters if name not in ("schedule", "steps")]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"sampler {sampler!r} has no option {unknown[0]!r}; choose from: {', '.join(known)}")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
-    return float(value)
-
-
-def _integers(name: str, values: Any) -> torch.Tensor:
-    try:
-        tensor = torch.as_tensor(values).cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name} must be integers, not {values!r}") from error
-    if tensor.numel() == 0 and tensor.ndim == 1:
-        return tensor.long()
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} must be a list of integers, not {values!r}")
-    return tensor.long()
+    known_names(f"option of {sampler}", options, known)
 
 
 def _sliced(noise: engine.Noise, part: slice, count: int, shape: tuple[int, ...]) -> engine.Noise:

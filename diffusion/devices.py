@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .kernels.conv3x3.native_impl import multiplies_pairs
+from .validation import choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,10 +24,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """float32, bfloat16 or float16, by name or as a torch.dtype; ValueError for others."""
-    resolved = DTYPES.get(dtype, dtype)
-    if resolved not in DTYPES.values():
-        raise ValueError(f"unknown dtype {dtype!r}; choose from: {', '.join(DTYPES)}")
-    return resolved
+    return dtype if dtype in DTYPES.values() else DTYPES[choice("dtype", dtype, DTYPES)]
 
 
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:

@@ -17,6 +17,8 @@ from .kernels import philox_normal
 from .networks import make_network
 from .process import at_timesteps, predict_x0, q_sample
 from .schedule import NoiseSchedule
+from .steps import VARIANCES
+from .validation import choice
 
 BITS = 1 / math.log(2)
 LEAST = 1e-12  # mass of an 8-bit value
@@ -39,7 +41,7 @@ def variational_bound_terms(
     "fixed_large" beta_t, and the posterior's of t = 1 at t = 0. clip: predicted images are held to
     [-clip, clip], or not for None. ValueError for another variance or number of channels.
     """
-    learned = variance == "learned_range"
+    learned = choice("variance", variance, VARIANCES) == "learned_range"
     if model_output.shape[1] != x0.shape[1] * (2 if learned else 1):
         raise ValueError(f"variance {variance!r} does not go with an output of {list(model_output.shape)}")
     prediction, share = model_output.chunk(2, dim=1) if learned else (model_output, None)
@@ -60,12 +62,8 @@ def variational_bound_terms(
         log_variance = fraction * large + (1 - fraction) * small
     elif variance == "fixed_small":
         log_variance = small
-    elif variance == "fixed_large":
-        log_variance = at_timesteps(torch.cat([posterior[1:2], betas[1:]]).log(), t, x0)
     else:
-        raise ValueError(
-            f"unknown variance {variance!r}; choose from: fixed_small, fixed_large, learned_range"
-        )
+        log_variance = at_timesteps(torch.cat([posterior[1:2], betas[1:]]).log(), t, x0)
 
     mean = of_x0 * predicted + of_x_t * x_t
     true_mean = of_x0 * x0 + of_x_t * x_t

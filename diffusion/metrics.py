@@ -9,6 +9,7 @@ from . import __version__
 from .evaluate import ROUNDING
 from .features import Features, import_fidelity
 from .folders import ImageSet
+from .validation import choice
 
 METRICS = ("fid", "kid", "is", "precision-recall")
 NEIGHBOURS = 3  # of precision and recall
@@ -35,11 +36,8 @@ def compare(
     card: what is known of how the samples were made. Returns `metrics` and the protocol card, `card`.
     ValueError for an unknown metric, or images that do not fit the features.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(
-            f"unknown metric {unknown[0] if unknown else ''!r}; choose from: {', '.join(METRICS)}"
-        )
+    for metric in metrics or [""]:
+        choice("metric", metric, METRICS)
     import_fidelity()
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric

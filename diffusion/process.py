@@ -8,16 +8,14 @@ dtype where that is wider; so bfloat16 images give float32 results.
 import torch
 
 from .schedule import NoiseSchedule
+from .validation import choice, number
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def check_prediction_type(prediction_type: str) -> None:
     """ValueError unless it is "epsilon" (the noise), "sample" (x_0) or "v_prediction"."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"unknown prediction type {prediction_type!r}; choose from: {', '.join(PREDICTION_TYPES)}"
-        )
+    choice("prediction type", prediction_type, PREDICTION_TYPES)
 
 
 def check_x0_determined(prediction_type: str, alphas_cumprod: torch.Tensor) -> None:
@@ -147,8 +145,7 @@ LOSS_WEIGHTINGS = ("uniform", "min_snr", "truncated_snr", "snr_plus_one", "p2")
 
 def check_loss_weighting(weighting: str) -> None:
     """ValueError unless `loss_weight` knows it."""
-    if weighting not in LOSS_WEIGHTINGS:
-        raise ValueError(f"unknown loss weighting {weighting!r}; choose from: {', '.join(LOSS_WEIGHTINGS)}")
+    choice("loss weighting", weighting, LOSS_WEIGHTINGS)
 
 
 def loss_weight(
@@ -172,8 +169,7 @@ def loss_weight(
     """
     check_prediction_type(prediction_type)
     check_loss_weighting(weighting)
-    if not gamma > 0:
-        raise ValueError(f"min-SNR's gamma must be positive, not {gamma}")
+    gamma = number("min-SNR's gamma", gamma, above=0)
     # With alpha^2 = SNR / (SNR + 1) and sigma^2 = 1 / (SNR + 1) the weight in v is that in x_0 times sigma^2.
     signal = schedule.alphas_cumprod
     noise = 1 - signal

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from .validation import choice, number, numbers, shown, switch, typed, whole_number
+
+MOST_TIMESTEPS = 1_000_000  # T; published models have up to 4,000
+
 
 def _linspace(start: float, end: float, T: int) -> torch.Tensor:
     return torch.linspace(start, end, T, dtype=torch.float64)
@@ -17,14 +21,12 @@ def _linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
 
 
 def _scaled_linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    if min(beta_start, beta_end) < 0:
-        raise ValueError(f"betas must be in (0, 1); got beta_start {beta_start}, beta_end {beta_end}")
+    beta_start, beta_end = number("beta_start", beta_start, 0), number("beta_end", beta_end, 0)
     return _linspace(beta_start**0.5, beta_end**0.5, T) ** 2
 
 
 def _cosine(T: int, s: float, max_beta: float) -> torch.Tensor:
-    if not s > -1:
-        raise ValueError(f"the cosine schedule's offset s must be greater than -1, not {s}")
+    s = number("s", s, above=-1)
     alphas_cumprod = torch.cos((_linspace(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
 
@@ -42,12 +44,6 @@ _KINDS = {
 }
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"the schedule's {name} must be a finite number, not {value!r}")
-    return float(value)
-
-
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps for t = 0..T-1 (Ho et al. 2020,
@@ -57,7 +53,7 @@ class NoiseSchedule:
     float64 on the CPU, each [T]; whoever computes with them casts the final coefficients, not the tables.
 
     betas: float64 [T] such that alphas_cumprod falls strictly, starts below 1 and stays above 0, but for
-    the last, which may be 0 (zero terminal SNR). ValueError otherwise.
+    the last, which may be 0 (zero terminal SNR). ValueError otherwise, and for a T above a million.
     """
 
     betas: torch.Tensor
@@ -68,6 +64,7 @@ class NoiseSchedule:
             raise ValueError(
                 f"betas must be a list of at least one number, not of shape {list(self.betas.shape)}"
             )
+        whole_number("T", len(self.betas), 1, MOST_TIMESTEPS)
         if not ((self.betas > 0) & (self.betas <= 1)).all():
             raise ValueError(
                 f"betas must be in (0, 1]; these lie in [{self.betas.min():g}, {self.betas.max():g}]"
@@ -123,43 +120,27 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas: Any) -> "NoiseSchedule":
         """A schedule from T numbers, a sequence, array or tensor; the class says what they must satisfy."""
-        try:
-            betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"betas must be a list of numbers: {error}") from None
+        betas = numbers("betas", betas)
         return cls(betas, {"kind": "betas", "betas": betas.tolist()})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
         """The schedule that `to_config` described; ValueError for an unknown kind or other keys."""
-        if not isinstance(config, dict):
-            raise ValueError(f"a schedule's configuration must be a dictionary, not {config!r}")
-        numbers = dict(config)
-        kind = numbers.pop("kind", None)
-        zero_terminal_snr = numbers.pop("zero_terminal_snr", False)
-        if not isinstance(zero_terminal_snr, bool):
+        values = dict(typed("a schedule's configuration", config, dict))
+        kind = choice("kind of schedule", values.pop("kind", None), (*_KINDS, "betas"))
+        zero_terminal_snr = switch("zero_terminal_snr", values.pop("zero_terminal_snr", False))
+        make_betas, names = _KINDS.get(kind, (None, ()))
+        needed = ("betas",) if make_betas is None else ("T", *names)
+        if set(values) != set(needed):
             raise ValueError(
-                f"the schedule's zero_terminal_snr must be true or false, not {zero_terminal_snr!r}"
+                f"a schedule of kind {kind!r} needs the keys {', '.join(needed)}, not {shown(list(values))}"
             )
-        if kind == "betas":
-            if set(numbers) != {"betas"}:
-                raise ValueError(
-                    f"a schedule of kind 'betas' needs just the key betas, not {sorted(numbers)}"
-                )
-            schedule = cls.from_betas(numbers["betas"])
-        elif isinstance(kind, str) and kind in _KINDS:
-            make_betas, names = _KINDS[kind]
-            if set(numbers) != {"T", *names}:
-                raise ValueError(
-                    f"a {kind} schedule needs the keys T, {', '.join(names)}, not {sorted(numbers)}"
-                )
-            T = numbers.pop("T")
-            if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-                raise ValueError(f"T must be a whole number of timesteps, at least 1, not {T!r}")
-            numbers = {name: _number(name, value) for name, value in numbers.items()}
-            schedule = cls(make_betas(T, **numbers), {"kind": kind, "T": T, **numbers})
+        if make_betas is None:
+            schedule = cls.from_betas(values["betas"])
         else:
-            raise ValueError(f"unknown kind of schedule {kind!r}; choose from: {', '.join(_KINDS)}, betas")
+            T = whole_number("T", values.pop("T"), 1, MOST_TIMESTEPS)
+            ends = {name: number(name, value) for name, value in values.items()}
+            schedule = cls(make_betas(T, **ends), {"kind": kind, "T": T, **ends})
         return schedule.rescale_zero_terminal_snr() if zero_terminal_snr else schedule
 
     def to_config(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .validation import choice, whole_number
+
 SPACINGS = ("leading", "linspace", "trailing", "quad")
 
 
@@ -20,13 +22,8 @@ def spaced_timesteps(
     does in diffusers, because its last step goes to x_0 from any timestep. Where all timesteps are asked for,
     there are no T + 1 points to space, and 0 is kept. ValueError for steps outside 1..T or another spacing.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; choose from: {', '.join(SPACINGS)}")
-    steps = T if steps is None else steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
-        raise ValueError(
-            f"steps must be a whole number from 1 to {T}, the timesteps of the schedule; got {steps!r}"
-        )
+    choice("spacing", spacing, SPACINGS)
+    steps = T if steps is None else whole_number("steps", steps, 1, T)
     if steps == T:
         increasing = np.arange(T)
     elif spacing == "trailing":

@@ -28,6 +28,7 @@ from .kernels import Row
 from .process import check_x0_determined, epsilon_coefficients, x0_coefficients
 from .schedule import NoiseSchedule
 from .spacing import spaced_timesteps
+from .validation import choice, number, switch
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
@@ -84,9 +85,7 @@ def _step_table(
     **columns: torch.Tensor,
 ) -> StepTable:
     """The table with the columns that all samplers share, and a sampler's own: a, b, and those not 0."""
-    clip = math.inf if clip is None else clip
-    if not clip >= 0:
-        raise ValueError(f"clip must be at least 0, or None for no clipping; got {clip}")
+    clip = math.inf if clip is None else number("clip", clip, 0, infinite=True)
     columns["timestep"] = timesteps
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)
     columns["p_x"], columns["p_o"] = x0_coefficients(prediction_type, alphas_cumprod)
@@ -121,8 +120,7 @@ def ddpm(
     arXiv 2102.09672, eq. 15). diffusers adds noise in the last step too where that is not at timestep 0
     (trailing, fixed_large or learned_range); this does not.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"unknown variance {variance!r}; choose from: {', '.join(VARIANCES)}")
+    choice("variance", variance, VARIANCES)
     timesteps = spaced_timesteps(schedule.T, steps, spacing)
     current = schedule.alphas_cumprod[timesteps]
     following = _following(current)
@@ -177,8 +175,8 @@ def ddim(
     diffusers would then add noise. ValueError for an eta that is negative, or so large that some step would
     add more noise than its timestep has.
     """
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta must be a finite number, at least 0; got {eta}")
+    eta = number("eta", eta, 0)
+    switch("use_clipped_model_output", use_clipped_model_output)
     timesteps = spaced_timesteps(schedule.T, steps, spacing)
     current = schedule.alphas_cumprod[timesteps]
     following = _following(current)
@@ -226,6 +224,7 @@ def dpmpp_2m(
     linspace leave out 0 (see `spacing.spaced_timesteps`), but for the full chain, which visits every
     timestep; there the grids of diffusers would repeat one.
     """
+    switch("sde", sde)
     timesteps = spaced_timesteps(schedule.T, steps, spacing, skip_zero=True)
     current = schedule.alphas_cumprod[timesteps]
     check_x0_determined(prediction_type, current)

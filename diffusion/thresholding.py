@@ -5,14 +5,7 @@ import math
 import torch
 
 from .kernels import Row
-
-
-def check_threshold(ratio: float, max_value: float) -> None:
-    """ValueError unless ratio is in [0, 1] and max_value at least 1."""
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"the thresholding ratio must be in [0, 1], not {ratio}")
-    if not max_value >= 1:
-        raise ValueError(f"the thresholding max_value must be at least 1, not {max_value}")
+from .validation import number
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float = 1.0) -> torch.Tensor:
@@ -22,7 +15,8 @@ def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float =
     al. 2022, arXiv 2205.11487, section 2.3). ratio in [0, 1]; max_value at least 1, where 1 is static
     clipping to [-1, 1]. ValueError otherwise.
     """
-    check_threshold(ratio, max_value)
+    ratio = number("ratio", ratio, 0, 1)
+    max_value = number("max_value", max_value, 1, infinite=True)
     magnitudes = x0.abs().flatten(1)
     position = ratio * (magnitudes.shape[1] - 1)
     below = math.floor(position)

@@ -119,6 +119,19 @@ def whole_numbers(
     return torch.tensor(found, dtype=torch.int64, device="cpu")
 
 
+def numbers(name: str, values: Any) -> torch.Tensor:
+    """Finite numbers as float64 [N] on the CPU, from a sequence, or an array or tensor [N]."""
+    if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 1:
+        values = values.tolist() if not getattr(values, "is_meta", False) else None
+    if not isinstance(values, list | tuple):
+        refuse(name, "a list of numbers", values)
+    for value in values:
+        found = _as_python(value)
+        if found is None or not abs(found) <= LARGEST_NUMBER:
+            refuse(name, "a list of finite numbers", value)
+    return torch.tensor([float(_as_python(value)) for value in values], dtype=torch.float64, device="cpu")
+
+
 def interval(name: str, value: Any) -> tuple[float, float]:
     """Two numbers (low, high) with low <= high; high may be inf."""
     ends = value
@@ -231,7 +244,8 @@ def _range(least: float, most: float, above: float | None, below: float | None) 
     if low <= -LARGEST_NUMBER and high >= LARGEST_NUMBER:
         return "finite number"
     opening, closing = "[" if above is None else "(", "]" if below is None else ")"
-    return f"number in {opening}{low:.6g}, {high:.6g}{closing}"
+    ends = ("3.4e38" if end >= LARGEST_NUMBER else f"{end:.6g}" for end in (low, high))
+    return f"number in {opening}{', '.join(ends)}{closing}"
 
 
 def _power(bound: int) -> str:

@@ -161,7 +161,7 @@ def test_wrong_names():
         loss_weight(SCHEDULE, "velocity", t)
     with pytest.raises(ValueError, match="uniform, min_snr"):
         loss_weight(SCHEDULE, "epsilon", t, "snr")
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match=r"gamma must be a number in \(0, "):
         loss_weight(SCHEDULE, "epsilon", t, "min_snr", gamma=0.0)
     with pytest.raises(ValueError, match="shape"):
         predict_x0(SCHEDULE, "sample", x0, t, noise[:2])

@@ -4,6 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -300,15 +301,15 @@ def test_a_models_own_sampler_options_are_defaults():
 
 
 BAD = {
-    "label too large": ({"labels": [10]}, "unknown label 10"),
-    "negative label": ({"labels": [-1]}, "unknown label -1"),
-    "label of another type": ({"labels": ["three"]}, "labels must be integers"),
-    "fractional label": ({"labels": [1.5]}, "labels must be a list of integers"),
+    "label too large": ({"labels": [10]}, r"labels must be whole numbers in 0\.\.9, not 10"),
+    "negative label": ({"labels": [-1]}, r"labels must be whole numbers in 0\.\.9, not -1"),
+    "label of another type": ({"labels": ["three"]}, "labels must be whole numbers in 0..9, not 'three'"),
+    "fractional label": ({"labels": [1.5]}, "labels must be whole numbers in 0..9, not 1.5"),
     "no labels": ({"labels": []}, "labels are empty"),
     "label count": ({"labels": [1, 2], "num_samples": 3}, "2 labels for 3 images"),
     "no images": ({"num_samples": 0}, "num_samples"),
     "sampler": ({"sampler": "euler"}, "unknown sampler 'euler'"),
-    "sampler option": ({"eta": 1.0}, "sampler 'ddpm' has no option 'eta'"),
+    "sampler option": ({"eta": 1.0}, "unknown option of ddpm 'eta'; choose from: prediction_type, "),
     "spacing": ({"spacing": "karras"}, "spacing"),
     "variance": ({"variance": "other"}, "variance"),
     "no steps": ({"steps": 0}, "steps"),
@@ -319,6 +320,26 @@ BAD = {
     "seed too large": ({"seed": 2**64}, "seed"),
     "guidance": ({"labels": [1], "guidance_scale": float("nan")}, "guidance_scale"),
     "guidance without labels": ({"guidance_scale": 2.0}, "needs labels"),
+    "seed of True": ({"seed": True}, "seed must be a whole number in 0..2.64-1, not True"),
+    "labels of True": ({"labels": [True]}, "labels must be whole numbers in 0..9, not True"),
+    "giant guidance": ({"labels": 1, "guidance_scale": 10**400}, "guidance_scale must be a finite number"),
+    "guidance of text": ({"labels": 1, "guidance_scale": "2"}, "guidance_scale must be a finite number"),
+    "images without a count": ({"batch_size": 4}, "made at a time; for 4 images give num_samples=4"),
+    "giant batch size": ({"batch_size": 2**62}, "batch_size must be a whole number in 1..2.31-1"),
+    "giant count": ({"num_samples": 10**400}, "num_samples must be a whole number in 1"),
+    "giant sample id": ({"sample_ids": [2**63]}, "sample_ids must be whole numbers in 0..2.63-1"),
+    "empty sample ids": ({"sample_ids": []}, "sample_ids are empty"),
+    "eta of text": ({"sampler": "ddim", "eta": "1"}, "eta must be a number in"),
+    "clip of text": ({"clip": "1"}, "clip must be a number in"),
+    "rescale of text": ({"guidance_rescale": "1"}, "guidance_rescale must be a number in .0, 1., not '1'"),
+    "threshold of text": (
+        {"dynamic_threshold": "1"},
+        "dynamic_threshold must be a number in .0, 1., not '1'",
+    ),
+    "threshold's maximum": ({"dynamic_threshold_max": 0.5}, "dynamic_threshold_max must be a number in .1, "),
+    "guidance interval": ({"guidance_interval": "13"}, "guidance_interval must be two numbers"),
+    "callback": ({"callback": 3}, "callback must be a function, or None, not 3"),
+    "noise of no function": ({"noise": torch.zeros(1)}, "noise must be a function, or None"),
     "batch size": ({"batch_size": 0}, "batch_size"),
     "sample ids": ({"num_samples": 2, "sample_ids": [1, 2, 3]}, "3 sample_ids for 2 images"),
     "negative sample id": ({"sample_ids": [-1]}, "sample_ids"),
@@ -331,6 +352,18 @@ BAD = {
     "threshold": ({"dynamic_threshold": 2.0}, "threshold"),
     "learned variance": ({"variance": "learned_range"}, "variance"),
 }
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor], ids=["numpy", "array", "tensor"])
+def test_numbers_of_numpy_and_torch_are_taken(conditional, kind):
+    options = {"sampler": "ddim", "steps": 3, "eta": 0.5}
+    plain = conditional.sample(3, num_samples=2, seed=7, batch_size=1, guidance_scale=2.0, **options)
+    real = {np.int64: np.float64}.get(kind, kind)
+    options = {"sampler": "ddim", "steps": kind(3), "eta": real(0.5), "guidance_scale": real(2.0)}
+    other = conditional.sample(kind(3), num_samples=kind(2), seed=kind(7), batch_size=kind(1), **options)
+    assert torch.equal(other, plain)
+    other = conditional.sample([kind(3), 3], seed=kind(7), sample_ids=[kind(0), kind(1)], **options)
+    torch.testing.assert_close(other, plain, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", BAD)

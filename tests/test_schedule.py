@@ -115,6 +115,12 @@ def test_betas_of_any_sequence(make):
     assert torch.equal(NoiseSchedule.from_betas(make([0.25, 0.5, 0.75])).betas, betas)
 
 
+def test_numbers_of_numpy_and_torch():
+    schedule = NoiseSchedule.linear(np.int64(10), np.float32(0.125), torch.tensor(0.25))
+    assert schedule.to_config() == {"kind": "linear", "T": 10, "beta_start": 0.125, "beta_end": 0.25}
+    assert json.loads(json.dumps(schedule.to_config())) == schedule.to_config()
+
+
 def test_the_schedule_does_not_share_memory_with_its_betas():
     betas = torch.tensor([0.25, 0.5], dtype=torch.float64)
     schedule = NoiseSchedule.from_betas(betas)
@@ -128,15 +134,24 @@ def test_the_schedule_does_not_share_memory_with_its_betas():
     ("betas", "message"),
     [
         ([], "at least one number"),
-        ([[0.1, 0.2]], "at least one number"),
+        ([[0.1, 0.2]], "list of finite numbers"),
+        (0.1, "list of numbers"),
+        ([True, 0.5], "list of finite numbers, not True"),
+        ([0.5, 10**400], "list of finite numbers, not 1000"),
+        ([0.5, "0.6"], "list of finite numbers, not '0.6'"),
+        (torch.tensor([True]), "list of finite numbers, not True"),
+        (torch.tensor([0.1j]), "list of finite numbers, not"),
+        (torch.zeros(3, device="meta"), "list of numbers"),
+        (b"\0", "list of numbers"),
         ([0.0, 0.5], r"\(0, 1\]"),
         ([-0.1, 0.5], r"\(0, 1\]"),
         ([0.5, 1.5], r"\(0, 1\]"),
-        ([0.5, math.nan], r"\(0, 1\]"),
+        ([0.5, math.nan], "list of finite numbers, not nan"),
         ([0.5, 1.0, 0.5], "fall at every timestep"),
         ([1e-17, 0.5], "fall at every timestep"),
         ([0.999] * 200, "fall at every timestep"),
-        (["a"], "list of numbers"),
+        (["a"], "list of finite numbers"),
+        (torch.full((1_000_001,), 1e-9), r"T must be a whole number in 1\.\.1000000"),
         (None, "list of numbers"),
     ],
 )
@@ -148,17 +163,21 @@ def test_wrong_betas(betas, message):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (NoiseSchedule.linear, {"T": 0}, "at least 1"),
-        (NoiseSchedule.cosine, {"T": -5}, "at least 1"),
+        (NoiseSchedule.linear, {"T": 0}, r"T must be a whole number in 1\.\.1000000, not 0"),
+        (NoiseSchedule.linear, {"T": 10**400}, r"T must be a whole number in 1\.\.1000000, not 1000"),
+        (NoiseSchedule.cosine, {"T": 2**40}, r"T must be a whole number in 1\.\.1000000"),
+        (NoiseSchedule.sigmoid, {"beta_end": 10**400}, "beta_end must be a finite number"),
+        (NoiseSchedule.linear, {"beta_end": 1e308}, "beta_end must be a finite number, not 1e"),
+        (NoiseSchedule.cosine, {"T": -5}, "whole number"),
         (NoiseSchedule.linear, {"T": 10.0}, "whole number"),
         (NoiseSchedule.linear, {"T": True}, "whole number"),
         (NoiseSchedule.linear, {"beta_end": 1.5}, r"\(0, 1\]"),
         (NoiseSchedule.linear, {"beta_start": 0.0}, r"\(0, 1\]"),
         (NoiseSchedule.linear, {"beta_start": math.nan}, "finite"),
         (NoiseSchedule.linear, {"beta_start": "0.1"}, "finite"),
-        (NoiseSchedule.scaled_linear, {"beta_start": -0.1}, r"\(0, 1\)"),
+        (NoiseSchedule.scaled_linear, {"beta_start": -0.1}, r"beta_start must be a number in \[0, "),
         (NoiseSchedule.sigmoid, {"beta_end": 2.0}, r"\(0, 1\]"),
-        (NoiseSchedule.cosine, {"s": -1.5}, "greater than -1"),
+        (NoiseSchedule.cosine, {"s": -1.5}, r"s must be a number in \(-1, "),
         (NoiseSchedule.cosine, {"max_beta": 0.0}, r"\(0, 1\]"),
     ],
 )
@@ -181,7 +200,7 @@ LINEAR = {"kind": "linear", "T": 10, "beta_start": 0.1, "beta_end": 0.2}
         ({"kind": "linear", "T": 10}, "needs the keys"),
         ({**LINEAR, "T": "10"}, "whole number"),
         ({**LINEAR, "zero_terminal_snr": "yes"}, "true or false"),
-        ({"kind": "betas"}, "just the key betas"),
+        ({"kind": "betas"}, "needs the keys betas, not"),
         ({"kind": "betas", "betas": "abc"}, "list of numbers"),
         ({**LINEAR, "T": 1, "zero_terminal_snr": True}, "at least 2"),
     ],

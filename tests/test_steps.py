@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusion.kernels import Row, reverse_step
@@ -159,16 +160,21 @@ def test_learned_range_is_between_the_clipped_posterior_and_beta():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "from 1 to 1000"),
-        ({"steps": -3}, "from 1 to 1000"),
-        ({"steps": 1001}, "from 1 to 1000"),
-        ({"steps": 2.5}, "from 1 to 1000"),
-        ({"steps": True}, "from 1 to 1000"),
-        ({"steps": "ten"}, "from 1 to 1000"),
+        ({"steps": 0}, r"steps must be a whole number in 1\.\.1000, not"),
+        ({"steps": -3}, r"steps must be a whole number in 1\.\.1000, not"),
+        ({"steps": 1001}, r"steps must be a whole number in 1\.\.1000, not"),
+        ({"steps": 2.5}, r"steps must be a whole number in 1\.\.1000, not"),
+        ({"steps": True}, r"steps must be a whole number in 1\.\.1000, not"),
+        ({"steps": "ten"}, r"steps must be a whole number in 1\.\.1000, not"),
         ({"spacing": "cubic"}, "leading, linspace, trailing, quad"),
         ({"prediction_type": "x0"}, "epsilon, sample, v_prediction"),
-        ({"clip": -1.0}, "at least 0"),
-        ({"clip": math.nan}, "at least 0"),
+        ({"steps": 10**400}, r"steps must be a whole number in 1\.\.1000, not"),
+        ({"spacing": ["leading"]}, "leading, linspace, trailing, quad"),
+        ({"clip": -1.0}, r"clip must be a number in \[0, 3.4e38\], or inf, not -1.0"),
+        ({"clip": math.nan}, "clip must be a number in"),
+        ({"clip": "1"}, "clip must be a number in"),
+        ({"clip": True}, "clip must be a number in"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a finite number"),
         ({"guidance_scale": math.nan}, "finite"),
         ({"guidance_interval": (700, 200)}, "low <= high"),
     ],
@@ -184,14 +190,32 @@ def test_wrong_arguments(sampler, arguments, message):
     ("sampler", "arguments", "message"),
     [
         ("ddpm", {"variance": "fixed_large_log"}, "fixed_small, fixed_large, learned_range"),
-        ("ddim", {"eta": -0.1}, "at least 0"),
-        ("ddim", {"eta": math.nan}, "at least 0"),
+        ("ddim", {"eta": -0.1}, r"eta must be a number in \[0, 3.4e38\], not -0.1"),
+        ("ddim", {"eta": math.nan}, "eta must be a number in"),
+        ("ddim", {"eta": "1"}, "eta must be a number in"),
+        ("ddim", {"use_clipped_model_output": 1}, "use_clipped_model_output must be true or false"),
+        ("dpm++", {"sde": "yes"}, "sde must be true or false"),
         ("ddim", {"eta": 5.0}, "too large"),
     ],
 )
 def test_wrong_options(sampler, arguments, message):
     with pytest.raises(ValueError, match=message):
         SAMPLERS[sampler](NoiseSchedule.linear(), 50, **arguments)
+
+
+def test_numbers_of_numpy_and_torch():
+    plain = ddim(
+        NoiseSchedule.linear(), 50, eta=0.5, clip=2.0, guidance_interval=(100, 800), guidance_scale=3
+    )
+    other = ddim(
+        NoiseSchedule.linear(),
+        np.int64(50),
+        eta=np.float32(0.5),
+        clip=torch.tensor(2),
+        guidance_scale=np.array(3),
+        guidance_interval=np.array([100, 800]),
+    )
+    assert torch.equal(plain.table, other.table)
 
 
 @variants

@@ -115,7 +115,7 @@ def test_bounds():
             v.number("eps", value, above=0, below=1)
     assert v.number("clip", torch.tensor(math.inf), above=0, infinite=True) == math.inf
     for value in (-math.inf, math.nan, 0, 1e39):
-        with pytest.raises(ValueError, match=r"clip must be a number in \(0, 3.40282e\+38\], or inf, not"):
+        with pytest.raises(ValueError, match=r"clip must be a number in \(0, 3.4e38\], or inf, not"):
             v.number("clip", value, above=0, infinite=True)
     assert v.number("x", 1e38) == 1e38
     with pytest.raises(ValueError, match="x must be a finite number, not 1e"):

@@ -133,10 +133,8 @@ def choose_device(name: str | None, ranks: Ranks) -> torch.device:
 
 def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tuple[list[int] | None, int]:
     """A label for each image (None: unconditional), and how many images, from the command line's words."""
-    if num is not None and num < 1:
-        raise ValueError(f"--num must be at least 1, not {num}")
     if num is not None:
-        model.check_count(num)
+        num = model.check_count(num, "--num")
     if words == ["none"] or (words is None and model.num_classes is None):
         return None, num or 20
     labels = list(range(model.num_classes)) if words is None else parse_labels(words)
