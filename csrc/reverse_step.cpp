@@ -122,7 +122,7 @@ struct Launch {
     const int64_t step = args.counter[0], elements = args.channels * args.positions;
     STD_TORCH_CHECK(step >= 0 && step < args.rows, "step ", step, " is outside of the table's ", args.rows);
     const Row row = load_row(args.table, args.rows, step);
-    STD_TORCH_CHECK(row.d == 0.0f || args.x0_prev != nullptr, "row.d is not 0, so the previous x0 is needed");
+    STD_TORCH_CHECK(row.d == 0.0f || args.has_x0_prev, "row.d is not 0, so the previous x0 is needed");
     const ReverseStep kernel{args, row, static_cast<uint64_t>(args.counter[1]),
                              static_cast<uint32_t>(args.counter[2] + step)};
     run_tiles(kernel, args.batch * tiles_per_sample(elements));

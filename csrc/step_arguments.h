@@ -41,6 +41,7 @@ struct StepArguments {
   Layout output, input;
   Type output_type, input_type;
   bool learned_variance;  // cond and uncond then hold 2 * channels
+  bool has_x0_prev;       // whose pointer is null where x is empty, too
   bool in_place;          // the counter then goes on to the next step
 };
 
@@ -54,6 +55,7 @@ inline Type type_of(const Tensor& tensor, const char* name) {
 
 // The layout of [B, C, ...], if its positions lie at one distance from each other.
 inline Layout layout_of(const Tensor& tensor, const char* name) {
+  if (tensor.numel() == 0) return {0, 0, 1};  // whose strides say nothing
   Layout layout{tensor.stride(0), tensor.stride(1), 1};
   int64_t expected = 0, positions = 1;
   for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
@@ -152,6 +154,7 @@ std::tuple<Tensor, Tensor> checked_step(const Tensor& x, const Tensor& model_out
   if (x0_prev.has_value()) check_float(*x0_prev, x, "x0_prev");
   Tensor x_next = torch::stable::empty_like(x), x0 = torch::stable::empty_like(x);
   args.x0_prev = data<float>(x0_prev);
+  args.has_x0_prev = x0_prev.has_value();
   args.x_next = static_cast<float*>(x_next.mutable_data_ptr());
   args.x0 = static_cast<float*>(x0.mutable_data_ptr());
   if (x.numel() > 0) launch(args);
@@ -169,6 +172,7 @@ void checked_step_in_place(const Tensor& x, const Tensor& model_output, const st
   if (x0.has_value()) {
     check_float(*x0, x, "x0");
     args.x0_prev = args.x0 = static_cast<float*>(x0->mutable_data_ptr());
+    args.has_x0_prev = true;
   }
   if (unet_input.has_value()) {
     check_images(*unet_input, x, 2, false, "unet_input");

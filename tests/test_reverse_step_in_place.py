@@ -107,6 +107,29 @@ def test_every_case(backend, case):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 0)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_elements(backend, channels_last, shape):
+    """They have their steps, too: a row that needs the previous x0 finds the one without elements."""
+    if channels_last and len(shape) < 4:
+        return
+    x, x0, table = torch.zeros(shape), torch.zeros(shape), torch.tensor(ROWS, dtype=torch.float64)
+    output, unet_input = torch.zeros(shape), torch.zeros(2 * shape[0], *shape[1:])
+    if channels_last and len(shape) == 4:
+        output, unet_input = (t.to(memory_format=torch.channels_last) for t in (output, unet_input))
+    counter, options = step_counter(0), {"sample_ids": torch.arange(shape[0]), "backend": backend}
+    options |= {"model_output_uncond": output.clone()}
+    for _ in ROWS:
+        reverse_step_(x, output, table, counter, x0=x0, unet_input=unet_input, **options)
+    assert counter[0] == len(ROWS)
+    with pytest.raises(RuntimeError, match="the previous x0 is needed"):
+        reverse_step_(x, output, table[1:], step_counter(0), **options)
+    for row in ROWS:
+        x, x0 = reverse_step(x, output, row, x0_prev=x0, backend=backend)
+    assert x.shape == x0.shape == shape
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_channels_of_a_wider_output(backend):
     """The image's half of an output with a variance that is not used: a slice."""

@@ -19,7 +19,10 @@ def step_counter(seed: int, *, stream: int = 1, device: torch.device | str = "cp
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    repeats = any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return repeats and tensor.numel() > 0
 
 
 def _validate(x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input):
