@@ -105,10 +105,10 @@ struct Kernels {
   int64_t lanes;
 };
 
-#define FD_KERNELS(set, T, math)                                                                        \
-  Kernels {                                                                                             \
-    set::winograd_input<T, set::math>, set::winograd_multiply<set::math>, set::winograd_output<T>,      \
-        set::direct_input<T, set::math>, set::direct_multiply<T, set::math>, set::kLanes                \
+#define FD_KERNELS(set, T, math)                                                                                     \
+  Kernels {                                                                                                          \
+    set::winograd_input<T, set::math>, set::winograd_multiply<set::math>, set::winograd_output<T, set::math>,        \
+        set::direct_input<T, set::math>, set::direct_multiply<T, set::math>, set::kLanes                             \
   }
 
 template <class T>

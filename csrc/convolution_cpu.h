@@ -201,7 +201,79 @@ FD_HD Vec bias_at(const Convolution& g, int64_t channel, int64_t lanes) {
   return g.bias == nullptr ? Vec{} : load(g.bias + channel, lanes);
 }
 
-template <int kTile, class T>
+// The filter's taps that became these numbers in a row or column of frequencies.
+template <int kTile>
+FD_HD void recover_taps(const Vec (&u)[kTile + 2], Vec (&w)[3]) {
+  if constexpr (kTile == 2) {
+    w[0] = u[0];
+    w[1] = u[1] - u[2];
+    w[2] = u[3];
+  } else {
+    w[0] = u[0] * spread(4.0f);
+    w[1] = (u[2] - u[1]) * spread(3.0f);
+    w[2] = u[5];
+  }
+}
+
+// The pixels that a tile reads, kLanes channels of each; zeros outside of the image.
+template <int kTile, Input kInput, class T>
+void read_patch(const Convolution& g, int64_t image, int64_t channel, int64_t top, int64_t left,
+                float (&patch)[(kTile + 2) * (kTile + 2)][kLanes]) {
+  const InputMap map(g, image, channel);
+  for (int i = 0; i < (kTile + 2) * (kTile + 2); ++i) {
+    const int64_t row = top + i / (kTile + 2) - 1, column = left + i % (kTile + 2) - 1;
+    const bool inside = row >= 0 && row < g.in_height() && column >= 0 && column < g.in_width();
+    const int64_t at = ((image * g.height + row / g.scale) * g.width + column / g.scale) * g.x_pixel;
+    store(patch[i], inside ? map.template read<kInput>(static_cast<const T*>(g.x) + at + channel) : Vec{});
+  }
+}
+
+// The sums of a tile, for kLanes outputs, by the direct convolution. Winograd's sums are differences of numbers up to a
+// hundred times as large as the inputs: near the largest float32 these are infinite where the outputs are not, and NaN or
+// infinity would reach all outputs of the tile.
+template <int kTile, class T, class Math>
+__attribute__((noinline)) void sum_directly(const Convolution& g, const Tiles& tiles, int64_t image, int64_t top,
+                                            int64_t left, int64_t out_channel, Vec (&y)[kTile][kTile]) {
+  constexpr int kSize = kTile + 2;
+  const int64_t panel = out_channel / kPanel, column = out_channel % kPanel, width = g.panel_width(panel);
+  const int64_t depth = (g.channels + Math::kPack - 1) / Math::kPack;
+  alignas(64) float patch[kSize * kSize][kLanes];
+  for (int i = 0; i < kTile * kTile; ++i) y[i / kTile][i % kTile] = Vec{};
+  for (int64_t channel = 0; channel < g.channels; ++channel) {
+    const int64_t lane = channel % kLanes;
+    if (lane == 0) {
+      switch (input_of(g)) {
+        case Input::plain: read_patch<kTile, Input::plain, T>(g, image, channel, top, left, patch); break;
+        case Input::normalised: read_patch<kTile, Input::normalised, T>(g, image, channel, top, left, patch); break;
+        case Input::activated: read_patch<kTile, Input::activated, T>(g, image, channel, top, left, patch); break;
+      }
+    }
+    Vec halfway[kSize][3], w[3][3];
+    for (int i = 0; i < kSize; ++i) {
+      Vec u[kSize];
+      for (int j = 0; j < kSize; ++j) {
+        const float* weight = g.weight + ((i * kSize + j) * tiles.outputs + panel * kPanel) * depth;
+        u[j] = Math::columns(weight, width, channel, column);
+      }
+      recover_taps<kTile>(u, halfway[i]);
+    }
+    for (int b = 0; b < 3; ++b) {
+      Vec u[kSize], taps[3];
+      for (int i = 0; i < kSize; ++i) u[i] = halfway[i][b];
+      recover_taps<kTile>(u, taps);
+      for (int a = 0; a < 3; ++a) w[a][b] = taps[a];
+    }
+    for (int i = 0; i < kTile * kTile; ++i) {
+      Vec& sum = y[i / kTile][i % kTile];
+      for (int tap = 0; tap < 9; ++tap) {
+        const int at = (i / kTile + tap / 3) * kSize + i % kTile + tap % 3;
+        sum = fma(spread(patch[at][lane]), w[tap / 3][tap % 3], sum);
+      }
+    }
+  }
+}
+
+template <int kTile, class T, class Math>
 void transform_back(const Convolution& g, const Tiles& tiles, const float* m, int64_t begin, int64_t end) {
   constexpr int kSize = kTile + 2;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -214,35 +286,47 @@ void transform_back(const Convolution& g, const Tiles& tiles, const float* m, in
       const float* from = m + tile * tiles.outputs + channel;
       const int64_t lanes = lanes_at(g, channel);
       const Vec bias = bias_at(g, channel, lanes);
-      Vec halfway[kTile][kSize];
+      const auto finish = [&](int row, const Vec (&y)[kTile]) FD_INLINE {
+        if (row >= rows) return;
+#pragma GCC unroll 4
+        for (int j = 0; j < kTile; ++j) {
+          if (j < columns) finish_pixel<T>(g, corner + row * g.out_width + j, channel, lanes, y[j] + bias);
+        }
+      };
+      Vec halfway[kTile][kSize], squares = {};
 #pragma GCC unroll 6
       for (int j = 0; j < kSize; ++j) {
-        Vec d[kSize], y[kTile];
+        Vec d[kSize], y[kTile], square = {};
 #pragma GCC unroll 6
         for (int i = 0; i < kSize; ++i) d[i] = load(from + (i * kSize + j) * tiles.output_step);
         transform_outputs<kTile>(d, y);
 #pragma GCC unroll 4
-        for (int i = 0; i < kTile; ++i) halfway[i][j] = y[i];
+        for (int i = 0; i < kTile; ++i) {
+          halfway[i][j] = y[i];
+          square = i == 0 ? y[0] * y[0] : fma(y[i], y[i], square);
+        }
+        squares += square;
+      }
+      if (__builtin_expect(!all_finite(squares), 0)) {  // else no sum above overflowed, and none below does
+        Vec y[kTile][kTile];
+        sum_directly<kTile, T, Math>(g, tiles, image, top, left, channel, y);
+        for (int i = 0; i < kTile; ++i) finish(i, y[i]);
+        continue;
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kTile; ++i) {
         Vec y[kTile];
         transform_outputs<kTile>(halfway[i], y);
-        if (i < rows) {
-#pragma GCC unroll 4
-          for (int j = 0; j < kTile; ++j) {
-            if (j < columns) finish_pixel<T>(g, corner + i * g.out_width + j, channel, lanes, y[j] + bias);
-          }
-        }
+        finish(i, y);
       }
     }
   }
 }
 
-template <class T>
+template <class T, class Math>
 void winograd_output(const Convolution& g, const Tiles& tiles, const float* m, int64_t begin, int64_t end) {
-  if (tiles.size == 2) transform_back<2, T>(g, tiles, m, begin, end);
-  else transform_back<4, T>(g, tiles, m, begin, end);
+  if (tiles.size == 2) transform_back<2, T, Math>(g, tiles, m, begin, end);
+  else transform_back<4, T, Math>(g, tiles, m, begin, end);
 }
 
 // ---- The direct convolution.

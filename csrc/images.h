@@ -9,6 +9,7 @@ namespace fused_diffusion {
 
 // The distance between the pixels of a channels_last tensor, or of a range of the channels of such a one.
 inline int64_t pixel_distance(const torch::stable::Tensor& t, const char* name) {
+  if (t.numel() == 0) return t.size(1);  // whose strides say nothing
   int64_t pixel = 0;
   for (int64_t d = t.dim() - 1; d >= 2 && pixel == 0; --d) pixel = t.size(d) <= 1 ? 0 : t.stride(d);
   if (pixel == 0) pixel = t.size(0) > 1 ? t.stride(0) : t.size(1);

@@ -19,6 +19,11 @@ struct Singles {
   typedef float Element;
   static constexpr int kPack = 1;
   static FD_HD Vec multiply_add(Vec c, Vec a, Vec b) { return fma(a, b, c); }
+
+  // Some columns of a row of a panel of this width.
+  static FD_HD Vec columns(const float* panel, int64_t width, int64_t row, int64_t column) {
+    return load(panel + row * width + column);
+  }
 };
 
 #if FD_PAIRS
@@ -27,6 +32,11 @@ struct Pairs {
   static constexpr int kPack = 2;
   static FD_HD Vec multiply_add(Vec c, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+
+  static FD_HD Vec columns(const float* panel, int64_t width, int64_t row, int64_t column) {
+    const __m512i pairs = _mm512_loadu_si512(panel + row / 2 * width + column);
+    return (Vec)(row % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
   }
 };
 #endif

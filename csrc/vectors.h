@@ -116,6 +116,22 @@ FD_HD void store(T* to, Vec value, int64_t count) {
 #endif
 }
 
+// ---- Comparisons.
+
+// Whether every lane is finite, where none is below 0.
+FD_HD bool all_finite(Vec value) {
+  const float infinity = __builtin_inff();
+#if FD_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)value, (__m512)spread(infinity), _CMP_LT_OQ) == 0xFFFF;
+#elif FD_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)value, (__m256)spread(infinity), _CMP_LT_OQ)) == 0xFF;
+#else
+  bool finite = true;
+  for (int i = 0; i < kLanes; ++i) finite &= value[i] < infinity;
+  return finite;
+#endif
+}
+
 // ---- Elementary functions.
 
 // 2^u for u up to 127, with a relative error below 2^-23, 2^-18 or 2^-13 for T of float32, float16 and bfloat16;

@@ -81,6 +81,36 @@ def composed(x, weight, bias, *, num_groups, norm_weight, norm_bias, add, scale,
     return F.conv2d(h, weight, bias, padding=1) + residual
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 0, 5), (2, 6, 5, 0), (0, 6, 0, 0), (0, 6, 4, 4)], ids=str)
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("num_groups", [None, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_maps_without_pixels(shape, upsample, num_groups, layout, backend):
+    """They have an output without any, and gradients of 0."""
+    factor = 2 if upsample else 1
+    height, width = (factor * size for size in shape[2:])
+    x, weight = torch.zeros(shape).to(memory_format=layout), torch.ones(7, 6, 3, 3)
+    options = {"upsample": upsample, "num_groups": num_groups, "backend": backend}
+    residual = torch.zeros(shape[0], 7, height, width)
+    packed = pack_conv3x3(weight, height, width)
+    assert conv3x3(x, packed, torch.ones(7), residual=residual, **options).shape == residual.shape
+    leaves = [t.requires_grad_() for t in (x, weight, torch.ones(7))]
+    conv3x3(*leaves, residual=residual, **options).sum().backward()
+    assert not any(t.grad.any() for t in leaves)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_result_has_the_dtype_of_x(dtype, other, backend):
+    """Whatever those of bias and residual."""
+    args, options = CASES["four_pixels"].inputs(dtype)
+    options["residual"] = options["residual"].to(other)
+    packed = pack_conv3x3(args[1], 4, 4, dtype)
+    assert conv3x3(args[0], packed, args[2].to(other), **options, backend=backend).dtype == dtype
+
+
 def test_reference_is_the_formula():
     generator = torch.Generator().manual_seed(0)
 
@@ -220,19 +250,70 @@ def test_compiled_without_a_graph_break():
         assert torch.equal(compiled(args[0], args[2]), run(args[0], args[2]))
 
 
+def runnable(simd, packings=PACKINGS):
+    """The packings that an instruction set multiplies."""
+    pairs = simd in ("avx512_bf16", "amx")
+    return [p for p in packings if (not p.parts or simd == "amx") and (not p.pairs or pairs)]
+
+
 @requires_native
-@pytest.mark.parametrize("packing", PACKINGS, ids=str)
-def test_nan_stays_where_it_reaches(packing):
-    """A pixel that is not a number spoils those around it, and no other tile or image."""
-    x = channels_last(2, 16, 16, 16)
-    x[0, 3, 9, 9] = float("nan")
-    packed = pack(channels_last(16, 16, 3, 3), packing)
-    spoiled = conv3x3(x, packed, backend="cpp").isnan()
-    assert spoiled[0, :, 8:11, 8:11].all()
-    assert packing.tile or spoiled[0, 0].sum() == 9
-    assert not spoiled[1].any()
-    assert not spoiled[0, :, :4].any()
-    assert not spoiled[0, :, :, :4].any()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("row", "column"), [(9, 9), (0, 16), (4, 3)])
+def test_what_is_not_finite_spoils_what_reads_it(row, column, value, simd):
+    """Nine pixels of each output, or fewer at an edge, and no other tile or image."""
+    x, weight = channels_last(2, 20, 18, 17), channels_last(18, 20, 3, 3, seed=1)
+    x[0, 3, row, column] = value
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    for packing in runnable(simd):
+        packed = pack(weight, packing)
+        actual = conv3x3(x, packed, backend="cpp")
+        assert torch.equal(actual.isfinite(), expected.isfinite()), packing
+        if packing in EXACT and not packing.parts:
+            assert torch.equal(actual.isnan(), expected.isnan()), packing
+        sound = expected.isfinite()
+        error = (actual - expected)[sound].abs().max() / expected[sound].abs().max()
+        assert error <= 2e-5 + packed.accuracy, packing
+
+
+@requires_native
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e36, 1e37])
+def test_large_numbers_whose_sums_are_finite(size, dtype, scale, simd):
+    """Also where what is added lies in the output, and where some images of a batch are of order one."""
+    x = channels_last(3, 37, 9, 10).to(dtype).float()
+    x[1] *= size
+    map = torch.stack([torch.zeros(3, 37), torch.ones(3, 37), torch.zeros(3, 37)])
+    weight, bias = channels_last(70, 37, 3, 3, seed=1) / 24, torch.linspace(-1, 1, 70)
+    residual = channels_last(3, 70, 9 * scale, 10 * scale, seed=2).to(dtype).float()
+    residual[1] *= size
+    scaled = F.interpolate(x.double(), scale_factor=scale) if scale > 1 else x.double()
+    expected = F.conv2d(scaled, weight.double(), bias.double(), padding=1) + residual.to(dtype).double()
+    for packing in runnable(simd, [p for p in PACKINGS if p.parts != 3]):
+        packed, out = pack(weight, packing), residual.to(dtype, copy=True)
+        convolution_(
+            x.to(dtype),
+            *(packed.data, 3, 1, 1, scale, packing.tile, packing.parts, bias, map, False, out, out),
+        )
+        for actual, image in zip(out, expected, strict=True):
+            error = (actual.double() - image).abs().max() / image.abs().max()
+            assert error <= 2e-5 + packed.accuracy + torch.finfo(dtype).eps / 2, packing
+
+
+@requires_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_weight_that_is_not_finite_or_all_but_infinite(value, simd):
+    """It spoils its own output alone; the largest finite number spoils none."""
+    x, weight = 1e-3 * channels_last(2, 20, 12, 12), channels_last(18, 20, 3, 3, seed=1)
+    weight[5, 3] = value
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    sound = [k for k in range(18) if k != 5 or math.isfinite(value)]
+    for packing in runnable(simd):
+        packed = pack(weight, packing)
+        actual = conv3x3(x, packed, backend="cpp")
+        assert actual[:, 5].isfinite().all() == math.isfinite(value), packing
+        error = (actual - expected)[:, sound].abs().max() / expected[:, sound].abs().max()
+        assert error <= 2e-5 + packed.accuracy, packing
 
 
 @requires_native

@@ -118,8 +118,8 @@ def conv3x3(
     Returns [N, K, H, W] in x's dtype; the C++ backend in channels_last. It uses Winograd's algorithm (Lavin &
     Gray 2016, arXiv:1509.09308) by the size of the map, and AMX, for which a float32 is three bytes, in units
     of the largest number of its image: in float32 the error is below 2e-5 of the largest output, in bfloat16
-    below 1e-2. With AMX an infinite input or weight gives NaN. An image's result does not depend on the
-    others of its batch.
+    below 1e-2. NaN and infinity spoil the outputs that read them, and no others; by AMX, infinity gives NaN.
+    An image's result does not depend on the others of its batch.
     ValueError: shapes that do not fit, or a backend that cannot serve the call; TypeError: what is no tensor.
     """
     return op(

@@ -171,7 +171,9 @@ def _byte_panels(weight: Tensor) -> Tensor:
 def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     """Packs a weight [K, C, 3, 3], or, without a tile, [K, C, 1, 1].
 
-    Winograd's transform is in float64 and rounds once.
+    Winograd's transform is in float64 and rounds once. NaN, infinity and what overflows in the transform
+    would reach more outputs than their own in tiles and in bytes; such a weight is packed for the direct
+    convolution.
     """
     height, width = weight.shape[2:]
     tile, pairs, parts = packing
@@ -181,10 +183,14 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     plain = weight.detach().cpu()
     if parts == 3 and plain[:1].numel() > MOST_PRODUCTS:
         raise ValueError(f"a weight {list(weight.shape)} is too large for {packing}")
-    if parts:
+    if parts == 3 and not plain.isfinite().all():
+        packing = Packing()
+    if packing.parts:
         panels = _tile_panels(plain) if parts == 1 else _byte_panels(plain)
     else:
         panels = _vector_panels(plain, packing)
+    if tile and not panels.isfinite().all():
+        return pack(weight, Packing(pairs=pairs))
     return PackedWeight(weight.detach(), panels, packing)
 
 

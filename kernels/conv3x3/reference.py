@@ -38,10 +38,12 @@ def conv3x3(
             shift=shift,
             activation=activation,
         )
-    if upsample:
-        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-    if 0 in (len(weight), *h.shape[2:]):  # which PyTorch's op refuses
-        h = h.new_zeros(len(h), len(weight), *h.shape[2:])
+    bias = None if bias is None else bias.to(h.dtype)
+    if 0 in (len(weight), *h.shape[2:]):  # which PyTorch's ops refuse
+        h = h.repeat_interleave(2, 2).repeat_interleave(2, 3) if upsample else h
+        h = torch.einsum("nchw,kcij->nkhw", h, weight.to(h.dtype))
+        h = h if bias is None else h + bias[:, None, None]
     else:
-        h = F.conv2d(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype), padding=1)
-    return h if residual is None else h + residual
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if upsample else h
+        h = F.conv2d(h, weight.to(h.dtype), bias, padding=1)
+    return h if residual is None else h + residual.to(h.dtype)
