@@ -1,9 +1,7 @@
 """Recipes: what is trained and how, in numbers; those of the package are the files in recipes/."""
 
 import json
-import math
 import os
-import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,11 +10,28 @@ from .process import check_loss_weighting, check_x0_determined
 from .reading import read_json
 from .schedule import NoiseSchedule
 from .unet_config import UNetConfig
+from .validation import choice, known_names, refuse, shown, typed
 
 FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 OPTIMIZERS = ("adam", "adamw")
 DECAYS = ("linear", "constant")
+
+# Where the numbers of a field may lie; those of the others may be any finite ones.
+_BOUNDS: dict[str, dict[str, float]] = {
+    "min_snr_gamma": {"above": 0},
+    "vlb_weight": {"least": 0},
+    "steps": {"least": 1, "most": 10**9},
+    "batch_size": {"least": 1, "most": 2**20},
+    "weight_decay": {"least": 0},
+    "learning_rate": {"above": 0},
+    "warmup_steps": {"least": 0, "most": 10**9},
+    "ema_decay": {"least": 0, "below": 1},
+    "more_ema_decays": {"least": 0, "below": 1},
+    "gradient_clip": {"above": 0},
+    "label_dropout": {"least": 0, "below": 1},
+    "seed": {"least": 0},
+}
 
 
 @dataclass(frozen=True)
@@ -59,33 +74,28 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
-        for name in ("steps", "batch_size"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("learning_rate", "gradient_clip", "min_snr_gamma"):
-            _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "vlb_weight", "seed"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("ema_decay", "label_dropout"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+            object.__setattr__(self, name, typed(name, getattr(self, name), hint, **_BOUNDS.get(name, {})))
         decays = self.more_ema_decays
-        _require(all(0 <= decay < 1 for decay in decays), "more_ema_decays", "in [0, 1)", list(decays))
-        different = len({self.ema_decay, *decays}) == 1 + len(decays)
-        _require(different, "more_ema_decays", "different from ema_decay and each other", list(decays))
-        for name, known in (("optimizer", OPTIMIZERS), ("learning_rate_decay", DECAYS)):
-            _require(getattr(self, name) in known, name, " or ".join(known), repr(getattr(self, name)))
-        if self.optimizer == "adam":
-            _require(self.weight_decay == 0, "weight_decay", "0 for adam; adamw takes one", self.weight_decay)
+        if len({self.ema_decay, *decays}) != 1 + len(decays):
+            refuse("more_ema_decays", "different from ema_decay and each other", list(decays))
+        choice("optimizer", self.optimizer, OPTIMIZERS)
+        choice("learning_rate_decay", self.learning_rate_decay, DECAYS)
+        if self.optimizer == "adam" and self.weight_decay:
+            refuse("weight_decay", "0 for adam; adamw takes one", self.weight_decay)
         check_loss_weighting(self.loss_weighting)
         config = UNetConfig.from_dict(self.unet)
         channels = config.in_channels
-        expected = f"{channels}, or {2 * channels} for a learned variance"
-        _require(
-            config.out_channels in (channels, 2 * channels), "out_channels", expected, config.out_channels
-        )
-        if config.num_classes is not None and not config.has_null_label:
-            _require(self.label_dropout == 0, "label_dropout", "0 without a null label", self.label_dropout)
-        check_x0_determined(self.prediction_type, NoiseSchedule.from_config(self.schedule).alphas_cumprod)
+        if config.out_channels not in (channels, 2 * channels):
+            expected = f"{channels}, or {2 * channels} for a learned variance"
+            refuse("out_channels", expected, config.out_channels)
+        if config.num_classes is not None and not config.has_null_label and self.label_dropout:
+            refuse("label_dropout", "0 without a null label", self.label_dropout)
+        schedule = NoiseSchedule.from_config(self.schedule)
+        check_x0_determined(self.prediction_type, schedule.alphas_cumprod)
+        # In plain numbers, as JSON can hold them.
+        for name, values in (("unet", config.to_dict()), ("schedule", schedule.to_config())):
+            given = getattr(self, name)
+            object.__setattr__(self, name, {key: values.get(key, given[key]) for key in given})
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step 0..steps-1."""
@@ -107,7 +117,7 @@ def load_recipe(name: str | os.PathLike) -> Recipe:
     """
     path = FOLDER / f"{name}.json" if str(name) in RECIPES else Path(name)
     if path.suffix != ".json":
-        raise ValueError(f"unknown recipe {str(name)!r}; choose from: {', '.join(RECIPES)}, or a .json file")
+        choice("recipe", str(name), RECIPES, ", or a .json file")
     values = read_json(path)
     try:
         return recipe_from(values)
@@ -117,10 +127,7 @@ def load_recipe(name: str | os.PathLike) -> Recipe:
 
 def recipe_from(values: dict) -> Recipe:
     """A recipe from its fields; ValueError for a field that there is not."""
-    known = [entry.name for entry in fields(Recipe)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"there is no field {unknown[0]!r}; choose from: {', '.join(known)}")
+    known_names("field of a recipe", values, [entry.name for entry in fields(Recipe)])
     return Recipe(**values)
 
 
@@ -135,32 +142,12 @@ def changed(recipe: Recipe, changes: list[str]) -> Recipe:
         *outer, last = name.split(".")
         if not equals or not last or len(outer) > 1 or (outer and outer[0] not in ("unet", "schedule")):
             raise ValueError(
-                f"{change!r} is no change of a recipe; write such as steps=1000, unet.channels=64"
+                f"{shown(change)} is no change of a recipe; write such as steps=1000, unet.channels=64"
             )
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = text
-        (values[outer[0]] if outer else values)[last] = value
+        target = typed(outer[0], values[outer[0]], dict) if outer else values
+        target[last] = value
     return recipe_from(values)
-
-
-def _checked(name: str, value: object, hint: object) -> object:
-    """The value in the field's type; a whole number will do for a float, a list for a tuple."""
-    if isinstance(hint, types.GenericAlias):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{name} must be a list of numbers, not {value!r}")
-        return tuple(_checked(name, number, float) for number in value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number and math.isfinite(value):
-        return float(value)
-    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool) or hint is float:
-        kinds = {float: "a finite number", int: "a whole number", bool: "true or false", dict: "an object"}
-        kind = kinds.get(hint, "a word")
-        raise ValueError(f"{name} must be {kind}, not {value!r}")
-    return value
-
-
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {expected}, not {value}")

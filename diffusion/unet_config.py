@@ -1,11 +1,29 @@
 """UNetConfig: the architecture of a UNet, in numbers, checked."""
 
-import math
-import types
 import typing
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+
+from .validation import choice, known_names, refuse, typed
 
 RESAMPLING = ("conv", "resblock", "plain")
+MOST_CHANNELS = 65536
+MOST_LEVELS = 16
+MOST_PARAMETERS = 2**34  # 64 GiB in float32; the largest published UNets of pixels have 2 billion
+
+# Where the numbers of a field may lie; those of the others lie in 1..MOST_CHANNELS.
+_BOUNDS: dict[str, dict[str, float]] = {
+    "channels": {"least": 4, "most": MOST_CHANNELS},
+    "channel_mult": {"above": 0, "most": 1024},
+    "num_res_blocks": {"least": 1, "most": 64},
+    "attention_levels": {"least": 0, "most": MOST_LEVELS - 1},
+    "mid_attention_groups": {"least": 0, "most": MOST_CHANNELS},
+    "freq_shift": {"least": 0, "most": MOST_CHANNELS},
+    "timestep_scale": {"above": 0, "most": 1000},
+    "norm_eps": {"least": 1e-12, "below": 1},
+    "dropout": {"least": 0, "below": 1},
+    "num_classes": {"least": 1, "most": 2**31 - 1},
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class UNetConfig:
     num_classes: K, or None for an unconditional model. has_null_label: row K of the label embedding stands
         for no label (Ho & Salimans 2022, arXiv 2207.12598).
 
-    ValueError: a value of a wrong type or out of range.
+    ValueError: a value of a wrong type or out of range, or more than 2**34 parameters.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -70,56 +88,34 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, name, value)
-            if not _matches(value, hint):
-                expected = hint.__name__ if isinstance(hint, type) else str(hint)
-                raise ValueError(f"{name} must be {expected}, not {value!r}")
-        for name in ("in_channels", "out_channels", "num_heads", "norm_groups"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("head_channels", "time_embed_dim", "num_classes"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
-        _require(self.channels >= 4 and self.channels % 2 == 0, "channels", "even, at least 4", self.channels)
-        _require(len(self.channel_mult) >= 1, "channel_mult", "one number for each level", self.channel_mult)
-        _require(min(self.level_channels) >= 1, "channel_mult", "positive", self.channel_mult)
-        levels = len(self.channel_mult)
-        blocks = self.level_blocks
-        _require(
-            len(blocks) == levels and min(blocks) >= 1,
-            "num_res_blocks",
-            f"at least 1, or {levels} such numbers",
-            self.num_res_blocks,
-        )
-        _require(
-            all(0 <= level < levels for level in self.attention_levels),
-            "attention_levels",
-            f"in 0..{levels - 1}",
-            self.attention_levels,
-        )
-        groups = self.mid_attention_groups
-        _require(groups is None or groups >= 0, "mid_attention_groups", "0 or more", groups)
-        _require(0 <= self.freq_shift < self.channels / 2, "freq_shift", "0 or more", self.freq_shift)
-        _require(self.timestep_scale > 0, "timestep_scale", "positive", self.timestep_scale)
+            bounds = _BOUNDS.get(name, {"least": 1, "most": MOST_CHANNELS})
+            object.__setattr__(self, name, typed(name, getattr(self, name), hint, **bounds))
+        levels, blocks = len(self.channel_mult), self.level_blocks
+        if self.channels % 2:
+            refuse("channels", "even", self.channels)
+        if not 1 <= levels <= MOST_LEVELS:
+            refuse("channel_mult", f"a number for each of 1..{MOST_LEVELS} levels", list(self.channel_mult))
+        if min(self.level_channels) < 1:
+            refuse("channel_mult", "large enough for a channel", list(self.channel_mult))
+        if len(blocks) != levels:
+            refuse("num_res_blocks", f"a whole number, or {levels} such numbers", list(blocks))
+        if not all(level < levels for level in self.attention_levels):
+            refuse("attention_levels", f"in 0..{levels - 1}", list(self.attention_levels))
+        if self.freq_shift >= self.channels / 2:
+            refuse("freq_shift", f"less than half of {self.channels} channels", self.freq_shift)
         for name in ("downsample", "upsample"):
             kinds = self._per_change(getattr(self, name))
-            _require(
-                len(kinds) == levels - 1 and set(kinds) <= set(RESAMPLING),
-                name,
-                f"one of {', '.join(RESAMPLING)}, or {levels - 1} of them",
-                getattr(self, name),
-            )
-        _require(
-            self.downsample_padding in ("asymmetric", "symmetric"),
-            "downsample_padding",
-            "'asymmetric' or 'symmetric'",
-            self.downsample_padding,
-        )
-        _require(0 < self.norm_eps < 1, "norm_eps", "in (0, 1)", self.norm_eps)
-        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+            for kind in kinds:
+                choice(f"kind of {name}", kind, RESAMPLING)
+            if len(kinds) != levels - 1:
+                refuse(name, f"a name, or {levels - 1} of them", list(kinds))
+        choice("downsample_padding", self.downsample_padding, ("asymmetric", "symmetric"))
         self.check_size(self.image_shape)
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"a UNet of this configuration has {self.num_parameters:,} parameters, "
+                f"more than {MOST_PARAMETERS:,}"
+            )
 
     def _per_change(self, kinds: str | tuple[str, ...]) -> tuple[str, ...]:
         return (kinds,) * (len(self.channel_mult) - 1) if isinstance(kinds, str) else kinds
@@ -169,6 +165,46 @@ class UNetConfig:
         """The label that stands for no label; None for a model that has none."""
         return self.num_classes if self.has_null_label else None
 
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many numbers the weights of such a UNet are, without building it."""
+        embed, widths = self.time_embed_dim or 4 * self.channels, self.level_channels
+
+        def residual(inputs: int, outputs: int) -> int:
+            convolutions = 9 * inputs * outputs + outputs + 9 * outputs * outputs + outputs
+            skip = inputs * outputs + outputs if inputs != outputs else 0
+            modulation = outputs * (2 if self.scale_shift else 1)
+            return 2 * inputs + 2 * outputs + convolutions + skip + modulation * (embed + 1)
+
+        def attention(width: int, norm: bool = True) -> int:
+            return 4 * width * (width + 1) + 2 * width * norm
+
+        def resampling(kind: str | None, width: int) -> int:
+            return {"conv": 9 * width * width + width, "resblock": residual(width, width)}.get(kind, 0)
+
+        count = (self.channels + 1) * embed + (embed + 1) * embed
+        if self.num_classes is not None:
+            count += (self.num_classes + self.has_null_label) * embed
+        count += (9 * self.in_channels + 1) * widths[0]
+        width, skips = widths[0], [widths[0]]
+        levels = list(zip(widths, self.level_blocks, self.level_downsample, self.level_upsample, strict=True))
+        for level, (outputs, blocks, down, _) in enumerate(levels):
+            count += blocks * attention(outputs) * (level in self.attention_levels)
+            for _ in range(blocks):
+                count += residual(width, outputs)
+                width = outputs
+            skips += [width] * (blocks + (down is not None))
+            count += resampling(down, width)
+        count += 2 * residual(width, width)
+        count += attention(width, self.mid_attention_groups != 0) * self.mid_attention
+        for level, (outputs, blocks, _, up) in reversed(list(enumerate(levels))):
+            count += (blocks + 1) * attention(outputs) * (level in self.attention_levels)
+            for _ in range(blocks + 1):
+                count += residual(width + skips.pop(), outputs)
+                width = outputs
+            count += resampling(up, width)
+        return count + 2 * width + (9 * width + 1) * self.out_channels
+
     def to_dict(self) -> dict:
         """All fields, as JSON can hold them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -176,32 +212,6 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "UNetConfig":
         """The inverse of `to_dict`; fields left out have their defaults. ValueError for unknown fields."""
-        if not isinstance(values, dict):
-            raise ValueError(f"a UNet's configuration must be a dictionary, not {type(values).__name__}")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(str(key) for key in values.keys() - set(known))
-        if unknown:
-            raise ValueError(f"unknown UNet option {unknown[0]!r}; choose from: {', '.join(known)}")
+        typed("a UNet's configuration", values, dict)
+        known_names("UNet option", values, [field.name for field in fields(cls)])
         return cls(**values)
-
-
-def _require(condition: bool, name: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, not {value!r}")
-
-
-def _matches(value: object, hint: object) -> bool:
-    """Whether a value is of an annotated type: bool is no number, int is float, float is finite."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return any(_matches(value, option) for option in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        items = args[:1] * len(value) if args[-1] is ... else args
-        return len(items) == len(value) and all(map(_matches, value, items))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)

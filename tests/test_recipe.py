@@ -3,11 +3,13 @@
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+import torch
 
 from diffusion import NoiseSchedule, UNet, UNetConfig
 from diffusion.cli import main
-from diffusion.recipe import RECIPES, Recipe, changed, load_recipe
+from diffusion.recipe import RECIPES, Recipe, changed, load_recipe, recipe_from
 
 
 def test_the_recipes_of_the_package():
@@ -60,22 +62,29 @@ def test_show_prints_what_recipe_reads(name, tmp_path, capsys):
         ("", "not valid JSON"),
         ("[1]", "JSON object"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"steps": "many"}', "steps must be a whole number, not 'many'"),
+        ('{"steps": "many"}', "steps must be a whole number in 1\\.\\.1000000000, not 'many'"),
         ('{"steps": 1.5}', "steps must be a whole number"),
         ('{"steps": true}', "steps must be a whole number"),
         ('{"horizontal_flip": 1}', "horizontal_flip must be true or false"),
-        ('{"learning_rate": NaN}', "learning_rate must be a finite number"),
+        ('{"steps": 1%s}' % ("0" * 400), "steps must be a whole number in 1"),
+        ('{"batch_size": 4611686018427387904}', "batch_size must be a whole number in 1"),
+        ('{"learning_rate": NaN}', r"learning_rate must be a number in \(0, 3.4e38\], not nan"),
+        ('{"learning_rate": 1e308}', "learning_rate must be a number in"),
+        ('{"learning_rate": 1%s}' % ("0" * 400), "learning_rate must be a number in"),
+        ('{"learning_rate": "0.1"}', "learning_rate must be a number in"),
         ('{"more_ema_decays": 0.5}', "more_ema_decays must be a list"),
         ('{"more_ema_decays": [0.5, 0.5]}', "different"),
-        ('{"stpes": 5}', "no field 'stpes'"),
+        ('{"stpes": 5}', "unknown field of a recipe 'stpes'; choose from: unet, "),
         ('{"unet": {"chanels": 5}}', "unknown UNet option 'chanels'"),
-        ('{"unet": []}', "unet must be an object"),
+        ('{"unet": []}', "unet must be a dictionary"),
         ('{"schedule": {"kind": "cubic"}}', "kind of schedule"),
         ('{"prediction_type": "score"}', "prediction type"),
         ('{"loss_weighting": "p3"}', "loss weighting 'p3'"),
-        ('{"optimizer": "sgd"}', "optimizer must be adam or adamw"),
+        ('{"optimizer": "sgd"}', "unknown optimizer 'sgd'; choose from: adam, adamw"),
         ('{"weight_decay": 0.1}', "adamw takes one"),
         ('{"seed": -1}', "seed"),
+        ('{"unet": {"num_res_blocks": 1%s}}' % ("0" * 30), "num_res_blocks must be a whole number in 1"),
+        ('{"unet": {"channels": 65536}}', r"has [0-9,]+ parameters, more than 17,179,869,184"),
         ('{"unet": {"out_channels": 5}}', "out_channels must be 3, or 6 for a learned variance, not 5"),
         ('{"unet": {"num_classes": 3, "has_null_label": false}}', "label_dropout must be 0"),
         (
@@ -102,8 +111,30 @@ def test_recipes_that_are_not_there(tmp_path):
 
 @pytest.mark.parametrize("change", ["steps", "=3", "unet.=3", "unet.a.b=3", "steps.x=3", "no_field=3"])
 def test_changes_that_are_none(change):
-    with pytest.raises(ValueError, match=r"is no change|no field"):
+    with pytest.raises(ValueError, match=r"is no change|unknown field"):
         changed(Recipe(), [change])
+
+
+def test_changes_of_what_is_no_longer_a_dictionary():
+    with pytest.raises(ValueError, match="unet must be a dictionary, not 3"):
+        changed(Recipe(), ["unet=3", "unet.channels=4"])
+
+
+def test_numbers_of_numpy_and_torch_become_plain():
+    recipe = Recipe(
+        unet={
+            "channels": np.int64(64),
+            "channel_mult": np.array([1, 2]).tolist(),
+            "norm_eps": np.float32(0.5),
+        },
+        schedule={"kind": "cosine", "T": np.int64(10), "s": np.float64(0.25), "max_beta": torch.tensor(0.5)},
+        steps=np.int64(7),
+        learning_rate=torch.tensor(0.125),
+        more_ema_decays=[np.float64(0.5)],
+    )
+    assert recipe_from(json.loads(recipe.to_json())) == recipe
+    assert json.loads(recipe.to_json())["unet"] == {"channels": 64, "channel_mult": [1, 2], "norm_eps": 0.5}
+    assert (recipe.steps, recipe.learning_rate, recipe.more_ema_decays) == (7, 0.125, (0.5,))
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"ema_decay": 1.0}, {"more_ema_decays": (1.5,)}])

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,6 +188,50 @@ def test_other_sizes_than_its_own():
     assert unet(x, t).shape == (2, 2, 12, 6)
 
 
+CONFIGS = {
+    "DDPM's": {},
+    "adaptive": {
+        "scale_shift": True,
+        "downsample": "resblock",
+        "upsample": "resblock",
+        "attention_levels": [2],
+    },
+    "plain": {
+        "downsample": "plain",
+        "upsample": ["conv", "plain", "resblock"],
+        "num_res_blocks": [1, 3, 2, 1],
+    },
+    "labels": {"num_classes": 7, "time_embed_dim": 24, "mid_attention_groups": 0, "attention_levels": [0, 3]},
+    "no null label": {"num_classes": 7, "has_null_label": False, "mid_attention": False},
+    "learned variance": {
+        "in_channels": 1,
+        "out_channels": 2,
+        "channel_mult": [1, 0.5, 3],
+        "sample_size": [8, 4],
+    },
+    "one level": {"channel_mult": [2], "attention_levels": [], "mid_attention_groups": 4},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_counted_without_building_them(name):
+    config = UNetConfig.from_dict({"channels": 16, "norm_groups": 4} | CONFIGS[name])
+    with torch.device("meta"):
+        unet = UNet(config)
+    assert config.num_parameters == sum(p.numel() for p in unet.parameters())
+
+
+def test_configurations_take_numbers_of_numpy_and_torch():
+    config = UNetConfig(
+        sample_size=np.array([32, 64]).tolist(),
+        channels=np.int64(64),
+        channel_mult=[np.float32(1), torch.tensor(2), 2, np.int8(2)],
+        norm_eps=np.float64(1e-5),
+    )
+    assert config == UNetConfig(sample_size=(32, 64), channels=64, channel_mult=(1, 2, 2, 2), norm_eps=1e-5)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
 def test_compiles_whole():
     unet = randomized(replace(CONDITIONAL, scale_shift=True))
     x, t = inputs(CONDITIONAL)
@@ -201,38 +246,52 @@ def test_compiles_whole():
     [
         ({"sample_size": 30}, "30x30 cannot be halved 3 times; height and width must be multiples of 8"),
         ({"sample_size": [32, 36]}, "32x36 cannot be halved"),
-        ({"sample_size": 0}, "0x0"),
+        ({"sample_size": 0}, r"sample_size must be a whole number in 1..65536, or a list of 2 whole numbers"),
         ({"sample_size": [32]}, "sample_size must be"),
         ({"sample_size": None}, "sample_size must be"),
         ({"sample_size": True}, "sample_size must be"),
-        ({"in_channels": 0}, "in_channels must be at least 1"),
-        ({"in_channels": 3.0}, "in_channels must be int"),
-        ({"out_channels": "3"}, "out_channels must be int"),
+        ({"in_channels": 0}, "in_channels must be a whole number in 1..65536, not 0"),
+        ({"in_channels": 3.0}, "in_channels must be a whole number"),
+        ({"out_channels": "3"}, "out_channels must be a whole number"),
         ({"channels": 33}, "channels must be even"),
         ({"channel_mult": []}, "channel_mult must be"),
-        ({"channel_mult": [1, 0]}, "channel_mult must be positive"),
+        ({"channel_mult": [1, 0]}, r"channel_mult must be a list of numbers in \(0, 1024\], not"),
         ({"channel_mult": [1, math.nan]}, "channel_mult must be"),
         ({"channel_mult": 2}, "channel_mult must be"),
-        ({"num_res_blocks": 0}, "num_res_blocks must be at least 1"),
-        ({"num_res_blocks": [2, 2]}, "num_res_blocks must be at least 1, or 4"),
+        ({"num_res_blocks": 0}, "num_res_blocks must be a whole number in 1..64, or a list of whole"),
+        ({"num_res_blocks": [2, 2]}, "num_res_blocks must be a whole number, or 4"),
         ({"attention_levels": [4]}, r"attention_levels must be in 0\.\.3"),
         ({"attention_levels": [-1]}, "attention_levels must be"),
-        ({"mid_attention": 1}, "mid_attention must be bool"),
-        ({"mid_attention_groups": -1}, "mid_attention_groups must be 0 or more"),
-        ({"num_heads": 0}, "num_heads must be at least 1"),
-        ({"head_channels": 0}, "head_channels must be at least 1"),
-        ({"time_embed_dim": 0}, "time_embed_dim must be at least 1"),
-        ({"scale_shift": "yes"}, "scale_shift must be bool"),
-        ({"freq_shift": 64}, "freq_shift must be"),
-        ({"timestep_scale": 0}, "timestep_scale must be positive"),
-        ({"downsample": "fir"}, "downsample must be one of conv, resblock, plain, or 3 of them"),
-        ({"upsample": ["conv"]}, "upsample must be one of"),
-        ({"downsample_padding": 1}, "downsample_padding must be str"),
-        ({"downsample_padding": "same"}, "downsample_padding must be 'asymmetric' or 'symmetric'"),
-        ({"norm_groups": 0}, "norm_groups must be at least 1"),
-        ({"norm_eps": 0}, r"norm_eps must be in \(0, 1\)"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"mid_attention": 1}, "mid_attention must be true or false"),
+        ({"mid_attention_groups": -1}, r"mid_attention_groups must be a whole number in 0..65536, or None"),
+        ({"num_heads": 0}, "num_heads must be a whole number in 1..65536"),
+        ({"head_channels": 0}, "head_channels must be a whole number in 1"),
+        ({"time_embed_dim": 0}, "time_embed_dim must be a whole number in 1"),
+        ({"scale_shift": "yes"}, "scale_shift must be true or false"),
+        ({"freq_shift": 64}, "freq_shift must be less than half of 128 channels"),
+        ({"timestep_scale": 0}, r"timestep_scale must be a number in \(0, 1000\]"),
+        ({"downsample": "fir"}, "unknown kind of downsample 'fir'; choose from: conv, resblock, plain"),
+        ({"upsample": ["conv"]}, "upsample must be a name, or 3 of them"),
+        ({"downsample_padding": 1}, "downsample_padding must be a name"),
+        (
+            {"downsample_padding": "same"},
+            "unknown downsample_padding 'same'; choose from: asymmetric, symmetric",
+        ),
+        ({"norm_groups": 0}, "norm_groups must be a whole number in 1"),
+        ({"norm_eps": 0}, r"norm_eps must be a number in \[1e-12, 1\)"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ({"num_classes": 0}, "num_classes must be a whole number in 1"),
+        ({"num_res_blocks": 10**30}, "num_res_blocks must be a whole number in 1..64"),
+        ({"channel_mult": [10**400]}, "channel_mult must be a list of numbers"),
+        ({"channel_mult": [1] * 17}, "channel_mult must be a number for each of 1..16 levels"),
+        ({"channel_mult": [0.001, 1, 1, 1]}, "channel_mult must be large enough for a channel"),
+        ({"timestep_scale": 1e308}, "timestep_scale must be a number in"),
+        ({"norm_eps": 10**400}, "norm_eps must be a number in"),
+        ({"norm_eps": "1e-5"}, "norm_eps must be a number in"),
+        ({"num_classes": 2**62}, r"num_classes must be a whole number in 1..2\^31-1, or None"),
+        ({"num_classes": 2**30}, "has 549,791,560,707 parameters, more than 17,179,869,184"),
+        ({"channels": 2**14}, "parameters, more than 17,179,869,184"),
+        ({"sample_size": 2**20}, "sample_size must be a whole number in 1..65536"),
         ({"width": 3}, "unknown UNet option 'width'; choose from: sample_size, "),
         ([], "must be a dictionary"),
     ],
