@@ -115,7 +115,24 @@ DAMAGE = {
     ),
     "a width beyond memory": (
         lambda f: edit_config(f, lambda c: c["unet"].update(channels=2**24)),
-        "another architecture",
+        "channels must be a whole number in 4..65536, not 16777216",
+    ),
+    "parameters beyond memory": (
+        lambda f: edit_config(f, lambda c: c["unet"].update(channels=2**15)),
+        "parameters, more than 17,179,869,184",
+    ),
+    "giant clip": (lambda f: edit_config(f, lambda c: c.update(clip=10**400)), "clip must be a number in"),
+    "giant norm_eps": (
+        lambda f: edit_config(f, lambda c: c["unet"].update(norm_eps=10**400)),
+        "norm_eps must be a number in",
+    ),
+    "giant beta": (
+        lambda f: edit_config(f, lambda c: c["schedule"].update(beta_start=10**400)),
+        "beta_start must be a finite number",
+    ),
+    "metadata": (
+        lambda f: edit_config(f, lambda c: c.update(metadata=3)),
+        "metadata must be a dictionary, not 3",
     ),
     "unknown UNet option": (
         lambda f: edit_config(f, lambda c: c["unet"].update(wings=2)),
@@ -135,7 +152,7 @@ DAMAGE = {
     "unknown variance": (lambda f: edit_config(f, lambda c: c.update(variance="wild")), "variance"),
     "unknown sampler option": (
         lambda f: edit_config(f, lambda c: c.update(sampler_options={"ddim": {"speed": 9}})),
-        "no option 'speed'",
+        "unknown option of ddim 'speed'",
     ),
     "another format version": (
         lambda f: edit_config(f, lambda c: c.update(format_version=99)),
