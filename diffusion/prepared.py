@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
 from .kernels import _native
@@ -133,6 +134,8 @@ class _Plan:
         self.calls: list[_Call] = []
         self._buffers: dict[tuple, Tensor] = {}
         self.input = self._image(channels, height, width)
+        patch = unet.config.patch_size
+        height, width = height // patch, width // patch
         self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32)
         parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
         self._lay_out(unet, parts, height, width)
@@ -285,8 +288,12 @@ class _Plan:
         reads = [buffer for buffer, _ in joined]
         writes = [buffer[:, :before] for buffer, before in joined]
 
+        patch, image = unet.config.patch_size, self.input
+        if patch > 1:
+            image = self._image(unet.input_conv.weight.shape[1], height, width)
+            self._call(_store, image, partial(pixel_unshuffle, downscale_factor=patch), self.input)
         x = skips.pop(0)
-        self._convolve(unet.input_conv, self.input, x)
+        self._convolve(unet.input_conv, image, x)
         for level in unet.down:
             for i, block in enumerate(level.blocks):
                 out = skips.pop(0)
@@ -316,8 +323,11 @@ class _Plan:
             if level.resample is not None:
                 out = writes.pop(0)
                 self._leave(level, x, parts, out)
-        self.output = self._image(unet.config.out_channels, height, width)
-        self._convolve(unet.output_conv, x, self.output, norm=self._map(unet.output_norm, x))
+        self.output = output = self._image(unet.output_conv.weight.shape[0], height, width)
+        self._convolve(unet.output_conv, x, output, norm=self._map(unet.output_norm, x))
+        if patch > 1:
+            self.output = self._image(unet.config.out_channels, height * patch, width * patch)
+            self._call(_store, self.output, partial(pixel_shuffle, upscale_factor=patch), output)
 
     def _joined_buffers(self, unet: UNet, height: int, width: int) -> list[tuple[Tensor, int]]:
         """What each block on the way up reads: channels from below, then those of a skip connection.

@@ -57,12 +57,30 @@ def epsilon_coefficients(
     return 1 / sigma, -alpha / sigma
 
 
-def random_timesteps(count: int, T: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def random_timesteps(
+    count: int, T: int, device: torch.device | str = "cpu", cumulative: torch.Tensor | None = None
+) -> torch.Tensor:
     """Timesteps int64 [count], spread evenly over 0..T-1 from one uniform draw, which lowers the loss's
     variance (Kingma et al. 2021, arXiv 2107.00630, appendix I.1). From PyTorch's global generators.
+
+    cumulative: float64 [T], the probability of each timestep or a smaller one; None for a uniform one.
     """
     u = (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
-    return (u * T).long().clamp(max=T - 1)
+    if cumulative is None:
+        return (u * T).long().clamp(max=T - 1)
+    return torch.searchsorted(cumulative.to(device), u.double(), right=True).clamp(max=T - 1)
+
+
+def lognormal_timesteps(schedule: NoiseSchedule, mean: float, std: float) -> torch.Tensor:
+    """The cumulative distribution of timesteps, float64 [T], whose noise level sigma / alpha is log-normal.
+
+    ln(sigma / alpha) is drawn from N(mean, std^2) as in Karras et al. 2022 (arXiv 2206.00364, table 1:
+    -1.2 and 1.2), and a timestep takes what is nearer to its own noise level than to its neighbours'.
+    """
+    level = 0.5 * torch.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
+    between = ((level[1:] + level[:-1]) / 2 - mean) / std
+    last = torch.ones(1, dtype=torch.float64)
+    return torch.cat([torch.special.ndtr(between), last])
 
 
 def at_timesteps(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,14 @@ from .validation import choice, known_names, refuse, shown, typed
 
 FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw", "muon")
 DECAYS = ("linear", "constant")
+TIMESTEP_SAMPLING = ("uniform", "lognormal")
 
 # Where the numbers of a field may lie; those of the others may be any finite ones.
 _BOUNDS: dict[str, dict[str, float]] = {
     "min_snr_gamma": {"above": 0},
+    "noise_std": {"above": 0},
     "vlb_weight": {"least": 0},
     "steps": {"least": 1, "most": 10**9},
     "batch_size": {"least": 1, "most": 2**20},
@@ -44,7 +46,9 @@ class Recipe:
 
     steps: optimiser steps of batch_size images, on however many devices. learning_rate: reached after
     warmup_steps, then falling linearly to zero or, learning_rate_decay "constant", staying. optimizer:
-    "adam" or "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101), which alone takes a weight_decay.
+    "adam", "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101) or "muon" (see `optimizers.Optimizer`), of
+    which all but adam take a weight_decay. timestep_sampling: "uniform", or "lognormal" for noise levels
+    sigma / alpha whose logarithm has noise_mean and noise_std (Karras et al. 2022, arXiv 2206.00364).
     gradient_clip: largest norm of the whole gradient. ema_decay: of the averaged weights, which are what is
     kept; more_ema_decays: of averages kept beside them. label_dropout: share of labels replaced by the null
     label (Ho & Salimans 2022, arXiv 2207.12598). horizontal_flip: mirror every other image, at random.
@@ -57,6 +61,9 @@ class Recipe:
     prediction_type: str = "v_prediction"
     loss_weighting: str = "uniform"
     min_snr_gamma: float = 5.0
+    timestep_sampling: str = "uniform"
+    noise_mean: float = -1.2
+    noise_std: float = 1.2
     vlb_weight: float = 0.001
     steps: int = 1000
     batch_size: int = 128
@@ -80,8 +87,9 @@ class Recipe:
             refuse("more_ema_decays", "different from ema_decay and each other", list(decays))
         choice("optimizer", self.optimizer, OPTIMIZERS)
         choice("learning_rate_decay", self.learning_rate_decay, DECAYS)
+        choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
         if self.optimizer == "adam" and self.weight_decay:
-            refuse("weight_decay", "0 for adam; adamw takes one", self.weight_decay)
+            refuse("weight_decay", "0 for adam; adamw and muon take one", self.weight_decay)
         check_loss_weighting(self.loss_weighting)
         config = UNetConfig.from_dict(self.unet)
         channels = config.in_channels

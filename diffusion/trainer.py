@@ -18,7 +18,8 @@ from .data import to_float
 from .ddpm import DDPM
 from .guidance import drop_labels
 from .memory import keep_freed_memory
-from .process import random_timesteps
+from .optimizers import Optimizer
+from .process import lognormal_timesteps, random_timesteps
 from .ranks import Ranks
 from .recipe import Recipe
 from .schedule import NoiseSchedule
@@ -94,15 +95,10 @@ class Trainer:
             average.unet.eval().requires_grad_(False)
         unet.checkpoint_activations(checkpointing)
         self.network = torch.compile(unet) if compile else unet
-        # Adam's fused step on the CPU copies what is not contiguous, so it is given the weights as they lie.
-        self.weights = [as_it_lies(p.detach(), p).requires_grad_() for p in unet.parameters()]
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-        self.optimizer = kind(
-            self.weights,
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = Optimizer(recipe, unet, self.device)
+        self.timesteps = None  # of the uniform distribution
+        if recipe.timestep_sampling == "lognormal":
+            self.timesteps = lognormal_timesteps(schedule, recipe.noise_mean, recipe.noise_std)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.step = 0
         self.seconds = 0.0
@@ -133,10 +129,8 @@ class Trainer:
             raise RuntimeError("several ranks take their steps within parallel.shared_gradients")
         x, labels, t, noise = self._share()
         torch.manual_seed(seed_of(recipe.seed, f"dropout of rank {self.ranks.rank}", self.step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.unet.zero_grad(set_to_none=True)
+        self.optimizer.set_learning_rate(recipe.learning_rate_at(self.step))
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         starts = range(0, len(x), self.micro_batch or len(x))
         for start in starts:
@@ -149,15 +143,17 @@ class Trainer:
                 )
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        parameters = list(self.model.unet.parameters())
-        for weight, parameter in zip(self.weights, parameters, strict=True):
-            weight.grad = as_it_lies(parameter.grad, parameter)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        self.optimizer.take_gradients()
+        for part in self.optimizer.parts:
+            self.scaler.unscale_(part)
+        weights = list(self.optimizer.weights.values())
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
         if norm.device.type != "cpu" or norm > recipe.gradient_clip:  # on others, looking would mean waiting
-            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.gradient_clip, norm)
-        self.scaler.step(self.optimizer)
+            torch.nn.utils.clip_grads_with_norm_(weights, recipe.gradient_clip, norm)
+        for part in self.optimizer.parts:
+            self.scaler.step(part)
         self.scaler.update()
+        parameters = list(self.model.unet.parameters())
         with torch.no_grad():
             for decay, average in self.averages.items():
                 decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -237,7 +233,7 @@ class Trainer:
         recipe, device, size = self.recipe, self.device, self.recipe.batch_size
         index = self.batch_indices(self.step)
         torch.manual_seed(seed_of(recipe.seed, "step", self.step))
-        t = random_timesteps(size, self.model.schedule.T, device)
+        t = random_timesteps(size, self.model.schedule.T, device, self.timesteps)
         noise = torch.randn(size, *self.images.shape[1:], device=device)
         labels = None if self.labels is None else self.labels[index].to(device)
         if labels is not None and recipe.label_dropout:
@@ -262,12 +258,6 @@ class Trainer:
             generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "epoch", epoch))
             self._order = epoch, torch.randperm(len(self.images), generator=generator)
         return self._order[1][position * size : (position + 1) * size]
-
-
-def as_it_lies(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A view [O, H, W, I] of a tensor of a parameter's shape [O, I, H, W], if that is in channels_last."""
-    last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return tensor.permute(0, 2, 3, 1) if last else tensor
 
 
 def seed_of(seed: int, purpose: str, index: int) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from safetensors.torch import save_file
 
 from .files import replacing
 from .reading import load_weights, name_of, open_regular, read_safetensors
-from .trainer import Trainer, as_it_lies
+from .recipe import recipe_from
+from .trainer import Trainer
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
 # Fields of a recipe without which its state means nothing, and those of the loss's scale.
 FIXED = ("unet", "schedule", "prediction_type", "optimizer", "ema_decay", "more_ema_decays")
 LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
@@ -23,10 +22,10 @@ LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
 def save_state(trainer: Trainer, path: Path) -> None:
     """Writes weights, averages, the optimiser and all else that decides the next steps, or nothing."""
     tensors = {}
-    for (name, parameter), weight in _parameters(trainer):
+    for name, parameter in trainer.model.unet.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in trainer.optimizer.state.get(weight, {}).items():
-            tensors[f"adam.{key}.{name}"] = value if key == "step" else _like(parameter, value)
+        for key, value in trainer.optimizer.state(name).items():
+            tensors[f"adam.{key}.{name}"] = value
     for index, average in enumerate(trainer.averages.values()):
         tensors |= {f"ema{index}.{name}": value for name, value in average.unet.named_parameters()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -42,16 +41,6 @@ def save_state(trainer: Trainer, path: Path) -> None:
     }
     with replacing(path) as (temporary,):
         save_file(tensors, temporary, metadata={"training": json.dumps(about)})
-
-
-def _parameters(trainer: Trainer) -> Iterable[tuple[tuple[str, torch.Tensor], torch.Tensor]]:
-    """Each parameter with its name, and as the optimiser sees it."""
-    return zip(trainer.model.unet.named_parameters(), trainer.weights, strict=True)
-
-
-def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What Adam keeps of a parameter, in the parameter's shape."""
-    return value.as_strided(parameter.shape, parameter.stride())
 
 
 def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> None:
@@ -78,20 +67,15 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     for index, average in enumerate(trainer.averages.values()):
         load_weights(average.unet, groups.get(f"ema{index}", {}), path)
     moments = groups.get("adam", {})
-    for (name, parameter), weight in _parameters(trainer):
-        state = {key: moments.get(f"{key}.{name}") for key in MOMENTS}
+    for name, parameter in trainer.model.unet.named_parameters():
+        state = {key: moments.get(f"{key}.{name}") for key in trainer.optimizer.keys(name)}
         found = [value is not None for value in state.values()]
         if not any(found) and (about["step"] == 0 or about["scaler"]):
             continue  # before the first step, which a scaled loss that overflows puts off
-        shapes = [parameter.new_empty(()).shape, parameter.shape, parameter.shape]
+        shapes = [torch.Size() if key == "step" else parameter.shape for key in state]
         if not all(found) or [value.shape for value in state.values()] != shapes:
             raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
-        # Adam keeps its moments like the weight, and its step count on the CPU unless it is fused on CUDA.
-        place = parameter.device if parameter.is_cuda else "cpu"
-        trainer.optimizer.state[weight] = {"step": state.pop("step").to(place)} | {
-            key: as_it_lies(torch.empty_like(parameter, requires_grad=False).copy_(value), parameter)
-            for key, value in state.items()
-        }
+        trainer.optimizer.set_state(name, state)
     if trainer.scaler.is_enabled() and about["scaler"]:
         try:
             trainer.scaler.load_state_dict(about["scaler"])
@@ -110,7 +94,7 @@ def read_state(path: Path) -> dict:
             about = json.loads((tensors.metadata() or {})["training"])
         first = about["first_loss"]
         return {
-            "recipe": dict(about["recipe"]),
+            "recipe": json.loads(recipe_from(about["recipe"]).to_json()),  # with fields that came since
             "data": str(about["data"]),
             "step": int(about["step"]),
             "seconds": float(about["seconds"]),

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .blocks import Attention, Level, Middle, Norm, ResBlock
 from .unet_config import UNetConfig
@@ -43,7 +44,8 @@ class UNet(nn.Module):
         )
         if config.num_classes is not None:
             self.label_embedding = nn.Embedding(config.num_classes + config.has_null_label, embed_dim)
-        self.input_conv = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        pixels = config.patch_size**2
+        self.input_conv = nn.Conv2d(pixels * config.in_channels, widths[0], 3, padding=1)
 
         width, skips = widths[0], [widths[0]]
         self.down = nn.ModuleList()
@@ -61,7 +63,7 @@ class UNet(nn.Module):
             width = widths[i]
         self.up = nn.ModuleList(reversed(up))  # up[i] is of the same resolution as down[i]
         self.output_norm = Norm(width, config.norm_groups, config.norm_eps)
-        self.output_conv = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.output_conv = nn.Conv2d(width, pixels * config.out_channels, 3, padding=1)
 
         parts = [*self.down, self.mid, *up]
         self.embedding_sizes = [block.embedding_size for part in parts for block in part.residual_blocks()]
@@ -142,14 +144,14 @@ class UNet(nn.Module):
         if embedding.shape != (x.shape[0], sum(self.embedding_sizes)):
             raise ValueError(f"{len(x)} images cannot go with timesteps embedded as {list(embedding.shape)}")
         parts = iter(embedding.split(self.embedding_sizes, dim=1))
-        h = self.input_conv(x.to(self.input_conv.weight.dtype))
+        h = self.input_conv(pixel_unshuffle(x.to(self.input_conv.weight.dtype), self.config.patch_size))
         skips = [h]
         for level in self.down:
             h = level.descend(h, parts, skips, backend)
         h = self.mid(h, parts, backend)
         for level in reversed(self.up):
             h = level.ascend(h, parts, skips, backend)
-        return self.output_conv(self.output_norm(h, backend))
+        return pixel_shuffle(self.output_conv(self.output_norm(h, backend)), self.config.patch_size)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trains in less memory and a third more time: blocks keep their inputs only."""

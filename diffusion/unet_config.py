@@ -18,6 +18,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "num_res_blocks": {"least": 1, "most": 64},
     "attention_levels": {"least": 0, "most": MOST_LEVELS - 1},
     "mid_attention_groups": {"least": 0, "most": MOST_CHANNELS},
+    "patch_size": {"least": 1, "most": 64},
     "freq_shift": {"least": 0, "most": MOST_CHANNELS},
     "timestep_scale": {"above": 0, "most": 1000},
     "norm_eps": {"least": 1e-12, "below": 1},
@@ -30,10 +31,14 @@ _BOUNDS: dict[str, dict[str, float]] = {
 class UNetConfig:
     """The architecture of a UNet. The defaults are DDPM's for 32x32 images (Ho et al. 2020, appendix B).
 
-    Level i of the network works on feature maps of sample_size / 2**i and channels * channel_mult[i]
-    channels, and there is one change of resolution between each level and the next.
+    Level i of the network works on feature maps of sample_size / patch_size / 2**i and channels *
+    channel_mult[i] channels, and there is one change of resolution between each level and the next.
 
-    sample_size: height and width of the images, or one integer for both; divisible by 2**(levels - 1).
+    sample_size: height and width of the images, or one integer for both; divisible by patch_size *
+        2**(levels - 1).
+    patch_size: pixels along each side of the squares that the network takes for one position, by
+        torch.nn.PixelUnshuffle before its first convolution and PixelShuffle after its last (Shi et al. 2016,
+        arXiv 1609.05158); 1 for none.
     in_channels, out_channels: of the images and of the output; out_channels = 2 * in_channels means a
         learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1).
     channels, channel_mult: the base width, and its multiple at each level.
@@ -85,6 +90,7 @@ class UNetConfig:
     dropout: float = 0.0
     num_classes: int | None = None
     has_null_label: bool = True
+    patch_size: int = 1
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -123,10 +129,12 @@ class UNetConfig:
     def check_size(self, size: tuple[int, int]) -> None:
         """ValueError unless images of this height and width can be halved between all levels."""
         halvings = len(self.channel_mult) - 1
-        if any(side < 1 or side % 2**halvings for side in size):
+        multiple = self.patch_size * 2**halvings
+        if any(side < 1 or side % multiple for side in size):
+            patches = f" in patches of {self.patch_size}x{self.patch_size}" if self.patch_size > 1 else ""
             raise ValueError(
-                f"images of {size[0]}x{size[1]} cannot be halved {halvings} times; "
-                f"height and width must be multiples of {2**halvings}"
+                f"images of {size[0]}x{size[1]}{patches} cannot be halved {halvings} times; "
+                f"height and width must be multiples of {multiple}"
             )
 
     @property
@@ -185,7 +193,7 @@ class UNetConfig:
         count = (self.channels + 1) * embed + (embed + 1) * embed
         if self.num_classes is not None:
             count += (self.num_classes + self.has_null_label) * embed
-        count += (9 * self.in_channels + 1) * widths[0]
+        count += (9 * self.patch_size**2 * self.in_channels + 1) * widths[0]
         width, skips = widths[0], [widths[0]]
         levels = list(zip(widths, self.level_blocks, self.level_downsample, self.level_upsample, strict=True))
         for level, (outputs, blocks, down, _) in enumerate(levels):
@@ -203,7 +211,7 @@ class UNetConfig:
                 count += residual(width + skips.pop(), outputs)
                 width = outputs
             count += resampling(up, width)
-        return count + 2 * width + (9 * width + 1) * self.out_channels
+        return count + 2 * width + (9 * width + 1) * self.patch_size**2 * self.out_channels
 
     def to_dict(self) -> dict:
         """All fields, as JSON can hold them."""
