@@ -65,7 +65,7 @@ class Optimizer:
             weight.grad = as_it_lies(parameter.grad, parameter).reshape(weight.shape)
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
-        """What the optimiser keeps of a parameter, in the parameter's shape where it is one number a weight."""
+        """What the optimiser keeps of a parameter: a step count, or tensors of the parameter's shape."""
         parameter, weight = self.parameters[name], self.weights[name]
         state = self._part_of[name].state.get(weight, {})
         return {
@@ -74,7 +74,7 @@ class Optimizer:
         }
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """The names of what `state` has after a step: a step count, or tensors of the parameter's shape."""
+        """The names of what `state` has after a step."""
         muon = isinstance(self._part_of[name], torch.optim.Muon)
         return ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
 
@@ -86,9 +86,9 @@ class Optimizer:
         self._part_of[name].state[weight] = {
             key: value.to(place)
             if value.ndim == 0
-            else as_it_lies(
-                torch.empty_like(parameter, requires_grad=False).copy_(value), parameter
-            ).reshape(weight.shape)
+            else as_it_lies(torch.empty_like(parameter, requires_grad=False).copy_(value), parameter).reshape(
+                weight.shape
+            )
             for key, value in state.items()
         }
 

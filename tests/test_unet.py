@@ -59,6 +59,8 @@ VARIANTS = {
     "learned_variance": replace(TINY, out_channels=4),
     "embedding": replace(TINY, flip_sin_to_cos=True, freq_shift=0, time_embed_dim=12, timestep_scale=0.25),
     "oblong": replace(TINY, sample_size=(8, 12)),
+    "patches": replace(TINY, patch_size=2),
+    "oblong_patches": replace(TINY, sample_size=(8, 16), patch_size=4, channel_mult=(1, 1)),
 }
 
 
@@ -102,6 +104,32 @@ def test_defaults_are_ddpm():
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in UNet(UNetConfig()).parameters())
     assert round(count / 1e6, 1) == 35.7
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_patches_are_pixels_of_a_smaller_image(patch):
+    """Channel c * p * p + i * p + j of the small image is pixel (i, j) of channel c of each patch."""
+    unet = randomized(replace(TINY, sample_size=16, patch_size=patch))
+    channels = patch**2 * TINY.in_channels
+    small = UNet(replace(TINY, sample_size=16 // patch, in_channels=channels, out_channels=channels))
+    small.load_state_dict(unet.state_dict())
+    x, t = inputs(unet.config)
+    parts = [
+        x[:, c, i::patch, j::patch]
+        for c in range(TINY.in_channels)
+        for i in range(patch)
+        for j in range(patch)
+    ]
+    with torch.no_grad():
+        out, expected = unet(x, t), small(torch.stack(parts, dim=1), t)
+    for n, part in enumerate(expected.unbind(1)):
+        c, i, j = n // patch**2, n // patch % patch, n % patch
+        torch.testing.assert_close(out[:, c, i::patch, j::patch], part, rtol=0, atol=1e-6)
+
+
+def test_patches_must_fill_the_image():
+    with pytest.raises(ValueError, match=r"patches of 4x4 .* multiples of 8"):
+        replace(TINY, sample_size=12, patch_size=4)
 
 
 def test_starts_at_zero():
