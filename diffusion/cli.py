@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import evaluate, import_model, info, sample, train
+from .kernels._native import check_environment
 from .memory import is_out_of_memory
 
 COMMANDS = {
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_arguments(subparser)
     parsed = parser.parse_args(arguments)
     try:
+        check_environment()
         COMMANDS[parsed.command].run(parsed)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

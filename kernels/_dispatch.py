@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
+from ._native import check_environment
+
 
 def always(*args, **kwargs) -> None:
     """The `supports` of a backend that serves every valid call, such as a plain PyTorch reference."""
@@ -25,10 +27,17 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
+@constant_in_graphs
+def vectorised() -> bool:
+    """Whether torch.vmap is active: its tensors know no memory layout but the contiguous one."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def transformed() -> str | None:
     """Why no compiled operator can run here: their derivatives are those of one reverse pass."""
     if torch.compiler.is_compiling():
-        return None
+        return "torch.vmap is active" if vectorised() else None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"
     if forward_ad._current_level >= 0:
@@ -64,6 +73,7 @@ class Op:
 
     def choose(self, backend: str, *args, **kwargs) -> str:
         """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
+        check_environment()
         self.validate(*args, **kwargs)
         if backend == "auto":
             serving = self.serving(*args, **kwargs)

@@ -5,12 +5,16 @@ They use LibTorch's stable ABI and no symbol of Python, so one build serves ever
 
 In a clone, whose sources Python prefers to an installation, there may be no libraries beside this file. Those
 of the installation serve then, if they were built from the same csrc/.
+
+The environment variable DIFFUSION_SIMD names the widest instruction set that may run, so that a processor can
+do what a lesser one does.
 """
 
 import ctypes
 import hashlib
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -18,6 +22,8 @@ import torch
 RECORD = "_build.json"  # what setup.py built, or why not
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
+VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # instruction sets, each with those before it
+CAP = os.environ.get("DIFFUSION_SIMD") or None
 
 
 def _digest(folder: Path) -> str:
@@ -98,7 +104,7 @@ def _load_cuda(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
 FOLDER, _record, _missing = _find()
 _cpp, CPP_MISSING = _load_cpp(FOLDER / "_cpp.so")
 _cuda, CUDA_MISSING = _load_cuda(FOLDER / "_cuda.so")
-_simd = "" if _cpp is None else _cpp.fused_diffusion_simd_in_use().decode()
+_found = "" if _cpp is None else _cpp.fused_diffusion_simd_best().decode()
 
 
 def library() -> ctypes.CDLL:
@@ -109,7 +115,11 @@ def library() -> ctypes.CDLL:
 
 
 def simd_in_use() -> str:
-    """The instruction set that the C++ ops run with; empty where they are missing."""
+    """The instruction set that the C++ ops run with; empty where they are missing.
+
+    ValueError: DIFFUSION_SIMD names none.
+    """
+    check_environment()
     return _simd
 
 
@@ -120,36 +130,61 @@ def use_simd(variant: str) -> None:
     The bits of every result are the same in all of them, but for attention in bfloat16, which avx512_bf16
     multiplies in pairs and amx in tiles, for group_norm_silu, whose sums over a contiguous tensor run in the
     order of the vectors, and for conv3x3, whose weights are packed for one of them; conv2d is for amx alone.
-    ValueError if the processor does not have it.
+    ValueError if the processor does not have it, or DIFFUSION_SIMD does not allow it.
     """
+    global _simd
     if _cpp is None:
         raise ValueError(f"no instruction set can be chosen: {CPP_MISSING}")
-    global _simd
-    name = _cpp.fused_diffusion_simd_best() if variant == "best" else variant.encode()
-    if not _cpp.fused_diffusion_simd_use(name):
-        raise ValueError(
-            f"this processor has no {variant!r}; choose from: {', '.join(simd_variants())}, best"
-        )
-    _simd = name.decode()
+    choices = simd_variants()
+    name = choices[-1] if variant == "best" else variant
+    if name not in choices:
+        forbidden = name in VARIANTS and not allows(name)
+        reason = f"DIFFUSION_SIMD={CAP} allows no" if forbidden else "this processor has no"
+        raise ValueError(f"{reason} {variant!r}; choose from: {', '.join(choices)}, best")
+    _cpp.fused_diffusion_simd_use(name.encode())
+    _simd = name
 
 
 def simd_variants() -> list[str]:
-    """The instruction sets that this processor and the library have, narrowest first."""
+    """The instruction sets that the processor and the library have and DIFFUSION_SIMD allows, narrowest
+    first."""
     if _cpp is None:
         return []
-    names = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
-    return names[: names.index(_cpp.fused_diffusion_simd_best().decode()) + 1]
+    most = VARIANTS.index(_found)
+    return list(VARIANTS[: 1 + (min(most, VARIANTS.index(CAP)) if CAP in VARIANTS else most)])
+
+
+def allows(variant: str) -> bool:
+    """Whether DIFFUSION_SIMD leaves what depends on an instruction set to the processor."""
+    check_environment()
+    return CAP is None or VARIANTS.index(variant) <= VARIANTS.index(CAP)
+
+
+def check_environment() -> None:
+    """ValueError: DIFFUSION_SIMD names no instruction set."""
+    if CAP is not None and CAP not in VARIANTS:
+        raise ValueError(f"DIFFUSION_SIMD is {CAP!r}; choose from: {', '.join(VARIANTS)}")
 
 
 def build_info() -> dict[str, str]:
     """What is built and loaded, as lines to print: each library, the instruction sets, the CUDA archs."""
+    check_environment()
     cuda = _record.get("cuda", {})
     info = {"cpp": CPP_MISSING or "loaded", "cuda": CUDA_MISSING or "loaded"}
     if _cpp is not None:
         info["compiler"] = _cpp.fused_diffusion_compiler().decode()
         info["simd"] = simd_in_use()
+        if CAP is not None:
+            lesser = VARIANTS.index(_found) < VARIANTS.index(CAP)
+            beyond = f", which this processor lacks; its best is {_found}" if lesser else ""
+            info["simd cap"] = f"DIFFUSION_SIMD={CAP}{beyond}"
         info["simd variants"] = ", ".join(simd_variants())
     if _cpp is not None and FOLDER != HERE:
         info["libraries"] = f"in {FOLDER}"
     info["cuda archs"] = cuda.get("archs") or f"none: {cuda.get('reason', 'no record of a build')}"
     return info
+
+
+_simd = ""
+if _cpp is not None:
+    use_simd("best")

@@ -1,13 +1,20 @@
 """Which backend runs, and that none is left out in silence."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusion.kernels import _native, build_info, explain, philox_normal, reverse_step
 from diffusion.kernels._dispatch import Backend, Op, always
 from diffusion.kernels.reverse_step.cases import CASES
+from native import requires_native
+
+import diffusion
 
 ON_EVEN = Backend(lambda n: f"even {n}", lambda n: None if n % 2 == 0 else f"{n} is odd")
 ON_ALL = Backend(lambda n: f"any {n}", always)
@@ -115,3 +122,62 @@ def test_instruction_sets_can_be_chosen_by_name():
             assert build_info()["simd"] == (_native.simd_variants()[-1] if variant == "best" else variant)
     with pytest.raises(ValueError, match=r"no instruction set|has no 'mmx'"):
         _native.use_simd("mmx")
+
+
+def run_capped(cap: str, *command: str) -> subprocess.CompletedProcess:
+    """Python with a cap, in a process of its own."""
+    folder = str(Path(diffusion.__file__).parents[1])
+    environment = os.environ | {"DIFFUSION_SIMD": cap, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@requires_native
+@pytest.mark.parametrize("cap", ["baseline", "avx2", "amx"])
+def test_the_environment_caps_the_instruction_sets(cap):
+    """What the processor lacks it does not get; all that Python chooses by the processor is capped, too."""
+    code = """if True:
+        import json, torch
+        from diffusion.commands.train import choose_autocast
+        from diffusion.devices import multiplies_bfloat16
+        from diffusion.kernels import _native, build_info, pack_conv3x3
+        cpu = torch.device("cpu")
+        packing = pack_conv3x3(torch.ones(16, 16, 3, 3), 8, 8, torch.bfloat16).packing
+        try:
+            _native.use_simd("amx")
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            refusal = None
+        print(json.dumps([build_info(), packing, multiplies_bfloat16(cpu), str(choose_autocast("auto", cpu)),
+                          refusal]))
+    """
+    done = run_capped(cap, "-c", code)
+    assert done.returncode == 0, done.stderr
+    info, (_, pairs, parts), multiplies, autocast, refusal = json.loads(done.stdout)
+    own = _native.VARIANTS[
+        : _native.VARIANTS.index(_native.library().fused_diffusion_simd_best().decode()) + 1
+    ]
+    best = cap if cap in own else own[-1]
+    assert info["simd"] == best
+    assert info["simd variants"] == ", ".join(own[: own.index(best) + 1])
+    assert info["simd cap"].startswith(f"DIFFUSION_SIMD={cap}")
+    assert ("lacks" in info["simd cap"]) == (cap not in own)
+    assert multiplies == (best in ("avx512_bf16", "amx"))
+    assert parts == (best == "amx")
+    assert pairs == (best == "avx512_bf16")
+    if cap != "amx":
+        assert autocast == "None"
+        assert refusal.startswith(f"DIFFUSION_SIMD={cap} allows no 'amx'")
+    elif best != "amx":
+        assert refusal.startswith("this processor has no 'amx'")
+    else:
+        assert refusal is None
+
+
+def test_an_unknown_cap_is_one_line():
+    done = run_capped("mmx", "-m", "diffusion", "info")
+    choices = "baseline, avx2, avx512, avx512_bf16, amx"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"diffusion: DIFFUSION_SIMD is 'mmx'; choose from: {choices}\n"
+    done = run_capped("mmx", "-c", "from diffusion.kernels import philox_normal; philox_normal((2,), seed=0)")
+    assert done.stderr.splitlines()[-1].startswith("ValueError: DIFFUSION_SIMD is 'mmx'")

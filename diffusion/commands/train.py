@@ -9,6 +9,7 @@ import torch
 
 from ..data import DATASETS, ImageSet, load_dataset
 from ..devices import check_dtype
+from ..kernels._native import allows
 from ..memory import is_out_of_memory
 from ..parallel import process_group
 from ..ranks import current
@@ -216,7 +217,8 @@ def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # PyTorch's own products of bfloat16, which do not need this package's library
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        faster = device.type == "cpu" and bool(
-            capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        faster = device.type == "cpu" and any(
+            capabilities.get(name) and allows(variant)
+            for name, variant in (("avx512_bf16", "avx512_bf16"), ("amx_bf16", "amx"))
         )
     return torch.bfloat16 if faster else None

@@ -3,9 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from .._dispatch import vectorised
+
 
 def _layout(x: torch.Tensor) -> torch.memory_format:
     """The memory layout that the output has to have."""
+    if vectorised():
+        return torch.contiguous_format
     for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.ndim == ndim and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
             return layout
