@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import to_float
 from .ddpm import DDPM
+from .fine_tuning import start_from
 from .guidance import drop_labels
 from .memory import keep_freed_memory
 from .optimizers import Optimizer
@@ -43,6 +44,9 @@ class Trainer:
     their steps within `parallel.shared_gradients`, as `train` does. ValueError if the data do not fit the
     recipe.
 
+    init: a model whose weights the run starts from, of the recipe's architecture but for the number of
+    classes; see `fine_tuning.recipe_for`.
+
     How it is computed, which changes the weights by rounding only: autocast: run the UNet in bfloat16 or
     float16 (with a scaled loss) where PyTorch finds it safe. micro_batch: images at a time whose gradients
     are added up, by default all of the rank's. channels_last: memory format of the UNet. checkpointing:
@@ -63,6 +67,7 @@ class Trainer:
         checkpointing: bool = False,
         compile: bool = False,
         ranks: Ranks | None = None,
+        init: DDPM | None = None,
     ):
         self.ranks = ranks or Ranks()
         config = UNetConfig.from_dict(recipe.unet)
@@ -83,6 +88,8 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.seed, "weights", 0))
             unet = UNet(config)
+        if init is not None:
+            start_from(unet, init.unet)
         schedule = NoiseSchedule.from_config(recipe.schedule)
         self.model = DDPM(
             unet,

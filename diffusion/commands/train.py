@@ -8,7 +8,9 @@ from dataclasses import fields, replace
 import torch
 
 from ..data import DATASETS, ImageSet, load_dataset
+from ..ddpm import load
 from ..devices import check_dtype
+from ..fine_tuning import recipe_for
 from ..kernels._native import allows
 from ..memory import is_out_of_memory
 from ..parallel import process_group
@@ -47,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--recipe",
         help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: that of the data set)",
+    )
+    add(
+        "--init",
+        metavar="MODEL",
+        help="start from the weights of a model, a bundled name or a folder; its network, noise schedule and "
+        "prediction type take the place of the recipe's",
     )
     add("--unconditional", action="store_true", help="train without labels")
     defaults = {field.name: field for field in fields(Recipe)}
@@ -122,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
             checkpointing=args.checkpointing,
             compile=args.compile,
             ranks=ranks,
+            init=None if args.init is None or args.resume else load(args.init),
         )
         start = trainer.step
         train(
@@ -166,7 +175,10 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError(
             f"--recipe is missing: how to train on {args.data}; one of {', '.join(RECIPES)}, or a file"
         )
-    recipe = changed(load_recipe(name), args.set)
+    recipe = load_recipe(name)
+    if args.init is not None:
+        recipe = recipe_for(load(args.init), recipe)
+    recipe = changed(recipe, args.set)
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     recipe = replace(recipe, **given)
     if args.unconditional:
