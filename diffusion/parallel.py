@@ -64,13 +64,19 @@ def shared_gradients(trainer: Trainer) -> Iterator[None]:
         trainer.network = network
 
 
-def agree(trainer: Trainer) -> None:
-    """ValueError, on every rank, unless all train the same: recipe, data, step, and how it is computed."""
+def agree(trainer: Trainer, problem: ValueError | None = None) -> None:
+    """ValueError, on every rank, unless all train the same: recipe, data, step, and how it is computed.
+
+    problem: why this rank cannot begin; then none does.
+    """
     if trainer.ranks.world_size == 1:
+        if problem is not None:
+            raise problem
         return
     digest = hashlib.sha256(trainer.images.numpy().data)
     digest.update(b"" if trainer.labels is None else trainer.labels.numpy().data)
     mine = {
+        "problem": None if problem is None else str(problem),
         "recipe": trainer.recipe.to_json(),
         "data": digest.hexdigest(),
         "step": trainer.step,
@@ -80,6 +86,9 @@ def agree(trainer: Trainer) -> None:
     }
     every: list = [None] * trainer.ranks.world_size
     distributed.all_gather_object(every, mine)
+    for theirs in every:
+        if theirs["problem"] is not None:
+            raise ValueError(theirs["problem"]) from problem
     for key in mine:
         differing = [rank for rank, theirs in enumerate(every) if theirs[key] != every[0][key]]
         if differing:

@@ -15,13 +15,16 @@ from tqdm import tqdm
 from .ddpm import DDPM
 from .files import check_writable, remove_leftovers, replacing
 from .images import save_grid
+from .locks import holder, locked
 from .parallel import agree, any_rank, losing_a_rank, shared_gradients
 from .reading import read_text
 from .trainer import Trainer
-from .training_state import load_state, save_state
+from .training_state import load_state, read_state, save_state
 
+STATE, LOCK = "state.safetensors", ".lock"
 MODEL_FILES = ("config.json", "model.safetensors")
 COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
+HEADER = ",".join(COLUMNS) + "\n"
 ADVICE = "try a lower learning rate, a longer warm-up, or float32 instead of autocast"
 
 
@@ -46,26 +49,54 @@ def train(
 
     accept_changes: resume a run of other data too, or of a recipe that differs in how long, how fast or by
     which loss it trains, not in what. ValueError if `out` holds a run or model and resume is False, if there
-    is none and it is True, if it is of another recipe or other data, if it cannot be written, if the ranks do
-    not agree, or if the loss or gradient is no longer finite or the loss grew to ten times its first value:
-    then the message says at which step, and what is there to resume from.
+    is none and it is True, if it is of another recipe or other data, if another process trains into it, if it
+    cannot be written, if the ranks do not agree, or if the loss or gradient is no longer finite or the loss
+    grew to ten times its first value: then the message says at which step, and what is there to resume from.
     """
     out = Path(out)
-    state, log = out / "state.safetensors", out / "log.csv"
-    first_rank = trainer.ranks.rank == 0
+    with contextlib.ExitStack() as held:
+        problem = None
+        try:
+            _begin(trainer, out, resume, accept_changes, held)
+        except ValueError as error:
+            problem = error
+        agree(trainer, problem)
+        options = {"log": log_every, "validate": validate_every, "save": save_every, "sample": sample_every}
+        return _run(trainer, out, resume, options, progress)
+
+
+def _begin(
+    trainer: Trainer, out: Path, resume: bool, accept_changes: bool, held: contextlib.ExitStack
+) -> None:
+    """Sees to it that `out` may be trained into and, on the first rank, that no other process does."""
+    state = out / STATE
+    if resume:
+        read_state(state)  # before a folder is made
+    if trainer.ranks.rank == 0:
+        check_writable(state, out / "log.csv")
+        if not held.enter_context(locked(out / LOCK)):
+            raise ValueError(
+                f"{out} is in use: {holder(out / LOCK)} trains into it; wait, or choose another folder"
+            )
     if resume:
         load_state(trainer, state, accept_changes)
     elif state.exists():
         raise ValueError(f"{out} holds a run already; resume it, or choose another folder")
     elif any((out / name).exists() for name in MODEL_FILES):
         raise ValueError(f"{out} holds a model, which training would replace; choose another folder")
-    agree(trainer)
+
+
+def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progress: bool) -> DDPM:
+    """The loop. A line of the log or a grid that a signal cut off is made when the run is resumed."""
+    recipe, state, first_rank = trainer.recipe, out / STATE, trainer.ranks.rank == 0
     if first_rank:
-        check_writable(state)
-        remove_leftovers(out)
-    recipe = trainer.recipe
-    rows = _LogFile(log, trainer.step) if first_rank else None
+        for folder in (out, out / "samples", *out.glob("ema-*")):
+            remove_leftovers(folder)
+    rows = _LogFile(out / "log.csv", trainer.step) if first_rank else None
     started, before, saved = time.perf_counter(), trainer.seconds, trainer.step if resume else None
+
+    def is_due(name: str) -> bool:
+        return trainer.step > 0 and (trainer.step % every[name] == 0 or trainer.step == recipe.steps)
 
     def save() -> None:
         nonlocal saved
@@ -91,9 +122,24 @@ def train(
                 "--accept-changes"
             )
 
-    if resume and first_rank:  # a run that was killed may have had no time for the models of its last state
-        save_averages()
+    def log() -> bool:
+        """Adds a line to the log; False if a signal came before its validation loss was known."""
+        check()
+        validation = None
+        if first_rank and trainer.validation is not None and is_due("validate"):
+            validation = trainer.validation_loss(stopping=stopping)
+            if validation is None:
+                return False
+        norm, mean = trainer.norms[-1].item(), trainer.finish_line()
+        if first_rank:
+            seconds = before + time.perf_counter() - started
+            rate = recipe.learning_rate_at(trainer.step - 1)
+            rows.add(trainer.step, mean, validation, rate, norm, seconds)
+            shown = {"loss": f"{mean:.4f}"}
+            bar.set_postfix(shown | ({} if validation is None else {"val": f"{validation:.4f}"}))
+        return True
 
+    grid = out / "samples" / f"step-{trainer.step:07d}.png"
     bar = tqdm(
         total=recipe.steps * recipe.batch_size,
         initial=trainer.step * recipe.batch_size,
@@ -102,28 +148,29 @@ def train(
         disable=not (progress and first_rank),
     )
     with bar, _repeatable(), _signals() as stopping, losing_a_rank(trainer, out), shared_gradients(trainer):
+        if resume and first_rank:  # what a run that was killed may have had no time for
+            save_averages()
+            if is_due("sample") and not grid.exists():
+                _save_samples(trainer.ema, grid, stopping)
+        if resume and trainer.losses and is_due("log"):
+            log()
+        if resume and any_rank(trainer, bool(stopping)):
+            raise KeyboardInterrupt
         while trainer.step < recipe.steps:
             trainer.train_step()
             bar.update(recipe.batch_size)
-            step, last = trainer.step, trainer.step == recipe.steps
-            line = step % log_every == 0 or last
-            if line:
-                check()
-                norm = trainer.norms[-1].item()
-                mean = trainer.finish_line()
-            validated = line and trainer.validation is not None and (step % validate_every == 0 or last)
-            if line and first_rank:
-                validation = trainer.validation_loss() if validated else None
-                seconds = before + time.perf_counter() - started
-                rows.add(step, mean, validation, recipe.learning_rate_at(step - 1), norm, seconds)
-                shown = {"loss": f"{mean:.4f}"}
-                bar.set_postfix(shown | ({"val": f"{validation:.4f}"} if validated else {}))
-            if first_rank and (step % sample_every == 0 or last):
-                _save_samples(trainer.ema, out / "samples" / f"step-{step:07d}.png")
-            stop = any_rank(trainer, bool(stopping)) if line or trainer.device.type == "cpu" else False
-            if step % save_every == 0 or last or stop:
+            line, last = is_due("log"), trainer.step == recipe.steps
+            whole = not line or log()
+            if is_due("save"):
                 save()
-            if stop and not last:
+            if first_rank and is_due("sample"):
+                grid = out / "samples" / f"step-{trainer.step:07d}.png"
+                whole &= _save_samples(trainer.ema, grid, stopping)
+            # Ranks on other devices than the CPU wait for the device when they ask each other.
+            asks = line or is_due("sample") or trainer.device.type == "cpu" or trainer.ranks.world_size == 1
+            if asks and any_rank(trainer, bool(stopping)) and not (last and whole):
+                if saved != trainer.step:
+                    save()
                 raise KeyboardInterrupt
     return trainer.ema
 
@@ -133,19 +180,29 @@ class _LogFile:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = read_text(path).splitlines(keepends=True)[1:] if step and path.exists() else []
-        kept = [line for line in lines if self._is_whole(line) and int(line.split(",")[0]) <= step]
+        kept = self._rows(step) if step and path.exists() else []
         with replacing(path) as (temporary,):
-            temporary.write_text("".join([",".join(COLUMNS) + "\n", *kept]))
+            temporary.write_text("".join([HEADER, *kept]), encoding="utf-8")
 
-    @staticmethod
-    def _is_whole(line: str) -> bool:
-        values = line.split(",")
-        return len(values) == len(COLUMNS) and values[0].isdigit() and line.endswith("\n")
+    def _rows(self, step: int) -> list[str]:
+        """The lines up to a step; one that was cut off at the end is dropped. ValueError if it is no log."""
+        header, *lines = read_text(self.path).splitlines(keepends=True) or [""]
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        if header != HEADER:
+            raise ValueError(f"{self.path} is no log of a training run; move it away to begin a new one")
+        kept = []
+        for number, line in enumerate(lines, 2):
+            values = line.split(",")
+            if len(values) != len(COLUMNS) or not values[0].isdecimal() or len(values[0]) > 18:
+                raise ValueError(f"{self.path} is damaged in line {number}; move it away to begin a new log")
+            if int(values[0]) <= step:
+                kept.append(line)
+        return kept
 
     def add(self, *values: float | None) -> None:
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(",".join("" if v is None else f"{v:.6g}" for v in values) + "\n")
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
@@ -182,11 +239,27 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save_samples(model: DDPM, path: Path) -> None:
+class _Stopped(Exception):
+    """A signal came while a grid was sampled."""
+
+
+def _save_samples(model: DDPM, path: Path, stopping: list[int]) -> bool:
+    """Draws a grid of every class; False, without one, if a signal came before it was whole."""
+
+    def look(*step: object) -> None:
+        if stopping:
+            raise _Stopped
+
     config, options = model.unet.config, {"sampler": "ddim", "steps": min(50, model.schedule.T)}
-    if config.num_classes is None:
-        x = model.sample(num_samples=20, **options)
-    else:
-        labels = [label for _ in range(2) for label in range(min(config.num_classes, 10))]
-        x = model.sample(labels=labels, guidance_scale=2.0 if config.has_null_label else 1.0, **options)
+    options["callback"] = look
+    try:
+        look()
+        if config.num_classes is None:
+            x = model.sample(num_samples=20, **options)
+        else:
+            labels = [label for _ in range(2) for label in range(min(config.num_classes, 10))]
+            x = model.sample(labels=labels, guidance_scale=2.0 if config.has_null_label else 1.0, **options)
+    except _Stopped:
+        return False
     save_grid(x, path)
+    return True

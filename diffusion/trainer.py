@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -200,16 +201,18 @@ class Trainer:
         self.norms.clear()
         return mean
 
-    def validation_loss(self, batch_size: int = 256) -> float:
+    def validation_loss(self, batch_size: int = 256, stopping: Sequence[int] = ()) -> float | None:
         """Mean loss of the averaged weights on the validation images, with the same noise each time.
 
-        In the precision of the steps.
+        In the precision of the steps. None if `stopping` holds something before the last batch.
         """
         images, labels = self.validation
         total = 0.0
         with torch.random.fork_rng(), torch.no_grad(), self._precision():
             torch.manual_seed(seed_of(self.recipe.seed, "validation", 0))
             for start in range(0, len(images), batch_size):
+                if stopping:
+                    return None
                 x = self._to_device(images[start : start + batch_size])
                 y = None if labels is None else labels[start : start + batch_size].to(self.device)
                 total += len(x) * self.ema.loss(x, y, **self._weighting()).item()

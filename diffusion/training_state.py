@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from .files import replacing
 from .reading import load_weights, name_of, open_regular, read_safetensors
-from .recipe import recipe_from
+from .recipe import Recipe, recipe_from
 from .trainer import Trainer
+from .unet_config import UNetConfig
+from .validation import number, whole_number
 
 # Fields of a recipe without which its state means nothing, and those of the loss's scale.
 FIXED = ("unet", "schedule", "prediction_type", "optimizer", "ema_decay", "more_ema_decays")
@@ -43,17 +45,20 @@ def save_state(trainer: Trainer, path: Path) -> None:
         save_file(tensors, temporary, metadata={"training": json.dumps(about)})
 
 
+def _comparable(recipe: Recipe) -> dict:
+    """The fields of a recipe, all of the UNet's among them: an older state may lack those with a default."""
+    return asdict(recipe) | {"unet": UNetConfig.from_dict(recipe.unet).to_dict()}
+
+
 def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> None:
     """Continues from a state that `save_state` wrote.
 
     accept_changes: also from one of other data, or of a recipe that differs in other fields than FIXED.
     ValueError if it is damaged, or of another recipe or other data.
     """
-    if not os.path.lexists(path):
-        raise ValueError(f"there is no run to resume: {path} is missing")
     about = read_state(path)
-    recipe = json.loads(json.dumps(asdict(trainer.recipe)))
-    differing = [key for key in recipe if about["recipe"].get(key) != recipe[key]]
+    recipe, former = _comparable(trainer.recipe), _comparable(about["recipe"])
+    differing = [key for key in recipe if former[key] != recipe[key]]
     refused = [key for key in differing if not accept_changes or key in FIXED]
     if refused:
         raise ValueError(f"{path} is of another recipe: it differs in {', '.join(refused)}")
@@ -75,6 +80,11 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         shapes = [torch.Size() if key == "step" else parameter.shape for key in state]
         if not all(found) or [value.shape for value in state.values()] != shapes:
             raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
+        squares = state.get("exp_avg_sq", torch.zeros(1))
+        if any(value.isnan().any() for value in state.values()) or (squares < 0).any():
+            raise ValueError(
+                f"{path} is damaged: the optimiser's state of {name} holds NaN or negative squares"
+            )
         trainer.optimizer.set_state(name, state)
     if trainer.scaler.is_enabled() and about["scaler"]:
         try:
@@ -88,20 +98,35 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
 
 
 def read_state(path: Path) -> dict:
-    """What a training state says of itself beside its tensors; ValueError if it is none."""
+    """What a training state says of itself beside its tensors; ValueError if it is none, or says nonsense."""
+    if not os.path.lexists(path):
+        raise ValueError(f"there is no run to resume: {path} is missing")
     try:
         with open_regular(path) as file, safe_open(name_of(file, path), framework="pt") as tensors:
             about = json.loads((tensors.metadata() or {})["training"])
-        first = about["first_loss"]
+        recipe, first = recipe_from(dict(about["recipe"])), about["first_loss"]
+        step = whole_number("step", about["step"], 0, recipe.steps)
+        scaler, losses, norms = dict(about["scaler"]), list(about["losses"]), list(about["norms"])
+        if not len(losses) == len(norms) <= step:
+            raise ValueError(f"it holds {len(losses)} losses and {len(norms)} norms of {step} steps")
         return {
-            "recipe": json.loads(recipe_from(about["recipe"]).to_json()),  # with fields that came since
+            "recipe": recipe,
             "data": str(about["data"]),
-            "step": int(about["step"]),
-            "seconds": float(about["seconds"]),
-            "first_loss": None if first is None else float(first),
-            "losses": [float(loss) for loss in about["losses"]],
-            "norms": [float(norm) for norm in about["norms"]],
-            "scaler": dict(about["scaler"]),
+            "step": step,
+            "seconds": number("seconds", about["seconds"], 0),
+            "first_loss": None if first is None else number("first_loss", first),
+            "losses": [number("losses", loss) for loss in losses],
+            # The gradient of a scaled loss may overflow: that step was left out.
+            "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
+            "scaler": scaler,
         }
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path} is no training state, or damaged: {error}".replace("\n", " ")) from error

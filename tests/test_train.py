@@ -429,10 +429,10 @@ class TestMnist:
         assert set(labels.tolist()) == set(range(10))
 
     def test_the_command_trains_and_resumes(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self: 0.5)
+        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
         words = ["train", "--data", "mnist", "--data-dir", str(DATA), "--out", str(tmp_path / "run")]
         words += ["--steps", "4", "--batch-size", "4", "--save-every", "2"]
-        monkeypatch.setattr("diffusion.train._save_samples", lambda model, path: None)
+        monkeypatch.setattr("diffusion.train._save_samples", lambda *arguments: True)
         main(words)
         output = capsys.readouterr()
         assert "4 steps in" in output.out
@@ -452,8 +452,8 @@ class TestMnist:
             assert f"cannot read {data} in".lower() in capsys.readouterr().err.lower()
 
     def test_an_unconditional_model(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self: 0.5)
-        monkeypatch.setattr("diffusion.train._save_samples", lambda model, path: None)
+        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
+        monkeypatch.setattr("diffusion.train._save_samples", lambda *arguments: True)
         out = tmp_path / "run"
         main(["train", "--data-dir", str(DATA), "--out", str(out), "--steps", "2", "--unconditional"])
         assert diffusion.load(out).num_classes is None
