@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -9,7 +10,17 @@ from safetensors.torch import save_file
 
 from .files import replacing
 from .importers import diffusers
-from .reading import load_weights, read_json, read_safetensors
+from .reading import (
+    WEIGHT_DTYPES,
+    WrongDigest,
+    check_finite,
+    check_weights,
+    load_weights,
+    read_json,
+    read_safetensors,
+    sha256,
+    stored_digest,
+)
 from .schedule import NoiseSchedule
 from .unet import UNet, UNetConfig
 
@@ -17,6 +28,8 @@ FORMAT = "fused-diffusion"
 FORMAT_VERSION = 1
 REQUIRED = ("prediction_type", "clip", "variance")
 OPTIONAL = ("sampler_options", "metadata")
+DIGEST = "weights_sha256"
+PATIENCE = 0.2  # seconds, for another process that is replacing both files
 BUNDLED = Path(__file__).parent / "weights"
 
 
@@ -36,9 +49,14 @@ def is_model(folder: Path) -> bool:
 def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtype | None = None) -> None:
     """Writes a model folder; a former model in it is replaced only once the new files are complete.
 
-    config: what to put beside the UNet's own configuration. dtype: that of the stored weights. ValueError
-    if the folder cannot be written.
+    config: what to put beside the UNet's own configuration. dtype: that of the stored weights, one of
+    reading.WEIGHT_DTYPES. config.json gets the SHA-256 of the weights' file, so that a pair of which only
+    one was replaced is no model. ValueError if the folder cannot be written, or the weights could not be
+    loaded again: they are of another dtype, or not finite in this one.
     """
+    if dtype not in (None, *WEIGHT_DTYPES):
+        known = ", ".join(map(str, WEIGHT_DTYPES))
+        raise ValueError(f"weights cannot be stored in dtype {dtype}; choose from: {known}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
@@ -46,26 +64,37 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in unet.state_dict().items()
     }
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "unet": unet.config.to_dict(), **config}
+    check_weights(weights, f"cannot write {folder}")
+    check_finite(weights, f"cannot write {folder}")
+    about = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
         save_file(weights, weights_path)
+        config = about | {DIGEST: sha256(weights_path), "unet": unet.config.to_dict()} | config
         config_path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
+def read(name: str | os.PathLike, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
     """Reads a model: its UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
     name: a bundled model's name, a model folder, a diffusers folder, or "hf:owner/name" for either on the
     Hugging Face hub (needs huggingface_hub). The conventions are those arguments of `DDPM` which
-    the checkpoint has. ValueError, in one line, for anything that is missing, damaged, or not
-    a model.
+    the checkpoint has. verify: refuse weights that are not those of the SHA-256 in config.json, where it
+    holds one. ValueError, in one line, for anything that is missing, damaged, or not a model.
     """
     if not str(name):
         raise ValueError("the name of a model must not be empty")
     folder = _locate(str(name))
-    path = folder / "config.json"
     if not is_model(folder) and diffusers.is_diffusers(folder):
         return diffusers.load(folder)
+    try:
+        return _read(folder, verify)
+    except WrongDigest:  # another process may be saving, and may have replaced one of the two files
+        time.sleep(PATIENCE)
+        return _read(folder, verify)
+
+
+def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
+    path = folder / "config.json"
     config = read_json(path)
     if config.get("format") != FORMAT:
         raise ValueError(f"{path} is not that of a model, neither of this package nor of diffusers")
@@ -76,13 +105,15 @@ def read(name: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict]:
     missing = [key for key in ("unet", "schedule", *REQUIRED) if key not in config]
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}")
+    digest = stored_digest(config, DIGEST, path) if verify else None
+    weights = read_safetensors(folder / "model.safetensors", digest)
     try:
         with torch.device("meta"):  # no memory until the weights are known to fit
             unet = UNet(UNetConfig.from_dict(config["unet"]))
         schedule = NoiseSchedule.from_config(config["schedule"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    load_weights(unet, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+    load_weights(unet, weights, folder / "model.safetensors")
     return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
 
 

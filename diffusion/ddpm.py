@@ -279,8 +279,9 @@ class DDPM(nn.Module):
     def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
 
-        dtype: that of the stored weights, by default the model's own. metadata: JSON values for config.json.
-        ValueError if the folder cannot be written.
+        dtype: that of the stored weights, float32, bfloat16, float16 or float64; by default the model's own.
+        metadata: JSON values for config.json. ValueError if the folder cannot be written, or if a weight is
+        not finite in this dtype.
         """
         config = {
             "schedule": self.schedule.to_config(),
@@ -344,13 +345,15 @@ class DDPM(nn.Module):
         return self._networks.of(self.unet, device, dtype, backend)
 
 
-def load(name: str | os.PathLike, device: str | torch.device | None = None) -> DDPM:
+def load(name: str | os.PathLike, device: str | torch.device | None = None, *, verify: bool = True) -> DDPM:
     """A model by name: "mnist" and other bundled ones, a model folder, a diffusers folder, "hf:owner/name".
 
-    device: where to put it, the CPU by default. ValueError for what is missing, damaged or no model.
+    device: where to put it, the CPU by default. verify: compare the weights with the SHA-256 that the model
+    was saved with, where its config.json holds one; False takes them as they are. ValueError for what is
+    missing, damaged or no model.
     """
     device = resolve_device("cpu" if device is None else device)
-    unet, schedule, conventions = checkpoint.read(name)
+    unet, schedule, conventions = checkpoint.read(name, verify)
     try:
         model = DDPM(unet, schedule, **conventions)
     except ValueError as error:

@@ -17,8 +17,8 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     """Gives one temporary path for each target; all are renamed onto their targets if the block succeeds.
 
     Missing parent folders are made; links are followed. If the block raises, nothing is left behind and the
-    targets are as they were. ValueError, naming the target, if it is there and no file, or its folder cannot
-    be written.
+    targets are as they were. Files and folders are synced, so that what is written survives a power failure.
+    ValueError, naming the target, if it is there and no file, or its folder cannot be written.
     """
     check_writable(*targets)
     temporary = []
@@ -28,10 +28,14 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary.append(_temporary(file.parent, file.name))
         yield temporary
-        for path, file in zip(temporary, files, strict=True):
+        for path in temporary:
             _sync(path)
             os.chmod(path, 0o666 & ~_umask())
+        for path, file in zip(temporary, files, strict=True):
             os.replace(path, file)
+        for folder in {file.parent for file in files}:
+            with contextlib.suppress(OSError):  # some systems cannot sync a folder
+                _sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors' own, when a disk is full
         raise ValueError(f"cannot write {targets[0]}: {getattr(error, 'strerror', None) or error}") from error
     finally:

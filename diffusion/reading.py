@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -92,14 +93,28 @@ def read_json(path: str | os.PathLike) -> dict:
     return value
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file; ValueError if it is missing, truncated or damaged."""
+class WrongDigest(ValueError):
+    """A file is whole, but not the one that was saved with the configuration beside it."""
+
+
+def read_safetensors(path: str | os.PathLike, digest: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; ValueError if it is missing, truncated or damaged.
+
+    digest: WrongDigest if this is given and not the SHA-256 of the file, in hexadecimal.
+    """
     with open_regular(path) as file:
         try:
             with safe_open(name_of(file, path), framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+                weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path} is truncated or damaged: {_reason(error)}") from error
+        if digest is not None and _digest(file) != digest:
+            raise WrongDigest(
+                f"{path} is not the file that was saved with the config.json beside it, which has another "
+                "SHA-256: one of the two was changed, or saving them was interrupted; save them anew, or "
+                "load them as they are with verify=False"
+            )
+    return weights
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -135,12 +150,14 @@ def check_weights(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> 
     check_fits(f"the tensors in {path}", sum(t.numel() * t.itemsize for t in weights.values()), _CPU)
 
 
-def check_finite(name: str, tensor: torch.Tensor, path: str | os.PathLike) -> None:
-    """ValueError, naming the file and the tensor, unless all of its numbers are finite in float32."""
-    if torch.isfinite(tensor.float()).all():
-        return
-    kind = "values beyond the range of float32" if torch.isfinite(tensor).all() else "NaN or infinite values"
-    raise ValueError(f"{path}: {name} holds {kind}")
+def check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """ValueError, naming the file and the tensor, unless all numbers are finite, in float32 too."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            kind, dtype = "NaN or infinite values in", str(tensor.dtype).removeprefix("torch.")
+            if torch.isfinite(tensor).all():
+                kind, dtype = "values beyond the range of", "float32"
+            raise ValueError(f"{path}: {name} holds {kind} {dtype}")
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
@@ -162,10 +179,11 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
                 f"{list(tensor.shape)}, not {list(expected[key].shape)}"
             )
     check_weights({key: t for key, t in weights.items() if t.dtype != expected[key].dtype}, path)
-    loaded = {}
-    for key, tensor in weights.items():
-        loaded[key] = tensor.float() if expected[key].is_floating_point() else tensor
-        check_finite(key, tensor, path)
+    check_finite(weights, path)
+    loaded = {
+        key: tensor.float() if expected[key].is_floating_point() else tensor
+        for key, tensor in weights.items()
+    }
     # A module on the meta device has no memory of its own yet.
     assign = any(tensor.is_meta for tensor in expected.values())
     module.load_state_dict(loaded, assign=assign)
@@ -198,6 +216,21 @@ def _open(path: str | os.PathLike, most_bytes: float | None) -> tuple[int, int]:
         os.close(handle)
         raise
     return handle, status.st_size
+
+
+def stored_digest(config: dict, key: str, path: str | os.PathLike) -> str | None:
+    """The SHA-256 that a config.json holds, or None for an older one; ValueError for what is no digest."""
+    digest = config.get(key)
+    if key in config and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+        raise ValueError(f"{path}: {key} must be 64 hexadecimal digits, not {digest!r}")
+    return digest
+
+
+def add_tensors(digest: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> None:
+    """Adds names, dtypes, shapes and numbers to a digest, in the order of names."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _digest(file: BinaryIO) -> str:

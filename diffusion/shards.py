@@ -25,7 +25,7 @@ from .ddpm import DDPM
 from .files import check_writable, replacing
 from .images import save_npz
 from .ranks import Ranks
-from .reading import open_regular, read_json
+from .reading import add_tensors, open_regular, read_json
 
 FORMAT = "fused-diffusion-shards"
 FORMAT_VERSION = 1
@@ -108,9 +108,7 @@ def model_digest(model: DDPM) -> str:
         "sampler_options": model.sampler_options,
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.unet.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    add_tensors(digest, model.unet.state_dict())
     return digest.hexdigest()
 
 

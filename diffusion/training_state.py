@@ -1,5 +1,6 @@
 """The whole state of a training run as one file, written whole or not at all; it resumes exactly."""
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import replacing
-from .reading import load_weights, name_of, open_regular, read_safetensors
+from .reading import add_tensors, load_weights, name_of, open_regular, read_safetensors
 from .recipe import Recipe, recipe_from
 from .trainer import Trainer
 from .unet_config import UNetConfig
@@ -41,8 +42,16 @@ def save_state(trainer: Trainer, path: Path) -> None:
         "norms": [norm.item() for norm in trainer.norms],
         "scaler": trainer.scaler.state_dict(),
     }
+    text = json.dumps(about)
     with replacing(path) as (temporary,):
-        save_file(tensors, temporary, metadata={"training": json.dumps(about)})
+        save_file(tensors, temporary, metadata={"training": text, "sha256": _digest(text, tensors)})
+
+
+def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a state holds, in hexadecimal; that of the file cannot be in the file."""
+    digest = hashlib.sha256(about.encode())
+    add_tensors(digest, tensors)
+    return digest.hexdigest()
 
 
 def _comparable(recipe: Recipe) -> dict:
@@ -65,7 +74,9 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     if about["data"] != trainer.data_digest and not accept_changes:
         raise ValueError(f"{path} is of a run on other images or labels")
     groups: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_safetensors(path).items():
+    tensors = read_safetensors(path)
+    _check_digest(path, tensors)
+    for key, tensor in tensors.items():
         group, _, name = key.partition(".")
         groups.setdefault(group, {})[name] = tensor
     load_weights(trainer.model.unet, groups.get("model", {}), path)
@@ -97,13 +108,24 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     trainer.norms = list(torch.tensor(about["norms"], device=trainer.device))
 
 
+def _check_digest(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """ValueError if the state is not as it was saved; older states hold no digest."""
+    metadata = _metadata(path)
+    if "sha256" in metadata and metadata["sha256"] != _digest(metadata["training"], tensors):
+        raise ValueError(f"{path} is damaged: it has another SHA-256 than when it was saved")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with open_regular(path) as file, safe_open(name_of(file, path), framework="pt") as tensors:
+        return tensors.metadata() or {}
+
+
 def read_state(path: Path) -> dict:
     """What a training state says of itself beside its tensors; ValueError if it is none, or says nonsense."""
     if not os.path.lexists(path):
         raise ValueError(f"there is no run to resume: {path} is missing")
     try:
-        with open_regular(path) as file, safe_open(name_of(file, path), framework="pt") as tensors:
-            about = json.loads((tensors.metadata() or {})["training"])
+        about = json.loads(_metadata(path)["training"])
         recipe, first = recipe_from(dict(about["recipe"])), about["first_loss"]
         step = whole_number("step", about["step"], 0, recipe.steps)
         scaler, losses, norms = dict(about["scaler"]), list(about["losses"]), list(about["norms"])

@@ -1,5 +1,7 @@
 """The bundled model: small enough, and its digits are the ones asked for."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,19 @@ def test_it_is_small_and_made_by_the_recipe(mnist):
     assert training["step"] == training["steps"] == recipe.steps
     for name in ("unet", "schedule", "prediction_type", "batch_size", "learning_rate", "ema_decay", "seed"):
         assert training[name] == getattr(recipe, name)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in BUNDLED.glob("*/config.json")))
+def test_every_file_is_the_one_of_its_digest(folder):
+    config = json.loads((folder / "config.json").read_text())
+    files = {"weights_sha256": "model.safetensors", "statistics_sha256": "statistics.safetensors"}
+    digests = {
+        key: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for key, name in files.items()
+        if (folder / name).exists()
+    }
+    assert digests == {key: value for key, value in config.items() if key.endswith("sha256")}
+    assert "weights_sha256" in digests
 
 
 def test_its_digits_are_those_asked_for(mnist):

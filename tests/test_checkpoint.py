@@ -1,5 +1,6 @@
 """Model folders: what is saved samples the same bits; what is damaged is refused in one line."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -61,6 +62,7 @@ def edit_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
+    edit_config(folder, lambda config: config.pop("weights_sha256"))
 
 
 def truncate(path, size):
@@ -100,6 +102,30 @@ DAMAGE = {
     "infinity": (
         lambda f: edit_weights(f, lambda w: w["output_conv.bias"].fill_(float("inf"))),
         "NaN or infinite",
+    ),
+    "float8": (
+        lambda f: edit_weights(
+            f, lambda w: w.update({"output_conv.bias": w["output_conv.bias"].to(torch.float8_e5m2)})
+        ),
+        "model.safetensors: output_conv.bias holds float8_e5m2",
+    ),
+    "whole numbers": (
+        lambda f: edit_weights(f, lambda w: w.update({"output_conv.bias": w["output_conv.bias"].long()})),
+        "model.safetensors: output_conv.bias holds int64",
+    ),
+    "beyond float32": (
+        lambda f: edit_weights(
+            f, lambda w: w.update({"output_conv.bias": w["output_conv.bias"].double() * 1e300})
+        ),
+        "model.safetensors: output_conv.bias holds values beyond the range of float32",
+    ),
+    "a digest of nonsense": (
+        lambda f: edit_config(f, lambda c: c.update(weights_sha256="abc")),
+        "config.json: weights_sha256 must be 64 hexadecimal digits",
+    ),
+    "no digest": (
+        lambda f: edit_config(f, lambda c: c.update(weights_sha256=None)),
+        "config.json: weights_sha256 must be 64 hexadecimal digits",
     ),
     "a tensor missing": (
         lambda f: edit_weights(f, lambda w: w.pop("output_conv.bias")),
@@ -208,6 +234,119 @@ def test_saving_over_a_model_keeps_it_until_the_new_one_is_whole(folder, monkeyp
     with pytest.raises(ValueError, match="No space left"):
         make_model(10, seed=1).save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (1e5, torch.float16, "output_conv.bias holds NaN or infinite values in float16"),
+        (float("nan"), None, "output_conv.bias holds NaN or infinite values in float32"),
+        (float("-inf"), torch.bfloat16, "output_conv.bias holds NaN or infinite values in bfloat16"),
+        (1.0, torch.int8, "cannot be stored in dtype torch.int8; choose from: torch.float32"),
+        (1.0, torch.float8_e4m3fn, "cannot be stored in dtype torch.float8_e4m3fn"),
+        (1.0, torch.complex64, "cannot be stored in dtype torch.complex64"),
+    ],
+)
+def test_a_good_model_is_not_replaced_by_one_that_cannot_be_loaded(value, dtype, said, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    worse = make_model(10, seed=1)
+    with torch.no_grad():
+        worse.unet.output_conv.bias[0] = value
+    with pytest.raises(ValueError, match=said):
+        worse.save(folder, dtype=dtype)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_double_weights_beyond_float32_are_not_saved(folder):
+    worse = make_model(10, seed=1)
+    worse.unet.double().output_conv.bias.data[0] = 1e300
+    with pytest.raises(ValueError, match=r"output_conv\.bias holds values beyond the range"):
+        worse.save(folder)
+    worse.unet.output_conv.bias.data[0] = 3e38
+    worse.save(folder)
+    assert diffusion.load(folder).unet.output_conv.bias[0] == torch.tensor(3e38)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(diffusion.checkpoint, "PATIENCE", 0)
+
+
+def test_the_weights_are_those_of_the_digest(folder, impatient):
+    path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    data = bytearray(path.read_bytes())
+    assert config["weights_sha256"] == hashlib.sha256(data).hexdigest()
+    data[-2] ^= 1  # the last bit of a mantissa or so: no number becomes infinite
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file .*verify=False") as caught:
+        diffusion.load(folder)
+    assert "\n" not in str(caught.value)
+    changed = diffusion.load(folder, verify=False).unet.state_dict()
+    expected = load_file(path)
+    assert all(torch.equal(changed[name], expected[name]) for name in expected)
+    edit_config(folder, lambda config: config.pop("weights_sha256"))  # as older releases wrote it
+    assert torch.equal(diffusion.load(folder).unet.output_conv.weight, expected["output_conv.weight"])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("other", [{"channels": 3}, {"prediction_type": "v_prediction", "seed": 1}])
+def test_a_kill_between_the_two_files_leaves_no_mixture(other, folder, monkeypatch, impatient):
+    replace, count = os.replace, []
+
+    def killed(source, target):
+        if count:
+            raise Killed
+        count.append(target)
+        replace(source, target)
+
+    before = (folder / "config.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            make_model(10, **other).save(folder)
+    assert (folder / "config.json").read_bytes() == before
+    assert count == [folder / "model.safetensors"]
+    with pytest.raises(ValueError, match="saving them was interrupted"):
+        diffusion.load(folder)
+    make_model(10, **other).save(folder)
+    assert diffusion.load(folder).unet.config.in_channels == other.get("channels", 2)
+
+
+@pytest.mark.parametrize("other", [{"channels": 3}, {"prediction_type": "v_prediction", "seed": 1}])
+def test_a_model_that_is_replaced_while_it_is_read(other, folder, monkeypatch, impatient):
+    """As by a run that trains on while its last model is tried."""
+    read, count, new = diffusion.checkpoint.read_safetensors, [], make_model(10, **other)
+
+    def late(*arguments):
+        count.append(arguments)
+        if len(count) == 1:
+            new.save(folder)
+        return read(*arguments)
+
+    monkeypatch.setattr(diffusion.checkpoint, "read_safetensors", late)
+    found = diffusion.load(folder)
+    assert found.prediction_type == new.prediction_type
+    assert torch.equal(found.unet.output_conv.weight, new.unet.output_conv.weight)
+    assert len(count) == 2
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"mod\xff\xe8le")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names of UTF-8 only")
+    model = make_model(10)
+    model.save(folder, note=str(folder))
+    found = diffusion.load(folder)
+    assert torch.equal(found.unet.output_conv.weight, model.unet.output_conv.weight)
+    assert found.metadata == {"note": str(folder)}
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        diffusion.load(folder)
 
 
 def test_targets_that_cannot_be_written(tmp_path):

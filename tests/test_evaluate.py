@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from diffusion.classifier import (
 from diffusion.classifier import (
     __main__ as classifier_command,
 )
+from diffusion.classifier.storage import save_classifier
 from diffusion.data import load_mnist, to_float
 from diffusion.evaluate import class_accuracy, evaluate, format_report
 from diffusion.frechet import frechet_distance, moments
@@ -270,6 +272,34 @@ def test_a_damaged_classifier_is_refused(tmp_path, damage):
     with pytest.raises(ValueError, match="no usable classifier") as error:
         load_classifier(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "statistics.safetensors"])
+def test_the_classifiers_files_are_those_of_their_digests(name, tmp_path):
+    shutil.copytree(BUNDLED, tmp_path / "c")
+    data = bytearray((tmp_path / "c" / name).read_bytes())
+    data[-2] ^= 1  # no number becomes infinite
+    (tmp_path / "c" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"no usable classifier: .*{name} is not the file .*verify=False"):
+        load_classifier(tmp_path / "c")
+    load_classifier(tmp_path / "c", verify=False)
+    card = json.loads((tmp_path / "c" / "config.json").read_text())
+    card = {key: value for key, value in card.items() if not key.endswith("sha256")}  # as older releases
+    (tmp_path / "c" / "config.json").write_text(json.dumps(card))
+    load_classifier(tmp_path / "c")
+
+
+def test_a_classifier_that_could_not_be_loaded_is_not_written(tmp_path):
+    classifier, reference = load_classifier()
+    save_classifier(tmp_path, classifier, reference, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    classifier.output.weight.data[0, 0] = 1e5  # stored as float16
+    with pytest.raises(
+        ValueError, match=r"cannot write .*output\.weight holds NaN or infinite .* in float16"
+    ):
+        save_classifier(tmp_path, classifier, reference, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    load_classifier(tmp_path)
 
 
 # --- evaluate

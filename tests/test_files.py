@@ -68,6 +68,29 @@ def test_what_cannot_be_written_is_named(name, said, tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_files_and_their_folders_are_synced(tmp_path, monkeypatch):
+    """All files before the first is renamed, and then each folder."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def note_sync(handle):
+        done.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def note_rename(source, target):
+        done.append(("rename", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    targets = [tmp_path / "a", tmp_path / "new" / "b"]
+    with replacing(*targets) as temporary:
+        for path in temporary:
+            path.write_text("x")
+    files = [target.stat().st_ino for target in targets]
+    assert done[:4] == [(what, file) for what in ("sync", "rename") for file in files]
+    assert {entry for entry in done[4:]} == {("sync", target.parent.stat().st_ino) for target in targets}
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import diffusion
@@ -21,7 +21,7 @@ from diffusion.data import load_mnist
 from diffusion.recipe import Recipe, load_recipe
 from diffusion.train import train
 from diffusion.trainer import Trainer
-from diffusion.training_state import read_state, save_state
+from diffusion.training_state import load_state, read_state, save_state
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(
@@ -266,6 +266,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ):
         run(tmp_path, trainer)
     assert read_state(tmp_path / "state.safetensors")["step"] == 5
+
+
+def test_a_state_of_which_a_bit_has_flipped(unbroken, tmp_path):
+    """Of a weight, an average, a moment, or of what the state says of itself; older ones hold no digest."""
+    with safe_open(unbroken / "state.safetensors", framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path, longer = tmp_path / "state.safetensors", replace(RECIPE, steps=RECIPE.steps + 1)
+    for name in ("model.input_conv.weight", "ema0.input_conv.weight", "adam.exp_avg.input_conv.weight"):
+        flipped = tensors[name].clone()
+        flipped.view(torch.int32).flatten()[0] ^= 1
+        save_file(tensors | {name: flipped}, path, about)
+        with pytest.raises(ValueError, match=r"state\.safetensors is damaged: .*SHA-256"):
+            load_state(make_trainer(longer), path, accept_changes=True)
+    later = about["training"].replace('"step": 12', '"step": 11')
+    assert later != about["training"]
+    save_file(tensors, path, about | {"training": later})
+    with pytest.raises(ValueError, match="SHA-256"):
+        load_state(make_trainer(longer), path, accept_changes=True)
+    save_file(tensors, path, {"training": about["training"]})
+    trainer = make_trainer(longer)
+    load_state(trainer, path, accept_changes=True)
+    assert trainer.step == 12
 
 
 def test_models_that_a_kill_left_behind_their_state_are_made_again(unbroken, tmp_path, monkeypatch):

@@ -9,19 +9,31 @@ import torch
 from safetensors.torch import save_file
 
 from ..files import replacing
-from ..reading import check_finite, check_weights, load_weights, read_json, read_safetensors
+from ..reading import (
+    check_finite,
+    check_weights,
+    load_weights,
+    read_json,
+    read_safetensors,
+    sha256,
+    stored_digest,
+)
 from .network import Classifier, ClassifierConfig
 from .reference import Reference
 
 BUNDLED = Path(__file__).parent.parent / "weights" / "mnist-classifier"
+DIGESTS = {"model.safetensors": "weights_sha256", "statistics.safetensors": "statistics_sha256"}
 FORMAT = "fused-diffusion-digit-classifier"
 
 
-def load_classifier(folder: str | os.PathLike | None = None) -> tuple[Classifier, Reference]:
+def load_classifier(
+    folder: str | os.PathLike | None = None, verify: bool = True
+) -> tuple[Classifier, Reference]:
     """The classifier in a folder, ready for inference on the CPU, and the reference stored beside it.
 
-    folder: what `python -m diffusion.classifier` wrote; by default the one that is bundled. ValueError if a
-    file is missing, damaged or of another architecture.
+    folder: what `python -m diffusion.classifier` wrote; by default the one that is bundled. verify: refuse
+    files that are not those of the SHA-256 in config.json, where it holds them. ValueError if a file is
+    missing, damaged or of another architecture.
     """
     folder = Path(folder) if folder is not None else BUNDLED
     try:
@@ -29,11 +41,14 @@ def load_classifier(folder: str | os.PathLike | None = None) -> tuple[Classifier
         if card.get("format") != FORMAT:
             raise ValueError(f"its config.json does not say format {FORMAT}")
         classifier = Classifier(ClassifierConfig(**card.get("network", {})))
-        load_weights(classifier, read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-        stored = read_safetensors(folder / "statistics.safetensors")
+        tensors = {}
+        for name, key in DIGESTS.items():
+            digest = stored_digest(card, key, folder / "config.json") if verify else None
+            tensors[name] = read_safetensors(folder / name, digest)
+        weights, stored = tensors.values()
+        load_weights(classifier, weights, folder / "model.safetensors")
         check_weights(stored, folder / "statistics.safetensors")
-        for name, tensor in stored.items():
-            check_finite(name, tensor, folder / "statistics.safetensors")
+        check_finite(stored, folder / "statistics.safetensors")
         real = {name: tuple(stored[name].tolist()) for name in ("real_random", "real_balanced")}
         reference = Reference(mean=stored["mean"], cov=stored["cov"], **real, **card["reference"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -64,10 +79,13 @@ def save_classifier(
         },
         "training": training,
     }
-    targets = [folder / name for name in ("model.safetensors", "statistics.safetensors", "config.json")]
+    tensors = {"model.safetensors": stored(classifier), "statistics.safetensors": numbers}
+    targets = [folder / name for name in (*DIGESTS, "config.json")]
     with replacing(*targets) as (model_path, statistics_path, card_path):
-        save_file(stored(classifier), model_path)
-        save_file(numbers, statistics_path)
+        for (name, key), path in zip(DIGESTS.items(), (model_path, statistics_path), strict=True):
+            check_finite(tensors[name], f"cannot write {folder / name}")
+            save_file(tensors[name], path)
+            card[key] = sha256(path)
         card_path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
