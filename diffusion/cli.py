@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from typing import NoReturn
 
 from . import __version__
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     try:
         check_environment()
-        COMMANDS[parsed.command].run(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            COMMANDS[parsed.command].run(parsed)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -47,6 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         _fail(str(error) or type(error).__name__)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """In one line, without the place in the code."""
+    print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

@@ -16,7 +16,8 @@ def spaced_timesteps(
     "leading": multiples of T // steps; "linspace": from T - 1 to 0; "trailing": from T - 1 in strides of
     T / steps (Lin et al. 2023, arXiv 2305.08891, table 2); "quad": floor(linspace(0, sqrt(0.8 T))^2), closer
     together near 0 (Song et al. 2021, arXiv 2010.02502, appendix D.2), where it repeats a timestep the next
-    larger one. A single step is at 0, except with trailing.
+    larger one. A single step is at 0, except with trailing. Only trailing and linspace start at T - 1 for all
+    steps: leading starts at 500 of 1000 with 501 steps.
 
     skip_zero: leading and linspace space steps + 1 points and leave out the one at 0, as DPM-Solver++
     does in diffusers, because its last step goes to x_0 from any timestep. Where all timesteps are asked for,

@@ -13,10 +13,12 @@ schedule: the model's NoiseSchedule. steps: number of steps, 1..T; None is the f
 [-clip, clip]; None or inf leaves it. guidance_scale, guidance_interval: see `guidance.guidance_scales`.
 
 They raise ValueError for values outside these, and for epsilon prediction where the first timestep visited
-has zero SNR, since x_0 is undetermined there. No sampler adds noise in its last step.
+has zero SNR, since x_0 is undetermined there. Each step leads to the timestep of the next row, and the last
+to x_0, without noise. A `SpacingWarning` tells, once a process, of a start too far below T - 1.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,16 @@ from .spacing import spaced_timesteps
 from .validation import choice, number, switch
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+# sqrt(alphas_cumprod) where sampling starts, beyond that at T - 1. Above it, 2 % of the pixels in the bundled
+# model's background are grey; at 0.7, nearly all.
+MOST_SIGNAL = 0.2
+
+
+class SpacingWarning(UserWarning):
+    """Sampling starts, from pure noise, at a timestep whose images still have signal. Told once a process."""
+
+
+_warned = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +109,24 @@ def _step_table(
     return StepTable(table, learned_variance)
 
 
+def _timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: bool) -> torch.Tensor:
+    """`spaced_timesteps`; warns of a start too far below T - 1."""
+    global _warned
+    timesteps = spaced_timesteps(schedule.T, steps, spacing, **how)
+    first = int(timesteps[0])
+    signal, at_end = schedule.alphas_cumprod[[first, -1]].sqrt().tolist()
+    if not _warned and signal - at_end > MOST_SIGNAL:
+        _warned = True
+        warnings.warn(
+            f"spacing {spacing!r} with steps={len(timesteps)} starts at timestep {first} of "
+            f"0..{schedule.T - 1}. Images there have a signal of {signal:.0%}, the initial noise has none, "
+            "and samples turn out grey. Use spacing='trailing', which starts at the last timestep",
+            SpacingWarning,
+            stacklevel=3,
+        )
+    return timesteps
+
+
 def _following(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """alphas_cumprod at the timestep that each step leads to: the next one's, and 1 (no noise) at the end."""
     return torch.cat([alphas_cumprod[1:], torch.ones(1, dtype=torch.float64)])
@@ -121,7 +151,7 @@ def ddpm(
     (trailing, fixed_large or learned_range); this does not.
     """
     choice("variance", variance, VARIANCES)
-    timesteps = spaced_timesteps(schedule.T, steps, spacing)
+    timesteps = _timesteps(schedule, steps, spacing)
     current = schedule.alphas_cumprod[timesteps]
     following = _following(current)
     alpha = current / following
@@ -169,22 +199,17 @@ def ddim(
     difference is large: where x_0 is clipped and the noise prediction is not, the two no longer make up x,
     and images fall apart.
 
-    A step from timestep t leads to t - T // steps whatever the spacing, as in diffusers, and to x_0 where
-    that is negative; with spacing "quad" it leads to the next timestep visited. So with trailing, where steps
-    does not divide T, the last step can end a little above 0. The last step is taken with eta = 0, where
-    diffusers would then add noise. ValueError for an eta that is negative, or so large that some step would
-    add more noise than its timestep has.
+    Every step leads to the next timestep visited, the paper's tau_{i-1}. diffusers' DDIMScheduler leads from
+    t to t - T // steps instead. That is the same timestep with leading, and with trailing where steps divides
+    T. Elsewhere it is another one, and images of diffusers keep noise. ValueError for an eta that is negative
+    or so large that some step would add more noise than its timestep has.
     """
     eta = number("eta", eta, 0)
     switch("use_clipped_model_output", use_clipped_model_output)
-    timesteps = spaced_timesteps(schedule.T, steps, spacing)
+    timesteps = _timesteps(schedule, steps, spacing)
     current = schedule.alphas_cumprod[timesteps]
     following = _following(current)
-    if spacing != "quad":
-        targets = timesteps - schedule.T // len(timesteps)
-        following = torch.where(targets < 0, 1.0, schedule.alphas_cumprod[targets.clamp(min=0)])
     s = eta * ((1 - following) / (1 - current) * (1 - current / following)).sqrt()
-    s[-1] = 0
     remaining = 1 - following - s**2
     if (remaining < -1e-12).any():
         raise ValueError(f"eta {eta} is too large: a step would add more noise than its timestep has; try 1")
@@ -225,7 +250,7 @@ def dpmpp_2m(
     timestep; there the grids of diffusers would repeat one.
     """
     switch("sde", sde)
-    timesteps = spaced_timesteps(schedule.T, steps, spacing, skip_zero=True)
+    timesteps = _timesteps(schedule, steps, spacing, skip_zero=True)
     current = schedule.alphas_cumprod[timesteps]
     check_x0_determined(prediction_type, current)
     # The solver runs in lambda = log(alpha / sigma), so zero SNR stands for 2^-24 (as in diffusers), or for

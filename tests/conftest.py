@@ -50,6 +50,12 @@ def simd(request):
     _native.use_simd("best")
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """The warning about spacings is not given: most tests take few steps, wherever those start."""
+    monkeypatch.setattr("diffusion.steps._warned", True)
+
+
 @pytest.fixture
 def model() -> DDPM:
     """Unconditional."""

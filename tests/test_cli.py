@@ -35,6 +35,13 @@ def test_sample_writes_a_grid(capsys):
     assert "10/10 images" in output.err
 
 
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("diffusion.steps._warned", False)
+    run("sample", "--model", "digits", "--labels", "3", "--sampler", "ddim", "--steps", 501, "--out", "a.png")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith("diffusion: warning: spacing 'leading' with steps=501 starts at timestep 500")
+
+
 def test_sample_writes_an_array_that_python_gives_too():
     run(
         "sample",

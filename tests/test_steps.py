@@ -1,6 +1,7 @@
 """The tables that the samplers write: the papers' coefficients, and no nonsense."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from diffusion.kernels import Row, reverse_step
 from diffusion.process import PREDICTION_TYPES
 from diffusion.schedule import NoiseSchedule
 from diffusion.spacing import SPACINGS
-from diffusion.steps import SAMPLERS, VARIANCES, StepTable, ddim, ddpm, dpmpp_2m
+from diffusion.steps import SAMPLERS, VARIANCES, SpacingWarning, StepTable, ddim, ddpm, dpmpp_2m
 
 SHAPE = (2, 2, 2, 2)
 VARIANTS = [
@@ -86,15 +87,6 @@ def test_the_last_step_adds_no_noise(sampler, options, spacing):
             for noise in (torch.zeros(SHAPE), torch.full(SHAPE, math.nan))
         ]
         assert torch.equal(*ends)
-
-
-def test_ddim_with_quad_spacing_leads_to_the_next_timestep():
-    schedule = NoiseSchedule.linear()
-    table = ddim(schedule, 10, spacing="quad")
-    targets = [*table.timesteps.tolist()[1:], None]
-    for i, t in enumerate(targets):
-        signal = 1.0 if t is None else schedule.alphas_cumprod[t].item()
-        assert table.row(i).b == pytest.approx(math.sqrt(signal), rel=1e-12)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -229,3 +221,56 @@ def test_epsilon_prediction_cannot_start_at_zero_snr(sampler, options):
 def test_coefficients_that_float32_cannot_hold():
     with pytest.raises(ValueError, match="overflow float32"):
         ddpm(NoiseSchedule.from_betas([0.5] + [1 - 1e-15] * 10))
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The messages about spacings so far, in a process that has not been warned."""
+    monkeypatch.setattr("diffusion.steps._warned", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(warning.message) for warning in caught if warning.category is SpacingWarning]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "spacing", "steps", "first"),
+    [
+        (NoiseSchedule.linear(), "leading", 501, 500),
+        (NoiseSchedule.cosine(), "leading", 600, 599),
+        (NoiseSchedule.cosine(), "leading", 334, 666),
+        (NoiseSchedule.cosine(), "leading", 2, 500),
+        (NoiseSchedule.linear(), "linspace", 1, 0),
+        (NoiseSchedule.cosine(), "quad", 50, 800),
+        (NoiseSchedule.cosine(10), "leading", 6, 5),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_start_that_still_has_signal_is_told_once(warned, sampler, schedule, spacing, steps, first):
+    for _ in range(2):
+        table = SAMPLERS[sampler](schedule, steps, spacing=spacing)
+    assert table.timesteps[0] == first
+    (message,) = warned()
+    assert f"timestep {first}" in message
+    assert repr(spacing) in message
+    assert "'trailing'" in message
+    assert "\n" not in message
+
+
+def test_dpmpp_tells_of_its_start_too(warned):
+    dpmpp_2m(NoiseSchedule.linear(), 502)
+    assert len(warned()) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "T"), [(NoiseSchedule.linear, 1000), (NoiseSchedule.cosine, 1000), (NoiseSchedule.linear, 10)]
+)
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_start_in_noise_is_not_told_of(warned, sampler, make, T):
+    for steps in {1, 2, 7, T // 2 + 1, T - 1, T}:
+        SAMPLERS[sampler](make(T), steps, spacing="trailing")
+    SAMPLERS[sampler](make(T), None)
+    if T == 1000:
+        for steps in (20, 50, 100, 999):
+            SAMPLERS[sampler](make(T), steps, spacing="leading")
+            SAMPLERS[sampler](make(T), steps, spacing="linspace")
+    assert warned() == []
