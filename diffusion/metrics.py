@@ -1,4 +1,4 @@
-"""Distances between two sets of images, by torch-fidelity, with a card that says what was measured."""
+"""Distances between two sets of images, with a card that says what was measured, and by what."""
 
 from importlib.metadata import version
 from typing import Any
@@ -9,9 +9,11 @@ from . import __version__
 from .evaluate import ROUNDING
 from .features import Features, import_fidelity
 from .folders import ImageSet
+from .frechet import frechet_distance, moments
 from .validation import choice
 
 METRICS = ("fid", "kid", "is", "precision-recall")
+FRECHET = "fused-diffusion's, in float64 (frechet.py)"
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -26,7 +28,8 @@ def compare(
 ) -> dict[str, Any]:
     """Metrics of samples against a reference, in some features; JSON-able.
 
-    "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6). "kid": mean and standard deviation
+    "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6) by `frechet.frechet_distance`, never
+    negative; the others by torch-fidelity. "kid": mean and standard deviation
     over 100 subsets of at most 1000 images of the unbiased squared MMD with kernel (x.y / F + 1)^3 (Bińkowski
     et al. 2018, arXiv 1801.01401). "is": Inception Score in 10 splits (Salimans et al. 2016, arXiv
     1606.03498). "precision-recall": with 3 neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991). They are
@@ -34,37 +37,36 @@ def compare(
     `kernel_distance` and `classifier_score` say in their names which.
 
     card: what is known of how the samples were made. Returns `metrics` and the protocol card, `card`.
-    ValueError for an unknown metric, or images that do not fit the features.
+    ValueError for an unknown metric, images that do not fit the features, or without torch-fidelity.
     """
     for metric in metrics or [""]:
         choice("metric", metric, METRICS)
-    import_fidelity()
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
+    if set(metrics) != {"fid"}:
+        import_fidelity()
     ours, logits = features.of(_in_channels(samples, features), progress)
     theirs, _ = features.of(_in_channels(reference, features), progress)
     names = _names(features)
     found: dict[str, Any] = {}
     if "fid" in metrics:
-        statistics = [fid_features_to_statistics(values.double()) for values in (ours, theirs)]
-        found[names["fid"]] = fid_statistics_to_metric(*statistics, verbose=False)[
-            "frechet_inception_distance"
-        ]
+        found[names["fid"]] = frechet_distance(*moments(ours), *moments(theirs))
     if "kid" in metrics:
+        from torch_fidelity.metric_kid import kid_features_to_metric
+
         size = min(1000, len(ours), len(theirs))
         values = kid_features_to_metric(ours, theirs, kid_subset_size=size, verbose=False)
         found[names["kid"]] = values["kernel_inception_distance_mean"]
         found[f"{names['kid']}_spread"] = values["kernel_inception_distance_std"]
     if "is" in metrics:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
         values = isc_features_to_metric(logits)
         found[names["is"]] = values["inception_score_mean"]
         found[f"{names['is']}_spread"] = values["inception_score_std"]
     if "precision-recall" in metrics:
         if min(len(ours), len(theirs)) <= NEIGHBOURS:
             raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on each side")
+        from torch_fidelity.metric_prc import prc_features_to_metric
+
         values = prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, verbose=False)
         found |= {names[name]: values[name] for name in ("precision", "recall")}
     return {
@@ -77,8 +79,9 @@ def compare(
             "rounding": ROUNDING,
             "feature network": features.name,
             "feature network's SHA-256": features.sha256,
+            **({"Fréchet distance": FRECHET} if "fid" in metrics else {}),
             **(card or {}),
-            "versions": _versions(),
+            "versions": _versions(set(metrics) != {"fid"} or features.is_inception),
         },
     }
 
@@ -106,6 +109,7 @@ def _in_channels(images: ImageSet, features: Features) -> torch.Tensor:
     return images.images.expand(-1, 3, -1, -1) if colour and images.images.shape[1] == 1 else images.images
 
 
-def _versions() -> str:
-    fidelity = version("torch-fidelity")
-    return f"fused-diffusion {__version__}, torch {torch.__version__}, torch-fidelity {fidelity}"
+def _versions(fidelity: bool) -> str:
+    """fidelity: whether torch-fidelity took part."""
+    ours = f"fused-diffusion {__version__}, torch {torch.__version__}"
+    return f"{ours}, torch-fidelity {version('torch-fidelity')}" if fidelity else ours
