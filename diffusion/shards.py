@@ -12,23 +12,23 @@ import json
 import os
 import time
 import uuid
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from .ddpm import DDPM
 from .files import check_writable, replacing
-from .images import save_npz
+from .locks import locked
 from .ranks import Ranks
-from .reading import add_tensors, open_regular, read_json
+from .reading import add_tensors, read_json
+from .shard_files import what_is_wrong, write_shard
+from .validation import whole_number, whole_numbers
 
 FORMAT = "fused-diffusion-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: shards without a digest
+MOST_NAMED = 5  # shards in a line
 
 
 def sample_shards(
@@ -45,53 +45,58 @@ def sample_shards(
 ) -> dict[str, Any]:
     """Samples images 0..num-1 of a seed into `folder`/shard-00000.npz and on, each as `images.save_npz` does.
 
-    labels: taken in turn, or None to sample without. Each shard also holds `sample_ids` int64. options: of
-    `DDPM.sample`. `folder`/run.json says what decides the bytes of the shards; a run of other settings is
-    refused. Shards that are there and whole are kept. On the CPU the bytes do not depend on batch_size, on
-    the number of threads or ranks; on a GPU they may, with the kernels that it chooses by shape.
+    labels: taken in turn, or None to sample without. Each shard also holds `sample_ids` int64 and its
+    `sha256`. options: of `DDPM.sample`. `folder`/run.json says what decides the bytes of the shards; a run of
+    other settings is refused. Shards that are there are read to the last byte: those that this run wrote are
+    kept, all others made again. On the CPU the bytes do not depend on batch_size, on the number of threads or
+    ranks; on a GPU they may, with the kernels that it chooses by shape.
 
-    Returns what this rank did: `images`, `seconds`, `kept` (shards that were there) and when it `started`
-    (time.time()). ValueError for a
-    folder that cannot be written or holds another run.
+    Returns what this rank did: `images`, `seconds`, `kept` (shards that were there), `remade` (shards that
+    were there and damaged, and how) and when it `started` (time.time()). ValueError for a folder that cannot
+    be written or holds another run.
     """
     ranks, folder = ranks or Ranks(), Path(folder)
-    if num < 1 or shard_size < 1:
-        raise ValueError(f"num and shard_size must be at least 1, not {num} and {shard_size}")
+    num, shard_size = whole_number("num", num, 1), whole_number("shard_size", shard_size, 1)
+    labels = None if labels is None else whole_numbers("labels", labels).tolist()
     check_writable(folder / "run.json")
     same = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
-    _agree(
+    run = _agree(
         folder,
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "model": model_digest(model),
             "num": num,
-            "labels": None if labels is None else list(labels),
+            "labels": labels,
             "shard_size": shard_size,
             "seed": seed,
             "device": next(model.unet.parameters()).device.type,
             "options": same,
         },
     )
+    shape = (model.unet.config.in_channels, *model.unet.config.image_shape)
     shards = range(-(-num // shard_size))
     mine = [k for k in shards if k % ranks.world_size == ranks.rank]
     others = [k for k in reversed(shards) if k % ranks.world_size != ranks.rank]
-    done = {"images": 0, "seconds": 0.0, "kept": 0, "started": time.time()}
+    done = {"images": 0, "seconds": 0.0, "kept": 0, "remade": [], "started": time.time()}
     bar = tqdm(total=num, unit=" images", disable=not (progress and ranks.rank == 0))
     with bar:
         for k in (*mine, *others):
-            ids = torch.arange(k * shard_size, min(num, (k + 1) * shard_size))
+            ids = range(k * shard_size, min(num, (k + 1) * shard_size))
+            chosen = None if labels is None else [labels[i % len(labels)] for i in ids]
             path = folder / f"shard-{k:05d}.npz"
-            with _claimed(path) as free:
-                if free and is_whole(path, ids):
+            with locked(path.with_name(f".{path.stem}.lock")) as free:
+                there = free and os.path.lexists(path)
+                wrong = what_is_wrong(path, shape, ids, chosen, run) if there else None
+                if there and wrong is None:
                     done["kept"] += k in mine
                 elif free:
                     start = time.perf_counter()
-                    chosen = None if labels is None else [labels[i % len(labels)] for i in ids.tolist()]
-                    x = model.sample(chosen, num_samples=len(ids), sample_ids=ids, seed=seed, **options)
-                    save_npz(x, path, chosen, sample_ids=ids.numpy())
+                    x = model.sample(chosen, num_samples=len(ids), sample_ids=list(ids), seed=seed, **options)
+                    write_shard(path, x, ids, chosen, run)
                     done["images"] += len(ids)
                     done["seconds"] += time.perf_counter() - start
+                    done["remade"] += [f"{path.name}, {wrong}"] if there else []
             finished = len(list(folder.glob("shard-*.npz"))) * shard_size
             bar.update(min(num, finished) - bar.n)
     return done
@@ -112,23 +117,10 @@ def model_digest(model: DDPM) -> str:
     return digest.hexdigest()
 
 
-def is_whole(path: Path, ids: torch.Tensor) -> bool:
-    """Whether a file is a shard of these images, every byte of it as it was written."""
-    try:
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
-            return np.array_equal(arrays["sample_ids"], ids.numpy()) and len(arrays["images"]) == len(ids)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, TypeError):
-        return False
-    except Exception as error:  # zlib.error has no base but this
-        if type(error).__module__ != "zlib":
-            raise
-        return False
-
-
-def _agree(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes run.json unless it is there; ValueError if it is of other settings."""
+def _agree(folder: Path, settings: dict[str, Any]) -> str:
+    """Writes run.json unless it is there, and gives its digest; ValueError if it is of other settings."""
     path = folder / "run.json"
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings, default=_plain))
     if not path.exists():
         mine = folder / f".run.{uuid.uuid4().hex}.json"  # processes on two machines may have one number
         try:
@@ -155,44 +147,12 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
             pair = found.get(key), settings[key]
         shown = "" if key in ("model", "labels") else f" ({pair[0]}, not {pair[1]})"
         raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _in_turn(path: Path) -> Iterator[None]:
-    """One process after another, where the system and the file system have locks; `path` is there already."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(stack.enter_context(path.open("r+")), fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    """Whether no other living process is making this file; a process that dies gives its claim back."""
-    try:
-        import fcntl
-    except ImportError:  # then two may make the same bytes
-        yield True
-        return
-    lock_path = path.with_name(f".{path.stem}.lock")
-    try:
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
-        yield True
-        lock_path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
+def _plain(value: Any) -> Any:
+    """What stands in JSON for an option that it has no word for: a number of NumPy or torch, or a dtype."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:
@@ -208,11 +168,14 @@ def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> lis
         f"rank {ranks.rank} of {ranks.world_size}: {done['images']} images, {rate:.2f} images/s, "
         f"{done['kept']} shards were there"
     ]
+    if remade := done["remade"]:
+        more = f"; and {len(remade) - MOST_NAMED} more" if len(remade) > MOST_NAMED else ""
+        lines.append(f"made again: {'; '.join(remade[:MOST_NAMED])}{more}")
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     launch = "/".join(os.environ.get(name, "") for name in names)
     mine = {**done, "launch": launch, "ended": time.time()}
     every = []
-    with _in_turn(Path(folder) / "run.json"):  # of ranks that end together, the last to write finds all
+    with locked(Path(folder) / ".report.lock", wait=True):  # of ranks that end together, the last finds all
         with replacing(Path(folder) / f".rank-{ranks.rank}.json") as (temporary,):
             temporary.write_text(json.dumps(mine))
         for rank in range(ranks.world_size):

@@ -1,12 +1,15 @@
 """Folders of shards: the same bytes from any number of ranks, whatever happened to them."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import numpy as np
@@ -17,6 +20,7 @@ from conftest import make_model
 from diffusion.cli import main
 from diffusion.images import to_uint8
 from diffusion.ranks import Ranks
+from diffusion.shard_files import what_is_wrong
 from diffusion.shards import report, sample_shards
 
 OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
@@ -114,7 +118,7 @@ def test_any_ranks_and_threads_make_the_same_bytes(world_size, threads, whole, f
 
 def test_one_of_ranks_that_end_together_tells_of_all(tmp_path):
     (tmp_path / "run.json").write_text("{}")
-    done = {"images": 3, "seconds": 1.0, "kept": 0, "started": time.time()}
+    done = {"images": 3, "seconds": 1.0, "kept": 0, "remade": [], "started": time.time()}
     for _ in range(20):
         together = Barrier(8)
 
@@ -164,10 +168,145 @@ def test_what_is_there_is_kept_and_what_is_damaged_made_again(whole, folder, tmp
     middle[60] ^= 0xFF
     (out / "shard-00003.npz").write_bytes(bytes(middle))
     main(words)
-    assert "8 images" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "8 images" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("made again: "))
+    assert [f"shard-0000{k}.npz" in line for k in range(4)] == [False, True, True, True]
     assert shards_of(out) == whole
     assert (out / "shard-00000.npz").stat().st_mtime_ns == times["shard-00000.npz"]
     assert not [path for path in os.listdir(out) if path.endswith(".lock")]
+
+
+def damaged(path, damage: str) -> None:
+    """Alters a shard in a way that leaves a file which NumPy reads."""
+    with np.load(path) as shard:
+        arrays = dict(shard)
+    images, labels = arrays["images"], arrays["labels"]
+    if damage == "no labels":
+        del arrays["labels"]
+    elif damage == "no digest":
+        del arrays["sha256"]
+    elif damage == "one more":
+        arrays["scores"] = np.zeros(3)
+    elif damage == "a flipped pixel":
+        images[1, 2, 3, 0] ^= 1
+    else:
+        name, array = {
+            "flipped labels": ("labels", labels[::-1].copy()),
+            "other labels": ("labels", labels + 1),
+            "labels of another type": ("labels", labels.astype(np.int32)),
+            "ids of another type": ("sample_ids", arrays["sample_ids"].astype(np.float64)),
+            "zero images": ("images", np.zeros_like(images)),
+            "swapped images": ("images", images[::-1].copy()),
+            "channels first": ("images", images.transpose(0, 3, 1, 2)),
+            "larger images": ("images", images.repeat(2, axis=1)),
+            "fewer images": ("images", images[:-1]),
+            "images of floats": ("images", images.astype(np.float32)),
+            "another digest": ("sha256", np.asarray("0" * 64)),
+        }[damage]
+        arrays[name] = array
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("flipped labels", "its labels are not those of the run"),
+        ("other labels", "its labels are not those of the run"),
+        ("labels of another type", "its labels are of another shape or type"),
+        ("no labels", "it has no labels"),
+        ("ids of another type", "its sample_ids are of another shape or type"),
+        ("zero images", "SHA-256"),
+        ("swapped images", "SHA-256"),
+        ("a flipped pixel", "SHA-256"),
+        ("channels first", "its images are of another shape or type"),
+        ("larger images", "its images are of another shape or type"),
+        ("fewer images", "its images are of another shape or type"),
+        ("images of floats", "its images are of another shape or type"),
+        ("no digest", "it has no sha256"),
+        ("another digest", "SHA-256"),
+        ("one more", "other arrays"),
+    ],
+)
+def test_a_shard_that_was_altered_is_made_again(damage, reason, tmp_path):
+    make = partial(sample_shards, make_model(10), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
+    make()
+    before = shards_of(tmp_path)
+    damaged(tmp_path / "shard-00001.npz", damage)
+    done = make()
+    assert shards_of(tmp_path) == before
+    assert (done["images"], done["kept"]) == (3, 1)
+    (told,) = done["remade"]
+    assert told.startswith("shard-00001.npz, ")
+    assert reason in told
+    assert f"made again: {told}" in report(tmp_path, done, Ranks())
+    assert make()["remade"] == []
+
+
+def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
+    """But for those that change no array, such as the times in a zip."""
+    make = partial(sample_shards, make_model(10), tmp_path, 3, [3, 1, 4], shard_size=3, steps=2)
+    make()
+    path = tmp_path / "shard-00000.npz"
+    whole = path.read_bytes()
+    with np.load(path) as shard:
+        arrays = dict(shard)
+    generator, noticed = np.random.default_rng(0), 0
+    settings = json.loads((tmp_path / "run.json").read_text())
+    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    for _ in range(200):
+        altered = bytearray(whole)
+        altered[generator.integers(len(whole))] ^= 1 << generator.integers(8)
+        path.write_bytes(altered)
+        if what_is_wrong(path, (2, 8, 8), range(3), [3, 1, 4], run) is not None:
+            noticed += 1
+            continue
+        with np.load(path) as shard:
+            assert all(np.array_equal(shard[name], arrays[name]) for name in arrays)
+    assert noticed > 100
+    path.write_bytes(whole)
+    assert what_is_wrong(path, (2, 8, 8), range(3), [3, 1, 4], run) is None
+
+
+def test_a_shard_of_another_run_is_made_again(tmp_path):
+    """Its images are other ones, and its digest is right for them."""
+    for seed in (0, 1):
+        sample_shards(make_model(), tmp_path / str(seed), 2, shard_size=2, steps=2, seed=seed)
+    before, path = shards_of(tmp_path / "0"), tmp_path / "0" / "shard-00000.npz"
+    path.write_bytes((tmp_path / "1" / "shard-00000.npz").read_bytes())
+    assert len(sample_shards(make_model(), tmp_path / "0", 2, shard_size=2, steps=2)["remade"]) == 1
+    assert shards_of(tmp_path / "0") == before
+
+
+def test_many_damaged_shards_are_one_line(tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 8, shard_size=1, steps=1)
+    make()
+    for path in tmp_path.glob("shard-*"):
+        path.write_bytes(b"")
+    (line,) = (line for line in report(tmp_path, make(), Ranks()) if line.startswith("made again"))
+    assert line.count("shard-") == 5
+    assert line.endswith("; and 3 more")
+
+
+def test_a_small_file_does_not_become_a_large_array(tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 1, shard_size=1, steps=1)
+    make()
+    with np.load(tmp_path / "shard-00000.npz") as shard:
+        arrays = dict(shard) | {"images": np.zeros((2**26,), np.uint8)}
+    np.savez_compressed(tmp_path / "shard-00000.npz", **arrays)
+    tracemalloc.start()
+    assert "its images are of another shape" in make()["remade"][0]
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_numbers_of_numpy_and_torch_are_those_of_python(tmp_path):
+    model = make_model(10)
+    sample_shards(model, tmp_path, np.int64(2), np.array([3, 1]), steps=np.int64(2), guidance_scale=2.0)
+    labels = torch.tensor([3, 1])
+    done = sample_shards(model, tmp_path, 2, labels, steps=2, guidance_scale=np.float64(2))
+    assert (done["images"], done["kept"]) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +377,9 @@ def test_batches_do_not_matter(tmp_path):
 
 
 def test_nonsense(tmp_path, capsys, folder):
-    with pytest.raises(ValueError, match="at least 1"):
-        sample_shards(make_model(), tmp_path, 3, shard_size=0)
+    for shard_size in (0, True, 2**70, "5"):
+        with pytest.raises(ValueError, match="shard_size must be"):
+            sample_shards(make_model(), tmp_path, 3, shard_size=shard_size)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         sample_shards(make_model(), tmp_path / "file", 3)
