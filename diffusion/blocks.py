@@ -1,6 +1,8 @@
 """The parts of the UNet: residual blocks, attention, changes of resolution, and levels made of them."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,48 @@ from .kernels import attention, conv2d, group_norm_silu
 from .unet_config import UNetConfig
 
 
+def run(module: nn.Module, *inputs: torch.Tensor, backend: str, **modulation: torch.Tensor) -> torch.Tensor:
+    """Calls a part of the network, or a module that someone put in its place.
+
+    backend: passed on to modules that take one, unless it is "auto".
+    """
+    if backend != "auto" and takes_backend(module):
+        return module(*inputs, backend=backend, **modulation)
+    return module(*inputs, **modulation)
+
+
+def takes_backend(module: nn.Module) -> bool:
+    """Whether the module's `forward` has an argument `backend`."""
+    return _has_backend(vars(module).get("forward") or type(module).forward)
+
+
+@functools.lru_cache(256)
+def _has_backend(function: Callable) -> bool:
+    return "backend" in inspect.signature(function).parameters
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether the module is one of torch.nn, which take one input and no embedding."""
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
 class Conv2d(nn.Conv2d):
-    """`kernels.conv2d` with a square kernel; by PyTorch alone if the other ops of the UNet are."""
+    """`kernels.conv2d` with a square kernel; by PyTorch alone if the other ops of the UNet are.
+
+    What the op has not, such as dilation, groups and padding modes, is `torch.nn.Conv2d`'s.
+    """
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if not self._is_plain():
+            return super().forward(x)
         backend = "reference" if backend == "reference" else "auto"
         options = {"stride": self.stride[0], "padding": self.padding[0], "backend": backend}
         return conv2d(x, self.weight, self.bias, **options)
+
+    def _is_plain(self) -> bool:
+        pairs = (self.stride, self.padding)
+        square = all(isinstance(pair, tuple) and pair[0] == pair[-1] for pair in pairs)
+        return square and (self.padding_mode, self.dilation, self.groups) == ("zeros", (1, 1), 1)
 
 
 class Norm(nn.Module):
@@ -49,7 +86,7 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         if self.conv is None:
             return F.avg_pool2d(x, 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x, backend)
+        return run(self.conv, F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x, backend=backend)
 
 
 class Upsample(nn.Module):
@@ -61,7 +98,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return x if self.conv is None else self.conv(x, backend)
+        return x if self.conv is None else run(self.conv, x, backend=backend)
 
 
 class ResBlock(nn.Module):
@@ -93,17 +130,24 @@ class ResBlock(nn.Module):
         return self._forward(x, embedding, backend)
 
     def _forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
-        h = self.norm1(x, backend)
+        h = run(self.norm1, x, backend=backend)
         if self.resample is not None:
-            x, h = self.resample(x, backend), self.resample(h, backend)
-        h = self.conv1(h, backend)
-        if self.scale_shift:
-            scale, shift = embedding.chunk(2, dim=1)
-            h = self.norm2(h, backend, scale=scale, shift=shift)
-        else:
-            h = self.norm2(h, backend, add=embedding)
-        h = self.conv2(F.dropout(h, self.dropout, self.training), backend)
-        return h + (x if self.skip is None else self.skip(x, backend))
+            x, h = run(self.resample, x, backend=backend), run(self.resample, h, backend=backend)
+        h = run(self.conv1, h, backend=backend)
+        h = self._modulated(h, embedding, backend)
+        h = run(self.conv2, F.dropout(h, self.dropout, self.training), backend=backend)
+        return h + (x if self.skip is None else run(self.skip, x, backend=backend))
+
+    def _modulated(self, h: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
+        """The second normalisation; a module of torch.nn in its place gets the same sum, scale and shift."""
+        if not self.scale_shift:
+            if _is_torchs(self.norm2):
+                return self.norm2(h + embedding[:, :, None, None])
+            return run(self.norm2, h, backend=backend, add=embedding)
+        scale, shift = embedding.chunk(2, dim=1)
+        if _is_torchs(self.norm2):
+            return self.norm2(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return run(self.norm2, h, backend=backend, scale=scale, shift=shift)
 
 
 class Attention(nn.Module):
@@ -134,7 +178,7 @@ class Attention(nn.Module):
         return self._forward(x, backend)
 
     def _forward(self, x: torch.Tensor, backend: str) -> torch.Tensor:
-        h = x if self.norm is None else self.norm(x, backend)
+        h = x if self.norm is None else run(self.norm, x, backend=backend)
         qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 C]; no copy where x is channels_last
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         h = self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
@@ -144,8 +188,8 @@ class Attention(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution on the way down or up, each with attention or without, and what follows.
 
-    inputs: the input channels of each block. down, up: how the level is left: "conv", "resblock", "plain",
-    or None.
+    inputs: the input channels of each block. way: "down" or "up". leave: how the level is left: "conv",
+    "resblock", "plain", or None.
     """
 
     def __init__(
@@ -154,55 +198,54 @@ class Level(nn.Module):
         inputs: list[int],
         channels: int,
         attend: bool,
-        down: str | None = None,
-        up: str | None = None,
+        *,
+        way: str,
+        leave: str | None,
     ):
         super().__init__()
+        self.way, self.leave = way, leave
         self.blocks = nn.ModuleList(ResBlock(config, width, channels) for width in inputs)
         self.attentions = nn.ModuleList(Attention(config, channels) for _ in inputs if attend)
-        if down == "resblock":
-            self.resample = ResBlock(config, channels, channels, Downsample(channels, conv=False))
-        elif up == "resblock":
-            self.resample = ResBlock(config, channels, channels, Upsample(channels, conv=False))
-        elif down is not None:
-            self.resample = Downsample(channels, down == "conv", config.downsample_padding)
-        elif up is not None:
-            self.resample = Upsample(channels, up == "conv")
-        else:
+        conv = leave == "conv"
+        if leave is None:
             self.resample = None
+        elif leave == "resblock":
+            change = Downsample(channels, conv) if way == "down" else Upsample(channels, conv)
+            self.resample = ResBlock(config, channels, channels, change)
+        elif way == "down":
+            self.resample = Downsample(channels, conv, config.downsample_padding)
+        else:
+            self.resample = Upsample(channels, conv)
 
     def residual_blocks(self) -> list[ResBlock]:
         """The blocks that take an embedding, in the order in which they do."""
-        return [*self.blocks, *([self.resample] if isinstance(self.resample, ResBlock) else [])]
+        return [*self.blocks, *([self.resample] if self.leave == "resblock" else [])]
 
-    def _block(self, i: int, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str) -> torch.Tensor:
-        h = self.blocks[i](h, next(parts), backend)
-        return self.attentions[i](h, backend) if len(self.attentions) else h
-
-    def _leave(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str) -> torch.Tensor:
-        if isinstance(self.resample, ResBlock):
-            return self.resample(h, next(parts), backend)
-        return self.resample(h, backend)
-
-    def descend(
+    def forward(
         self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
     ) -> torch.Tensor:
-        """On the way down: appends the output of every step to `skips`."""
-        for i in range(len(self.blocks)):
-            h = self._block(i, h, parts, backend)
-            skips.append(h)
-        if self.resample is not None:
-            h = self._leave(h, parts, backend)
+        """On the way down the output of every step is appended to `skips`; on the way up one of them goes
+        into each block."""
+        down = self.way == "down"
+        for i, block in enumerate(self.blocks):
+            h = h if down else torch.cat([h, skips.pop()], dim=1)
+            h = _residual(block, h, next(parts), backend)
+            if len(self.attentions):
+                h = run(self.attentions[i], h, backend=backend)
+            if down:
+                skips.append(h)
+        if self.leave == "resblock":
+            h = _residual(self.resample, h, next(parts), backend)
+        elif self.resample is not None:
+            h = run(self.resample, h, backend=backend)
+        if down and self.resample is not None:
             skips.append(h)
         return h
 
-    def ascend(
-        self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
-    ) -> torch.Tensor:
-        """On the way up: takes one of `skips` into each block."""
-        for i in range(len(self.blocks)):
-            h = self._block(i, torch.cat([h, skips.pop()], dim=1), parts, backend)
-        return h if self.resample is None else self._leave(h, parts, backend)
+
+def _residual(block: nn.Module, h: torch.Tensor, part: torch.Tensor, backend: str) -> torch.Tensor:
+    """Calls a residual block, or what stands in its place; a module of torch.nn takes no embedding."""
+    return run(block, *((h,) if _is_torchs(block) else (h, part)), backend=backend)
 
 
 class Middle(nn.Module):
@@ -220,7 +263,7 @@ class Middle(nn.Module):
         return list(self.blocks)
 
     def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str = "auto") -> torch.Tensor:
-        h = self.blocks[0](h, next(parts), backend)
+        h = _residual(self.blocks[0], h, next(parts), backend)
         if self.attention is not None:
-            h = self.attention(h, backend)
-        return self.blocks[1](h, next(parts), backend)
+            h = run(self.attention, h, backend=backend)
+        return _residual(self.blocks[1], h, next(parts), backend)

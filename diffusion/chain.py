@@ -38,16 +38,18 @@ class Batch:
 class Network:
     """What a chain runs over. embed: as UNet.embed. denoise: as UNet.denoise, for inputs in `dtype`.
 
-    embedding_size: what embed gives for an image. backend: of all kernels.
+    embedding_size: what embed gives for an image. backend: of all kernels. forward: called instead of
+    `denoise(x, embed(timesteps, labels))`, every time: no step is captured, nothing embedded ahead.
     """
 
-    embed: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    embed: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
     embedding_size: int
     null_label: int | None
     device: torch.device
     dtype: torch.dtype
     backend: str = "auto"
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
     _own: threading.local = field(default_factory=threading.local)  # each thread has buffers of its own
 
     @classmethod
@@ -60,6 +62,24 @@ class Network:
 
         size, null = sum(unet.embedding_sizes), unet.config.null_label
         return cls(unet.embed, denoise, size, null, parameter.device, parameter.dtype, backend)
+
+    @classmethod
+    def whole(
+        cls,
+        forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        null_label: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> "Network":
+        """A network of which nothing is known but what it is called with: x, timesteps and labels."""
+        return cls(None, None, 0, null_label, device, dtype, backend, forward)
+
+    def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """As UNet.forward."""
+        if self.forward is not None:
+            return self.forward(x, timesteps, labels)
+        return self.denoise(x, self.embed(timesteps, labels))
 
     @contextmanager
     def chain(self, *key) -> Iterator["Chain"]:
@@ -136,7 +156,11 @@ class Chain:
         self.counter.copy_(kernels.step_counter(batch.seed, stream=1))
         self.ids.copy_(batch.sample_ids)
         self.timesteps = table.table[:, kernels.Row._fields.index("timestep")].float()
+        self.integral = bool((self.timesteps == self.timesteps.round()).all())
         self.labels: list[int | None] = [None]
+        self.image_labels = batch.labels
+        if batch.labels is not None and guided:
+            self.image_labels = torch.cat([batch.labels, torch.full_like(batch.labels, network.null_label)])
         if batch.labels is not None:
             distinct, positions = batch.labels.cpu().unique(return_inverse=True)
             self.labels = distinct.tolist() + [network.null_label] * guided
@@ -161,7 +185,7 @@ class Chain:
 
         Each label is embedded on its own, so that no image depends on the others of its batch.
         """
-        if i % STEPS_EMBEDDED == 0:
+        if i % STEPS_EMBEDDED == 0 and self.network.forward is None:
             timesteps = self.timesteps[i : i + STEPS_EMBEDDED].to(self.network.device)
             for position, label in enumerate(self.labels):
                 same = None if label is None else torch.full_like(timesteps, label, dtype=torch.int64)
@@ -176,7 +200,7 @@ class Chain:
         first time, and replayed from then on; nothing waits for the device.
         """
         key = (now, following, noisy)
-        if not self._captures:
+        if not self._captures or self.network.forward is not None:
             return self._step(*key)
         if key not in self._graphs:
             changed = [self.x, self.inputs, self.counter, *([] if self.x0 is None else [self.x0])]
@@ -186,12 +210,23 @@ class Chain:
     def _evaluate(self, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's output, and the unconditional one where the step is guided."""
         images = 2 * self.count if guided else self.count
-        embedding = self.embeddings.index_select(0, self.counter[:1] % STEPS_EMBEDDED)[0]
-        embedding = embedding.index_select(0, self.positions[:images])
-        output = self.network.denoise(self.inputs[:images], embedding)
+        if self.network.forward is None:
+            embedding = self.embeddings.index_select(0, self.counter[:1] % STEPS_EMBEDDED)[0]
+            embedding = embedding.index_select(0, self.positions[:images])
+            output = self.network.denoise(self.inputs[:images], embedding)
+        else:
+            output = self._forward(images)
         if not self.learned_variance:  # what lies beyond the image's channels is a variance that is not used
             output = output[:, : self.channels]
         return output.chunk(2) if guided else (output, None)
+
+    def _forward(self, images: int) -> torch.Tensor:
+        """By a network that is called whole, with tensors that it may keep."""
+        timesteps = self.rows[:, kernels.Row._fields.index("timestep")]
+        timesteps = timesteps.index_select(0, self.counter[:1]).expand(images).clone()
+        timesteps = timesteps.long() if self.integral else timesteps.float()
+        labels = None if self.image_labels is None else self.image_labels[:images].clone()
+        return self.network.forward(self.inputs[:images].clone(), timesteps, labels)
 
     def _following(self, guided: bool | None) -> torch.Tensor | None:
         return None if guided is None else self.inputs[: 2 * self.count if guided else self.count]

@@ -17,7 +17,7 @@ from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_d
 from .guidance import drop_labels
 from .likelihood import variational_bound_terms
 from .memory import check_fits, free_memory, is_out_of_memory
-from .networks import NetworkCache
+from .networks import NetworkCache, explain
 from .process import check_prediction_type, loss_weight, q_sample, random_timesteps, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
@@ -333,8 +333,28 @@ class DDPM(nn.Module):
         size = evaluations * numbers * network.dtype.itemsize
         return max(1, min(most, free // (2 * size)))
 
+    def explain(
+        self,
+        *,
+        backend: str = "auto",
+        tier: str = "exact",
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> str:
+        """How `sample` would run the UNet for these arguments, and why no faster, a line for each reason.
+
+        "unet: fused", or "unet: modules", the UNet's own code, where that cannot be: it is on another device,
+        say, or its modules are not what its configuration says. What was altered gives what it computes, only
+        slower. ValueError as `sample`.
+        """
+        return explain(self.unet, *self._where(device, dtype, tier), backend)
+
     def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
         """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
+        return self._networks.of(self.unet, *self._where(device, dtype, tier), backend)
+
+    def _where(self, device, dtype, tier: str) -> tuple[torch.device, torch.dtype]:
+        """The device that samples, and the dtype that the UNet has there."""
         own = next(self.unet.parameters())
         device = resolve_device(own.device if device is None else device)
         choice("tier", tier, TIERS)
@@ -342,7 +362,7 @@ class DDPM(nn.Module):
             dtype = torch.bfloat16
         dtype = resolve_dtype(own.dtype if dtype is None else dtype)
         check_dtype(device, dtype)
-        return self._networks.of(self.unet, device, dtype, backend)
+        return device, dtype
 
 
 def load(name: str | os.PathLike, device: str | torch.device | None = None, *, verify: bool = True) -> DDPM:

@@ -142,7 +142,7 @@ def bits_per_dimension(
                 t = torch.full((len(x0),), step, device=own.device)
                 noise = philox_normal(x0.shape, seed=seed, sample_ids=ids, stream=step, device=own.device)
                 x_t = q_sample(schedule, x0, t, noise)
-                output = network.denoise(x_t, network.embed(t, y)).float()
+                output = network(x_t, t, y).float()
                 bound = variational_bound_terms(
                     schedule, model.prediction_type, model.variance, x0, x_t, t, output, model.clip
                 ).double()

@@ -25,6 +25,7 @@ from .kernels.conv3x3.packing import PackedWeight, Packing, choose_packing, pack
 from .kernels.group_norm_silu.channel_map import group_norm_map_
 from .kernels.upsample import doubled_
 from .memory import total_memory
+from .structure import altered
 from .unet import UNet
 
 _Call = tuple[Callable, tuple]
@@ -108,18 +109,22 @@ class PreparedUNet:
         return self._vectors[parameter]
 
 
-def unsupported(unet: UNet, dtype: torch.dtype) -> str | None:
-    """Why a UNet cannot be prepared, or None."""
-    parameter = next(unet.parameters())
-    if parameter.device.type != "cpu":
-        return f"it is on {parameter.device}, not on the CPU"
+def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a network cannot be prepared, or None."""
+    return altered(unet) or unfused(unet, dtype)
+
+
+def unfused(unet: UNet, dtype: torch.dtype) -> str | None:
+    """Why a UNet that is as its configuration says cannot be prepared, or None."""
+    first = next(unet.parameters())
+    if first.device.type != "cpu":
+        return f"it is on {first.device}, not on the CPU"
+    for name, parameter in unet.named_parameters():
+        if (parameter.device, parameter.dtype) != (first.device, first.dtype):
+            kind = f"{parameter.dtype} on {parameter.device}"
+            return f"{name} is {kind}, not {first.dtype} on {first.device} as others are"
     if dtype not in convolutions.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
-    for name, module in unet.named_modules():
-        if not type(module).__module__.startswith(("torch.nn.modules.", f"{__package__}.")):
-            return f"{name or 'it'} is a {type(module).__name__}, which is not one of a UNet's own modules"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'it'} has a forward hook"
     x = torch.empty(0, 1, 4, 4, dtype=dtype)
     packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), Packing())
     return convolutions.supports(x, packed)
@@ -271,7 +276,7 @@ class _Plan:
 
     def _leave(self, level: Level, x: Tensor, parts: Iterator[Tensor], out: Tensor) -> None:
         how = level.resample
-        if isinstance(how, ResBlock):
+        if level.leave == "resblock":
             self._residual_block(how, x, next(parts), out)
         elif how.conv is None:
             self._change(how, x, out)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from .blocks import Attention, Level, Middle, Norm, ResBlock
+from .blocks import Attention, Level, Middle, Norm, ResBlock, run
 from .unet_config import UNetConfig
 
 __all__ = ["UNet", "UNetConfig", "timestep_embedding"]
@@ -51,7 +51,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for i, how in enumerate(config.level_downsample):
             inputs = [width, *[widths[i]] * (config.level_blocks[i] - 1)]
-            self.down.append(Level(config, inputs, widths[i], i in config.attention_levels, down=how))
+            self.down.append(
+                Level(config, inputs, widths[i], i in config.attention_levels, way="down", leave=how)
+            )
             width = widths[i]
             skips += [width] * (config.level_blocks[i] + (how is not None))
         self.mid = Middle(config, width)
@@ -59,7 +61,7 @@ class UNet(nn.Module):
         for i, how in reversed(list(enumerate(config.level_upsample))):
             outputs = [widths[i]] * (config.level_blocks[i] + 1)
             inputs = [before + skips.pop() for before in (width, *outputs[1:])]
-            up.append(Level(config, inputs, widths[i], i in config.attention_levels, up=how))
+            up.append(Level(config, inputs, widths[i], i in config.attention_levels, way="up", leave=how))
             width = widths[i]
         self.up = nn.ModuleList(reversed(up))  # up[i] is of the same resolution as down[i]
         self.output_norm = Norm(width, config.norm_groups, config.norm_eps)
@@ -96,17 +98,18 @@ class UNet(nn.Module):
         timesteps: [B], integer or floating point, 0..T-1. labels: int64 [B] in 0..K-1, or K for no label;
         None for no label in the whole batch. ValueError: labels that the model does not know.
         """
-        config, weight = self.config, self.time_mlp[0].weight
+        config = self.config
         if timesteps.ndim != 1:
             raise ValueError(f"timesteps must have shape [B], not {list(timesteps.shape)}")
-        precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = _dtype_of(self.time_mlp, torch.float32)
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
         waves = timestep_embedding(
             timesteps.to(precise) * config.timestep_scale,
             config.channels,
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        embedding = self.time_mlp(waves.to(weight.dtype))
+        embedding = self.time_mlp(waves.to(dtype))
         if config.num_classes is not None:
             if labels is None and config.null_label is None:
                 raise ValueError("this model was trained without a null label, so it needs labels")
@@ -125,9 +128,15 @@ class UNet(nn.Module):
                 f"not {labels.dtype} {list(labels.shape)}"
             )
         # Looking at the values waits for the device, which neither a compiled nor a captured model can do.
-        if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_compiling():
             return
-        rows = self.label_embedding.num_embeddings
+        while torch._C._functorch.is_functorch_wrapped_tensor(labels):
+            labels = torch._C._functorch.get_unwrapped(
+                labels
+            )  # of the whole batch, where vmap takes one each
+        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        rows = self.config.num_classes + self.config.has_null_label
         if labels.numel() and not bool(((labels >= 0) & (labels < rows)).all()):
             null = "" if self.config.null_label is None else f" ({self.config.null_label} for no label)"
             raise ValueError(f"labels must be in 0..{rows - 1}{null}, not {labels.min()}..{labels.max()}")
@@ -144,14 +153,16 @@ class UNet(nn.Module):
         if embedding.shape != (x.shape[0], sum(self.embedding_sizes)):
             raise ValueError(f"{len(x)} images cannot go with timesteps embedded as {list(embedding.shape)}")
         parts = iter(embedding.split(self.embedding_sizes, dim=1))
-        h = self.input_conv(pixel_unshuffle(x.to(self.input_conv.weight.dtype), self.config.patch_size))
+        x = x.to(_dtype_of(self.input_conv, x.dtype))
+        h = self.input_conv(pixel_unshuffle(x, self.config.patch_size))
         skips = [h]
         for level in self.down:
-            h = level.descend(h, parts, skips, backend)
-        h = self.mid(h, parts, backend)
+            h = run(level, h, parts, skips, backend=backend)
+        h = run(self.mid, h, parts, backend=backend)
         for level in reversed(self.up):
-            h = level.ascend(h, parts, skips, backend)
-        return pixel_shuffle(self.output_conv(self.output_norm(h, backend)), self.config.patch_size)
+            h = run(level, h, parts, skips, backend=backend)
+        output = self.output_conv(run(self.output_norm, h, backend=backend))
+        return pixel_shuffle(output, self.config.patch_size)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trains in less memory and a third more time: blocks keep their inputs only."""
@@ -160,12 +171,23 @@ class UNet(nn.Module):
                 module.checkpointing = enabled
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        backend: str = "auto",
     ) -> torch.Tensor:
         """The prediction [B, out_channels, H, W] for noisy images x [B, in_channels, H, W].
 
         timesteps: [B], integer or floating point. labels: int64 [B] in 0..K-1, or K for no label; None for no
-        label in the whole batch, and always for an unconditional model. ValueError: anything that does not
-        fit the configuration.
+        label in the whole batch, and always for an unconditional model. backend: of the kernels. ValueError:
+        anything that does not fit the configuration.
         """
-        return self.denoise(x, self.embed(timesteps, labels))
+        embedding = self.embed(timesteps, labels)
+        return self.denoise(x, embedding) if backend == "auto" else self.denoise(x, embedding, backend)
+
+
+def _dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """That of the module's parameters."""
+    parameter = next(module.parameters(), None)
+    return otherwise if parameter is None else parameter.dtype

@@ -243,15 +243,17 @@ def test_what_others_changed_is_not_passed_over():
     x, t = inputs(TINY)
     with torch.no_grad():
         expected = network_of(cache, unet).denoise(x, unet.embed(t)).clone()
-        found = network_of(NetworkCache(), halved).denoise(x, halved.embed(t))
+        found = network_of(NetworkCache(), halved)(x, t, None)
         torch.testing.assert_close(found, expected / 2, rtol=1e-4, atol=1e-4)
         hooked(unet)
-        found = network_of(cache, unet).denoise(x, unet.embed(t))
+        found = network_of(cache, unet)(x, t, None)
         torch.testing.assert_close(found, unet(x, t), rtol=1e-4, atol=1e-4)
         assert (found - expected).abs().max() > 0.1
     assert "mid has a forward hook" in unsupported(unet, torch.float32)
-    assert "it is a Halved" in unsupported(halved, torch.float32)
-    assert "output_conv is a ParametrizedConv2d" in unsupported(wrapped(randomized(TINY)), torch.float32)
+    assert "it is test_prepared's Halved" in unsupported(halved, torch.float32)
+    assert "output_conv is torch's ParametrizedConv2d" in unsupported(
+        wrapped(randomized(TINY)), torch.float32
+    )
 
 
 def test_norms_are_copies():
