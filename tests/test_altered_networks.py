@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from dataclasses import replace
 from types import MethodType
 
@@ -512,19 +513,21 @@ def to_and_back(unet):
     unet.output_norm.weight.data.mul_(0.5)
 
 
+@functools.cache
+def unaltered(tier: str) -> torch.Tensor:
+    return sample(make(), tier=tier)
+
+
 def _altered(name: str, after: bool, tier: str):
     """A model that was altered, before its first samples or after them; and its samples before."""
     model = make()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if after:
-            before = sample(model, tier=tier)
-            CHANGES[name](model.unet)
-        else:
-            CHANGES[name](model.unet)
-            before = sample(make(), tier=tier)
+            assert torch.equal(sample(model, tier=tier), unaltered(tier))
+        CHANGES[name](model.unet)
     model.eval()
-    return model, before
+    return model, unaltered(tier)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

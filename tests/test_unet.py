@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 
 from diffusion.unet import UNet, UNetConfig, timestep_embedding
 
@@ -179,6 +180,49 @@ def test_labels():
     for i in range(4):
         for j in range(i):
             assert (outs[i] - outs[j]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["conditional", "no_null_label", "scale_shift", "resblock", "heads", "patches"]
+)
+def test_gradients_of_each_sample(name):
+    """By torch.func, those of a loop."""
+    config = replace(VARIANTS[name], num_classes=3)
+    unet, (x, t), labels = randomized(config), inputs(config, 3), torch.tensor([0, 2, 1])
+    weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}
+
+    def loss(weights, x, t, label):
+        output = functional_call(unet, weights, (x[None], t[None], label[None]))
+        return output.square().mean()
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x, t, labels)
+    for i in range(3):
+        one = slice(i, i + 1)
+        right = torch.autograd.grad(
+            unet(x[one], t[one], labels[one]).square().mean(), list(unet.parameters())
+        )
+        for name, expected in zip(weights, right, strict=True):
+            scale = expected.abs().max()
+            assert (found[name][i] - expected).abs().max() <= 1e-4 * scale + 1e-7, name
+
+
+def test_many_networks_by_vmap():
+    """An ensemble: weights are mapped, images and labels are the same."""
+    unets = [randomized(CONDITIONAL, seed) for seed in range(3)]
+    (x, t), labels = inputs(CONDITIONAL), torch.tensor([0, 3])
+    weights, _ = torch.func.stack_module_state(unets)
+    with torch.no_grad():
+        found = vmap(lambda w: functional_call(unets[0], w, (x, t, labels)))(weights)
+        for output, unet in zip(found, unets, strict=True):
+            torch.testing.assert_close(output, unet(x, t, labels), rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_labels_under_vmap():
+    unet, (x, t) = randomized(CONDITIONAL), inputs(CONDITIONAL, 3)
+    for wrong in (-1, 4):
+        labels = torch.tensor([0, wrong, 1])
+        with pytest.raises(ValueError, match=r"labels must be in 0\.\.3"):
+            vmap(lambda x, t, label: unet(x[None], t[None], label[None]))(x, t, labels)
 
 
 def test_embedding_can_be_computed_ahead():
