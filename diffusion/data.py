@@ -54,7 +54,7 @@ def load_cifar10(
     """
     dataset = _torchvision("CIFAR10", "cifar-10-batches-py", data_dir, split, download)
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(dataset.targets)
+    return images, torch.tensor(dataset.targets, device="cpu")
 
 
 def load_mnist(

@@ -314,7 +314,7 @@ class DDPM(nn.Module):
         if labels is not None and len(labels) != count:
             raise ValueError(f"there are {len(labels)} labels for {count} images")
         if sample_ids is None:
-            sample_ids = torch.arange(count)
+            sample_ids = torch.arange(count, device="cpu")
         if len(sample_ids) != count:
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids

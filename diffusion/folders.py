@@ -200,7 +200,7 @@ def _labels(source: _Files) -> tuple[torch.Tensor | None, tuple[str, ...] | None
     if empty:
         raise ValueError(f"the class folder {source.path}/{above}{empty[0]} holds no images")
     index = {name: label for label, name in enumerate(classes)}
-    return torch.tensor([index[names[top]] for names in parts]), tuple(classes)
+    return torch.tensor([index[names[top]] for names in parts], device="cpu"), tuple(classes)
 
 
 def _listed_labels(source: _Files) -> torch.Tensor | None:
@@ -229,7 +229,7 @@ def _listed_labels(source: _Files) -> torch.Tensor | None:
     missing = [name for name in source.names if name not in labels]
     if missing:
         raise ValueError(f"{where} has no label for {missing[0]}")
-    return torch.tensor([labels[name] for name in source.names])
+    return torch.tensor([labels[name] for name in source.names], device="cpu")
 
 
 def _image(source: _Files, name: str) -> Image.Image:

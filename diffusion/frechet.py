@@ -31,7 +31,9 @@ def frechet_distance(
     semi-definite). Never negative; a distribution and itself are at most F * 2^-52 * tr(C) apart.
     ValueError for other shapes or values that are not finite.
     """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(value).double() for value in (mean1, cov1, mean2, cov2))
+    mean1, cov1, mean2, cov2 = (
+        torch.as_tensor(value, device="cpu").double() for value in (mean1, cov1, mean2, cov2)
+    )
     size = len(mean1) if mean1.ndim == 1 else -1
     if mean2.shape != (size,) or cov1.shape != (size, size) or cov2.shape != (size, size):
         shapes = ", ".join(str(list(value.shape)) for value in (mean1, cov1, mean2, cov2))

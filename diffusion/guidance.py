@@ -18,7 +18,7 @@ def guidance_scales(
     interval that is not two numbers in order.
     """
     scale = number("guidance_scale", guidance_scale)
-    scales = torch.full(timesteps.shape, scale, dtype=torch.float64)
+    scales = torch.full_like(timesteps, scale, dtype=torch.float64)
     if guidance_interval is None:
         return scales
     low, high = interval("guidance_interval", guidance_interval)

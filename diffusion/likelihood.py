@@ -129,7 +129,7 @@ def bits_per_dimension(
     own = next(model.unet.parameters())
     network = make_network(model.unet, own.device, torch.float32, "auto")
     bar = tqdm(total=len(images) * schedule.T, unit=" evaluations", unit_scale=True, disable=not progress)
-    terms = torch.zeros(schedule.T, dtype=torch.float64)
+    terms = torch.zeros(schedule.T, dtype=torch.float64, device="cpu")
     totals, priors = [], []
     with bar:
         for start in range(0, len(images), batch_size):

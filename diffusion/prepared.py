@@ -125,7 +125,7 @@ def unfused(unet: UNet, dtype: torch.dtype) -> str | None:
             return f"{name} is {kind}, not {first.dtype} on {first.device} as others are"
     if dtype not in convolutions.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
-    x = torch.empty(0, 1, 4, 4, dtype=dtype)
+    x = torch.empty(0, 1, 4, 4, dtype=dtype, device="cpu")
     packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), Packing())
     return convolutions.supports(x, packed)
 
@@ -141,7 +141,7 @@ class _Plan:
         self.input = self._image(channels, height, width)
         patch = unet.config.patch_size
         height, width = height // patch, width // patch
-        self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32)
+        self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32, device="cpu")
         parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
         self._lay_out(unet, parts, height, width)
         self._bound = _bound(self.calls)
@@ -157,7 +157,7 @@ class _Plan:
 
     def _image(self, channels: int, height: int, width: int) -> Tensor:
         shape = (self.batch, channels, height, width)
-        return torch.empty(shape, dtype=self.prepared.dtype, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=self.prepared.dtype, device="cpu", memory_format=torch.channels_last)
 
     def _scratch(self, use: str, channels: int, height: int, width: int) -> Tensor:
         """The same buffer for every use of the same name and shape: none of them is needed for long."""
@@ -175,7 +175,7 @@ class _Plan:
         """What a norm does to each channel of x, and whether SiLU follows."""
         key = ("map", x.shape[1])
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(self.prepared.map_rows, *x.shape[:2], dtype=torch.float32)
+            self._buffers[key] = x.new_empty(self.prepared.map_rows, *x.shape[:2], dtype=torch.float32)
         map, silu = self._buffers[key], norm.activation == "silu"
         weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
         modulation = [modulation.get(name) for name in ("add", "scale", "shift")]

@@ -79,7 +79,7 @@ def lognormal_timesteps(schedule: NoiseSchedule, mean: float, std: float) -> tor
     """
     level = 0.5 * torch.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
     between = ((level[1:] + level[:-1]) / 2 - mean) / std
-    last = torch.ones(1, dtype=torch.float64)
+    last = torch.ones(1, dtype=torch.float64, device="cpu")
     return torch.cat([torch.special.ndtr(between), last])
 
 

@@ -13,7 +13,7 @@ MOST_TIMESTEPS = 1_000_000  # T; published models have up to 4,000
 
 
 def _linspace(start: float, end: float, T: int) -> torch.Tensor:
-    return torch.linspace(start, end, T, dtype=torch.float64)
+    return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
 
 
 def _linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
@@ -69,7 +69,7 @@ class NoiseSchedule:
             raise ValueError(
                 f"betas must be in (0, 1]; these lie in [{self.betas.min():g}, {self.betas.max():g}]"
             )
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        before = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
         if not (self.alphas_cumprod < before).all():
             raise ValueError(
                 "betas must let alphas_cumprod fall at every timestep, and reach 0 at the last one only; "

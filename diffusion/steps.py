@@ -102,7 +102,7 @@ def _step_table(
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)
     columns["p_x"], columns["p_o"] = x0_coefficients(prediction_type, alphas_cumprod)
     columns["clip"] = torch.full_like(alphas_cumprod, clip)
-    table = torch.zeros(len(timesteps), len(Row._fields), dtype=torch.float64)
+    table = alphas_cumprod.new_zeros(len(timesteps), len(Row._fields))
     for name, column in columns.items():
         table[:, Row._fields.index(name)] = column
     table[-1, Row._fields.index("s")] = 0
@@ -129,7 +129,7 @@ def _timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: 
 
 def _following(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """alphas_cumprod at the timestep that each step leads to: the next one's, and 1 (no noise) at the end."""
-    return torch.cat([alphas_cumprod[1:], torch.ones(1, dtype=torch.float64)])
+    return torch.cat([alphas_cumprod[1:], alphas_cumprod.new_ones(1)])
 
 
 def ddpm(
@@ -258,7 +258,7 @@ def dpmpp_2m(
     current = torch.where(current > 0, current, (_following(current) / 2).clamp(max=2**-24))
     following = _following(current)
     log_snr_half = 0.5 * torch.log(current / (1 - current))
-    h = torch.cat([log_snr_half[1:], torch.full((1,), math.inf, dtype=torch.float64)]) - log_snr_half
+    h = torch.cat([log_snr_half[1:], log_snr_half.new_full((1,), math.inf)]) - log_snr_half
     gain = -torch.expm1(-2 * h if sde else -h)
     b = following.sqrt() * gain
     # D = x0 + (x0 - x0_prev) / (2 r), r = h_prev / h; without the second term in the first and last step.

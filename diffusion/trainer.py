@@ -86,7 +86,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(seed_of(recipe.seed, "weights", 0))
             unet = UNet(config)
         if init is not None:
@@ -266,7 +266,7 @@ class Trainer:
         epoch, position = divmod(step, len(self.images) // size)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "epoch", epoch))
-            self._order = epoch, torch.randperm(len(self.images), generator=generator)
+            self._order = epoch, torch.randperm(len(self.images), generator=generator, device="cpu")
         return self._order[1][position * size : (position + 1) * size]
 
 

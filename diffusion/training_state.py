@@ -91,7 +91,7 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         shapes = [torch.Size() if key == "step" else parameter.shape for key in state]
         if not all(found) or [value.shape for value in state.values()] != shapes:
             raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
-        squares = state.get("exp_avg_sq", torch.zeros(1))
+        squares = state.get("exp_avg_sq", torch.zeros(1, device="cpu"))
         if any(value.isnan().any() for value in state.values()) or (squares < 0).any():
             raise ValueError(
                 f"{path} is damaged: the optimiser's state of {name} holds NaN or negative squares"

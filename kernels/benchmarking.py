@@ -268,7 +268,7 @@ class Comparison:
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 out = self.subject.function(*args, backend="reference", **kwargs)
-            upstream = torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator))
+            upstream = torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator, device="cpu"))
         return Call.of(args, kwargs, upstream)
 
     def _check(self) -> None:

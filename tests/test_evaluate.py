@@ -192,7 +192,7 @@ def test_features_are_what_the_logits_are_made_of():
 
 def test_augment_moves_digits_a_little(monkeypatch):
     images, _ = read_digits(DATA, "train")
-    monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.5))  # all changes are zero
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.full(shape, 0.5))  # all changes are zero
     torch.testing.assert_close(augment(images), to_float(images), atol=1e-4, rtol=0)
     monkeypatch.undo()
     moved = augment(images)

@@ -62,7 +62,7 @@ def draw_samples(
     people than the first. ValueError if there are too few.
     """
     wanted = torch.bincount(balanced_labels(sample_size, classes), minlength=classes).tolist()
-    order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed), device="cpu")
     pools = [_samples(order[test.labels[order] == label], wanted[label]) for label in range(classes)]
     balanced = [torch.cat(parts) for parts in zip(*pools, strict=False)]
     if not balanced:
@@ -77,7 +77,7 @@ def balanced_labels(count: int, classes: int = 10) -> torch.Tensor:
     """Labels int64 [count] that hold each class as often as any other, or once more; at least one of each."""
     if count < classes:
         raise ValueError(f"a balanced sample needs at least {classes} images, one of each class, not {count}")
-    return torch.arange(count) % classes
+    return torch.arange(count, device="cpu") % classes
 
 
 def _samples(indices: torch.Tensor, size: int) -> list[torch.Tensor]:

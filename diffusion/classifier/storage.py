@@ -40,7 +40,8 @@ def load_classifier(
         card = read_json(folder / "config.json")
         if card.get("format") != FORMAT:
             raise ValueError(f"its config.json does not say format {FORMAT}")
-        classifier = Classifier(ClassifierConfig(**card.get("network", {})))
+        with torch.device("cpu"):
+            classifier = Classifier(ClassifierConfig(**card.get("network", {})))
         tensors = {}
         for name, key in DIGESTS.items():
             digest = stored_digest(card, key, folder / "config.json") if verify else None
@@ -66,8 +67,8 @@ def save_classifier(
     numbers = {
         "mean": reference.mean,
         "cov": reference.cov,
-        "real_random": torch.tensor(reference.real_random, dtype=torch.float64),
-        "real_balanced": torch.tensor(reference.real_balanced, dtype=torch.float64),
+        "real_random": torch.tensor(reference.real_random, dtype=torch.float64, device="cpu"),
+        "real_balanced": torch.tensor(reference.real_balanced, dtype=torch.float64, device="cpu"),
     }
     card = {
         "format": FORMAT,

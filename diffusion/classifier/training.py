@@ -13,7 +13,7 @@ def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
     Up to 12 degrees, 12 %, 0.15 and 2 pixels of 28, uniformly, from PyTorch's global generator. flip: also
     mirror half of them.
     """
-    turn, width, height, shear, right, down = torch.rand(6, len(images)).mul(2).sub(1).unbind()
+    turn, width, height, shear, right, down = torch.rand(6, len(images), device="cpu").mul(2).sub(1).unbind()
     angle = turn * (12 * torch.pi / 180)
     cos, sin, shear = angle.cos(), angle.sin(), shear * 0.15
     width, height = 1 + 0.12 * width, 1 + 0.12 * height
@@ -26,7 +26,7 @@ def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
         down / 7,
     ]
     if flip:
-        mirrored = torch.where(torch.rand(len(images)) < 0.5, -1.0, 1.0)
+        mirrored = torch.where(torch.rand(len(images), device="cpu") < 0.5, -1.0, 1.0)
         rows[0], rows[3] = rows[0] * mirrored, rows[3] * mirrored
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images.float() / 255, grid, align_corners=False) * 2 - 1
@@ -57,14 +57,16 @@ def train_classifier(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(config).to(memory_format=torch.channels_last).train()
+        with torch.device("cpu"):
+            classifier = Classifier(config).to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, lr, total_steps=epochs * steps, pct_start=0.2, final_div_factor=1e4
         )
         bar = tqdm(total=epochs * steps * batch_size, unit="img", disable=not progress)
         for _ in range(epochs):
-            for batch in torch.randperm(len(images))[: steps * batch_size].view(steps, batch_size):
+            order = torch.randperm(len(images), device="cpu")[: steps * batch_size]
+            for batch in order.view(steps, batch_size):
                 logits = classifier(augment(images[batch], flip))
                 loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
                 optimizer.zero_grad(set_to_none=True)

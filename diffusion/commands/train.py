@@ -214,7 +214,8 @@ def load_data(
     if validation is None:
         return data, None
     count = min(VALIDATION_IMAGES, len(validation.images))
-    chosen = torch.arange(count) * len(validation.images) // count  # of every class: they are often in order
+    # Of every class: they are often in order.
+    chosen = torch.arange(count, device="cpu") * len(validation.images) // count
     labels = validation.labels[chosen] if conditional and validation.labels is not None else None
     return data, (validation.images[chosen], labels)
 

@@ -27,7 +27,7 @@ class Case(NamedTuple):
         """Positional and keyword arguments of one call, the same for one seed on every device."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.batch, self.positions, 3, self.heads, self.width)
-        numbers = torch.randn(shape, dtype=torch.float64, generator=generator) * self.std
+        numbers = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") * self.std
         if not self.packed:
             numbers = numbers.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
         storage = torch.full((self.offset + numbers.numel(),), torch.nan, dtype=dtype, device=device)

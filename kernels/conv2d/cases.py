@@ -21,13 +21,19 @@ class Case(NamedTuple):
         """Arguments of a call, of order one; the weight has the variance that keeps the output so."""
         generator = torch.Generator().manual_seed(seed)
         n, c, height, width = self.shape
-        x = torch.randn(n, c + (8 if self.layout == "slice" else 0), height, width, generator=generator)
+        x = torch.randn(
+            n, c + (8 if self.layout == "slice" else 0), height, width, generator=generator, device="cpu"
+        )
         x = x.to(device, dtype)
-        weight = torch.randn(self.channels, c, self.side, self.side, generator=generator)
+        weight = torch.randn(self.channels, c, self.side, self.side, generator=generator, device="cpu")
         weight = (weight / (self.side**2 * c) ** 0.5).to(device, dtype)
         if self.layout != "contiguous":
             x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        bias = torch.randn(self.channels, generator=generator).to(device, dtype) if self.bias else None
+        bias = (
+            torch.randn(self.channels, generator=generator, device="cpu").to(device, dtype)
+            if self.bias
+            else None
+        )
         return (x[:, :c], weight, bias), {"padding": self.side // 2}
 
 

@@ -29,7 +29,7 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator)
+            return torch.randn(*size, generator=generator, device="cpu")
 
         n, c, height, width = self.shape
         k, factor = self.channels, 2 if self.upsample else 1

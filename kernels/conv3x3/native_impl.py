@@ -111,7 +111,7 @@ def conv3x3(
         group_norm_map_(x, num_groups, norm_weight, norm_bias, eps, add, scale, shift, silu, map)
     factor = 2 if upsample else 1
     shape = (x.shape[0], weight.shape[0], factor * x.shape[2], factor * x.shape[3])
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else channels_last(residual.to(x.dtype))
     tile, parts = weight.packing.tile, weight.packing.parts

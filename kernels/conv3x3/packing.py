@@ -78,7 +78,7 @@ def _factors(weight: Tensor, tile: int) -> Tensor:
     """float64 [frequencies or taps, C, K]."""
     if not tile:
         return weight.permute(2, 3, 1, 0).flatten(0, 1)
-    transform = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64)
+    transform = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
     return torch.einsum("ia,kcab,jb->ijck", transform, weight, transform).flatten(0, 1)
 
 
@@ -134,7 +134,7 @@ def _shares(weight: Tensor) -> Tensor:
     The weights of all channels are then about as large, and so an input is as large as what it contributes.
     """
     if weight.numel() == 0:
-        return torch.ones(weight.shape[1], dtype=torch.float64)
+        return torch.ones(weight.shape[1], dtype=torch.float64, device="cpu")
     largest = weight.abs().amax((0, 2, 3)).double()
     ratio = (largest / largest.max().clamp_min(2.0**-149)).clamp(2.0**-60, 1)
     return torch.exp2(ratio.log2().round())

@@ -25,7 +25,7 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape, mean=0.0, std=1.0):
-            draw = torch.randn(shape, dtype=torch.float64, generator=generator)
+            draw = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
             return (draw * std + mean).to(device, dtype)
 
         n, c = self.shape[:2]

@@ -26,7 +26,7 @@ def signed(seed: int) -> int:
 def sample_ids_tensor(sample_ids, batch: int, device) -> Tensor:
     if sample_ids is None:
         return torch.arange(batch, device=device)
-    return torch.as_tensor(sample_ids, dtype=torch.int64).to(device).contiguous()
+    return torch.as_tensor(sample_ids, dtype=torch.int64, device=device).contiguous()
 
 
 def supports_cpp(shape, *, seed, sample_ids, stream, device) -> str | None:

@@ -48,8 +48,8 @@ def box_muller(words: Tensor) -> Tensor:
 def philox_normal(shape, *, seed: int, sample_ids=None, stream: int = 0, device="cpu") -> Tensor:
     device = torch.device(device)
     work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    ids = torch.arange(shape[0]) if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)
-    ids = ids.to(work)
+    ids = torch.arange(shape[0], device=work) if sample_ids is None else sample_ids
+    ids = torch.as_tensor(ids, dtype=torch.int64, device=work)
     elements = math.prod(shape[1:])
     blocks = torch.arange((elements + 3) // 4, device=work)
     grid = ids[:, None].expand(-1, len(blocks))

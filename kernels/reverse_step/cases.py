@@ -36,7 +36,7 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(shape, dtype=torch.float32, spread=self.spread):
-            values = torch.randn(shape, dtype=torch.float64, generator=generator) * spread
+            values = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") * spread
             return values.to(device, dtype)
 
         out_shape = (self.shape[0], self.shape[1] * (1 + self.learned), *self.shape[2:])
