@@ -10,8 +10,12 @@ import torch
 from .data import load_dataset
 from .folders import ImageSet
 from .reading import open_regular, read_json
+from .validation import whole_numbers
 
-MOST_BYTES = 2**36  # of images in one array
+MOST_BYTES = 2**36  # of one array
+MOST_LABEL = 2**31 - 1
+# Of images, and of their labels: this package's, and guided-diffusion's, whose samples name no arrays.
+NAMES = (("images", "labels"), ("arr_0", "labels", "arr_1"))
 
 
 def load_images(
@@ -23,9 +27,10 @@ def load_images(
 ) -> ImageSet:
     """Images uint8 [N, C, H, W] from a .npz file, a folder of shard-*.npz, or what `data.load_dataset` reads.
 
-    A .npz holds `images` uint8 [N, H, W, C] as `images.save_npz` writes it, or `arr_0`, as the reference
-    batches of guided-diffusion, and perhaps `labels` int64 [N]. ValueError, naming the file, for anything
-    else, for fewer than two images, and for a folder that `shards.sample_shards` has not finished.
+    A .npz holds `images` uint8 [N, H, W, C] and perhaps `labels` [N], integers from 0 on, as
+    `images.save_npz` writes them, or `arr_0` and perhaps `arr_1`, as guided-diffusion does.
+    ValueError, naming the file, for anything else, for fewer than two images, and for a folder that
+    `shards.sample_shards` has not finished.
     """
     path = Path(source)
     shards = sorted(path.glob("shard-*.npz")) if path.is_dir() else []
@@ -46,12 +51,13 @@ def _read(path: Path) -> ImageSet:
         raise ValueError(f"there is no {path}")
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
-            names = [name for name in ("images", "arr_0") if name in arrays.files]
-            if not names:
+            pairs = [pair for pair in NAMES if pair[0] in arrays.files]
+            if not pairs:
                 raise ValueError("it holds no array `images` or `arr_0`")
-            _check_size(arrays.zip, names[0])
-            images = arrays[names[0]]
-            labels = arrays["labels"] if "labels" in arrays.files else None
+            names = [name for name in pairs[0] if name in arrays.files]
+            for name in names:
+                _check_size(arrays.zip, name)
+            images, *labels = (arrays[name] for name in names[:2])
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {error}".replace("\n", " ")) from error
     except Exception as error:  # zlib.error and its like have no common base
@@ -60,19 +66,23 @@ def _read(path: Path) -> ImageSet:
         raise ValueError(
             f"the images in {path} must be uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
         )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise ValueError(f"the labels in {path} must be integers [{len(images)}], not {list(labels.shape)}")
     tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return ImageSet(
-        tensor, None if labels is None else torch.from_numpy(labels.astype(np.int64)), None, str(path)
-    )
+    return ImageSet(tensor, _labels(labels[0], len(images), path) if labels else None, None, str(path))
+
+
+def _labels(labels: np.ndarray, count: int, path: Path) -> torch.Tensor:
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"the labels in {path} must be integers [{count}], not {labels.dtype} {list(labels.shape)}"
+        )
+    return whole_numbers(f"the labels in {path}", labels, 0, MOST_LABEL)
 
 
 def _check_size(archive: zipfile.ZipFile, name: str) -> None:
     """ValueError if a small file would become more than MOST_BYTES in memory."""
     size = archive.getinfo(f"{name}.npy").file_size
     if size > MOST_BYTES:
-        raise ValueError(f"its images take {size >> 30} GiB")
+        raise ValueError(f"its array {name} takes {size >> 30} GiB")
 
 
 def _check_finished(path: Path, count: int) -> None:

@@ -1,6 +1,7 @@
 """The command line: sample, train, evaluate, import, info."""
 
 import argparse
+import io
 import sys
 import warnings
 from typing import NoReturn
@@ -28,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exit status 0; 2 after an error of the user's, told in one line; 130 after Ctrl-C."""
+    take_any_name()
     parser = _Parser(prog="diffusion", description="Sample, train and judge diffusion models.")
     parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -55,6 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
     """In one line, without the place in the code."""
     print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def take_any_name() -> None:
+    """Lets the standard output take names of files that its encoding lacks, as the error output does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str) -> NoReturn:

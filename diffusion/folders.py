@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from .files import remove_leftovers, replacing
@@ -29,6 +29,16 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 MOST_BYTES = 2**28  # of one file
 MOST_PIXELS = 2**26  # of one image
 LABELS = "dataset.json"
+WITH_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow looks
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 CHUNK = 256  # images that are decoded between two looks at the progress
 
 
@@ -54,7 +64,8 @@ def read_images(
     In subfolders, class/name.png, they are labelled by the subfolders in alphabetical order. A dataset.json
     beside them, {"labels": [["00000/img00000000.png", 6], ...]}, labels them instead, or, {"labels": null},
     leaves them unlabelled (the format of EDM's and StyleGAN's data sets). Otherwise there are no labels.
-    Hidden files, `__MACOSX` and other files than images are passed over.
+    Hidden files, `__MACOSX` and other files than images are passed over. Links to folders are followed.
+    Images are turned as their EXIF orientation says.
 
     channels: 1 or 3, which all are converted to (ITU-R 601 luma; transparency is dropped; 16 bits lose the
     lower 8); by default 1 if all are gray. size: crop the square in the middle and scale it (Lanczos) to
@@ -100,14 +111,30 @@ class _Files:
 
 class _Folder(_Files):
     def __init__(self, path: Path):
-        stamps, folders = {}, set()
-        for where, below, files in os.walk(path, onerror=_fail):
-            relative = Path(where).relative_to(path)
-            folders |= {(relative / name).as_posix() for name in below}
-            for name in files:
-                inside = (relative / name).as_posix()
-                if _is_image(inside) or inside == LABELS:
-                    stamps[inside] = _stamp(os.path.join(where, name))
+        stamps, folders, top = {}, set(), PurePosixPath()
+        # Where each folder was found first; those above the set are, as it were, at its top.
+        found = {_identity(folder): top for folder in Path(os.path.realpath(path)).parents}
+        starts = [(os.fspath(path), top)]  # and the links that lead to folders, as they are met
+        for start, name_of_start in starts:
+            for where, below, files in os.walk(start, onerror=_fail):
+                relative = name_of_start / Path(where).relative_to(start).as_posix()
+                first = found.setdefault(_identity(where), relative)
+                if first is not relative:
+                    below.clear()
+                    if relative.is_relative_to(first):  # it leads back up
+                        folders.discard(relative.as_posix())
+                        continue
+                    raise ValueError(f"{path}/{relative} leads to {path}/{first}, which would be read twice")
+                below[:] = [name for name in below if not _is_hidden(name)]
+                folders |= {(relative / name).as_posix() for name in below}
+                links = [name for name in sorted(below) if os.path.islink(os.path.join(where, name))]
+                starts += [(os.path.join(where, name), relative / name) for name in links]
+                for name in files:
+                    inside = (relative / name).as_posix()
+                    if _is_image(inside) or inside == LABELS:
+                        stamps[inside] = _stamp(os.path.join(where, name))
+                    elif "." not in name and not os.path.exists(os.path.join(where, name)):
+                        _stamp(os.path.join(where, name))  # perhaps the link to a class that is not there
         super().__init__(path, stamps, folders)
 
     def read(self, name: str) -> bytes:
@@ -143,6 +170,15 @@ class _Zip(_Files):
 
 def _fail(error: OSError) -> None:
     raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    """The same for all names of a folder."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        _fail(error)
+    return status.st_dev, status.st_ino
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -234,10 +270,9 @@ def _listed_labels(source: _Files) -> torch.Tensor | None:
 
 def _image(source: _Files, name: str) -> Image.Image:
     """An image that is opened, but not yet decoded."""
+    data = source.read(name)
     try:
-        image = Image.open(io.BytesIO(source.read(name)), formats=sorted(set(FORMATS.values())))
-    except ValueError:
-        raise
+        image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
     except Exception as error:
         raise _undecodable(source, name, error) from error
     if image.width * image.height > MOST_PIXELS:
@@ -259,8 +294,7 @@ class _Decoder:
 
     def __init__(self, source: _Files, channels: int, size: int | None):
         self.source, self.channels, self.size = source, channels, size
-        first = _image(source, source.names[0])
-        self.height, self.width = (size, size) if size else (first.height, first.width)
+        self.width, self.height = (size, size) if size else self._upright(source.names[0]).size
         self.shape = (len(source.names), channels, self.height, self.width)
 
     @property
@@ -284,17 +318,12 @@ class _Decoder:
                     bar.update(len(part))
 
     def _decode(self, name: str) -> np.ndarray:
-        image = _image(self.source, name)
+        image = self._upright(name)
         if self.size is None and (image.height, image.width) != (self.height, self.width):
             raise ValueError(
                 f"images of one size are needed, but {self.source.path}/{name} is {image.width} x "
                 f"{image.height}, and {self.source.names[0]} is {self.width} x {self.height}"
             )
-        try:
-            image.load()
-            image = _eight_bits(image).convert("L" if self.channels == 1 else "RGB")
-        except Exception as error:
-            raise _undecodable(self.source, name, error) from error
         if self.size is not None:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -302,6 +331,27 @@ class _Decoder:
             image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         pixels = np.asarray(image)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+    def _upright(self, name: str) -> Image.Image:
+        """An image as viewers show it, in 8 bits and the channels that are asked for."""
+        image = _image(self.source, name)
+        try:
+            image.load()
+            turn = _turn(image)
+            image = _eight_bits(image).convert("L" if self.channels == 1 else "RGB")
+            return image if turn is None else image.transpose(turn)
+        except Exception as error:
+            raise _undecodable(self.source, name, error) from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn or mirror an image that is loaded, by its EXIF or XMP."""
+    if image.info.keys().isdisjoint(WITH_ORIENTATION):  # asked first, because parsing takes time
+        return None
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF, which raises in many ways; viewers show the image as it lies
+        return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -319,7 +369,7 @@ def _cached(source: _Files, decoder: _Decoder, folder: Path, progress: bool) -> 
     Copy-on-write, so that the tensor on it may be taken for a writable one. Processes that want the same
     file at the same time wait for the one that makes it.
     """
-    about = [1, PIL.__version__, decoder.shape, decoder.size, [(n, source.stamps[n]) for n in source.names]]
+    about = [2, PIL.__version__, decoder.shape, decoder.size, [(n, source.stamps[n]) for n in source.names]]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     path = folder / f"{source.path.resolve().stem}-{digest}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):

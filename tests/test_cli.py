@@ -241,6 +241,30 @@ def test_import_makes_a_model_folder(capsys):
     run("sample", "--model", "copy", "--num", 1, "--steps", 1, "--out", "a.png")
 
 
+def test_names_that_are_no_text(tmp_path):
+    """Of a model and of a picture, on standard output and in an error."""
+    model, out = (tmp_path / os.fsdecode(name) for name in (b"mod\xe8le", b"\xff.png"))
+    try:
+        make_model(channels=1).save(model)
+    except ValueError:
+        pytest.skip("this file system takes names of UTF-8 only")
+
+    def run(*words):
+        code = f"import sys; sys.path[:] = {sys.path!r}; from diffusion.cli import main; main(sys.argv[1:])"
+        command = [sys.executable, "-c", code, *words]
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = run("sample", "--model", str(model), "--steps", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "\\udcff.png: 20 images" in done.stdout
+    (model / "model.safetensors").unlink()
+    done = run("info", "--model", str(model))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "mod\\udce8le/model.safetensors is missing" in done.stderr
+
+
 def test_the_module_is_the_command():
     words = [sys.executable, "-m", "diffusion", "sample", "--model", "digits", "--labels", "x"]
     result = subprocess.run(words, capture_output=True, text=True)

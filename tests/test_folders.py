@@ -260,6 +260,154 @@ def test_what_is_damaged_is_named(files, expected, kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    """To classes elsewhere, within a class, and through a link to the set itself; none of them twice."""
+    elsewhere = write(tmp_path / "elsewhere", some_images(), "folder")
+    path = tmp_path / "set"
+    (path / "ant").mkdir(parents=True)
+    (path / "ant" / "more").symlink_to(elsewhere / "cat")
+    for name in ("dog", "emu"):
+        (path / name).symlink_to(Path("..") / "elsewhere" / name)
+    (tmp_path / "link").symlink_to("set")
+    for where in (path, tmp_path / "link"):
+        found = read_images(where)
+        assert found.classes == ("ant", "dog", "emu")
+        assert found.labels.tolist() == [0, 0, 0, 1, 2]
+        assert torch.equal(found.images, read_images(elsewhere).images)
+
+
+def test_links_that_lead_back_up_are_passed_over(tmp_path):
+    path = write(tmp_path / "set", some_images(), "folder")
+    expected = read_images(path)
+    (path / "cat" / "up").symlink_to(path)
+    (path / "cat" / "again").symlink_to(".")
+    (path / "dog" / "out").symlink_to(tmp_path)
+    (path / "self").symlink_to(path)
+    found = read_images(path)
+    assert found.classes == expected.classes
+    assert torch.equal(found.images, expected.images)
+
+
+def test_links_that_would_be_read_twice_or_lead_nowhere(tmp_path):
+    path = write(tmp_path / "set", some_images(), "folder")
+    (path / "fox").symlink_to("cat")
+    with pytest.raises(ValueError, match=r"set/fox leads to .*set/cat, which would be read twice"):
+        read_images(path)
+    (path / "fox").unlink()
+    (path / "fox").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"cannot read .*set/fox: No such file"):
+        read_images(path)
+
+
+@both
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_exif_says(orientation, suffix, kind, tmp_path):
+    """Where the first row and column of what is stored belong, by the EXIF standard's table."""
+    row, column = {
+        1: ("top", "left"),
+        2: ("top", "right"),
+        3: ("bottom", "right"),
+        4: ("bottom", "left"),
+        5: ("left", "top"),
+        6: ("right", "top"),
+        7: ("right", "bottom"),
+        8: ("left", "bottom"),
+    }[orientation]
+    stored = np.zeros((16, 24), np.uint8)
+    stored[:8], stored[8:, :8] = 200, 90  # the first rows, and then the first columns
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    files = {f"a.{suffix}": encoded(stored, suffix, exif=exif)}
+    ((image,),) = read_images(write(tmp_path / "set", files, kind), channels=1).images
+    shown = image.numpy().astype(int)
+    assert shown.shape == ((16, 24) if row in ("top", "bottom") else (24, 16))
+
+    def at(side: str, other: str) -> int:
+        """The pixel in a corner, two pixels away from both of its sides."""
+        y = {"top": 2, "bottom": -3}
+        return shown[y[side], {"left": 2, "right": -3}[other]] if side in y else at(other, side)
+
+    opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+    for pixel, expected in (
+        (at(row, column), 200),
+        (at(row, opposite[column]), 200),
+        (at(opposite[row], column), 90),
+        (at(opposite[row], opposite[column]), 0),
+    ):
+        assert abs(pixel - expected) <= 8  # JPEG's loss
+
+
+def test_sizes_are_those_of_turned_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        "a.png": encoded(pixels(0, (4, 6, 3)), "png", exif=exif),
+        "b.png": encoded(pixels(1, (6, 4, 3)), "png"),
+    }
+    found = read_images(write(tmp_path / "set", files, "folder"))
+    assert found.images.shape == (2, 3, 6, 4)
+    np.testing.assert_array_equal(
+        found.images[0].permute(1, 2, 0).numpy(), np.rot90(pixels(0, (4, 6, 3)), -1)
+    )
+    files["c.png"] = encoded(pixels(2, (6, 4, 3)), "png", exif=exif)
+    with pytest.raises(ValueError, match=r"c\.png is 6 x 4, and a\.png is 4 x 6"):
+        read_images(write(tmp_path / "set", files, "folder"))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0", b"x"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_turns_nothing(exif, tmp_path):
+    files = {"a.jpg": encoded(pixels(0), "jpg", exif=exif)}
+    expected = np.asarray(Image.open(io.BytesIO(files["a.jpg"])).convert("RGB"))
+    found = read_images(write(tmp_path / "set", files, "folder"))
+    np.testing.assert_array_equal(found.images[0].permute(1, 2, 0).numpy(), expected)
+
+
+def png_with(chunk: bytes, data: bytes, last: bool) -> bytes:
+    """A PNG with one more chunk, before or after its pixels."""
+    whole = encoded(pixels(0), "png")
+    at = whole.index(b"IEND" if last else b"IDAT") - 4
+    crc = zlib.crc32(chunk + data).to_bytes(4, "big")
+    return whole[:at] + len(data).to_bytes(4, "big") + chunk + data + crc + whole[at:]
+
+
+@both
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("chunk", "data"),
+    [
+        (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**24))),
+        (b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(2**24))),
+    ],
+)
+def test_a_text_bomb_is_named(chunk, data, last, kind, tmp_path):
+    files = {"cat/1.png": png_with(chunk, data, last), "dog/1.png": encoded(pixels(1), "png")}
+    with pytest.raises(
+        ValueError, match=r"cat/1\.png cannot be decoded: Decompressed data too large"
+    ) as caught:
+        read_images(write(tmp_path / "set", files, kind))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    name = os.fsdecode(b"c\xe9t")
+    path = tmp_path / os.fsdecode(b"s\xe9t")
+    try:
+        (path / name).mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system takes names of UTF-8 only")
+    (path / name / os.fsdecode(b"\xff.png")).write_bytes(encoded(pixels(0), "png"))
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        found = read_images(path, cache=cache)
+        assert found.classes == (name,)
+        np.testing.assert_array_equal(found.images[0].permute(1, 2, 0).numpy(), pixels(0))
+    (path / name / os.fsdecode(b"\xfe.png")).write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be decoded") as caught:
+        read_images(path)
+    assert os.fsdecode(b"\xfe.png") in str(caught.value)
+
+
 def test_what_is_no_regular_file(tmp_path):
     """A pipe would be waited for without end."""
     path = write(tmp_path / "set", some_images(), "folder")

@@ -244,6 +244,38 @@ def test_sources_of_images(tmp_path):
         load_images(tmp_path / "d")
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint8, np.int16, ">i4"])
+def test_labels_of_any_integers(dtype, tmp_path):
+    pixels = images(0, 3).images.permute(0, 2, 3, 1).numpy()
+    labels = np.array([7, 0, 9], dtype)
+    np.savez(tmp_path / "a.npz", pixels, labels)  # as guided-diffusion's scripts do
+    np.savez(tmp_path / "b.npz", images=pixels, labels=labels)
+    np.savez(tmp_path / "c.npz", images=pixels, arr_1=labels)
+    for name in ("a.npz", "b.npz"):
+        found = load_images(tmp_path / name)
+        assert found.labels.dtype == torch.int64
+        assert found.labels.tolist() == [7, 0, 9]
+    assert load_images(tmp_path / "c.npz").labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (np.array([1, 2**63, 3], np.uint64), r"must be whole numbers in 0..2\^31-1, not 9223372036854775808"),
+        (np.array([1, -1, 3]), r"must be whole numbers in 0..2\^31-1, not -1"),
+        (np.array([1, 2**31, 3]), r"must be whole numbers in 0..2\^31-1, not 2147483648"),
+        (np.array([True, False, True]), r"must be integers \[3\], not bool"),
+        (np.array([0.0, 1.0, 2.0]), r"must be integers \[3\], not float64"),
+        (np.array([[0], [1], [2]]), r"must be integers \[3\], not int64 \[3, 1\]"),
+    ],
+)
+def test_labels_that_are_none(labels, expected, tmp_path):
+    pixels = images(0, 3).images.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "a.npz", pixels, labels)
+    with pytest.raises(ValueError, match=r"labels in .*a\.npz " + expected):
+        load_images(tmp_path / "a.npz")
+
+
 def bad_npz(kind: str) -> bytes:
     file = io.BytesIO()
     if kind == "text":
@@ -295,7 +327,7 @@ def test_arrays_that_are_no_images(kind, expected, tmp_path, capsys):
 def test_too_large_arrays(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((100, 64, 64, 3), np.uint8))
     monkeypatch.setattr("diffusion.arrays.MOST_BYTES", 10**5)
-    with pytest.raises(ValueError, match="its images take"):
+    with pytest.raises(ValueError, match=r"a\.npz: its array images takes"):
         load_images(tmp_path / "a.npz")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..cli import take_any_name
 from ..data import DATASETS, load_dataset
 from ..files import check_writable
 from .network import ClassifierConfig
@@ -16,6 +17,7 @@ from .training import train_classifier
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains a classifier of labelled images, measures what its features say of others, and writes both."""
+    take_any_name()
     parser = argparse.ArgumentParser(prog="python -m diffusion.classifier", description=main.__doc__)
     add = parser.add_argument
     add("--data", default="mnist", help=f"{', '.join(DATASETS)}, or a folder or zip (default: mnist)")
