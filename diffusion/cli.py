@@ -20,17 +20,25 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # of which Python 3.11 makes an empty list, and 3.13 a value
+            option, equals, value = word.partition("=")
+            if option.startswith("--") and equals and value == "--":
+                self.error(f"{option} needs a value, and -- is none")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
-        _fail(message)
+        fail(self.prog, message)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exit status 0; 2 after an error of the user's, told in one line; 130 after Ctrl-C."""
     take_any_name()
-    parser = _Parser(prog="diffusion", description="Sample, train and judge diffusion models.")
+    parser = Parser(prog="diffusion", description="Sample, train and judge diffusion models.")
     parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -51,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        _fail(str(error) or type(error).__name__)
+        fail("diffusion", str(error) or type(error).__name__)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
@@ -65,6 +73,7 @@ def take_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"diffusion: {' '.join(message.split())}", file=sys.stderr)
+def fail(program: str, message: str) -> NoReturn:
+    """Ends the process after an error of the user's: one line, exit status 2."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

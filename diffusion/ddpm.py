@@ -23,13 +23,14 @@ from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
 from .thresholding import thresholded_step
 from .unet import UNet
-from .validation import choice, known_names, number, refuse, typed, whole_number, whole_numbers
+from .validation import choice, known_names, number, readable, refuse, typed, whole_number, whole_numbers
 
 # Images that the network evaluates together when the caller does not say. More than that do not fit in the
 # caches of a CPU; see `python -m benchmarks.sampling`.
 MOST_TOGETHER = {"cpu": 32}
 MOST_TOGETHER_ELSEWHERE = 512
 TIERS = ("exact", "fast")
+MOST_EXTREME = 10  # value of an image to train on: standardised images pass, those of 0..255 do not
 
 
 class Interrupted(KeyboardInterrupt):
@@ -101,13 +102,20 @@ class DDPM(nn.Module):
     ) -> torch.Tensor:
         """Mean weighted squared error of the prediction at timesteps t; a scalar.
 
-        x0: images [B, C, H, W] in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
+        x0: images [B, C, H, W], floats in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
         label_dropout is replaced by the null label. t: int64 [B], by default drawn by `random_timesteps`;
         noise: like x0, by default drawn, both from PyTorch's global generators. weighting, min_snr_gamma: see
         `process.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
         bits per dimension, T times the mean of its terms, of which only the variance gets a gradient (Nichol
         & Dhariwal 2021, arXiv 2102.09672, section 3.1). network: called instead of the UNet, which it wraps.
+
+        ValueError for images of another type, or, on the CPU, of values far outside [-1, 1].
         """
+        _check_images(x0)
+        label_dropout, vlb_weight = (
+            number("label_dropout", label_dropout, 0, 1),
+            number("vlb_weight", vlb_weight, 0),
+        )
         t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         if labels is not None and label_dropout:
@@ -331,6 +339,9 @@ class DDPM(nn.Module):
             pixels = math.prod(size >> i for size in config.image_shape)
             numbers += pixels * width * (4 * blocks + 12)  # way down, wider way up, and the rest
         size = evaluations * numbers * network.dtype.itemsize
+        # A block's input and output at least are there at one time.
+        largest = 2 * math.prod(config.image_shape) * config.level_channels[0] * network.dtype.itemsize
+        check_fits("the feature maps of one image", largest, network.device)
         return max(1, min(most, free // (2 * size)))
 
     def explain(
@@ -386,6 +397,22 @@ def _check_options(sampler: str, options: dict[str, Any]) -> None:
     choice("sampler", sampler, SAMPLERS)
     known = [name for name in signature(SAMPLERS[sampler]).parameters if name not in ("schedule", "steps")]
     known_names(f"option of {sampler}", options, known)
+
+
+def _check_images(x0: torch.Tensor) -> None:
+    """ValueError for images that are bytes, or floats of 0..255."""
+    if not x0.is_floating_point():
+        raise ValueError(
+            f"images must be floats in [-1, 1], not {x0.dtype}; those of 0..255 become so by x / 127.5 - 1"
+        )
+    if x0.device.type != "cpu" or not x0.numel() or not readable(x0):  # elsewhere, looking means waiting
+        return
+    low, high = x0.detach().aminmax()
+    if not -MOST_EXTREME <= low <= high <= MOST_EXTREME:
+        raise ValueError(
+            f"images must be in [-1, 1], and these reach from {low:.4g} to {high:.4g}; "
+            "those of 0..255 become so by x / 127.5 - 1"
+        )
 
 
 def _sliced(noise: engine.Noise, part: slice, count: int, shape: tuple[int, ...]) -> engine.Noise:

@@ -1,5 +1,6 @@
 """How good a model's images are: read by an independent classifier, and compared with real ones."""
 
+import math
 import os
 import statistics
 from collections import Counter
@@ -19,7 +20,9 @@ from .classifier import (
 from .data import load_dataset
 from .frechet import frechet_distance, moments
 from .images import to_uint8
+from .memory import check_fits
 from .reading import sha256
+from .validation import number, whole_number
 
 ROUNDING = "8 bits, to nearest"
 
@@ -87,6 +90,8 @@ def evaluate(
     """
     judge, reference = load_classifier(classifier)
     check_model(model, judge)
+    num, steps = check_num(judge, num), None if steps is None else whole_number("steps", steps, 1)
+    seed, guidance_scale = whole_number("seed", seed, 0), number("guidance_scale", guidance_scale)
     labels = balanced_labels(num, judge.config.classes)
     if data_dir is not None:
         name = "mnist" if judge.config.channels == 1 else "cifar10"
@@ -170,7 +175,16 @@ def format_report(result: dict[str, Any]) -> str:
 
 def ema_decay(model: Any) -> float | None:
     """Of the averaged weights that a model trained here consists of, which it says; None for others."""
-    return model.metadata.get("training", {}).get("ema_decay")
+    training = model.metadata.get("training")
+    decay = training.get("ema_decay") if isinstance(training, dict) else None
+    return decay if isinstance(decay, int | float) else None
+
+
+def check_num(judge: Classifier, num: int) -> int:
+    """`num` as an int; ValueError unless it is a number of images that the memory holds."""
+    num = whole_number("num", num, 1)
+    check_fits(f"{num:,} images", 4 * num * math.prod(judge.shape), torch.device("cpu"))
+    return num
 
 
 def check_model(model: Any, judge: Classifier) -> None:

@@ -18,7 +18,7 @@ from .networks import make_network
 from .process import at_timesteps, predict_x0, q_sample
 from .schedule import NoiseSchedule
 from .steps import VARIANCES
-from .validation import choice
+from .validation import choice, whole_number
 
 BITS = 1 / math.log(2)
 LEAST = 1e-12  # mass of an 8-bit value
@@ -126,6 +126,8 @@ def bits_per_dimension(
         raise ValueError(
             f"images must be uint8 {['N', *shape]} for this model, not {images.dtype} {list(images.shape)}"
         )
+    seed = whole_number("seed", seed, 0, 2**64 - 1)
+    batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
     own = next(model.unet.parameters())
     network = make_network(model.unet, own.device, torch.float32, "auto")
     bar = tqdm(total=len(images) * schedule.T, unit=" evaluations", unit_scale=True, disable=not progress)

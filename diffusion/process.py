@@ -8,7 +8,7 @@ dtype where that is wider; so bfloat16 images give float32 results.
 import torch
 
 from .schedule import NoiseSchedule
-from .validation import choice, number
+from .validation import choice, number, readable
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -89,7 +89,7 @@ def at_timesteps(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> to
         raise ValueError(
             f"t must be int64 of shape [{len(like)}], one timestep an image, not {t.dtype} {list(t.shape)}"
         )
-    if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < len(table):
+    if t.device.type == "cpu" and len(t) and readable(t) and not 0 <= t.min() <= t.max() < len(table):
         raise ValueError(f"timesteps must be in 0..{len(table) - 1}; got {t.min()} to {t.max()}")
     table = table.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
     return table.index_select(0, t).reshape(-1, *[1] * (like.ndim - 1))

@@ -58,6 +58,7 @@ def sample_shards(
     ranks, folder = ranks or Ranks(), Path(folder)
     num, shard_size = whole_number("num", num, 1), whole_number("shard_size", shard_size, 1)
     labels = None if labels is None else whole_numbers("labels", labels).tolist()
+    seed = whole_number("seed", seed, 0, 2**64 - 1)
     check_writable(folder / "run.json")
     same = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
     run = _agree(

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .classifier import balanced_labels, classify, load_classifier
-from .evaluate import ROUNDING, check_model, ema_decay
+from .evaluate import ROUNDING, check_model, check_num, ema_decay
 from .files import replacing
 from .frechet import frechet_distance, moments
 from .images import to_uint8
 from .reading import sha256
+from .validation import whole_number
 
 
 def sweep(
@@ -36,6 +37,7 @@ def sweep(
     """
     judge, reference = load_classifier(classifier)
     check_model(model, judge)
+    num, seed = check_num(judge, num), whole_number("seed", seed, 0)
     conditional = model.num_classes is not None
     labels = balanced_labels(num, judge.config.classes)
     asked = {"labels": labels.tolist()} if conditional else {"num_samples": num}

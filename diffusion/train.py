@@ -20,6 +20,7 @@ from .parallel import agree, any_rank, losing_a_rank, shared_gradients
 from .reading import read_text
 from .trainer import Trainer
 from .training_state import load_state, read_state, save_state
+from .validation import whole_number
 
 STATE, LOCK = "state.safetensors", ".lock"
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -53,6 +54,8 @@ def train(
     cannot be written, if the ranks do not agree, or if the loss or gradient is no longer finite or the loss
     grew to ten times its first value: then the message says at which step, and what is there to resume from.
     """
+    options = {"log": log_every, "validate": validate_every, "save": save_every, "sample": sample_every}
+    options = {name: whole_number(f"{name}_every", steps, 1) for name, steps in options.items()}
     out = Path(out)
     with contextlib.ExitStack() as held:
         problem = None
@@ -61,7 +64,6 @@ def train(
         except ValueError as error:
             problem = error
         agree(trainer, problem)
-        options = {"log": log_every, "validate": validate_every, "save": save_every, "sample": sample_every}
         return _run(trainer, out, resume, options, progress)
 
 

@@ -19,13 +19,14 @@ from .data import to_float
 from .ddpm import DDPM
 from .fine_tuning import start_from
 from .guidance import drop_labels
-from .memory import keep_freed_memory
+from .memory import check_fits, keep_freed_memory
 from .optimizers import Optimizer
 from .process import lognormal_timesteps, random_timesteps
 from .ranks import Ranks
 from .recipe import Recipe
 from .schedule import NoiseSchedule
 from .unet import UNet, UNetConfig
+from .validation import whole_number
 
 # How the models trained here are sampled unless the caller says otherwise. With few steps it matters to start
 # at the last timestep, where noise is all there is (Lin et al. 2023, arXiv 2305.08891, section 3.3).
@@ -77,14 +78,17 @@ class Trainer:
             raise ValueError(
                 f"a batch of {recipe.batch_size} cannot be shared by {self.ranks.world_size} ranks"
             )
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
+        if micro_batch is not None:
+            micro_batch = whole_number("micro_batch", micro_batch, 1)
         if validation is not None:
             _check_data(config, *validation, 1, "validation images")
         self.recipe, self.images, self.labels, self.validation = recipe, images, labels, validation
         self.device, self.autocast, self.micro_batch = torch.device(device), autocast, micro_batch
         if self.device.type == "cpu":
             keep_freed_memory()
+        held = 3 + 1 + len(recipe.more_ema_decays)  # weights, gradients, at least one moment, averages
+        what = f"the weights, gradients, moments and averages of {config.num_parameters:,} parameters"
+        check_fits(what, 4 * held * config.num_parameters, self.device)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(seed_of(recipe.seed, "weights", 0))

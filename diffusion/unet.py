@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .blocks import Attention, Level, Middle, Norm, ResBlock, run
+from .memory import check_fits
 from .unet_config import UNetConfig
 
 __all__ = ["UNet", "UNetConfig", "timestep_embedding"]
@@ -37,6 +38,9 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
+        device = torch.get_default_device()
+        if device.type != "meta":
+            check_fits(f"{config.num_parameters:,} parameters", 4 * config.num_parameters, device)
         self.config = config
         widths, embed_dim = config.level_channels, config.time_embed_dim or 4 * config.channels
         self.time_mlp = nn.Sequential(

@@ -145,6 +145,13 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     refuse(name, "two numbers (low, high) with low <= high", value)
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether Python can look at a tensor's values: not under torch.compile or torch.func, nor on "meta"."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
 def typed(name: str, value: object, hint: Any, **bounds: float) -> Any:
     """The value in an annotated type: int, float, bool, str, dict, tuples and unions of these, or None.
 

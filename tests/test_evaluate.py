@@ -239,7 +239,8 @@ def test_training_command_ends_in_one_line_without_data(tmp_path, capsys):
     [
         (["--sample-size", "1000"], "too few for 1,000"),
         (["--sample-size", "0"], "at least 10 images"),
-        (["--width", "0"], "width must be at least 1, not 0"),
+        (["--width", "65536"], "such a classifier has"),
+        (["--width", "0"], "width must be a whole number in 1..65536, not 0"),
     ],
 )
 def test_training_command_looks_before_it_trains(words, expected, tmp_path, monkeypatch, capsys):

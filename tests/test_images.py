@@ -88,3 +88,60 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_grid(torch.ones(1, 1, 4, 4), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_bytes_stay_as_they_are(make, tmp_path):
+    pixels = make(np.arange(48, dtype=np.uint8).reshape(1, 3, 4, 4) * 5)
+    save_grid(pixels, tmp_path / "a.png", padding=0)
+    expected = np.asarray(pixels)[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
+    save_npz(pixels, tmp_path / "a.npz")
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["images"][0], expected)
+    save_gif([pixels[:, :1]], tmp_path / "a.gif", padding=0)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.gif").convert("L")), expected[..., 0])
+
+
+def test_arrays_of_floats_are_those_of_tensors(tmp_path):
+    x = torch.rand(2, 1, 4, 4) * 2 - 1
+    save_grid(x, tmp_path / "a.png")
+    save_grid(x.numpy()[:, :, :, ::-1][:, :, :, ::-1], tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("save", [save_grid, save_npz, lambda x, path: save_gif([x], path)])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            torch.zeros(1, 1, 4, 4, dtype=torch.int64),
+            "floats in .-1, 1., or uint8 in 0..255, not torch.int64",
+        ),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.bool), "not torch.bool"),
+        (np.zeros((1, 1, 4, 4), np.uint16), "not torch.uint16"),
+        (np.array(["a"]), r"tensor or array \[N, C, H, W\], not ndarray of <U1"),
+        (Image.new("L", (4, 4)), r"tensor or array \[N, C, H, W\], not Image"),
+        ([Image.new("L", (4, 4))], r"tensor or array \[N, C, H, W\], not list"),
+        (None, "not NoneType"),
+        (torch.zeros(1, 4, 4), r"\[1, 4, 4\]"),
+    ],
+)
+def test_what_is_no_image(save, x, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        save(x, tmp_path / "a")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"columns": 0}, {"columns": 1.5}, {"scale": 10**400}, {"padding": -1}, {"scale": True}],
+    ids=str,
+)
+def test_wrong_layouts(options, tmp_path):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"{name} must be a whole number in"):
+        save_grid(torch.zeros(1, 1, 4, 4), tmp_path / "a.png", **options)
+    for option in ("duration", "hold"):
+        with pytest.raises(ValueError, match=f"{option} must be a number in .0, 600., not"):
+            save_gif([torch.zeros(1, 1, 4, 4)], tmp_path / "a.gif", **{option: 1e30})

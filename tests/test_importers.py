@@ -1,6 +1,7 @@
 """Imported models compute what the originals do: diffusers itself, and stored outputs of OpenAI's code."""
 
 import json
+import math
 from pathlib import Path
 
 import diffusers
@@ -162,6 +163,13 @@ def test_old_attention_names():
         ({"sample_size": None}, "sample_size"),
         ({"sample_size": 15}, "cannot be halved"),
         ({"norm_num_groups": None}, "norm_groups"),
+        ({"block_out_channels": [16, 10**30]}, "block_out_channels must be whole numbers in 1..65536"),
+        ({"block_out_channels": [16, True]}, "block_out_channels must be whole numbers in 1..65536"),
+        ({"layers_per_block": 10**18}, "num_res_blocks must be a whole number in 1..64"),
+        ({"norm_eps": 1e308}, "norm_eps must be a number in"),
+        ({"act_fn": ["silu"]}, "act_fn .'silu'. cannot be imported"),
+        ({"downsample_padding": True}, "downsample_padding True cannot be imported, only 0, 1"),
+        ({"down_block_types": [[], {}]}, r"down_block_types \[\] cannot be imported, only 'DownBlock2D'"),
         ({"encoder_hid_dim": 3}, "'encoder_hid_dim' is not known"),
         ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel' cannot be imported"),
     ],
@@ -212,7 +220,12 @@ def test_schedulers(name):
         ({"variance_type": "fixed_large_log"}, "variance_type 'fixed_large_log'"),
         ({"variance_type": "learned"}, "variance_type 'learned'"),
         ({"thresholding": True}, "thresholding"),
-        ({"clip_sample_range": "wide"}, "clip_sample_range"),
+        ({"clip_sample_range": "wide"}, "clip_sample_range must be a number in"),
+        ({"clip_sample_range": 10**400}, "clip_sample_range must be a number in"),
+        ({"num_train_timesteps": 2**62}, "T must be a whole number in 1..1000000"),
+        ({"beta_start": 10**400}, "beta_start must be a finite number"),
+        ({"trained_betas": [0.1, "x"]}, "betas must be a list of finite numbers"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule .'linear'. cannot be imported"),
         ({"num_train_timesteps": "many"}, "T must be"),
         ({"beta_end": 7.0}, "betas must be"),
         (
@@ -432,16 +445,25 @@ def test_guided_diffusion_conventions(tmp_path):
     ("flags", "message"),
     [
         ({"imagesize": 3}, "unknown flag 'imagesize'; choose from: attention_resolutions, "),
-        ({"image_size": "64"}, "flag image_size must be like 64, not '64'"),
-        ({"class_cond": "False"}, "flag class_cond must be like False"),
-        ({"num_channels": True}, "flag num_channels must be like 128"),
+        ({"image_size": "64"}, "flag image_size must be a whole number of at most 64 bits, not '64'"),
+        ({"class_cond": "False"}, "flag class_cond must be true or false"),
+        ({"num_channels": True}, "flag num_channels must be a whole number"),
         ({"class_cond": True}, "has no label_emb"),
         ({"channel_mult": "1,x"}, "channel_mult must be numbers"),
         ({"channel_mult": "", "image_size": 8}, "channel_mult must be given for an image_size of 8"),
         ({"channel_mult": "1,1,1,1,1"}, "cannot be halved"),
         ({"attention_resolutions": "a"}, "attention_resolutions must be numbers"),
         ({"noise_schedule": "warped"}, "noise_schedule 'warped'"),
-        ({"diffusion_steps": 0}, "of 0 steps"),
+        ({"noise_schedule": ["linear"]}, "unknown noise_schedule"),
+        ({"diffusion_steps": 0}, "flag diffusion_steps must be a whole number in 1..1000000, not 0"),
+        ({"diffusion_steps": 10**400}, "flag diffusion_steps must be a whole number"),
+        ({"diffusion_steps": 2**40}, "flag diffusion_steps must be a whole number in 1..1000000"),
+        ({"num_heads": 2**40}, "num_heads must be a whole number in 1..65536"),
+        ({"num_res_blocks": 10**18}, "num_res_blocks must be a whole number in 1..64"),
+        ({"channel_mult": "1,inf"}, "channel_mult must be a list of finite numbers, not inf"),
+        ({"channel_mult": (1, 10**400)}, "channel_mult must be a list of finite numbers"),
+        ({"attention_resolutions": "1e400"}, "attention_resolutions must be a list of finite numbers"),
+        ({"dropout": math.nan}, "flag dropout must be a finite number, not nan"),
         ({"num_heads_upsample": 4, "num_head_channels": -1}, "num_heads_upsample"),
         ({"num_head_channels": 48}, "heads of width 48"),
         ({"num_res_blocks": 2}, "of another architecture"),

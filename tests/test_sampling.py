@@ -10,7 +10,7 @@ import torch
 from conftest import make_model
 from diffusion.kernels._tolerance import wrong
 
-from diffusion import chain, ddpm, engine, kernels
+from diffusion import chain, ddpm, engine, kernels, memory
 from diffusion.ddpm import Interrupted
 from diffusion.devices import multiplies_bfloat16
 from diffusion.guidance import rescale_guidance
@@ -611,3 +611,24 @@ def test_ctrl_c_between_two_batches(model, monkeypatch):
     with pytest.raises(Interrupted) as caught:
         model.sample(num_samples=5, steps=3, batch_size=2)
     assert torch.equal(caught.value.images, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "floats in .-1, 1., not torch.uint8"),
+        (torch.full((2, 1, 8, 8), 255.0), "reach from 255 to 255"),
+        (torch.full((2, 1, 8, 8), float("nan")), "reach from nan"),
+    ],
+    ids=["bytes", "floats of 0..255", "NaN"],
+)
+def test_the_loss_refuses_images_of_another_range(model, images, message):
+    with pytest.raises(ValueError, match=message):
+        model.loss(images)
+    assert model.loss(torch.full((2, 1, 8, 8), 3.0)).isfinite()
+
+
+def test_an_image_beyond_memory_is_refused_at_once(model, monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: 1000)  # an image of 512 bytes fits
+    with pytest.raises(ValueError, match=r"the feature maps of one image take .* GiB, and cpu has"):
+        model.sample(steps=1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from diffusion import memory
 from diffusion.unet import UNet, UNetConfig, timestep_embedding
 
 TINY = UNetConfig(
@@ -302,6 +303,14 @@ def test_configurations_take_numbers_of_numpy_and_torch():
     )
     assert config == UNetConfig(sample_size=(32, 64), channels=64, channel_mult=(1, 2, 2, 2), norm_eps=1e-5)
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_weights_beyond_memory_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: 10_000)
+    with pytest.raises(ValueError, match=r"[0-9,]+ parameters take 0 GiB, and cpu has 0 GiB"):
+        UNet(TINY)
+    with torch.device("meta"):
+        UNet(TINY)
 
 
 def test_compiles_whole():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..cli import take_any_name
+from ..cli import Parser, take_any_name
 from ..data import DATASETS, load_dataset
 from ..files import check_writable
 from .network import ClassifierConfig
@@ -18,7 +18,7 @@ from .training import train_classifier
 def main(arguments: list[str] | None = None) -> None:
     """Trains a classifier of labelled images, measures what its features say of others, and writes both."""
     take_any_name()
-    parser = argparse.ArgumentParser(prog="python -m diffusion.classifier", description=main.__doc__)
+    parser = Parser(prog="python -m diffusion.classifier", description=main.__doc__)
     add = parser.add_argument
     add("--data", default="mnist", help=f"{', '.join(DATASETS)}, or a folder or zip (default: mnist)")
     add("--test-data", help="the other images of a folder or zip, which the classifier does not see")
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         reference = measure_reference(classifier, train, test, options.sample_size)
         save_classifier(options.out, classifier, reference, training)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.error(str(error))
     print(f"{options.out}: {reference.test_accuracy:.2%} of the test images ({reference.source})")
 
 

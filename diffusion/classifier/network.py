@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import to_float
+from ..validation import whole_number
+
+MOST_PARAMETERS = 2**28  # 1 GiB in float32; the bundled classifiers have less than a million
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,25 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         least = {"channels": 1, "size": 12, "classes": 2, "width": 1, "features": 1}
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or not least[name] <= value <= 65536:
-                raise ValueError(f"a classifier's {name} must be at least {least[name]}, not {value!r}")
+            value = whole_number(f"a classifier's {name}", value, least[name], 65536)
+            object.__setattr__(self, name, value)
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"such a classifier has {self.num_parameters:,} parameters, more than {MOST_PARAMETERS:,}"
+            )
+
+    @property
+    def num_hidden(self) -> int:
+        """Numbers of an image that the layer of features sees."""
+        return 4 * self.width * ((self.size - 4) // 4) ** 2
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights of such a classifier are, without building it."""
+        width = self.width
+        convolutions = 9 * width * (self.channels + 15 * width) + 20 * width
+        hidden = (self.num_hidden + 1) * self.features
+        return convolutions + hidden + (self.features + 1) * self.classes
 
 
 class Classifier(nn.Module):
@@ -50,7 +70,7 @@ class Classifier(nn.Module):
             nn.MaxPool2d(2),
             *_block(2 * width, 4 * width, padding=1),
         )
-        self.hidden = nn.Linear(4 * width * ((config.size - 4) // 4) ** 2, config.features)
+        self.hidden = nn.Linear(config.num_hidden, config.features)
         self.dropout = nn.Dropout(0.3)
         self.output = nn.Linear(config.features, config.classes)
         self.folder: Path | None = None

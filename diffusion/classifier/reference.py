@@ -6,6 +6,7 @@ import torch
 
 from ..folders import ImageSet
 from ..frechet import frechet_distance, moments
+from ..validation import number, numbers, refuse, typed, whole_number
 from .network import Classifier, classify
 
 
@@ -27,6 +28,20 @@ class Reference:
     sample_size: int
     test_accuracy: float
     source: str
+
+    def __post_init__(self) -> None:
+        checked = {
+            "sample_size": whole_number("sample_size", self.sample_size, 1),
+            "test_accuracy": number("test_accuracy", self.test_accuracy, 0, 1),
+            "source": typed("source", self.source, str),
+        }
+        for name in ("real_random", "real_balanced"):
+            distances = tuple(numbers(name, getattr(self, name)).tolist())
+            if not distances:
+                refuse(name, "at least one distance", getattr(self, name))
+            checked[name] = distances
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 def measure_reference(
@@ -61,21 +76,22 @@ def draw_samples(
     The images are shuffled (by seed) before: the second half of MNIST's test digits were written by other
     people than the first. ValueError if there are too few.
     """
+    sample_size = whole_number("sample_size", sample_size)
+    too_few = f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}"
+    if sample_size > len(test.images):
+        raise ValueError(too_few)
     wanted = torch.bincount(balanced_labels(sample_size, classes), minlength=classes).tolist()
     order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed), device="cpu")
     pools = [_samples(order[test.labels[order] == label], wanted[label]) for label in range(classes)]
     balanced = [torch.cat(parts) for parts in zip(*pools, strict=False)]
     if not balanced:
-        raise ValueError(
-            f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}, as many of each "
-            "class"
-        )
+        raise ValueError(f"{too_few}, as many of each class")
     return _samples(order, sample_size), balanced
 
 
 def balanced_labels(count: int, classes: int = 10) -> torch.Tensor:
     """Labels int64 [count] that hold each class as often as any other, or once more; at least one of each."""
-    if count < classes:
+    if whole_number("the number of images", count, most=2**31 - 1) < classes:
         raise ValueError(f"a balanced sample needs at least {classes} images, one of each class, not {count}")
     return torch.arange(count, device="cpu") % classes
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..validation import number, whole_number
 from .network import Classifier, ClassifierConfig
 
 
@@ -50,11 +51,14 @@ def train_classifier(
     machine with one number of threads the same seed gives the same weights. ValueError if there are fewer
     images than one batch.
     """
+    batch_size, epochs = (
+        whole_number("batch_size", batch_size, 1, 2**20),
+        whole_number("epochs", epochs, 1, 10**6),
+    )
+    lr, seed = number("lr", lr, above=0), whole_number("seed", seed, 0)
     steps = len(images) // batch_size
-    if steps == 0 or epochs < 1:
-        raise ValueError(
-            f"training needs at least {batch_size} images and 1 epoch, not {len(images)} and {epochs}"
-        )
+    if steps == 0:
+        raise ValueError(f"training needs at least {batch_size} images, not {len(images)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("cpu"):

@@ -18,6 +18,7 @@ from ..images import to_uint8
 from ..likelihood import bits_per_dimension
 from ..metrics import METRICS, compare, format_result
 from ..sweep import save_sweep, sweep
+from ..validation import whole_number
 from .sample import choose_labels, default_device
 
 
@@ -61,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.num < 1:
-        raise ValueError(f"--num must be at least 1, not {args.num}")
+    whole_number("--num", args.num, 1)
     if args.out:
         check_writable(args.out)
     if args.sweep:

@@ -42,6 +42,6 @@ def _flags(words: list[str]) -> dict:
             raise ValueError(f"--flag takes NAME=VALUE, not {word!r}")
         try:
             flags[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             flags[name] = value  # a bare word, such as cosine
     return flags

@@ -14,6 +14,7 @@ from ..images import check_grid, save_gif, save_grid, save_npz
 from ..ranks import Ranks, current
 from ..shards import report, sample_shards
 from ..steps import SAMPLERS
+from ..validation import whole_number
 
 GIF_FRAMES = 50  # at most, spread evenly over the steps
 
@@ -65,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
     guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
-    steps = args.steps if args.steps is not None or args.sampler == "ddpm" else 50
+    steps = args.steps if args.steps is not None or args.sampler == "ddpm" else min(50, model.schedule.T)
+    if steps is not None:
+        whole_number("--steps", steps, 1, model.schedule.T)
     names = ("spacing", "eta", "variance", "sde", "guidance_interval", "dynamic_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {

@@ -19,6 +19,7 @@ from ..recipe import RECIPES, Recipe, changed, load_recipe
 from ..train import train
 from ..trainer import Trainer
 from ..unet_config import UNetConfig
+from ..validation import whole_number
 from .sample import choose_device
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
@@ -105,8 +106,7 @@ def run(args: argparse.Namespace) -> None:
         print(recipe.to_json())
         return
     for name in ("save_every", "sample_every", "validate_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        whole_number(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     if not args.out:
         raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
     if args.accept_changes and not args.resume:

@@ -1,14 +1,18 @@
 """Reads the folders of diffusers: pipelines of a UNet2DModel and a scheduler."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..process import PREDICTION_TYPES
 from ..reading import load_weights, read_json, read_safetensors, read_torch
 from ..schedule import NoiseSchedule
 from ..unet import UNet, UNetConfig
+from ..unet_config import MOST_CHANNELS
+from ..validation import number, refuse, shown, whole_numbers
 from .naming import Parts, Source, convert
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -50,6 +54,7 @@ _FIXED = {
 _RESAMPLING = {"conv": "conv", "resnet": "resblock", None: "conv"}
 # scheduler class -> whether it clips its predictions where its configuration does not say
 _SCHEDULERS = {"DDPMScheduler": True, "DDIMScheduler": True, "DPMSolverMultistepScheduler": False}
+_BETA_SCHEDULES = ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2")
 _VARIANCES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
@@ -122,31 +127,35 @@ def _located(path: Path, function, *args):
         raise ValueError(f"{path}: {error}") from error
 
 
+def _known(name: str, value: Any, known: Collection) -> Any:
+    """The value, which JSON may have as any type, if it is one of `known`."""
+    if not any(type(value) is type(option) and value == option for option in known):
+        only = ", ".join(repr(option) for option in known if option is not None)
+        raise ValueError(f"{name} {shown(value)} cannot be imported, only {only or None}")
+    return value
+
+
 def unet_config(config: dict[str, Any]) -> UNetConfig:
     """Our configuration for that of a UNet2DModel; ValueError naming what cannot be represented."""
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"_class_name {config['_class_name']!r} cannot be imported, only UNet2DModel")
+    _known("_class_name", config.get("_class_name", "UNet2DModel"), ["UNet2DModel"])
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     for key, values in _FIXED.items():
-        if given.pop(key, values[0]) not in values:
-            raise ValueError(f"{key} {config[key]!r} cannot be imported, only {values[0]!r}")
+        _known(key, given.pop(key, values[0]), values)
     unknown = sorted(given.keys() - _DEFAULTS.keys())
     if unknown:
         raise ValueError(f"UNet2DModel's option {unknown[0]!r} is not known")
     options = _DEFAULTS | given
-    widths = options["block_out_channels"]
-    if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
-        raise ValueError(f"block_out_channels must be positive integers, not {widths!r}")
+    widths = whole_numbers("block_out_channels", options["block_out_channels"], 1, MOST_CHANNELS).tolist()
+    if not widths:
+        refuse("block_out_channels", "a width for each level", widths)
     if options["sample_size"] is None:
         raise ValueError("sample_size must be given, an integer or [height, width]")
     down = _levels("down_block_types", "Down", options, len(widths))
     up = _levels("up_block_types", "Up", options, len(widths))[::-1]
     if [attends for attends, _ in down] != [attends for attends, _ in up]:
         raise ValueError("up_block_types cannot be imported: attention is not where down_block_types have it")
-    if options["resnet_time_scale_shift"] not in ("default", "scale_shift"):
-        raise ValueError(f"resnet_time_scale_shift {options['resnet_time_scale_shift']!r} cannot be imported")
-    if options["downsample_padding"] not in (0, 1):
-        raise ValueError(f"downsample_padding {options['downsample_padding']!r} cannot be imported")
+    _known("resnet_time_scale_shift", options["resnet_time_scale_shift"], ("default", "scale_shift"))
+    _known("downsample_padding", options["downsample_padding"], (0, 1))
     scale_shift = options["resnet_time_scale_shift"] == "scale_shift"
     mid_groups = options["attn_norm_num_groups"]
     return UNetConfig(
@@ -181,18 +190,14 @@ def _levels(key: str, way: str, options: dict[str, Any], count: int) -> list[tup
     if not isinstance(names, list) or len(names) != count:
         raise ValueError(f"{key} must name {count} blocks, one for each of block_out_channels")
     resampling = options[f"{way.lower()}sample_type"]
-    if resampling not in _RESAMPLING:
-        raise ValueError(
-            f"{way.lower()}sample_type {resampling!r} cannot be imported, only 'conv' and 'resnet'"
-        )
+    _known(f"{way.lower()}sample_type", resampling, _RESAMPLING)
     blocks = {
         f"{way}Block2D": (False, "conv"),
         f"Attn{way}Block2D": (True, _RESAMPLING[resampling]),
         f"Resnet{way}sampleBlock2D": (False, "resblock"),
     }
     for name in names:
-        if name not in blocks:
-            raise ValueError(f"{key} {name!r} cannot be imported, only {', '.join(blocks)}")
+        _known(key, name, blocks)
     return [blocks[name] for name in names]
 
 
@@ -260,20 +265,16 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, dict[str, Any
     sampler's business, and not looked at.
     """
     name = config.get("_class_name")
-    if name not in _SCHEDULERS:
-        raise ValueError(f"_class_name {name!r} cannot be imported, only {', '.join(_SCHEDULERS)}")
+    _known("_class_name", name, _SCHEDULERS)
     prediction = config.get("prediction_type", "epsilon" if config.get("predict_epsilon", True) else "sample")
-    if prediction not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"prediction_type {prediction!r} cannot be imported")
+    _known("prediction_type", prediction, PREDICTION_TYPES)
     variance = config.get("variance_type")
-    if variance not in _VARIANCES:
-        raise ValueError(f"variance_type {variance!r} cannot be imported")
+    _known("variance_type", variance, _VARIANCES)
     if config.get("thresholding"):
         raise ValueError("thresholding cannot be imported: it is an option of sampling, dynamic_threshold")
     clips = config.get("clip_sample", _SCHEDULERS[name])
     clip = config.get("clip_sample_range", 1.0) if clips else None
-    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
-        raise ValueError(f"clip_sample_range must be a positive number, not {clip!r}")
+    clip = None if clip is None else number("clip_sample_range", clip, above=0)
     conventions = {"prediction_type": prediction, "variance": _VARIANCES[variance], "clip": clip}
     return _schedule(config), conventions
 
@@ -283,10 +284,8 @@ def _schedule(config: dict[str, Any]) -> NoiseSchedule:
     ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
     if config.get("trained_betas") is not None:
         schedule = NoiseSchedule.from_betas(config["trained_betas"])
-    elif kind in ("linear", "scaled_linear", "sigmoid"):
-        schedule = NoiseSchedule.from_config({"kind": kind, "T": T, **ends})
-    elif kind == "squaredcos_cap_v2":
+    elif _known("beta_schedule", kind, _BETA_SCHEDULES) == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(T)
     else:
-        raise ValueError(f"beta_schedule {kind!r} cannot be imported")
+        schedule = NoiseSchedule.from_config({"kind": kind, "T": T, **ends})
     return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule

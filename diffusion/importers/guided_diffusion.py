@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..reading import load_weights, read_torch
-from ..schedule import NoiseSchedule
+from ..schedule import MOST_TIMESTEPS, NoiseSchedule
 from ..unet import UNet, UNetConfig
+from ..validation import choice, known_names, numbers, refuse, typed, whole_number
 from .naming import Parts, Source, convert
 
 # Flags that change training or sampling but not the model, or only how it is computed.
@@ -49,7 +50,7 @@ _CHANNEL_MULT = {
 }
 
 
-def load(path: str | os.PathLike, **flags: Any) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
+def load(path: str | os.PathLike, /, **flags: Any) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
     """A checkpoint's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
     flags: those of guided-diffusion's scripts and of its UNetModel, by name, as Python values
@@ -62,12 +63,9 @@ def load(path: str | os.PathLike, **flags: Any) -> tuple[UNet, NoiseSchedule, di
     ValueError, in one line: a file that is missing, damaged, or does not go with the flags; a flag that is
     unknown or cannot be represented.
     """
-    unknown = sorted(flags.keys() - _DEFAULTS.keys() - _WITHOUT_EFFECT)
-    if unknown:
-        raise ValueError(f"unknown flag {unknown[0]!r}; choose from: {', '.join(sorted(_DEFAULTS))}")
-    for flag in flags.keys() & _DEFAULTS.keys():
-        _check_type(flag, flags[flag], _DEFAULTS[flag])
-    path, options = Path(path), _DEFAULTS | flags
+    known_names("flag", flags.keys() - _WITHOUT_EFFECT, sorted(_DEFAULTS))
+    given = {flag: _checked(flag, flags[flag], _DEFAULTS[flag]) for flag in flags.keys() & _DEFAULTS.keys()}
+    path, options = Path(path), _DEFAULTS | given
     schedule = _schedule(options)
     tensors = read_torch(path)
     config = _config(options, tensors, path)
@@ -84,19 +82,19 @@ def load(path: str | os.PathLike, **flags: Any) -> tuple[UNet, NoiseSchedule, di
     return unet, schedule, conventions
 
 
-def _check_type(flag: str, value: Any, default: Any) -> None:
-    """ValueError unless the value is of the default's type; lists of numbers may be text or a sequence."""
-    accepted = {str: (str, list, tuple), float: (int, float)}.get(type(default), (type(default),))
-    if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool):
-        raise ValueError(f"flag {flag} must be like {default!r}, not {value!r}")
+def _checked(flag: str, value: Any, default: Any) -> Any:
+    """The value in the default's type; lists of numbers may be text or a sequence."""
+    if not isinstance(default, str):
+        return typed(f"flag {flag}", value, type(default))
+    if not isinstance(value, str | list | tuple):
+        refuse(f"flag {flag}", f"like {default!r}", value)
+    return value
 
 
 def _schedule(options: dict[str, Any]) -> NoiseSchedule:
-    T, kind = options["diffusion_steps"], options["noise_schedule"]
-    if kind == "cosine":
+    T = whole_number("flag diffusion_steps", options["diffusion_steps"], 1, MOST_TIMESTEPS)
+    if choice("noise_schedule", options["noise_schedule"], ("linear", "cosine")) == "cosine":
         return NoiseSchedule.cosine(T)
-    if kind != "linear" or T < 1:
-        raise ValueError(f"noise_schedule {kind!r} of {T} steps cannot be imported, only linear and cosine")
     # Ho et al.'s betas for 1000 steps, stretched so that any number of steps ends at the same noise.
     return NoiseSchedule.linear(T, 1e-4 * 1000 / T, 0.02 * 1000 / T)
 
@@ -145,10 +143,11 @@ def _config(options: dict[str, Any], tensors: dict[str, torch.Tensor], path: Pat
 
 def _numbers(name: str, value: str | Sequence[int | float]) -> tuple[int | float, ...]:
     try:
-        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
-        return tuple(int(item) if float(item) == int(float(item)) else float(item) for item in items)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers, or text such as '1,2,4', not {value!r}") from error
+        items = [float(item) for item in value.split(",") if item] if isinstance(value, str) else list(value)
+    except ValueError:
+        refuse(name, "numbers, or text such as '1,2,4'", value)
+    found = numbers(name, items).tolist()
+    return tuple(int(item) if item == int(item) else item for item in found)
 
 
 def convert_weights(
