@@ -334,13 +334,13 @@ class DDPM(nn.Module):
         free = free_memory(network.device)
         if free is None:
             return most
-        numbers = 0
+        numbers, positions = 0, [side // config.patch_size for side in config.image_shape]
         for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
-            pixels = math.prod(size >> i for size in config.image_shape)
+            pixels = math.prod(side >> i for side in positions)
             numbers += pixels * width * (4 * blocks + 12)  # way down, wider way up, and the rest
         size = evaluations * numbers * network.dtype.itemsize
         # A block's input and output at least are there at one time.
-        largest = 2 * math.prod(config.image_shape) * config.level_channels[0] * network.dtype.itemsize
+        largest = 2 * math.prod(positions) * config.level_channels[0] * network.dtype.itemsize
         check_fits("the feature maps of one image", largest, network.device)
         return max(1, min(most, free // (2 * size)))
 

@@ -282,6 +282,7 @@ CONFIGS = {
         "channel_mult": [1, 0.5, 3],
         "sample_size": [8, 4],
     },
+    "patches": {"patch_size": 2, "num_classes": 3},
     "one level": {"channel_mult": [2], "attention_levels": [], "mid_attention_groups": 4},
 }
 
