@@ -616,16 +616,16 @@ def test_ctrl_c_between_two_batches(model, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "floats in .-1, 1., not torch.uint8"),
-        (torch.full((2, 1, 8, 8), 255.0), "reach from 255 to 255"),
-        (torch.full((2, 1, 8, 8), float("nan")), "reach from nan"),
+        (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), "floats in .-1, 1., not torch.uint8"),
+        (torch.full((2, 2, 8, 8), 255.0), "reach from 255 to 255"),
+        (torch.full((2, 2, 8, 8), float("nan")), "reach from nan"),
     ],
     ids=["bytes", "floats of 0..255", "NaN"],
 )
 def test_the_loss_refuses_images_of_another_range(model, images, message):
     with pytest.raises(ValueError, match=message):
         model.loss(images)
-    assert model.loss(torch.full((2, 1, 8, 8), 3.0)).isfinite()
+    assert model.loss(torch.full((2, 2, 8, 8), 3.0)).isfinite()
 
 
 def test_an_image_beyond_memory_is_refused_at_once(model, monkeypatch):
