@@ -82,7 +82,7 @@ def read_images(
     with _open(Path(path)) as source:
         labels, classes = _labels(source)
         if channels is None:
-            channels = 3 if any(_is_colour(source, name) for name in source.names) else 1
+            channels = _channels(source)
         decoder = _Decoder(source, channels, size)
         if cache is None:
             check_fits(f"{len(source.names):,} images of {path}", decoder.bytes, torch.device("cpu"))
@@ -91,6 +91,12 @@ def read_images(
         else:
             images = _cached(source, decoder, Path(cache), progress)
     return ImageSet(torch.from_numpy(images), labels, classes, str(path))
+
+
+def channels_of(path: str | os.PathLike) -> int:
+    """1 if all images of a folder or zip are grey, otherwise 3; ValueError as from `read_images`."""
+    with _open(Path(path)) as source:
+        return _channels(source)
 
 
 class _Files:
@@ -283,6 +289,10 @@ def _image(source: _Files, name: str) -> Image.Image:
 def _undecodable(source: _Files, name: str, error: Exception) -> ValueError:
     reason = "no image" if isinstance(error, PIL.UnidentifiedImageError) else error
     return ValueError(f"{source.path}/{name} cannot be decoded: {reason}".replace("\n", " "))
+
+
+def _channels(source: _Files) -> int:
+    return 3 if any(_is_colour(source, name) for name in source.names) else 1
 
 
 def _is_colour(source: _Files, name: str) -> bool:

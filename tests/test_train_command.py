@@ -11,7 +11,7 @@ from test_train import DATA, RECIPE, torchvision_works
 
 import diffusion
 from diffusion.cli import main
-from diffusion.commands import train
+from diffusion.commands import train, training_data
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def test_images_of_any_size_are_scaled_where_asked(words, tmp_path, capsys):
     assert "images of one size are needed" in fails(words, capsys)
     main([*words, "--resize"])
     assert diffusion.load(tmp_path / "run").num_classes == 3
-    assert "labels of the images" in fails([*words, "--resize", "--set", "unet.num_classes=2"], capsys)
+    told = fails([*words, "--resize", "--set", "unet.num_classes=2"], capsys)
+    assert "has 3 classes (a, b, c), but unet.num_classes is 2 in --set" in told
 
 
 def test_resize_makes_squares(words, capsys):
@@ -67,11 +68,11 @@ def test_validation_data_take_the_place_of_the_test_split(words, folder, tmp_pat
 
 
 def test_validation_images_are_of_every_class(words, folder, monkeypatch):
-    monkeypatch.setattr(train, "VALIDATION_IMAGES", 6)
+    monkeypatch.setattr(training_data, "VALIDATION_IMAGES", 6)
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     args = parser.parse_args([*words[1:], "--resize", "--validation-data", str(folder)])
-    images, labels = train.load_data(args, train.choose_recipe(args))[1]
+    images, labels = training_data.load_data(args, train.choose_recipe(args)).validation
     assert images.shape == (6, 1, 8, 8)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -95,9 +96,13 @@ def test_changes_are_for_resuming(words, tmp_path, capsys):
     assert diffusion.load(tmp_path / "run").metadata["training"]["step"] == 3
 
 
-def test_a_network_that_does_not_fit_into_memory(words, tmp_path, capsys):
-    huge = [*words, "--resize", "--set", "unet.channels=10000000"]
-    assert "the memory of cpu is not enough; try --micro-batch" in fails(huge, capsys)
+def test_a_network_that_does_not_fit_into_memory(words, tmp_path, capsys, monkeypatch):
+    def too_large(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes.")
+
+    monkeypatch.setattr("diffusion.trainer.UNet", too_large)
+    told = fails([*words, "--resize"], capsys)
+    assert "the memory of cpu is not enough; try --micro-batch" in told
     assert not (tmp_path / "run").exists()
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from ..data import DATASETS, ImageSet, load_dataset
+from ..data import DATASETS
 from ..ddpm import load
 from ..devices import check_dtype
 from ..fine_tuning import recipe_for
@@ -18,13 +18,12 @@ from ..ranks import current
 from ..recipe import RECIPES, Recipe, changed, load_recipe
 from ..train import train
 from ..trainer import Trainer
-from ..unet_config import UNetConfig
 from ..validation import whole_number
 from .sample import choose_device
+from .training_data import load_data
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}
-VALIDATION_IMAGES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +115,9 @@ def run(args: argparse.Namespace) -> None:
     ranks = current()
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
-    data, validation = load_data(args, recipe)
+    recipe, data, validation, found = load_data(args, recipe)
+    if ranks.rank == 0:
+        print(found, flush=True)
     with process_group(ranks, device), _what_to_do(device):
         trainer = Trainer(
             recipe,
@@ -184,40 +185,6 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
     if args.unconditional:
         recipe = replace(recipe, unet=recipe.unet | {"num_classes": None})
     return recipe
-
-
-def load_data(
-    args: argparse.Namespace, recipe: Recipe
-) -> tuple[ImageSet, tuple[torch.Tensor, torch.Tensor | None] | None]:
-    """Images to train on, and those of the validation loss if there are any."""
-    config = UNetConfig.from_dict(recipe.unet)
-    conditional = config.num_classes is not None
-    options = {"channels": config.in_channels, "cache": args.cache}
-    named = {"data_dir": args.data_dir, "download": args.download} if args.data in DATASETS else {}
-    for name in ("cache", "resize") if named else ("data_dir", "download"):
-        if getattr(args, name):
-            kind = "a folder or zip of images" if named else f"the data sets {', '.join(DATASETS)}"
-            raise ValueError(f"--{name.replace('_', '-')} is for {kind}, and --data is {args.data}")
-    if args.resize:
-        height, width = config.image_shape
-        if height != width:
-            raise ValueError(f"--resize makes square images, and the model's are {height} x {width}")
-        options["size"] = height
-    data = load_dataset(args.data, split="train", **options, **named)
-    validation = None
-    if args.validation_data:
-        validation = load_dataset(args.validation_data, **options)
-    elif named:
-        validation = load_dataset(args.data, split="test", **options, **named)
-    if not conditional:
-        data = data._replace(labels=None)
-    if validation is None:
-        return data, None
-    count = min(VALIDATION_IMAGES, len(validation.images))
-    # Of every class: they are often in order.
-    chosen = torch.arange(count, device="cpu") * len(validation.images) // count
-    labels = validation.labels[chosen] if conditional and validation.labels is not None else None
-    return data, (validation.images[chosen], labels)
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
