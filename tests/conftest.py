@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusion.kernels import _native
+from native import TESTED
 
 from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
 
@@ -42,9 +43,9 @@ def make_model(
     return DDPM(unet, schedule, prediction_type=prediction_type, **options).eval()
 
 
-@pytest.fixture(params=_native.simd_variants())
+@pytest.fixture(params=TESTED)
 def simd(request):
-    """Each instruction set of this processor, in use."""
+    """Each instruction set that is tested, in use."""
     _native.use_simd(request.param)
     yield request.param
     _native.use_simd("best")
