@@ -13,6 +13,7 @@ from .importers import diffusers
 from .reading import (
     WEIGHT_DTYPES,
     WrongDigest,
+    check_architecture,
     check_finite,
     check_weights,
     load_weights,
@@ -22,6 +23,7 @@ from .reading import (
     stored_digest,
 )
 from .schedule import NoiseSchedule
+from .structure import configured
 from .unet import UNet, UNetConfig
 
 FORMAT = "fused-diffusion"
@@ -52,7 +54,8 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     config: what to put beside the UNet's own configuration. dtype: that of the stored weights, one of
     reading.WEIGHT_DTYPES. config.json gets the SHA-256 of the weights' file, so that a pair of which only
     one was replaced is no model. ValueError if the folder cannot be written, or the weights could not be
-    loaded again: they are of another dtype, or not finite in this one.
+    loaded again: they are of another architecture than the configuration, of another dtype, or not finite in
+    this one.
     """
     if dtype not in (None, *WEIGHT_DTYPES):
         known = ", ".join(map(str, WEIGHT_DTYPES))
@@ -60,10 +63,16 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
+    unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
     weights = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in unet.state_dict().items()
     }
+    check_architecture(configured(unet.config), weights, f"cannot write {folder}: the UNet")
+    first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(weights.items())}
+    for name, tensor in weights.items():
+        if first[tensor.untyped_storage().data_ptr()] != name:
+            weights[name] = tensor.clone()  # tied weights are stored for each of their names
     check_weights(weights, f"cannot write {folder}")
     check_finite(weights, f"cannot write {folder}")
     about = {"format": FORMAT, "format_version": FORMAT_VERSION}

@@ -193,7 +193,8 @@ class DDPM(nn.Module):
         tier: "exact" computes in the model's own dtype, "fast" in bfloat16 where the device multiplies in it;
             README.md says what that does to the images. dtype: of the UNet, "float32", "bfloat16" or
             "float16", instead of the tier's; the latent is float32 always.
-        progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch.
+        progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch;
+            what it alters of the network may count from the next call on only.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
         dynamic_threshold: quantile in [0, 1] that predicted images are held to instead of clip, such as 0.995
             (Saharia et al. 2022, arXiv 2205.11487); dynamic_threshold_max: its upper bound, at least 1.
@@ -288,8 +289,9 @@ class DDPM(nn.Module):
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
 
         dtype: that of the stored weights, float32, bfloat16, float16 or float64; by default the model's own.
-        metadata: JSON values for config.json. ValueError if the folder cannot be written, or if a weight is
-        not finite in this dtype.
+        metadata: JSON values for config.json. Hooks and other code are not stored. ValueError if the folder
+        cannot be written, if the weights are not those of the UNet's configuration, or if one is not finite
+        in this dtype.
         """
         config = {
             "schedule": self.schedule.to_config(),

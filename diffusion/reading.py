@@ -160,11 +160,10 @@ def check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> N
             raise ValueError(f"{path}: {name} holds {kind} {dtype}")
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Puts `weights` into a module in float32; ValueError if they do not fit it or are not finite.
-
-    Counters, which are integers in the module, must be of its dtype.
-    """
+def check_architecture(
+    module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike
+) -> None:
+    """ValueError unless the weights have the names and shapes of the module's."""
     expected = module.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -178,6 +177,15 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
                 f"{path} is of another architecture than its configuration: {key} is "
                 f"{list(tensor.shape)}, not {list(expected[key].shape)}"
             )
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Puts `weights` into a module in float32; ValueError if they do not fit it or are not finite.
+
+    Counters, which are integers in the module, must be of its dtype.
+    """
+    check_architecture(module, weights, path)
+    expected = module.state_dict()
     check_weights({key: t for key, t in weights.items() if t.dtype != expected[key].dtype}, path)
     check_finite(weights, path)
     loaded = {

@@ -51,15 +51,15 @@ def altered(unet: nn.Module) -> str | None:
     """What makes a network another one than `UNet(unet.config)` is, weights aside; None if nothing does."""
     reason = _altered_everywhere()
     if reason is None and type(unet) is not UNet:
-        reason = f"it is {_called(unet)}, not this package's UNet"
-    return reason or _difference("", unet, _built(unet.config))
+        reason = f"it is {_called(unet)}, not UNet of {__package__}"
+    return reason or _difference("", unet, configured(unet.config))
 
 
 def missing(unet: nn.Module) -> str | None:
     """The name of a module that is None and that the network cannot do without, or None."""
     if not isinstance(unet, UNet):
         return None
-    for name, built in _built(unet.config).named_modules():
+    for name, built in configured(unet.config).named_modules():
         *path, last = name.split(".")
         parent = functools.reduce(lambda module, key: getattr(module, key, None), path, unet)
         gone = isinstance(parent, nn.Module) and getattr(parent, last, built) is None
@@ -76,6 +76,8 @@ def _altered_everywhere() -> str | None:
     """What concerns all modules of the process."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "a forward hook is registered for all modules"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active, which sees only the modules' operators"
     for cls, name, method in _METHODS:
         if getattr(cls, name, None) is not method:
             return f"{cls.__name__}.{name} was replaced"
@@ -83,7 +85,8 @@ def _altered_everywhere() -> str | None:
 
 
 @functools.lru_cache(8)
-def _built(config: UNetConfig) -> UNet:
+def configured(config: UNetConfig) -> UNet:
+    """A UNet without values, as its configuration builds it."""
     with torch.inference_mode(False), torch.device("meta"):
         return UNet(config)
 
@@ -105,11 +108,14 @@ def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | 
 
 
 def _called(module: nn.Module | None) -> str:
-    """What a module is; the package's own are named with it, as torch.nn has a Conv2d, too."""
+    """What a module is, with the package that it is from: torch.nn has a Conv2d, too."""
     if module is None:
         return "None"
     cls = type(module)
-    return f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
+    if cls.__module__.startswith("torch.nn.modules."):
+        return f"torch.nn.{cls.__name__}"
+    package = cls.__module__.partition(".")[0]
+    return f"{cls.__name__} of {cls.__module__ if package == 'torch' else package}"
 
 
 def _different_attribute(prefix: str, own: dict, expected: dict, cls: type) -> str | None:

@@ -245,8 +245,8 @@ def test_what_others_changed_is_not_passed_over():
         torch.testing.assert_close(found, unet(x, t), rtol=1e-4, atol=1e-4)
         assert (found - expected).abs().max() > 0.1
     assert "mid has a forward hook" in unsupported(unet, torch.float32)
-    assert "it is test_prepared's Halved" in unsupported(halved, torch.float32)
-    assert "output_conv is torch's ParametrizedConv2d" in unsupported(
+    assert "it is Halved of test_prepared, not UNet of diffusion" in unsupported(halved, torch.float32)
+    assert "output_conv is ParametrizedConv2d of torch." in unsupported(
         wrapped(randomized(TINY)), torch.float32
     )
 
