@@ -9,7 +9,7 @@ import torch
 
 from .data import load_dataset
 from .folders import ImageSet
-from .reading import open_regular, read_json
+from .reading import is_folder, open_regular, read_json
 from .validation import whole_numbers
 
 MOST_BYTES = 2**36  # of one array
@@ -33,7 +33,7 @@ def load_images(
     `shards.sample_shards` has not finished.
     """
     path = Path(source)
-    shards = sorted(path.glob("shard-*.npz")) if path.is_dir() else []
+    shards = sorted(path.glob("shard-*.npz")) if is_folder(path) else []
     if shards:
         found = _joined([_read(shard) for shard in shards], path)
         _check_finished(path, len(found.images))

@@ -16,6 +16,7 @@ from .reading import (
     check_architecture,
     check_finite,
     check_weights,
+    is_folder,
     load_weights,
     read_json,
     read_safetensors,
@@ -61,7 +62,7 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
         known = ", ".join(map(str, WEIGHT_DTYPES))
         raise ValueError(f"weights cannot be stored in dtype {dtype}; choose from: {known}")
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
     weights = {
@@ -132,7 +133,7 @@ def _locate(name: str) -> Path:
     if name in bundled_models():
         return BUNDLED / name
     folder = Path(name)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     if folder.exists():
         raise ValueError(f"{name} is a file; a model is a folder with config.json and model.safetensors")

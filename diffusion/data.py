@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .folders import ImageSet, read_images
+from .reading import is_folder
 from .validation import choice
 
 DATASETS = ("mnist", "cifar10")
@@ -93,9 +94,10 @@ def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str,
             'pip install "fused-diffusion[train]"'
         ) from error
     folder = Path(data_dir) / files
+    there = is_folder(folder)
     try:
         return getattr(datasets, name)(root=str(data_dir), train=split == "train", download=download)
     except Exception as error:
         missing = f"there is no {folder}; give the folder above {files}, or download it"
-        reason = error if folder.is_dir() or download else missing
+        reason = (str(error) or type(error).__name__) if there or download else missing
         raise ValueError(f"cannot read {name} in {data_dir}: {reason}".replace("\n", " ")) from error

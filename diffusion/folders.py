@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .files import remove_leftovers, replacing
 from .memory import check_fits
-from .reading import name_of, open_regular, read_bytes
+from .reading import is_folder, name_of, open_regular, read_bytes
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
 MOST_BYTES = 2**28  # of one file
@@ -200,7 +200,7 @@ def _stamp(path: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[_Files]:
-    if path.is_dir():
+    if is_folder(path):
         yield _Folder(path)
         return
     if not os.path.lexists(path):

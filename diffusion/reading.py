@@ -30,6 +30,16 @@ _KINDS = {
 }
 
 
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether there is a folder of this name; ValueError if that cannot be told, as for a name too long."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise ValueError(f"cannot read {path}: {_reason(error)}".replace("\0", "\\0")) from error
+
+
 @contextlib.contextmanager
 def open_regular(path: str | os.PathLike, most_bytes: float | None = None) -> Iterator[BinaryIO]:
     """A regular file, or one that a link leads to, open for reading; never waits for a pipe or a device.

@@ -82,9 +82,9 @@ def _begin(
             )
     if resume:
         load_state(trainer, state, accept_changes)
-    elif state.exists():
+    elif os.path.exists(state):
         raise ValueError(f"{out} holds a run already; resume it, or choose another folder")
-    elif any((out / name).exists() for name in MODEL_FILES):
+    elif any(os.path.exists(out / name) for name in MODEL_FILES):
         raise ValueError(f"{out} holds a model, which training would replace; choose another folder")
 
 

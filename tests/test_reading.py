@@ -1,6 +1,7 @@
 """Files that users name are read, or refused in one line that names them; nothing waits for a pipe."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -114,6 +115,38 @@ def test_what_cannot_be_opened(name, said, tmp_path):
     for read in (reading.read_bytes, reading.read_json, reading.read_safetensors, reading.read_torch):
         with pytest.raises(ValueError, match=said):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        diffusion.load,
+        read_images,
+        load_images,
+        load_classifier,
+        lambda path: load_images(f"{path}.npz"),
+        lambda path: load_recipe(f"{path}.json"),
+        lambda path: guided_diffusion.load(f"{path}.pt"),
+        lambda path: make_model().save(path),
+        lambda path: make_model().save(path / "new"),
+    ],
+)
+def test_names_of_which_the_system_tells_nothing(read, tmp_path, monkeypatch):
+    """Too long, going round in links, and in a folder that may not be entered."""
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    stat, opened = os.stat, os.open
+    for refuse, function in (("stat", stat), ("open", opened)):
+
+        def denied(path, *arguments, function=function, **options):
+            if "closed/" in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return function(path, *arguments, **options)
+
+        monkeypatch.setattr(os, refuse, denied)
+    for name in ("n" * 300, "n" * 5000, "round", "closed/a"):
+        with pytest.raises(ValueError, match=r"nnn|round|closed") as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 def test_bytes_are_those_of_the_file_and_bounded(tmp_path):

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
 def is_folder(out: str) -> bool:
     """Whether images go into a folder of this name: it is one, ends as one, or has no suffix."""
-    return out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix
+    return out.endswith(("/", os.sep)) or os.path.isdir(out) or not Path(out).suffix
 
 
 def default_device() -> str:

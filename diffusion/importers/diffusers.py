@@ -67,7 +67,7 @@ _VARIANCES = {
 def is_diffusers(folder: str | os.PathLike) -> bool:
     """Whether the folder looks like one of diffusers: a pipeline, or a model alone."""
     folder = Path(folder)
-    if (folder / "model_index.json").is_file():
+    if os.path.isfile(folder / "model_index.json"):
         return True
     try:
         return "_class_name" in read_json(folder / "config.json")
@@ -85,7 +85,7 @@ def load(folder: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict[str, Any]
     """
     folder = Path(folder)
     path = _part(folder, "scheduler") / "scheduler_config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"{path} is missing; without it the noise schedule is unknown")
     schedule, conventions = _located(path, read_scheduler, read_json(path))
     unet = load_unet(_part(folder, "unet"))
@@ -105,7 +105,7 @@ def load_unet(folder: str | os.PathLike) -> UNet:
     folder = Path(folder)
     path = folder / "config.json"
     config = _located(path, unet_config, read_json(path))
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    weights = next((folder / name for name in WEIGHTS if os.path.lexists(folder / name)), None)
     if weights is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
     tensors = read_torch(weights) if weights.suffix == ".bin" else read_safetensors(weights)
@@ -116,7 +116,7 @@ def load_unet(folder: str | os.PathLike) -> UNet:
 
 
 def _part(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_dir() else folder
+    return folder / name if os.path.isdir(folder / name) else folder
 
 
 def _located(path: Path, function, *args):
