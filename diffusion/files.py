@@ -48,8 +48,10 @@ def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None
 
     No other may be writing.
     """
-    prefix = ".*" if name is None else f".{glob.escape(name)}.*"
-    for path in Path(folder).glob(f"{prefix}{LEFTOVER}.*"):
+    patterns = [f".{'*' if name is None else f'{glob.escape(name)}.*'}{LEFTOVER}.*"]
+    if name is None:
+        patterns.append(".tmp" + 6 * "[0-9A-Za-z]")  # as safetensors 0.8 writes first
+    for path in (path for pattern in patterns for path in Path(folder).glob(pattern)):
         with contextlib.suppress(OSError):
             path.unlink()
 

@@ -100,7 +100,8 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
     left.minorticks_off()
     right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
     left.legend()
-    figure.suptitle(f"{result['card']['distance']}; {result['card']['number of samples']} samples a point")
+    title = f"{result['card']['distance']}; {result['card']['number of samples']} samples a point"
+    figure.suptitle(title.encode(errors="backslashreplace").decode())  # a folder's name may be no UTF-8
     with replacing(path, path.with_suffix(".png")) as (as_json, as_png):
         as_json.write_text(json.dumps(result, indent=1) + "\n")
         figure.savefig(as_png, format="png", dpi=100)

@@ -1,13 +1,16 @@
 """Checks before writing: what they refuse, and that they disturb nobody."""
 
 import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 
-from diffusion.files import check_writable, replacing
+from diffusion.files import check_writable, remove_leftovers, replacing
 
 
 def test_processes_that_begin_together_do_not_remove_each_others_folders(tmp_path):
@@ -89,6 +92,31 @@ def test_files_and_their_folders_are_synced(tmp_path, monkeypatch):
     files = [target.stat().st_ino for target in targets]
     assert done[:4] == [(what, file) for what in ("sync", "rename") for file in files]
     assert {entry for entry in done[4:]} == {("sync", target.parent.stat().st_ino) for target in targets}
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    """Ours, and that of safetensors, killed while it writes in a process of its own; nothing else."""
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "save_file({'a': torch.zeros(2**28, dtype=torch.uint8)}, sys.argv[1])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.safetensors")])
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()
+    (tmp_path / "a.safetensors").unlink(missing_ok=True)  # that is where other releases write
+    kept = (".tmp", ".tmpx", ".tmp1234567", ".tmp12345.x", "tmp123456", "state.safetensors")
+    for name in (*kept, ".a.x1.partial.png", ".b.x2.partial.png"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path, "a")
+    assert not (tmp_path / ".a.x1.partial.png").exists()
+    assert (tmp_path / ".b.x2.partial.png").exists()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
 @pytest.mark.parametrize(

@@ -402,6 +402,9 @@ def test_the_curve_has_every_point(tmp_path):
     assert json.loads((tmp_path / "curve.json").read_text()) == result
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.size == (1000, 400)
+    result["card"]["distance"] += os.fsdecode(b" in c\xe9")  # the name of a classifier's folder
+    save_sweep(result, tmp_path / "other.json")
+    assert json.loads((tmp_path / "other.json").read_text()) == result
 
 
 def test_bits_per_dimension_by_the_command(tmp_path, capsys):
