@@ -9,7 +9,7 @@ import torch
 from ..cli import Parser, take_any_name
 from ..data import DATASETS, load_dataset
 from ..files import check_writable
-from .network import ClassifierConfig
+from .network import ARCHITECTURES, ClassifierConfig
 from .reference import draw_samples, measure_reference
 from .storage import save_classifier, stored
 from .training import train_classifier
@@ -24,8 +24,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--test-data", help="the other images of a folder or zip, which the classifier does not see")
     add("--data-dir", help="torchvision's folder of mnist or cifar10, such as that of MNIST/raw")
     add("--out", required=True, help="folder to write, as diffusion/weights/mnist-classifier")
-    add("--epochs", type=int, default=18, help="passes over the training images (default: 18)")
-    add("--width", type=int, help="channels of the first layers (default: 16 for gray images, 48 for colour)")
+    add(
+        "--architecture",
+        help=f"{' or '.join(ARCHITECTURES)} (default: plain for gray images, residual for colour)",
+    )
+    add("--epochs", type=int, help="passes over the training images (default: 18 of plain, 10 of residual)")
+    add("--width", type=int, help="channels of the first layers (default: 16, or 48 of plain in colour)")
+    add("--features", type=int, help="(default: 64 of plain, 128 of it in colour, 256 of residual)")
     add("--sample-size", type=int, default=1000, help="images whose distance is measured (default: 1000)")
     options = parser.parse_args(arguments)
     try:
@@ -35,13 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
         if height != width:
             raise ValueError(f"the classifier takes square images, not {height} x {width}")
         classes = int(train.labels.max()) + 1
-        config = ClassifierConfig(
-            channels=channels,
-            size=height,
-            classes=classes,
-            width=(16 if channels == 1 else 48) if options.width is None else options.width,
-            features=64 if channels == 1 else 128,
-        )
+        config = _config(options, channels, height, classes)
+        if options.epochs is None:
+            options.epochs = 18 if config.architecture == "plain" else 10
         draw_samples(test, classes, options.sample_size)  # fails now, not after the training
         start = time.monotonic()
         classifier = train_classifier(
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         training = {
             "command": "python -m diffusion.classifier",
+            "parameters": config.num_parameters,
             "data": f"{train.name}: {len(train.images):,} training images",
             "epochs": options.epochs,
             "seconds": round(time.monotonic() - start),
@@ -66,6 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(f"{options.out}: {reference.test_accuracy:.2%} of the test images ({reference.source})")
+
+
+def _config(options: argparse.Namespace, channels: int, size: int, classes: int) -> ClassifierConfig:
+    """Of the options; what they leave open suits gray digits and small photographs."""
+    gray = channels == 1
+    architecture = options.architecture or ("plain" if gray else "residual")
+    plain = architecture == "plain"
+    width = options.width if options.width is not None else 48 if plain and not gray else 16
+    features = options.features if options.features is not None else (64 if gray else 128) if plain else 256
+    return ClassifierConfig(channels, size, classes, width, features, architecture)
 
 
 def _load(options: argparse.Namespace):

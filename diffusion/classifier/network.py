@@ -1,6 +1,6 @@
-"""The network of the classifier."""
+"""The networks of the classifier."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,16 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import to_float
-from ..validation import whole_number
+from ..kernels import conv2d
+from ..validation import choice, refuse, whole_number
 
-MOST_PARAMETERS = 2**28  # 1 GiB in float32; the bundled classifiers have less than a million
+ARCHITECTURES = ("plain", "residual")
+MOST_PARAMETERS = 2**28  # 1 GiB in float32; the classifiers that are shipped have about a million
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
     """Square images of `channels` channels and `size` pixels a side, at least 12, of `classes` classes.
 
-    width: channels of the first convolutions. features: of the penultimate layer. The defaults are those of
+    width: channels of the first convolutions. features: of the penultimate layer. architecture: "plain" or
+    "residual", see `Classifier`; a residual network's features are a multiple of 4. The defaults are those of
     the digit classifier that comes with the package.
     """
 
@@ -26,12 +29,16 @@ class ClassifierConfig:
     classes: int = 10
     width: int = 16
     features: int = 64
+    architecture: str = "plain"
 
     def __post_init__(self) -> None:
+        choice("architecture", self.architecture, ARCHITECTURES)
         least = {"channels": 1, "size": 12, "classes": 2, "width": 1, "features": 1}
-        for name, value in asdict(self).items():
-            value = whole_number(f"a classifier's {name}", value, least[name], 65536)
+        for name in least:
+            value = whole_number(f"a classifier's {name}", getattr(self, name), least[name], 65536)
             object.__setattr__(self, name, value)
+        if self.architecture == "residual" and self.features % 4:
+            refuse("a residual classifier's features", "a multiple of 4", self.features)
         if self.num_parameters > MOST_PARAMETERS:
             raise ValueError(
                 f"such a classifier has {self.num_parameters:,} parameters, more than {MOST_PARAMETERS:,}"
@@ -39,20 +46,36 @@ class ClassifierConfig:
 
     @property
     def num_hidden(self) -> int:
-        """Numbers of an image that the layer of features sees."""
+        """Numbers of an image that the layer of features of a plain network sees."""
         return 4 * self.width * ((self.size - 4) // 4) ** 2
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Channels of the stages of a residual network."""
+        return self.features // 4, self.features // 2, self.features
 
     @property
     def num_parameters(self) -> int:
         """How many numbers the weights of such a classifier are, without building it."""
         width = self.width
-        convolutions = 9 * width * (self.channels + 15 * width) + 20 * width
-        hidden = (self.num_hidden + 1) * self.features
+        if self.architecture == "plain":
+            convolutions = 9 * width * (self.channels + 15 * width) + 20 * width
+            hidden = (self.num_hidden + 1) * self.features
+        else:
+            hidden, convolutions, channels = 0, (9 * self.channels + 2) * width, width
+            for stage in self.stages:
+                convolutions += 9 * stage * (channels + stage) + 4 * stage
+                channels = stage
         return convolutions + hidden + (self.features + 1) * self.classes
 
 
 class Classifier(nn.Module):
-    """Convolutional network: five 3x3 convolutions, a layer of features, logits.
+    """Convolutional network with a penultimate layer of features, which are not negative, and logits.
+
+    plain: five 3x3 convolutions and a linear layer, which suit digits. residual: a 3x3 convolution and three
+    stages, each of a 3x3 convolution with stride 2 and a residual block; the features are the means over
+    the pixels of the last stage. Each convolution is followed by batch normalisation (Ioffe and Szegedy 2015)
+    and ReLU.
 
     `folder` is where `load_classifier` found its weights.
     """
@@ -60,18 +83,12 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ClassifierConfig()
-        width = config.width
-        self.convolutions = nn.Sequential(
-            *_block(config.channels, width, padding=0),
-            *_block(width, width, padding=0),
-            nn.MaxPool2d(2),
-            *_block(width, 2 * width, padding=1),
-            *_block(2 * width, 2 * width, padding=1),
-            nn.MaxPool2d(2),
-            *_block(2 * width, 4 * width, padding=1),
-        )
-        self.hidden = nn.Linear(config.num_hidden, config.features)
-        self.dropout = nn.Dropout(0.3)
+        if config.architecture == "plain":
+            self.convolutions, self.hidden = _plain(config)
+            self.dropout = nn.Dropout(0.3)
+        else:
+            self.convolutions, self.hidden = _residual(config), nn.Identity()
+            self.dropout = nn.Dropout(0.0)
         self.output = nn.Linear(config.features, config.classes)
         self.folder: Path | None = None
 
@@ -97,8 +114,49 @@ class Classifier(nn.Module):
         return self.output(self.dropout(self.features(x)))
 
 
-def _block(in_channels: int, out_channels: int, padding: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=padding, bias=False)
+def _plain(config: ClassifierConfig) -> tuple[nn.Sequential, nn.Linear]:
+    width = config.width
+    convolutions = nn.Sequential(
+        *_block(config.channels, width, padding=0),
+        *_block(width, width, padding=0),
+        nn.MaxPool2d(2),
+        *_block(width, 2 * width, padding=1),
+        *_block(2 * width, 2 * width, padding=1),
+        nn.MaxPool2d(2),
+        *_block(2 * width, 4 * width, padding=1),
+    )
+    return convolutions, nn.Linear(config.num_hidden, config.features)
+
+
+def _residual(config: ClassifierConfig) -> nn.Sequential:
+    layers = _block(config.channels, config.width, padding=1)
+    channels = config.width
+    for out_channels in config.stages:
+        layers += [*_block(channels, out_channels, padding=1, stride=2), _Residual(out_channels)]
+        channels = out_channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+
+
+class _Residual(nn.Module):
+    """x + relu(norm(convolution(x)))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*_block(channels, channels, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+class _Convolution(nn.Conv2d):
+    """By `kernels.conv2d`, whose gradient of the weight is faster than PyTorch's on processors with AMX."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=self.padding[0])
+
+
+def _block(in_channels: int, out_channels: int, padding: int, stride: int = 1) -> list[nn.Module]:
+    convolution = _Convolution(in_channels, out_channels, 3, stride, padding, bias=False)
     return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 

@@ -1,11 +1,17 @@
 """Training of the classifier."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
+from ..devices import multiplies_bfloat16
 from ..validation import number, whole_number
 from .network import Classifier, ClassifierConfig
+
+MUON_RATE = 0.05  # the length of a step of each row of a kernel, at its largest
 
 
 def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
@@ -33,6 +39,22 @@ def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
     return F.grid_sample(images.float() / 255, grid, align_corners=False) * 2 - 1
 
 
+def crop(images: torch.Tensor, shift: int = 2) -> torch.Tensor:
+    """Images uint8 [N, C, H, W], moved by up to `shift` pixels, half of them mirrored, as float32 in [-1, 1].
+
+    The pixels that move in are those beside the edge, reflected. From PyTorch's global generator.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images.float() / 127.5 - 1, (shift, shift, shift, shift), mode="reflect")
+    place = {"device": images.device}
+    down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), **place)
+    rows, columns = down + torch.arange(height, **place), right + torch.arange(width, **place)
+    columns = torch.where(torch.rand(count, 1, **place) < 0.5, columns.flip(1), columns)
+    # The result of indices on both sides of a slice begins with what they choose: [N, H, W, C].
+    chosen = padded[torch.arange(count, **place)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return chosen.permute(0, 3, 1, 2)
+
+
 def train_classifier(
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -40,17 +62,24 @@ def train_classifier(
     config: ClassifierConfig | None = None,
     flip: bool = False,
     epochs: int = 18,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     lr: float = 4e-3,
     seed: int = 0,
     progress: bool = False,
 ) -> Classifier:
     """A classifier trained on images uint8 [N, C, H, W] with labels int64 [N], ready for inference.
 
-    AdamW under a one-cycle schedule (Smith and Topin 2017) that ends at zero, label smoothing 0.05. On one
-    machine with one number of threads the same seed gives the same weights. ValueError if there are fewer
-    images than one batch.
+    A one-cycle schedule (Smith and Topin 2017) that ends at zero, label smoothing 0.05. plain: AdamW, on
+    images that `augment` changes (flip: and mirrors). residual: the kernels of convolutions by Muon (Jordan
+    et al. 2024), all else by AdamW, on images that `crop` changes, which mirrors too; computed in bfloat16
+    where the processor multiplies it. batch_size: unless given 250, or 125 of residual. On one machine with
+    one number of threads the same seed gives the same weights. ValueError if there are fewer images than one
+    batch.
     """
+    config = config or ClassifierConfig()
+    residual = config.architecture == "residual"
+    if batch_size is None:
+        batch_size = 125 if residual else 250
     batch_size, epochs = (
         whole_number("batch_size", batch_size, 1, 2**20),
         whole_number("epochs", epochs, 1, 10**6),
@@ -62,22 +91,55 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("cpu"):
-            classifier = Classifier(config).to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=epochs * steps, pct_start=0.2, final_div_factor=1e4
-        )
+            classifier = Classifier(config).train()
+        if not residual:
+            classifier.to(memory_format=torch.channels_last)
+        optimizers = _muon_and_adamw(classifier, lr) if residual else [_adamw(classifier.parameters(), lr)]
+        schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer,
+                optimizer.defaults["lr"],
+                total_steps=epochs * steps,
+                pct_start=0.2,
+                final_div_factor=1e4,
+            )
+            for optimizer in optimizers
+        ]
+        half = residual and multiplies_bfloat16(torch.device("cpu"))
         bar = tqdm(total=epochs * steps * batch_size, unit="img", disable=not progress)
         for _ in range(epochs):
             order = torch.randperm(len(images), device="cpu")[: steps * batch_size]
             for batch in order.view(steps, batch_size):
-                logits = classifier(augment(images[batch], flip))
+                x = crop(images[batch]) if residual else augment(images[batch], flip)
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    logits = classifier(x).float()
                 loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
-                optimizer.zero_grad(set_to_none=True)
+                classifier.zero_grad(set_to_none=True)
                 loss.backward()
-                optimizer.step()
-                schedule.step()
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
                 bar.update(batch_size)
             bar.set_postfix(loss=f"{loss.item():.3f}")
         bar.close()
     return classifier.eval().requires_grad_(False)
+
+
+def _adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02)
+
+
+def _muon_and_adamw(classifier: Classifier, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the kernels of all convolutions but the first, as matrices [outputs, inputs * 9]; AdamW."""
+    kernels = [module.weight for module in classifier.modules() if isinstance(module, nn.Conv2d)][1:]
+    moved = {id(kernel) for kernel in kernels}
+    others = [parameter for parameter in classifier.parameters() if id(parameter) not in moved]
+    matrices = [kernel.detach().flatten(1).requires_grad_() for kernel in kernels]  # views
+    muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01)
+
+    def take_gradients(*_) -> None:
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            matrix.grad = kernel.grad.flatten(1)
+
+    muon.register_step_pre_hook(take_gradients)
+    return [muon, _adamw(others, lr)]
