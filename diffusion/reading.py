@@ -252,9 +252,9 @@ def add_tensors(digest: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> No
 
 
 def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(2**18))  # which stays in a processor's cache
+    while size := file.readinto(chunk):
+        digest.update(chunk[:size])
     return digest.hexdigest()
 
 
