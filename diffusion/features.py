@@ -12,7 +12,6 @@ from tqdm import tqdm
 from .classifier import Classifier, classify, load_classifier
 from .reading import load_weights, open_regular, read_torch, sha256
 
-BATCH = 64
 EFFICIENTNET_SIZE = 224  # pixels a side, of the images that EfficientNet-Lite0 was trained with
 
 
@@ -21,7 +20,7 @@ class Features:
     """name: of the network. sha256: of its weights' file. shape: [C, H, W] that it takes, or None for any.
 
     extract: images uint8 [B, C, H, W] to (features [B, F], logits [B, K]). input: how images are resized and
-    scaled before, where the network alone does not say it.
+    scaled before, where the network alone does not say it. batch: images that it is given at a time.
     """
 
     name: str
@@ -29,6 +28,7 @@ class Features:
     shape: tuple[int, int, int] | None
     extract: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     input: str | None = None
+    batch: int = 64
 
     @property
     def is_inception(self) -> bool:
@@ -41,7 +41,7 @@ class Features:
             raise ValueError(f"{self.name} takes images {list(self.shape)}, not {list(images.shape[1:])}")
         parts = []
         with tqdm(total=len(images), unit=" images", desc=self.name, disable=not progress) as bar:
-            for part in images.split(BATCH):
+            for part in images.split(self.batch):
                 parts.append(self.extract(part))
                 bar.update(len(part))
         features, logits = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -137,6 +137,7 @@ def _efficientnet() -> Features:
         extract,
         f"resized to {EFFICIENTNET_SIZE} x {EFFICIENTNET_SIZE}, bicubic as Pillow's (antialiased where it "
         "shrinks), then (x - 127) / 128",
+        batch=4,  # whose activations stay in a CPU's caches: twice as fast as 64
     )
 
 
