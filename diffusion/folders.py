@@ -22,6 +22,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from .files import remove_leftovers, replacing
+from .locks import locked
 from .memory import check_fits
 from .reading import is_folder, name_of, open_regular, read_bytes
 
@@ -384,7 +385,7 @@ def _cached(source: _Files, decoder: _Decoder, folder: Path, progress: bool) -> 
     path = folder / f"{source.path.resolve().stem}-{digest}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         return _mapped(path, decoder.shape)
-    with _alone(path):
+    with locked(path.with_suffix(".lock"), wait=True):
         with contextlib.suppress(OSError, ValueError, EOFError):  # made by the one that was waited for
             return _mapped(path, decoder.shape)
         remove_leftovers(folder, path.name)
@@ -414,23 +415,3 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if images.shape != shape or images.dtype != np.uint8 or not images.flags.c_contiguous:
         raise ValueError(f"{path} holds something else")
     return images
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; where the system has no such locks, each makes the file for itself."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
