@@ -135,6 +135,7 @@ def load_recipe(name: str | os.PathLike) -> Recipe:
 
 def recipe_from(values: dict) -> Recipe:
     """A recipe from its fields; ValueError for a field that there is not."""
+    typed("a recipe", values, dict)
     known_names("field of a recipe", values, [entry.name for entry in fields(Recipe)])
     return Recipe(**values)
 

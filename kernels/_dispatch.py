@@ -78,7 +78,7 @@ class Op:
         if backend == "auto":
             serving = self.serving(*args, **kwargs)
             return next(name for name in serving if self.backends[name].slower(*args, **kwargs) is None)
-        if backend not in self.backends:
+        if not isinstance(backend, str) or backend not in self.backends:
             raise ValueError(
                 f"{self.name} has no backend {backend!r}; choose from: auto, {', '.join(self.backends)}"
             )
