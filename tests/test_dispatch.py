@@ -39,6 +39,8 @@ def test_an_explicit_backend_runs_or_says_why_not():
         OP(3, backend="even")
     with pytest.raises(ValueError, match="toy has no backend 'odd'; choose from: auto, even, any"):
         OP(3, backend="odd")
+    with pytest.raises(ValueError, match=r"toy has no backend \[\]; choose from: auto, even, any"):
+        OP(3, backend=[])
 
 
 def test_validation_comes_before_the_choice():
