@@ -46,12 +46,14 @@ def crop(images: torch.Tensor, shift: int = 2) -> torch.Tensor:
     """
     count, _, height, width = images.shape
     padded = F.pad(images.float() / 127.5 - 1, (shift, shift, shift, shift), mode="reflect")
-    place = {"device": images.device}
-    down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), **place)
-    rows, columns = down + torch.arange(height, **place), right + torch.arange(width, **place)
-    columns = torch.where(torch.rand(count, 1, **place) < 0.5, columns.flip(1), columns)
+    device = images.device
+    down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), device=device)
+    rows, columns = down + torch.arange(height, device=device), right + torch.arange(width, device=device)
+    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
     # The result of indices on both sides of a slice begins with what they choose: [N, H, W, C].
-    chosen = padded[torch.arange(count, **place)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    chosen = padded[
+        torch.arange(count, device=device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
+    ]
     return chosen.permute(0, 3, 1, 2)
 
 
