@@ -16,11 +16,11 @@ def check_tensors(op: str, optional: dict[str, object] | None = None, **required
 
 
 def check_integer(name: str, value: object) -> None:
-    """TypeError unless it is an integer of Python, NumPy or a compiled graph; no float, no tensor."""
-    if isinstance(value, int):
+    """TypeError unless it is an integer of Python, NumPy or a compiled graph; no bool, float or tensor."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return
     try:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | bool):
             raise TypeError
         operator.index(value)
     except TypeError:
@@ -28,6 +28,8 @@ def check_integer(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """TypeError unless it is a real number; no tensor, no string."""
-    if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
+    """TypeError unless it is a real number; no tensor, bool or string. ValueError beyond floats."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
+        raise ValueError(f"{name} must be a number that a float can hold")
+    if isinstance(value, Tensor | bool) or not hasattr(type(value), "__float__"):
         raise TypeError(f"{name} must be a number, not {value!r}")

@@ -164,6 +164,9 @@ X = torch.zeros(2, 4, 3)
     ("call", "message"),
     [
         (lambda: group_norm_silu(X, 2.0), "num_groups must be an integer, not 2.0"),
+        (lambda: group_norm_silu(X, True), "num_groups must be an integer, not True"),
+        (lambda: attention(X[None], X[None], X[None], scale=True), "scale must be a number, not True"),
+        (lambda: philox_normal((2, 3), seed=True), "seed must be an integer, not True"),
         (lambda: group_norm_silu(X, None), "num_groups must be an integer, not None"),
         (lambda: group_norm_silu(X, 2, [1.0]), "weight must be a tensor or None, not list"),
         (lambda: group_norm_silu(X, 2, eps="a"), "eps must be a number, not 'a'"),
@@ -210,6 +213,8 @@ def test_arguments_of_another_type(call, message):
             "counter must be contiguous torch.int64, not strided torch.int64",
         ),
         (lambda: explain("attention", X, X, X), "one shape"),
+        (lambda: group_norm_silu(X, 2, eps=10**400), "eps must be a number that a float can hold"),
+        (lambda: attention(X[None], X[None], X[None], scale=10**400), "scale must be a number that a float"),
     ],
 )
 def test_values_that_no_backend_takes(call, message):
