@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -56,17 +56,18 @@ class _Plain(nn.Module):
         return (self.unet.denoise(x, self.unet.embed(t, class_labels), "reference"),)
 
 
-def make(name: str, size: int | None = None) -> Pair:
+def make(name: str, size: int | None = None, **changes: Any) -> Pair:
     """ "cifar10": DDPM's network with random weights, none of them zero; "mnist": the bundled model.
 
-    size: of cifar10's images, by default 32. diffusers has no network like the bundled one, so there the
-    peers run this package's module in plain PyTorch, with the bundled weights.
+    size: of cifar10's images, by default 32. changes: of cifar10's configuration, as diffusers names it.
+    diffusers has no network like the bundled one, so there the peers run this package's module in plain
+    PyTorch, with the bundled weights.
     """
     if name == "mnist":
         model = diffusion.load("mnist").requires_grad_(False)
         return Pair(name, model, _Plain(model.unet).eval(), _flops(_Plain(model.unet), model))
     torch.manual_seed(0)
-    theirs = diffusers.UNet2DModel(**CIFAR10 | ({} if size is None else {"sample_size": size}))
+    theirs = diffusers.UNet2DModel(**CIFAR10 | ({} if size is None else {"sample_size": size}) | changes)
     theirs = theirs.eval().requires_grad_(False)
     for key, parameter in theirs.named_parameters():
         if parameter.ndim > 1:

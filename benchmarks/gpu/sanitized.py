@@ -1,0 +1,48 @@
+"""Each op forward and backward at small shapes, for compute-sanitizer: without pytest, Triton and graphs."""
+
+import sys
+
+import torch
+from diffusion.kernels import (
+    attention,
+    group_norm_silu,
+    philox_normal,
+    reverse_step,
+    reverse_step_,
+    step_counter,
+)
+
+device = sys.argv[1]
+backend = "cuda" if device == "cuda" else "auto"
+
+
+def normal(*shape: int, dtype: torch.dtype, last: bool = False) -> torch.Tensor:
+    """Drawn on the host, so that no kernels of PyTorch's are checked for it."""
+    x = torch.randn(shape).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    return x.to(device).requires_grad_()
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    for shape, last in (((2, 32, 7, 5), True), ((1, 64, 16, 16), True), ((2, 24, 9, 3), False)):
+        x, add = normal(*shape, dtype=dtype, last=last), normal(*shape[:2], dtype=dtype)
+        weight, bias = (normal(shape[1], dtype=dtype) for _ in range(2))
+        y = group_norm_silu(x, 8, weight, bias, add=add, backend=backend)
+        torch.autograd.grad(y, (x, add, weight, bias), y.detach())
+    for shape in ((1, 2, 33, 24), (2, 1, 64, 64), (1, 1, 70, 256)):
+        q, k, v = (normal(*shape, dtype=dtype) for _ in range(3))
+        y = attention(q, k, v, backend=backend)
+        torch.autograd.grad(y, (q, k, v), y.detach())
+    for batch, side, last in ((2, 8, True), (3, 5, False)):
+        out = normal(2 * batch, 3, side, side, dtype=dtype, last=last).detach()
+        both, x = out.chunk(2), normal(batch, 3, side, side, dtype=torch.float32).detach()
+        row = (500, 3.0, 3.58, -3.44, 1.0, 0.99, 0.01, 0.0, 0.0, 0.1, 0.0, 0.0)
+        reverse_step(x, both[0], row, model_output_uncond=both[1], backend=backend)
+        table = torch.tensor([row], dtype=torch.float64).to(device)
+        counter, ids = step_counter(0, device=device), torch.arange(batch).to(device)
+        options = {"model_output_uncond": both[1], "unet_input": torch.empty_like(out), "backend": backend}
+        reverse_step_(x, both[0], table, counter, sample_ids=ids, **options)
+philox_normal((3, 3, 17, 9), seed=7, device=device, backend=backend)
+if device == "cuda":
+    torch.cuda.synchronize()
+print("every op ran")
