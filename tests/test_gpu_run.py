@@ -26,6 +26,7 @@ from benchmarks.gpu.run import Part, Runner  # noqa: E402
 FAULTS = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
+from benchmarks.gpu.part import Finding
 
 def jobs(run):
     def raises():
@@ -39,8 +40,10 @@ def jobs(run):
     def prints():
         for _ in range(1 << 10):
             print("x" * 1023)
+    def finds():
+        raise Finding("it is wrong")
     def fine():
-        run.record(value=1)
+        run.record(value=1, process=os.getpid())
     def waits():
         time.sleep(0.5)
         run.record(ended=time.monotonic())
@@ -123,6 +126,16 @@ def test_the_exit_status_is_0_where_all_pass(faults):
     code, rows, _ = faults({"name": "fine", "limit": 20}, {"name": "fine_prints", "limit": 20})
     assert code == 0
     assert [status(lines)["status"] for lines in rows.values()] == ["passed", "passed"]
+
+
+def test_what_is_found_wrong_needs_no_new_process(faults):
+    code, rows, _ = faults({"name": "fine_finds_fine_raises_fine_finds", "limit": 20})
+    assert code == 1
+    (lines,) = rows.values()
+    expected = ["finds: it is wrong", "raises: ValueError: this job", "finds: it is wrong"]
+    assert status(lines)["failures"] == expected
+    first, second, third = (row["process"] for row in lines if "process" in row)
+    assert first == second != third
 
 
 def test_it_stops_where_an_essential_part_fails(faults):
@@ -268,6 +281,7 @@ def test_a_summary_is_short_and_right():
     text = summary.text(rows)
     assert len(text.splitlines()) == 60
     assert len(text) <= 8000
+
     # 2e8 bytes in 1e-4 s are half of 4e12 bytes a second; the peer takes three times as long.
     assert "group_norm_silu 128x1x1  512: 100.0 50% 3.00x torch\n" in text
     assert "parity         3.1 s, 500 failed: a message of lines xxx" in text
@@ -275,6 +289,18 @@ def test_a_summary_is_short_and_right():
     for part in PARTS:
         assert f"FAILED  {part.name}" in text
     assert text.splitlines()[-1].endswith("lines more; gpu.jsonl has everything")
+
+
+def test_a_result_that_cannot_be_read_costs_no_other():
+    rows = [{"part": "sampler", "call": 1.0}, {"part": "sampler", "status": "failed", "failures": ["no"]}]
+    rows[1]["seconds"] = 2.0
+    rows.append(
+        {"part": "training", "loop": "ours", "batch": 128, "images_per_second": 9, "allocated": 2**30}
+    )
+    text = summary.text(rows)
+    assert "sampler cannot be shown: KeyError: 'tier'" in text
+    assert "FAILED  sampler        2.0 s: no" in text
+    assert "training, batch 128, ours: 9 images/s, 1.0 GiB" in text
 
 
 def test_when_libraries_are_built_here():
@@ -341,7 +367,7 @@ def test_steps_are_timed_by_their_replays(cuda):
         for _ in range(5):
             graph.replay()
         assert watched.step_seconds() == pytest.approx(2e-3)
-        assert watched.nodes() == [1]
+        assert watched.nodes() == ([1], None)
     assert torch.cuda.CUDAGraph is stand_ins.CUDAGraph
 
 

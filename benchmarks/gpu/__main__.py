@@ -14,13 +14,13 @@ from .run import Part, Runner
 
 # Parity, sanitizer and triton are not timed, so the peer's networks are compiled beside them.
 PARTS = (
-    Part("environment", 40, essential=True),
+    Part("environment", 60, essential=True),
     Part("libraries", 200, essential=True),
     Part("compilation", 170, background=True),
     Part("parity", 75),
-    Part("sanitizer", 60, job_limit=30),
-    Part("triton", 60, module="benchmarks.gpu.parity"),
-    Part("ops", 80, job_limit=30, timed=True),
+    Part("sanitizer", 70, job_limit=30),
+    Part("triton", 55, module="benchmarks.gpu.parity"),
+    Part("ops", 75, job_limit=30, timed=True),
     Part("sampler", 110, job_limit=40, timed=True),
     Part("peer", 85, job_limit=40, timed=True),
     Part("training", 50, job_limit=40, timed=True),
@@ -38,13 +38,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--dry-run", action="store_true", help="small, on the CPU, to test the script itself")
     args = parser.parse_args(words)
-    environment, *others = PARTS
-    parts = [environment, *others]
+    if not args.seconds > 0:
+        parser.error(f"argument --seconds: {args.seconds} is not a time; give seconds above 0")
+    parts = list(PARTS)
     if args.wheels is not None:
         if not any(args.wheels.glob("*.whl")):
             parser.error(f"argument --wheels: there is no wheel in {args.wheels}")
         os.environ["GPU_RUN_WHEELS"] = str(args.wheels.resolve())
-        parts = [WHEELS, environment, *others]
+        parts = [WHEELS, *PARTS]
     if args.parts is not None:
         parts = [part for part in parts if part.essential or part is WHEELS or part.name in args.parts]
     fork = None

@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 
 from . import peer
-from .worker import Job, Run
+from .part import Job, Run
 
 
 def jobs(run: Run) -> list[Job]:

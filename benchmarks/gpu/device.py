@@ -83,9 +83,12 @@ class Watched:
         torch.cuda.synchronize()
         return statistics.median(intervals(self.events))
 
-    def nodes(self) -> list[int]:
-        """How many nodes each graph has, by the driver."""
-        return [node_count(graph) for graph in self.graphs]
+    def nodes(self) -> tuple[list[int], str | None]:
+        """How many nodes each graph has, by the driver; or none, and why."""
+        try:
+            return [node_count(graph) for graph in self.graphs], None
+        except (OSError, RuntimeError, AttributeError) as error:
+            return [], f"nodes of graphs cannot be counted: {error}"
 
 
 def node_count(graph: torch.cuda.CUDAGraph) -> int:

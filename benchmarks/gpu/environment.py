@@ -9,7 +9,7 @@ import subprocess
 
 import torch
 
-from .worker import Job, Run
+from .part import Job, Run
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "pytest", "pytest-xdist")
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.limit"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .worker import Job, Run
+from .part import Job, Run
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import device
-from .worker import Job, Run
+from .part import Finding, Job, Run
 
 BATCHES = (1, 64, 512)
 STEP_BATCHES = (1, 16, 128, 512)
@@ -193,7 +193,7 @@ def compare(run: Run, problem: Problem, backend: str) -> None:
     count, cold = device.calls_beyond_cache(problem.nbytes)
     reason = problem.check(problem, first, backend)
     if reason is not None:
-        raise AssertionError(f"{backend} is wrong: {reason}")
+        raise Finding(f"{backend} is wrong: {reason}")
     calls = [first, *(problem.call(run.device, dtype) for _ in range(count - 1))]
     row = {"op": problem.op, "shape": problem.shape, "backend": backend, "bytes": problem.nbytes}
     row |= {"calls": count, "beyond_cache": cold}

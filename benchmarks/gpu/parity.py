@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .worker import Job, Run
+from .part import Finding, Job, Run
 
 TESTS = Path(__file__).parents[2] / "tests"
 SELECTIONS = {
@@ -79,6 +79,6 @@ def tests(run: Run) -> None:
     failed, passed = reporter.counts["failed"], reporter.counts["passed"]
     skipped = reporter.counts["skipped"]
     if failed or int(status) != 0:
-        raise AssertionError(f"{failed} tests failed, {passed} passed, {skipped} were skipped")
+        raise Finding(f"{failed} tests failed, {passed} passed, {skipped} were skipped")
     if not (skipped if run.dry_run else passed):
-        raise AssertionError(f"no test ran: {skipped} were skipped")
+        raise Finding(f"no test ran: {skipped} were skipped")

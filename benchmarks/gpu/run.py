@@ -45,6 +45,7 @@ class Attempt:
     begun: float = field(default_factory=time.monotonic)
     start: int = 0
     done: int = 0
+    errors: int = 0  # that its workers have written and `failures` has
     failures: list[str] = field(default_factory=list)
     process: Process | None = None
     cpu: float = 0.0
@@ -176,22 +177,25 @@ class Runner:
         if progress != attempt.seen:
             attempt.seen, attempt.seen_at = progress, now
         number, count, job = progress or (None, 0, "the beginning")
-        if status is None:
-            if now > attempt.end:
-                process.stop()
-                rest = f"; {count - number - 1} jobs not begun" if progress else ""
-                attempt.failures.append(f"{job}: killed, the part's {attempt.seconds:.0f} s were over{rest}")
-            elif now - attempt.seen_at > attempt.part.job_limit:
-                process.stop()
-                attempt.failures.append(f"{job}: killed after {attempt.part.job_limit:.0f} s")
-            else:
-                return True
+        running = status is None
+        late, stalled = now > attempt.end, now - attempt.seen_at > attempt.part.job_limit
+        if running and not late and not stalled:
+            return True
+        if running:
+            process.stop()
+        written = len(attempt.failures)
+        self._take_errors(attempt)
+        if running and late:
+            rest = f"; {count - number - 1} jobs not begun" if progress else ""
+            attempt.failures.append(f"{job}: killed, the part's {attempt.seconds:.0f} s were over{rest}")
+        elif running:
+            attempt.failures.append(f"{job}: killed after {attempt.part.job_limit:.0f} s")
         elif status < 0:
             attempt.failures.append(f"{job}: killed by signal {-status}")
-        elif status > 0:
-            attempt.failures.append(f"{job}: {self._reason(attempt.part)}")
+        elif status > 0 and len(attempt.failures) == written:
+            attempt.failures.append(f"{job}: ended with status {status}")
         self._keep(attempt)
-        attempt.over = status == 0 or number is None or number + 1 >= count or now > attempt.end
+        attempt.over = status == 0 or number is None or number + 1 >= count or late
         if number is not None:
             attempt.done += (count if status == 0 else number) - attempt.start
         if not attempt.over:
@@ -205,10 +209,13 @@ class Runner:
         except (OSError, ValueError):
             return None
 
-    def _reason(self, part: Part) -> str:
-        """The error that the worker wrote before it ended."""
-        rows = [row for row in results.read(self.file) if row.get("part") == part.name and "error" in row]
-        return rows[-1]["error"] if rows else "failed without a word"
+    def _take_errors(self, attempt: Attempt) -> None:
+        """What its workers wrote about jobs that failed."""
+        name = attempt.part.name
+        rows = [row for row in results.read(self.file) if row.get("part") == name and "error" in row]
+        for row in rows[attempt.errors :]:
+            attempt.failures.append(f"{row['job'] or 'the beginning'}: {row['error']}")
+        attempt.errors = len(rows)
 
     def _keep(self, attempt: Attempt) -> None:
         """What its process printed and used."""

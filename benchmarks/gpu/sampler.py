@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import networks
 from .device import watched_graphs
-from .worker import Job, Run
+from .part import Finding, Job, Run
 
 TIERS = ("fast", "exact")
 GUIDANCE = (1.0, 3.0)
@@ -62,13 +62,13 @@ def measure(run: Run, model, tier: str, guidance: float, count: int, steps: int)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
             per_step.append(watched.step_seconds())
-        nodes = watched.nodes()
-    if not run.dry_run and not nodes:
-        raise AssertionError("nothing was captured")
+        captured, (nodes, uncounted) = len(watched.graphs), watched.nodes()
     row = {"tier": tier, "guidance": guidance, "batch": count, "steps": steps, "nodes": nodes}
     row["call"] = statistics.median(times)
     row["step"] = statistics.median(per_step) if all(per_step) else row["call"] / steps
     run.record(**row, allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
+    if uncounted or (not captured and not run.dry_run):
+        raise Finding(uncounted or "nothing was captured")
 
 
 def kernels(run: Run, model, tier: str, guidance: float, count: int, steps: int) -> None:
@@ -76,7 +76,8 @@ def kernels(run: Run, model, tier: str, guidance: float, count: int, steps: int)
     sample = partial(_sample, model, tier, guidance, count, steps)
     sample()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][run.dry_run - 1 :]) as profiler:
+    activity = ProfilerActivity.CPU if run.dry_run else ProfilerActivity.CUDA
+    with profile(activities=[activity]) as profiler:
         sample()
         torch.cuda.synchronize()
     wanted = torch.autograd.DeviceType.CPU if run.dry_run else torch.autograd.DeviceType.CUDA
@@ -86,7 +87,7 @@ def kernels(run: Run, model, tier: str, guidance: float, count: int, steps: int)
             spent[event.name] += event.time_range.elapsed_us() / steps
             launches[event.name] += 1
     if not spent:
-        raise AssertionError("the profiler saw nothing on the device")
+        raise Finding("the profiler saw nothing on the device")
     top = sorted(spent, key=spent.get, reverse=True)[:TOP]
     run.record(
         tier=tier,

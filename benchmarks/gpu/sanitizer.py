@@ -6,7 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
-from .worker import Job, Run
+from .part import Finding, Job, Run
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
@@ -21,12 +21,12 @@ def check(run: Run, tool: str) -> None:
     if not run.dry_run:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not os.access(program, os.X_OK):
-            raise RuntimeError("there is no compute-sanitizer")
+            raise Finding("there is no compute-sanitizer")
         command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *command]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout)
     lines = result.stdout.strip().splitlines() or [""]
     if result.returncode:
         found = [line.strip("= ") for line in lines if line.startswith("=========") and line.strip("= ")]
-        raise RuntimeError(f"{tool}, status {result.returncode}: {' | '.join(found[:3]) or lines[-1]}"[:280])
+        raise Finding(f"{tool}, status {result.returncode}: {' | '.join(found[:3]) or lines[-1]}"[:280])
     run.record(tool=tool, said=lines[-1])

@@ -1,6 +1,6 @@
 """What a run found, in at most 60 lines and 8,000 characters: failures first, then figures."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 LINES, WIDTH = 60, 131  # with their ends, less than 8,000 characters
@@ -11,12 +11,18 @@ Row = dict[str, Any]
 def text(rows: list[Row]) -> str:
     """Of the lines of gpu.jsonl."""
     parts = {name: [row for row in rows if row.get("part") == name] for name in _names(rows)}
-    sections = [_device(parts), _statuses(parts), _failures(parts), _ops(parts), _sampler(parts)]
-    sections += [_peer(parts), _training(parts), _profiles(parts)]
-    lines = [_clipped(line) for section in sections for line in section]
+    lines = [_clipped(line) for section in SECTIONS for line in _of(section, parts)]
     if len(lines) > LINES:
         lines = [*lines[: LINES - 1], f"... {len(lines) - LINES + 1} lines more; gpu.jsonl has everything"]
     return "\n".join(lines) + "\n"
+
+
+def _of(section: Callable[[dict[str, list[Row]]], list[str]], parts: dict[str, list[Row]]) -> list[str]:
+    """A section's lines; results that it cannot read cost no other section."""
+    try:
+        return section(parts)
+    except Exception as error:
+        return [f"{section.__name__.strip('_')} cannot be shown: {type(error).__name__}: {error}"]
 
 
 def _names(rows: list[Row]) -> list[str]:
@@ -78,7 +84,9 @@ def _ops(parts: dict[str, list[Row]]) -> list[str]:
     if not copies:
         return []
     rate = copies[-1]["bytes_per_second"]
-    lines = [f"ops in bfloat16, batch: us, share of copy's {rate / 1e12:.2f} TB/s, best of PyTorch"]
+    lines = [
+        f"ops in bfloat16, batch: us, share of copy's {rate / 1e12:.2f} TB/s, PyTorch's best; * in cache"
+    ]
     groups: dict[tuple, list[Row]] = {}
     for row in _with(rows, "backend"):
         groups.setdefault((row["op"], row["backend"], *row["shape"][1:]), []).append(row)
@@ -88,8 +96,9 @@ def _ops(parts: dict[str, list[Row]]) -> list[str]:
             share = row["bytes"] / row["seconds"] / rate
             peers = {name: s for name, s in row["peers"].items() if isinstance(s, float)}
             best = min(peers, key=peers.get, default=None)
-            peer = f" {peers[best] / row['seconds']:.2f}x {best}" if best else ""
-            hot = "" if row["beyond_cache"] else " in cache"
+            name = f" {best}" if len(row["peers"]) > 1 else ""
+            peer = f" {peers[best] / row['seconds']:.2f}x{name}" if best else ""
+            hot = "" if row["beyond_cache"] else "*"
             cells.append(f"{row['shape'][0]}: {1e6 * row['seconds']:.1f} {share:.0%}{peer}{hot}")
         kind = "" if backend == "cuda" else f" {backend}"
         lines.append(f"{op}{kind} {'x'.join(map(str, shape))}  {';  '.join(cells)}")
@@ -144,3 +153,6 @@ def _profiles(parts: dict[str, list[Row]]) -> list[str]:
         for kernel in row["kernels"][:5]:
             lines.append(f"  {kernel['us']:9.1f} us {kernel['launches']:5.0f}  {kernel['name']}")
     return lines
+
+
+SECTIONS = (_device, _statuses, _failures, _ops, _sampler, _peer, _training, _profiles)

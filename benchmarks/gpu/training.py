@@ -9,7 +9,7 @@ from diffusion.recipe import load_recipe
 from diffusion.trainer import Trainer
 
 from . import networks
-from .worker import Job, Run
+from .part import Finding, Job, Run
 
 BATCH, STEPS, WARM = 128, 20, 5
 
@@ -56,7 +56,7 @@ def measure(run: Run, name: str, make) -> None:
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / steps
     if not all(0 < loss < 100 for loss in losses):
-        raise AssertionError(f"a loss is {max(losses)}")
+        raise Finding(f"a loss is {max(losses)}")
     run.record(
         loop=name,
         batch=size,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .worker import Job, Run
+from .part import Job, Run
 
 
 def jobs(run: Run) -> list[Job]:

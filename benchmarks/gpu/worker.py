@@ -1,40 +1,17 @@
 """Runs the jobs of one part: python -m benchmarks.gpu.worker MODULE --part NAME --out FOLDER ...
 
-A module has `jobs(run)`, a list of names and functions. A job that fails ends the process, since it may leave
-a device behind on which nothing works; the next process begins after it.
+A module has `jobs(run)`, a list of names and functions. A job that raises ends the process, since it may
+leave a device behind on which nothing works; the next process begins after it. What is no matter of the
+device, a `Finding` or a package that is missing, is written down, and the next job begins at once.
 """
 
 import argparse
 import importlib
 import json
 import os
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from . import results
-
-Job = tuple[str, Callable[[], None]]
-
-
-class Run:
-    """What the jobs of a part are given.
-
-    device: "cuda", or "cpu" in a dry run, in which everything is small. record: writes a result.
-    """
-
-    def __init__(self, part: str, out: Path, dry_run: bool):
-        self.part, self.out, self.dry_run = part, out, dry_run
-        self.device = "cpu" if dry_run else "cuda"
-        self.job: str | None = None
-
-    def record(self, **values: Any) -> None:
-        results.append(self.out / "gpu.jsonl", part=self.part, job=self.job, **values)
-
-    def results(self, part: str) -> list[dict[str, Any]]:
-        """What a part has written so far."""
-        return [row for row in results.read(self.out / "gpu.jsonl") if row.get("part") == part]
+from .part import Finding, Run
 
 
 def main(words: list[str] | None = None) -> int:
@@ -48,7 +25,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0, help="number of the first job")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(words)
-    run = Run(args.part, args.out, args.dry_run)
+    run, status = Run(args.part, args.out, args.dry_run), 0
     try:
         if args.dry_run:
             from . import stand_ins
@@ -62,13 +39,15 @@ def main(words: list[str] | None = None) -> int:
             progress = args.progress.with_suffix(".new")
             progress.write_text(json.dumps([number, len(jobs), name]))
             os.replace(progress, args.progress)
-            job()
+            try:
+                job()
+            except (Finding, ImportError) as error:
+                run.record_error(error)
+                status = 1
     except BaseException as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        run.record(error=f"{type(error).__name__}: {lines[0][:300]}")
+        run.record_error(error)
         return 1
-    return 0
+    return status
 
 
 if __name__ == "__main__":
