@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,59 @@ def test_a_signal_ends_all_and_leaves_a_summary(tmp_path):
     assert [row["status"] for row in rows if "status" in row] == ["passed", "failed", "not run"]
     assert not is_running(next(row["child"] for row in rows if "child" in row))
     assert "interrupted by SIGTERM" in (out / "summary.txt").read_text()
+
+
+TESTS = """
+import pytest
+
+def test_right(): pass
+
+@pytest.mark.skip(reason="no such backend")
+def test_skipped(): pass
+
+def test_wrong(): assert 1 + 1 == 3, "a sum"
+
+def test_triton(): assert False
+"""
+
+
+def test_tests_are_counted_with_failures_and_skips(faults, tmp_path):
+    (tmp_path / "test_gpu.py").write_text(TESTS)
+    module = (
+        "from pathlib import Path; from benchmarks.gpu import parity; from benchmarks.gpu.parity import jobs"
+    )
+    (tmp_path / "few.py").write_text(f"{module}\nparity.TESTS = Path(__file__).parent\n")
+    code, rows, out = faults({"name": "parity", "module": "few", "limit": 60})
+    assert code == 1
+    (lines,) = rows.values()
+    assert status(lines)["failures"] == ["tests: 1 tests failed, 1 passed, 1 were skipped"]
+    (failed,) = [row for row in lines if "test" in row]
+    assert failed["test"].endswith("test_gpu.py::test_wrong")
+    assert failed["reason"].startswith("AssertionError: a sum")
+    (counted,) = [row for row in lines if row.get("when") == "finished"]
+    assert counted["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert counted["skips"] == {"Skipped: no such backend": 1}
+    assert "parity: test_wrong: AssertionError: a sum" in (out / "summary.txt").read_text()
+
+
+def test_wheels_serve_the_parts_after_them(faults, tmp_path, monkeypatch):
+    name = "nonesuch-1.0"
+    wheel = tmp_path / f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("nonesuch.py", "")
+        archive.writestr(
+            f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: nonesuch\nVersion: 1.0\n"
+        )
+        tags = "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{name}.dist-info/WHEEL", tags)
+        archive.writestr(f"{name}.dist-info/RECORD", "")
+    monkeypatch.setenv("GPU_RUN_WHEELS", str(tmp_path))
+    wheels = {"name": "wheels", "module": "benchmarks.gpu.wheels", "limit": 60}
+    code, rows, _ = faults(wheels, {"name": "imports", "limit": 20})
+    assert status(rows["wheels"])["failures"] == []
+    # `imports` fails for another reason: there is no job of its name.
+    assert status(rows["imports"])["failures"] == ["the beginning: KeyError: 'imports'"]
+    assert code == 1
 
 
 # ---- All of it.

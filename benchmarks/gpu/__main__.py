@@ -50,6 +50,7 @@ def main(words: list[str] | None = None) -> int:
         parts = [part for part in parts if part.essential or part is WHEELS or part.name in args.parts]
     fork = None
     if args.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same everywhere
         from . import stand_ins
         from .worker import main as fork
 
