@@ -10,6 +10,7 @@ import torch
 from .data import load_dataset
 from .folders import ImageSet
 from .reading import is_folder, open_regular, read_json
+from .shard_files import run_digest, was_altered
 from .validation import whole_numbers
 
 MOST_BYTES = 2**36  # of one array
@@ -36,7 +37,7 @@ def load_images(
     shards = sorted(path.glob("shard-*.npz")) if is_folder(path) else []
     if shards:
         found = _joined([_read(shard) for shard in shards], path)
-        _check_finished(path, len(found.images))
+        _check_run(path, shards, len(found.images))
     elif path.suffix.lower() == ".npz":
         found = _read(path)
     else:
@@ -85,13 +86,19 @@ def _check_size(archive: zipfile.ZipFile, name: str) -> None:
         raise ValueError(f"its array {name} takes {size >> 30} GiB")
 
 
-def _check_finished(path: Path, count: int) -> None:
-    """ValueError if the run.json beside shards says that there will be more of them."""
+def _check_run(path: Path, shards: list[Path], count: int) -> None:
+    """ValueError if the shards beside a run.json are not all, or not as they were written."""
     if not (path / "run.json").exists():
         return
-    wanted = read_json(path / "run.json").get("num")
-    if wanted != count:
-        raise ValueError(f"{path} holds {count} images of {wanted}; finish sampling first")
+    settings = read_json(path / "run.json")
+    if settings.get("num") != count:
+        raise ValueError(f"{path} holds {count} images of {settings.get('num')}; finish sampling first")
+    for shard in shards:
+        if was_altered(shard, run_digest(settings)):
+            raise ValueError(
+                f"{shard} does not hold what was written, by its SHA-256; sample into {path} again, which "
+                "makes it anew"
+            )
 
 
 def _joined(parts: list[ImageSet], path: Path) -> ImageSet:

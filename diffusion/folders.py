@@ -333,7 +333,8 @@ class _Decoder:
         if self.size is None and (image.height, image.width) != (self.height, self.width):
             raise ValueError(
                 f"images of one size are needed, but {self.source.path}/{name} is {image.width} x "
-                f"{image.height}, and {self.source.names[0]} is {self.width} x {self.height}"
+                f"{image.height}, and {self.source.names[0]} is {self.width} x {self.height}; make them of "
+                "one size, or train with --resize"
             )
         if self.size is not None:
             side = min(image.size)

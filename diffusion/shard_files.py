@@ -1,9 +1,11 @@
 """One shard of a run: an .npz that says by a digest which bytes it held when it was written."""
 
 import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,18 @@ def write_shard(
     """
     arrays = _described(ids, labels) | {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
     save_npz(x, path, labels, sample_ids=arrays["sample_ids"], sha256=_digest(arrays, run))
+
+
+def run_digest(settings: dict[str, Any]) -> str:
+    """SHA-256 of what decides the images of a run, as run.json holds it."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def was_altered(path: str | os.PathLike, run: str) -> bool:
+    """Whether an .npz that can be read holds other arrays than `write_shard` wrote."""
+    with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return str(arrays.pop("sha256", "")) != _digest(arrays, run)
 
 
 def what_is_wrong(

@@ -23,7 +23,7 @@ from .files import check_writable, replacing
 from .locks import locked
 from .ranks import Ranks
 from .reading import add_tensors, read_json
-from .shard_files import what_is_wrong, write_shard
+from .shard_files import run_digest, what_is_wrong, write_shard
 from .validation import whole_number, whole_numbers
 
 FORMAT = "fused-diffusion-shards"
@@ -148,7 +148,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
             pair = found.get(key), settings[key]
         shown = "" if key in ("model", "labels") else f" ({pair[0]}, not {pair[1]})"
         raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return run_digest(settings)
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import make_model
 
+from diffusion.arrays import load_images
 from diffusion.cli import main
 from diffusion.images import to_uint8
 from diffusion.ranks import Ranks
@@ -242,6 +243,20 @@ def test_a_shard_that_was_altered_is_made_again(damage, reason, tmp_path):
     assert reason in told
     assert f"made again: {told}" in report(tmp_path, done, Ranks())
     assert make()["remade"] == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped labels", "zero images", "a flipped pixel", "no digest", "one more"]
+)
+def test_a_shard_that_was_altered_is_not_evaluated(damage, tmp_path):
+    sample_shards(make_model(10, channels=1), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
+    found = load_images(tmp_path)
+    assert found.labels.tolist() == [3, 1, 4, 3, 1, 4]
+    damaged(tmp_path / "shard-00001.npz", damage)
+    with pytest.raises(ValueError, match=r"shard-00001\.npz does not hold what was written, by its SHA-256"):
+        load_images(tmp_path)
+    (tmp_path / "run.json").unlink()  # arrays of somebody else's have no run
+    load_images(tmp_path)
 
 
 def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
