@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -65,10 +66,17 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
-    weights = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in unet.state_dict().items()
-    }
+    try:
+        text = json.dumps(config, indent=2, default=_plain)
+        json.dumps(config.get("metadata"), allow_nan=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot write {folder}: the metadata are no JSON values: {error}") from error
+    state = unet.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            kind = "on the meta device" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"cannot write {folder}: {name} of the UNet is {kind}, which is no weight")
+    weights = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
     check_architecture(configured(unet.config), weights, f"cannot write {folder}: the UNet")
     first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(weights.items())}
     for name, tensor in weights.items():
@@ -79,8 +87,15 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     about = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
         save_file(weights, weights_path)
-        config = about | {DIGEST: sha256(weights_path), "unet": unet.config.to_dict()} | config
+        config = about | {DIGEST: sha256(weights_path), "unet": unet.config.to_dict()} | json.loads(text)
         config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _plain(value: object) -> object:
+    """A number of NumPy or torch as JSON has it; TypeError for anything else."""
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is none")
 
 
 def read(name: str | os.PathLike, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:

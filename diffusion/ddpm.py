@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -75,6 +75,7 @@ class DDPM(nn.Module):
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
         for sampler, options in typed("sampler_options", self.sampler_options, dict).items():
             _check_options(sampler, typed(f"sampler_options[{sampler!r}]", options, dict))
+            _check_values(sampler, options)
         self.metadata = dict(typed("metadata", {} if metadata is None else metadata, dict))
         self._networks = NetworkCache()
 
@@ -112,6 +113,8 @@ class DDPM(nn.Module):
         ValueError for images of another type, or, on the CPU, of values far outside [-1, 1].
         """
         _check_images(x0)
+        if labels is not None and not isinstance(labels, torch.Tensor):
+            raise ValueError(f"labels must be an int64 tensor [{len(x0)}], not {type(labels).__name__}")
         label_dropout, vlb_weight = (
             number("label_dropout", label_dropout, 0, 1),
             number("vlb_weight", vlb_weight, 0),
@@ -289,9 +292,9 @@ class DDPM(nn.Module):
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
 
         dtype: that of the stored weights, float32, bfloat16, float16 or float64; by default the model's own.
-        metadata: JSON values for config.json. Hooks and other code are not stored. ValueError if the folder
-        cannot be written, if the weights are not those of the UNet's configuration, or if one is not finite
-        in this dtype.
+        metadata: JSON values for config.json, or numbers of NumPy and torch. Hooks and other code are not
+        stored. ValueError if the folder cannot be written, if the weights are not those of the UNet's
+        configuration, if one is not finite in this dtype, or if the metadata is not JSON.
         """
         config = {
             "schedule": self.schedule.to_config(),
@@ -401,8 +404,25 @@ def _check_options(sampler: str, options: dict[str, Any]) -> None:
     known_names(f"option of {sampler}", options, known)
 
 
+def _check_values(sampler: str, options: dict[str, Any]) -> None:
+    """ValueError unless a sampler takes the values of its options, whatever the schedule and the steps."""
+    try:
+        SAMPLERS[sampler](_any_schedule(), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sampler_options[{sampler!r}]: {error}") from None
+
+
+@cache
+def _any_schedule() -> NoiseSchedule:
+    return NoiseSchedule.linear()
+
+
 def _check_images(x0: torch.Tensor) -> None:
-    """ValueError for images that are bytes, or floats of 0..255."""
+    """ValueError for images that are no tensor, none at all, bytes, or floats of 0..255."""
+    if not isinstance(x0, torch.Tensor):
+        raise ValueError(f"images must be a tensor [B, C, H, W], not {type(x0).__name__}")
+    if x0.ndim != 4 or len(x0) == 0:
+        raise ValueError(f"images must be [B, C, H, W] of at least one image, not {list(x0.shape)}")
     if not x0.is_floating_point():
         raise ValueError(
             f"images must be floats in [-1, 1], not {x0.dtype}; those of 0..255 become so by x / 127.5 - 1"

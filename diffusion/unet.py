@@ -126,6 +126,10 @@ class UNet(nn.Module):
         return self.embedding_projection(nn.functional.silu(embedding))
 
     def _check_labels(self, labels: torch.Tensor, timesteps: torch.Tensor) -> None:
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                f"labels must be a tensor of integers {list(timesteps.shape)}, not {type(labels).__name__}"
+            )
         if labels.shape != timesteps.shape or labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"labels must be integers of shape {list(timesteps.shape)}, "

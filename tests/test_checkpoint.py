@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -347,6 +348,51 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         diffusion.load(folder)
+
+
+def test_metadata_are_json_values_or_numbers(tmp_path):
+    model = make_model()
+    model.save(tmp_path, score=np.float32(0.5), steps=np.int64(3), loss=torch.tensor(0.25), names=["cat"])
+    expected = {"score": 0.5, "steps": 3, "loss": 0.25, "names": ["cat"]}
+    assert diffusion.load(tmp_path).metadata == expected
+    before = (tmp_path / "config.json").read_bytes()
+    for value in (torch.ones(1), {1, 2}, object(), float("nan"), np.float32("inf"), b"x", [[np.ones(2)]]):
+        with pytest.raises(ValueError, match=f"cannot write {tmp_path}: the metadata are no JSON values"):
+            model.save(tmp_path, foo=value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_what_has_no_weights_is_not_saved(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = diffusion.load(folder)
+    model.unet.to("meta")
+    with pytest.raises(ValueError, match="of the UNet is on the meta device"):
+        model.save(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"ddim": {"spacing": 10**30}}, "unknown spacing"),
+        ({"ddim": {"spacing": None}}, "unknown spacing"),
+        ({"ddim": {"eta": "much"}}, "eta must be"),
+        ({"ddpm": {"variance": []}}, "unknown variance"),
+        ({"dpm++": {"sde": 1}}, "sde must be true or false"),
+        ({"dpm++": {"clip": -1}}, "clip"),
+        ({"ddim": {"guidance_interval": [0.5]}}, "guidance_interval"),
+        ({"ddim": {"use_clipped_model_output": "yes"}}, "use_clipped_model_output must be true or false"),
+    ],
+)
+def test_options_of_samplers_are_checked_before_they_are_used(options, expected, folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"sampler_options": options}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=expected) as error:
+        diffusion.load(folder)
+    assert "sampler_options" in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_targets_that_cannot_be_written(tmp_path):

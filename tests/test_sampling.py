@@ -628,6 +628,18 @@ def test_the_loss_refuses_images_of_another_range(model, images, message):
     assert model.loss(torch.full((2, 2, 8, 8), 3.0)).isfinite()
 
 
+def test_the_loss_takes_tensors(conditional):
+    x, labels = torch.zeros(2, 2, 8, 8), torch.tensor([1, 2])
+    for images in (x.numpy(), x.tolist(), x[0], x[:0]):
+        with pytest.raises(ValueError, match="images must be"):
+            conditional.loss(images)
+    for given in ([1, 2], labels.numpy(), 1):
+        with pytest.raises(ValueError, match="labels must be an int64 tensor"):
+            conditional.loss(x, given)
+        with pytest.raises(ValueError, match="labels must be a tensor of integers"):
+            conditional.unet(x, labels, given)
+
+
 def test_an_image_beyond_memory_is_refused_at_once(model, monkeypatch):
     monkeypatch.setattr(memory, "total_memory", lambda device: 1000)  # an image of 512 bytes fits
     with pytest.raises(ValueError, match=r"the feature maps of one image take .* GiB, and cpu has"):
