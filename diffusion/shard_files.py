@@ -21,9 +21,15 @@ def write_shard(
 ) -> None:
     """Writes images [N, C, H, W] in [-1, 1] with their ids, labels and `sha256`, whole or not at all.
 
-    run: digest of what decides the images; the shard's own digest depends on it.
+    run: digest of what decides the images; the shard's own digest depends on it. A link is replaced, not
+    followed: it may lead to another shard.
     """
     arrays = _described(ids, labels) | {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
+    if os.path.islink(path):
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
     save_npz(x, path, labels, sample_ids=arrays["sample_ids"], sha256=_digest(arrays, run))
 
 

@@ -136,19 +136,25 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
                 mine.unlink()
     try:
         found = read_json(path)
+        if not isinstance(found.get("options"), dict):
+            raise ValueError("its options are no JSON object")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
-    differing = [key for key in settings if found.get(key) != settings[key]]
-    if differing:
-        key = differing[0]
+    if key := _differing(found, settings):
+        pair = found.get(key), settings.get(key)
         if key == "options":
-            key = next(k for k in settings[key] if (found[key] or {}).get(k) != settings["options"][k])
-            pair = found["options"].get(key), settings["options"][key]
-        else:
-            pair = found.get(key), settings[key]
-        shown = "" if key in ("model", "labels") else f" ({pair[0]}, not {pair[1]})"
+            key = _differing(*pair)
+            pair = pair[0].get(key), pair[1].get(key)
+        hidden = key in ("model", "labels") or pair[0] == pair[1]  # None, and not given
+        shown = "" if hidden else f" ({pair[0]}, not {pair[1]})"
         raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
-    return run_digest(settings)
+    return run_digest(found)  # an int in it may be an equal float in the settings
+
+
+def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str | None:
+    """The first setting that is not the same in both, or is in one of them only."""
+    every = {**asked, **found}
+    return next((k for k in every if k not in asked or k not in found or asked[k] != found[k]), None)
 
 
 def _plain(value: Any) -> Any:

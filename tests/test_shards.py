@@ -347,6 +347,98 @@ def test_a_folder_of_other_settings_is_refused(changes, expected, folder, tmp_pa
     assert shards_of(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"), [("eta", "(0.5, not None)"), ("spacing", "(leading, not None)"), ("tier", "")]
+)
+def test_an_option_that_is_left_out_is_another_setting(option, expected, folder, tmp_path, capsys):
+    words = ["sample", "--model", str(folder), "--out", f"{tmp_path}/out/", *OPTIONS]
+    values = {"eta": "0.5", "spacing": "leading", "tier": "fast"}
+    main([*words, f"--{option}", values[option]])
+    before = shards_of(tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"holds images of another {option} {expected}" in told
+    assert shards_of(tmp_path / "out") == before
+
+
+def test_none_is_another_setting_than_nothing(tmp_path):
+    """`clip=None` samples without a limit, and the model's own limit is another one."""
+    sample_shards(make_model(), tmp_path, 2, steps=2, clip=None)
+    with pytest.raises(ValueError, match="holds images of another clip; choose another folder"):
+        sample_shards(make_model(), tmp_path, 2, steps=2)
+
+
+def test_a_whole_number_is_an_equal_float(tmp_path):
+    sample_shards(make_model(10), tmp_path, 2, [1], steps=2, guidance_scale=2)
+    assert sample_shards(make_model(10), tmp_path, 2, [1], steps=2, guidance_scale=2.0)["kept"] == 1
+
+
+@pytest.mark.parametrize("damage", [[], 5, None, "text", "no options", "a list", "one more"])
+def test_a_run_json_that_was_altered_is_named(damage, tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 2, steps=2)
+    make()
+    settings = json.loads((tmp_path / "run.json").read_text())
+    expected = r"run\.json is damaged: .*; remove the folder, or choose another$"
+    if damage == "no options":
+        del settings["options"]
+    elif damage == "a list":
+        settings = [settings]
+    elif damage == "one more":  # the shards' digests would be of another run
+        settings["note"], expected = "mine", r"holds images of another note \(mine, not None\)"
+    else:
+        settings["options"] = damage
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=expected) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target", ["shard-00002.npz", "shard-00001.npz", "nowhere", "folder", "pipe", "/dev/zero"]
+)
+def test_a_link_in_a_shards_place_is_replaced(target, tmp_path):
+    """It is not followed: the shard that it leads to stays as it is."""
+    make = partial(sample_shards, make_model(channels=1), tmp_path, 3, shard_size=1, steps=2)
+    make()
+    before = shards_of(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "shard-00001.npz"
+    path.unlink()
+    path.symlink_to(target)
+    done = make()
+    assert (done["images"], done["kept"]) == (1, 2)
+    assert [told.split(",")[0] for told in done["remade"]] == ["shard-00001.npz"]
+    assert not path.is_symlink()
+    assert shards_of(tmp_path) == before
+    assert load_images(tmp_path).images.shape[0] == 3
+
+
+def test_a_link_to_the_right_shard_is_kept(tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path / "out", 3, shard_size=1, steps=2)
+    make()
+    path = tmp_path / "out" / "shard-00001.npz"
+    path.rename(tmp_path / "elsewhere.npz")
+    path.symlink_to(tmp_path / "elsewhere.npz")
+    assert make()["kept"] == 3
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_in_a_shards_place_is_refused(kind, tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 3, shard_size=1, steps=2)
+    make()
+    path = tmp_path / "shard-00001.npz"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*shard-00001\.npz: it is a "):
+        make()
+
+
 def test_another_model_is_refused(folder, tmp_path):
     sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
     with pytest.raises(ValueError, match="images of another model"):
