@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
-from test_train import RECIPE, assert_same_run, make_trainer, run
+from test_train import RECIPE, assert_same_run, make_trainer, run, run_until
 
 from diffusion import NoiseSchedule
 from diffusion.process import lognormal_timesteps, random_timesteps
@@ -58,17 +58,7 @@ def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_muon_resumes_as_if_it_had_not_stopped(channels_last, tmp_path):
     run(tmp_path / "whole", make_trainer(MUON, channels_last=channels_last))
-    trainer = make_trainer(MUON, channels_last=channels_last)
-    step = trainer.train_step
-
-    def fails_in_step_8():
-        if trainer.step == 7:
-            raise RuntimeError("power cut")
-        return step()
-
-    trainer.train_step = fails_in_step_8
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path / "broken", trainer)
+    run_until(7, tmp_path / "broken", make_trainer(MUON, channels_last=channels_last))
     run(tmp_path / "broken", make_trainer(MUON, channels_last=channels_last), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -76,17 +66,7 @@ def test_muon_resumes_as_if_it_had_not_stopped(channels_last, tmp_path):
 def test_a_state_without_the_fields_that_came_since_resumes(tmp_path):
     """As version 0.1.0 wrote it: no noise levels in the recipe."""
     run(tmp_path / "whole")
-    short = make_trainer(replace(RECIPE, steps=12))
-    step, short.train_step = short.train_step, None
-
-    def stops_in_step_8():
-        if short.step == 7:
-            raise RuntimeError("power cut")
-        return step()
-
-    short.train_step = stops_in_step_8
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path / "old", short)
+    run_until(7, tmp_path / "old")
     path = tmp_path / "old" / "state.safetensors"
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["training"])

@@ -61,6 +61,21 @@ def run(out, trainer=None, **options):
     return train(trainer or make_trainer(), out, progress=False, **options)
 
 
+def run_until(step: int, out, trainer=None):
+    """A run that fails after so many steps."""
+    trainer = trainer or make_trainer()
+    train_step = trainer.train_step
+
+    def fails_after_them():
+        if trainer.step == step:
+            raise RuntimeError("power cut")
+        return train_step()
+
+    trainer.train_step = fails_after_them
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(out, trainer)
+
+
 def state_of(out) -> dict[str, torch.Tensor]:
     return load_file(out / "state.safetensors")
 
@@ -113,17 +128,7 @@ def test_the_loss_falls():
 
 
 def test_a_run_that_fails_resumes_as_if_it_had_not(unbroken, tmp_path):
-    trainer = make_trainer()
-    step = trainer.train_step
-
-    def fails_in_step_8():
-        if trainer.step == 8:
-            raise RuntimeError("power cut")
-        return step()
-
-    trainer.train_step = fails_in_step_8
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path, trainer)
+    run_until(8, tmp_path)
     run(tmp_path, resume=True)
     assert_same_run(unbroken, tmp_path)
 
