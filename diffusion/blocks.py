@@ -38,10 +38,15 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
+# How torch.nn.Conv2d computes, unless someone replaced it.
+_FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+
+
 class Conv2d(nn.Conv2d):
     """`kernels.conv2d` with a square kernel; by PyTorch alone if the other ops of the UNet are.
 
-    What the op has not, such as dilation, groups and padding modes, is `torch.nn.Conv2d`'s.
+    What the op has not, such as dilation, groups and padding modes, is `torch.nn.Conv2d`'s, and so is a
+    convolution whose `_conv_forward` was replaced, as for images that are seamless in one direction.
     """
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
@@ -52,6 +57,11 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.bias, **options)
 
     def _is_plain(self) -> bool:
+        if (
+            nn.Conv2d.forward is not _FORWARD
+            or getattr(self._conv_forward, "__func__", None) is not _CONV_FORWARD
+        ):
+            return False
         pairs = (self.stride, self.padding)
         square = all(isinstance(pair, tuple) and pair[0] == pair[-1] for pair in pairs)
         return square and (self.padding_mode, self.dilation, self.groups) == ("zeros", (1, 1), 1)

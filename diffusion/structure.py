@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import blocks
+from .kernels._dispatch import intercepted
 from .unet import UNet, UNetConfig
 
 # Attributes that change nothing of a network's output in eval mode without gradients.
@@ -81,7 +82,7 @@ def _altered_everywhere() -> str | None:
     for cls, name, method in _METHODS:
         if getattr(cls, name, None) is not method:
             return f"{cls.__name__}.{name} was replaced"
-    return None
+    return intercepted()
 
 
 @functools.lru_cache(8)

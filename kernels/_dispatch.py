@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ._native import check_environment
 
@@ -45,6 +48,36 @@ def transformed() -> str | None:
     return None
 
 
+# The functions of PyTorch that a UNet's modules and the references call, and that people replace.
+_FUNCTIONS = {
+    (module, name): getattr(module, name)
+    for module, names in (
+        (F, ("conv2d", "interpolate", "linear", "pad", "scaled_dot_product_attention", "silu")),
+        (torch, ("group_norm",)),
+    )
+    for name in names
+}
+
+
+def intercepted() -> str | None:
+    """Why "auto" takes plain PyTorch: someone watches or changes its functions. None if nobody does.
+
+    The mode of torch.set_default_device changes only where tensors are made.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    for (module, name), function in _FUNCTIONS.items():
+        if getattr(module, name) is not function:
+            return f"{module.__name__}.{name} was replaced"
+    if torch._C._is_torch_function_mode_enabled():
+        for mode in _get_current_function_mode_stack():
+            if type(mode) is not DeviceContext:
+                return (
+                    f"{type(mode).__name__} is active, a TorchFunctionMode that sees PyTorch's functions only"
+                )
+    return None
+
+
 class Backend(NamedTuple):
     run: Callable[..., Any]
     supports: Callable[..., str | None]
@@ -75,6 +108,8 @@ class Op:
         """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
         check_environment()
         self.validate(*args, **kwargs)
+        if backend == "auto" and intercepted():
+            return next(reversed(self.backends))
         if backend == "auto":
             serving = self.serving(*args, **kwargs)
             return next(name for name in serving if self.backends[name].slower(*args, **kwargs) is None)
@@ -97,6 +132,7 @@ class Op:
         for name, candidate in self.backends.items():
             if name != chosen:
                 reason = self._refusal(name, *args, **kwargs) or candidate.slower(*args, **kwargs)
+                reason = reason or (intercepted() if backend == "auto" else None)
                 reason = reason or f"available; {chosen!r} is preferred"
                 lines.append(f"  not {name}: {reason}")
         return "\n".join(lines)

@@ -162,6 +162,35 @@ def forward_of_a_convolution(unet):
     conv.forward = lambda x: F.conv2d(x, conv.weight, conv.bias, padding=1) * 0.5
 
 
+def seamless_from_left_to_right(conv, x, weight, bias):
+    """`_conv_forward`, with what is left and right of an image taken from its other side."""
+    sides, ends = conv.padding[1], conv.padding[0]
+    x = F.pad(F.pad(x, (sides, sides, 0, 0), mode="circular"), (0, 0, ends, ends))
+    return F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+@change
+def seamless_convolutions(unet):
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module._conv_forward = functools.partial(seamless_from_left_to_right, module)
+
+
+@change
+def seamless_convolution_in_a_block(unet):
+    conv = block_of(unet).conv2
+    conv._conv_forward = MethodType(seamless_from_left_to_right, conv)
+
+
+@change
+def padding_from_the_left(unet):
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            ends, sides = module.padding
+            module.padding_mode = "reflect"
+            module._reversed_padding_repeated_twice = [2 * sides, 0, ends, ends]
+
+
 @change
 def forward_of_a_block(unet):
     block, own = block_of(unet), block_of(unet).forward

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -16,13 +17,16 @@ from alterations import (
     loop,
     make,
     sample,
+    seamless_from_left_to_right,
     set_everywhere,
     unaltered,
 )
 from conftest import make_model
 from diffusion.kernels import _native
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import chain, load
@@ -159,6 +163,118 @@ def test_methods_replaced_on_a_class(monkeypatch):
     assert "Norm.forward was replaced" in model.explain()
     monkeypatch.undo()
     assert torch.equal(sample(model), before)
+
+
+def plain_loop(model) -> torch.Tensor:
+    """The samples of the same network with convolutions of torch.nn."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            module.__class__ = nn.Conv2d
+    return loop(model)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "name", ["seamless_convolutions", "seamless_convolution_in_a_block", "padding_from_the_left"]
+)
+def test_convolutions_as_those_of_torch(name, after):
+    model, before = altered(name, after, "exact")
+    expected = plain_loop(model)
+    assert (expected - before).abs().max() > 0.01
+    for options in ({}, {}, {"backend": "reference"}):
+        assert (sample(model, **options) - expected).abs().max() <= 5e-4
+    assert model.explain().startswith("unet: modules, called whole")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(nn.Conv2d, "_conv_forward"), (nn.Conv2d, "forward"), (Conv2d, "_conv_forward"), (nn.Linear, "forward")],
+    ids=["_conv_forward", "forward", "own _conv_forward", "linear"],
+)
+def test_methods_of_torch_replaced_on_a_class(owner, name, monkeypatch):
+    model = make()
+    before, own = sample(model), getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *args: own(self, *args) * 0.9, raising=False)
+    expected = loop(model) if owner is Conv2d else plain_loop(model)
+    assert (expected - before).abs().max() > 0.01
+    for backend in ("auto", "reference"):
+        assert (sample(model, backend=backend) - expected).abs().max() <= 5e-4
+    assert f"{owner.__name__}.{name} was replaced" in model.explain()
+    monkeypatch.undo()
+    assert torch.equal(sample(model), before)
+
+
+def test_a_seamless_convolution_in_training():
+    """Forward and gradients are those of torch.nn.Conv2d, also as a compiled module."""
+    conv, right = Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    right.load_state_dict(conv.state_dict())
+    for module in (conv, right):
+        module._conv_forward = functools.partial(seamless_from_left_to_right, module)
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = right(x)
+    right_gradients = torch.autograd.grad(expected.square().sum(), list(right.parameters()))
+    assert (expected - nn.Conv2d.forward(Conv2d(8, 8, 3, padding=1), x)).abs().max() > 0.01
+    for call in (conv, torch.compile(conv, backend="eager")):
+        found = call(x)
+        gradients = torch.autograd.grad(found.square().sum(), list(conv.parameters()))
+        torch.testing.assert_close(found, expected)
+        assert all(map(torch.allclose, gradients, right_gradients))
+
+
+class Softened(TorchFunctionMode):
+    """Every convolution, linear map, normalisation and activation gives 0.9 times what it would."""
+
+    CHANGED = (F.silu, F.linear, F.conv2d, torch.group_norm)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        return output * 0.9 if function in self.CHANGED else output
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_function_mode(after):
+    model = make()
+    before = sample(model) if after else None
+    with Softened():
+        expected, found, reason = plain_loop(model), sample(model), model.explain()
+        by_reference = sample(model, backend="reference")
+    assert "Softened is active, a TorchFunctionMode" in reason
+    assert (expected - loop(model)).abs().max() > 0.1
+    assert (found - expected).abs().max() <= 5e-4
+    assert (by_reference - expected).abs().max() <= 5e-4
+    if after:
+        assert torch.equal(sample(model), before)
+
+
+def test_the_mode_of_a_device_changes_nothing():
+    model = make()
+    before = sample(model)
+    with torch.device("cpu"):
+        assert model.explain() == "unet: fused"
+        assert torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (F, "silu"),
+        (F, "conv2d"),
+        (torch, "group_norm"),
+        (F, "scaled_dot_product_attention"),
+        (F, "interpolate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_function_of_torch_is_replaced(owner, name, monkeypatch):
+    model = make()
+    before, own = sample(model), getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: own(*args, **options) * 0.9)
+    expected = plain_loop(model)
+    assert (expected - before).abs().max() > 0.01
+    for backend in ("auto", "reference"):
+        assert (sample(model, backend=backend) - expected).abs().max() <= 5e-4
+    assert f"{name} was replaced" in model.explain()
 
 
 def test_steps_are_not_captured(monkeypatch):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from diffusion.kernels import _native, build_info, explain, philox_normal, reverse_step
 from diffusion.kernels._dispatch import Backend, Op, always
+from diffusion.kernels.group_norm_silu import op as group_norm_silu_op
 from diffusion.kernels.reverse_step.cases import CASES
 from native import requires_native
+from torch.overrides import TorchFunctionMode
 
 import diffusion
 
@@ -183,3 +185,22 @@ def test_an_unknown_cap_is_one_line():
     assert done.stderr == f"diffusion: DIFFUSION_SIMD is 'mmx'; choose from: {choices}\n"
     done = run_capped("mmx", "-c", "from diffusion.kernels import philox_normal; philox_normal((2,), seed=0)")
     assert done.stderr.splitlines()[-1].startswith("ValueError: DIFFUSION_SIMD is 'mmx'")
+
+
+def test_plain_pytorch_runs_where_its_functions_are_watched(monkeypatch):
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    chosen = group_norm_silu_op.choose("auto", x, 2)
+    with Watch():
+        assert group_norm_silu_op.choose("auto", x, 2) == "reference"
+        assert "Watch is active, a TorchFunctionMode" in group_norm_silu_op.explain(x, 2)
+        if chosen != "reference":  # who asks for a backend gets it
+            assert group_norm_silu_op.choose(chosen, x, 2) == chosen
+    with torch.device("cpu"):
+        assert group_norm_silu_op.choose("auto", x, 2) == chosen
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: x)
+    assert group_norm_silu_op.choose("auto", x, 2) == "reference"
+    assert "torch.nn.functional.silu was replaced" in group_norm_silu_op.explain(x, 2)
