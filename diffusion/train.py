@@ -46,7 +46,8 @@ def train(
     Into the folder `out`: `config.json` and `model.safetensors` (the averaged model, which `diffusion.load`
     reads), `ema-<decay>/` with such a model for each further average, `state.safetensors` (to resume from),
     `log.csv`, and `samples/` with a grid of every class. All but the log are written whole or not at all.
-    Ctrl-C and SIGTERM end the run after the step that it is in, saved. Of several ranks the first writes.
+    Before an error about a grid, or a line of the log, ends the run, its state is saved. Ctrl-C and SIGTERM
+    end it after the step that it is in, saved. Of several ranks the first writes.
 
     accept_changes: resume a run of other data too, or of a recipe that differs in how long, how fast or by
     which loss it trains, not in what. ValueError if `out` holds a run or model and resume is False, if there
@@ -60,7 +61,7 @@ def train(
     with contextlib.ExitStack() as held:
         problem = None
         try:
-            _begin(trainer, out, resume, accept_changes, held)
+            _begin(trainer, out, resume, accept_changes, options["sample"], held)
         except ValueError as error:
             problem = error
         agree(trainer, problem)
@@ -68,14 +69,20 @@ def train(
 
 
 def _begin(
-    trainer: Trainer, out: Path, resume: bool, accept_changes: bool, held: contextlib.ExitStack
+    trainer: Trainer,
+    out: Path,
+    resume: bool,
+    accept_changes: bool,
+    sample_every: int,
+    held: contextlib.ExitStack,
 ) -> None:
     """Sees to it that `out` may be trained into and, on the first rank, that no other process does."""
     state = out / STATE
-    if resume:
-        read_state(state)  # before a folder is made
+    step = read_state(state)["step"] if resume else 0  # before a folder is made
     if trainer.ranks.rank == 0:
-        check_writable(state, out / "log.csv")
+        first = min((step // sample_every + 1) * sample_every, trainer.recipe.steps)
+        models = [folder / name for folder in _folders(trainer, out).values() for name in MODEL_FILES]
+        check_writable(state, out / "log.csv", *models, _grid(out, first))
         if not held.enter_context(locked(out / LOCK)):
             raise ValueError(
                 f"{out} is in use: {holder(out / LOCK)} trains into it; wait, or choose another folder"
@@ -86,6 +93,16 @@ def _begin(
         raise ValueError(f"{out} holds a run already; resume it, or choose another folder")
     elif any(os.path.exists(out / name) for name in MODEL_FILES):
         raise ValueError(f"{out} holds a model, which training would replace; choose another folder")
+
+
+def _folders(trainer: Trainer, out: Path) -> dict[float, Path]:
+    """Where the averages are saved, by their decays."""
+    kept = trainer.recipe.ema_decay
+    return {decay: out if decay == kept else out / f"ema-{decay:g}" for decay in trainer.averages}
+
+
+def _grid(out: Path, step: int) -> Path:
+    return out / "samples" / f"step-{step:07d}.png"
 
 
 def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progress: bool) -> DDPM:
@@ -111,9 +128,8 @@ def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progr
 
     def save_averages() -> None:
         about = {**asdict(recipe), "step": trainer.step, "seconds": trainer.seconds}
-        for decay, average in trainer.averages.items():
-            folder = out if average is trainer.ema else out / f"ema-{decay:g}"
-            average.save(folder, training={**about, "ema_decay": decay})
+        for decay, folder in _folders(trainer, out).items():
+            trainer.averages[decay].save(folder, training={**about, "ema_decay": decay})
 
     def check() -> None:
         if trouble := trainer.trouble():
@@ -136,12 +152,16 @@ def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progr
         if first_rank:
             seconds = before + time.perf_counter() - started
             rate = recipe.learning_rate_at(trainer.step - 1)
-            rows.add(trainer.step, mean, validation, rate, norm, seconds)
+            try:
+                rows.add(trainer.step, mean, validation, rate, norm, seconds)
+            except ValueError:
+                save()
+                raise
             shown = {"loss": f"{mean:.4f}"}
             bar.set_postfix(shown | ({} if validation is None else {"val": f"{validation:.4f}"}))
         return True
 
-    grid = out / "samples" / f"step-{trainer.step:07d}.png"
+    grid = _grid(out, trainer.step)
     bar = tqdm(
         total=recipe.steps * recipe.batch_size,
         initial=trainer.step * recipe.batch_size,
@@ -166,8 +186,12 @@ def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progr
             if is_due("save"):
                 save()
             if first_rank and is_due("sample"):
-                grid = out / "samples" / f"step-{trainer.step:07d}.png"
-                whole &= _save_samples(trainer.ema, grid, stopping)
+                try:
+                    whole &= _save_samples(trainer.ema, _grid(out, trainer.step), stopping)
+                except Exception:  # a folder that was taken away, a full disk, too little memory
+                    if saved != trainer.step:
+                        save()
+                    raise
             # Ranks on other devices than the CPU wait for the device when they ask each other.
             asks = line or is_due("sample") or trainer.device.type == "cpu" or trainer.ranks.world_size == 1
             if asks and any_rank(trainer, bool(stopping)) and not (last and whole):

@@ -347,6 +347,66 @@ def test_a_log_on_a_full_disk(tmp_path, monkeypatch):
         run(tmp_path / "new", patched)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("samples", "ema-0.5") for kind in ("file", "pipe", "loop", "device")),
+        *(
+            (name, kind)
+            for name in ("model.safetensors", "ema-0.5/config.json")
+            for kind in ("folder", "pipe")
+        ),
+        ("samples/step-0000003.png", "folder"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_cannot_be_written_is_refused_before_a_step(name, kind, resume, tmp_path):
+    recipe = replace(RECIPE, steps=6, more_ema_decays=(0.5,))
+    if resume:
+        save_state(make_trainer(recipe), tmp_path / "state.safetensors")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.touch()
+    else:
+        path.symlink_to(path.name if kind == "loop" else "/dev/zero")
+    before = sorted(os.listdir(tmp_path))
+    trainer = make_trainer(recipe)
+    trainer.train_step = None
+    with pytest.raises(ValueError, match=f"cannot write .*{name}") as caught:
+        run(tmp_path, trainer, resume=resume, sample_every=3)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("name", ["samples", "log.csv"])
+def test_the_state_is_saved_before_a_failure_to_write(name, unbroken, tmp_path):
+    """The grids' folder, or the log, is taken away in step 4; the run goes on from there to the same end."""
+    trainer = make_trainer()
+    step, path = trainer.train_step, tmp_path / name
+
+    def takes_it_away():
+        if trainer.step == 3:
+            path.unlink() if path.is_file() else None
+            path.touch() if name == "samples" else path.mkdir()
+        return step()
+
+    trainer.train_step = takes_it_away
+    with pytest.raises(ValueError, match=f"cannot write .*{name}"):
+        run(tmp_path, trainer, sample_every=4, save_every=100)
+    assert read_state(tmp_path / "state.safetensors")["step"] == 4
+    path.unlink() if path.is_file() else path.rmdir()
+    run(tmp_path, resume=True, sample_every=4)
+    models = [load_file(folder / "model.safetensors") for folder in (unbroken, tmp_path)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    grids = [f"step-{step:07d}.png" for step in (4, 8, 12)]
+    assert sorted(os.listdir(tmp_path / "samples")) == grids
+
+
 def test_a_run_on_other_data_is_refused(unbroken):
     for name in ("images", "labels"):
         trainer = make_trainer()
