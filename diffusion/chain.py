@@ -13,6 +13,7 @@ from .guidance import rescale_guidance
 from .kernels.reverse_step.in_place import op as reverse_step_op
 from .steps import StepTable
 from .unet import UNet
+from .validation import check_dense
 
 STEPS_EMBEDDED = 64  # at a time
 
@@ -322,7 +323,4 @@ def combined(
 
 def injected(noise: Noise, k: int, size: tuple[int, ...]) -> torch.Tensor:
     """noise(k), or ValueError."""
-    z = noise(k)
-    if z.shape != size:
-        raise ValueError(f"noise({k}) must have shape {list(size)}, not {list(z.shape)}")
-    return z
+    return check_dense(f"noise({k})", noise(k), size)

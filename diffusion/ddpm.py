@@ -23,7 +23,17 @@ from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
 from .thresholding import thresholded_step
 from .unet import UNet
-from .validation import choice, known_names, number, readable, refuse, typed, whole_number, whole_numbers
+from .validation import (
+    check_dense,
+    choice,
+    known_names,
+    number,
+    readable,
+    refuse,
+    typed,
+    whole_number,
+    whole_numbers,
+)
 
 # Images that the network evaluates together when the caller does not say. More than that do not fit in the
 # caches of a CPU; see `python -m benchmarks.sampling`.
@@ -441,11 +451,7 @@ def _sliced(noise: engine.Noise, part: slice, count: int, shape: tuple[int, ...]
     """The rows `part` of an injected noise; ValueError unless it is [count, *shape]."""
 
     def rows(k: int) -> torch.Tensor:
-        z = noise(k)
-        if not isinstance(z, torch.Tensor) or z.shape != (count, *shape):
-            found = list(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
-            raise ValueError(f"noise({k}) must be a tensor {[count, *shape]}, not {found}")
-        return z[part].float()
+        return check_dense(f"noise({k})", noise(k), (count, *shape))[part].float()
 
     return rows
 

@@ -98,7 +98,7 @@ def whole_numbers(
     if _as_python(values) is not None:
         values = [values]
     if isinstance(values, torch.Tensor):
-        if values.ndim != 1 or values.is_meta or (len(values) and not _is_integer(values.dtype)):
+        if not _is_dense(values) or values.ndim != 1 or (len(values) and not _is_integer(values.dtype)):
             refuse(name, expected, values)
         values = values.detach().cpu().long() if not len(values) else values.cpu().numpy()
     elif hasattr(values, "__array__"):
@@ -121,8 +121,8 @@ def whole_numbers(
 
 def numbers(name: str, values: Any) -> torch.Tensor:
     """Finite numbers as float64 [N] on the CPU, from a sequence, or an array or tensor [N]."""
-    if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 1:
-        values = values.tolist() if not getattr(values, "is_meta", False) else None
+    if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 1 and _is_dense(values):
+        values = values.tolist()
     if not isinstance(values, list | tuple):
         refuse(name, "a list of numbers", values)
     for value in values:
@@ -136,7 +136,7 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     """Two numbers (low, high) with low <= high; high may be inf."""
     ends = value
     if isinstance(value, torch.Tensor | np.ndarray):
-        ends = list(value) if value.ndim == 1 else None
+        ends = list(value) if value.ndim == 1 and _is_dense(value) else None
     if isinstance(ends, list | tuple) and len(ends) == 2:
         low, high = (_as_python(end) for end in ends)
         whole = None not in (low, high) and abs(low) <= LARGEST_NUMBER
@@ -227,13 +227,30 @@ def _as_python(value: object) -> int | float | None:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, torch.Tensor):
-        real = value.ndim == 0 and not value.is_meta
+        real = value.ndim == 0 and _is_dense(value)
         real = real and (_is_integer(value.dtype) or value.dtype.is_floating_point)
         return value.item() if real else None
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         kinds = {"i": int, "u": int, "f": float}
         return kinds[value.dtype.kind](value) if value.dtype.kind in kinds else None
     return None
+
+
+def _is_dense(array: torch.Tensor | np.ndarray) -> bool:
+    """Whether it holds a number for each place: a tensor that is sparse, nested or on "meta" does not."""
+    if isinstance(array, np.ndarray):
+        return True
+    return array.layout == torch.strided and not (array.is_meta or array.is_nested)
+
+
+def check_dense(name: str, value: object, shape: Sequence[int]) -> torch.Tensor:
+    """The value if it is a dense tensor of real numbers in this shape."""
+    expected = f"a dense tensor {list(shape)} of real numbers"
+    if not isinstance(value, torch.Tensor) or not _is_dense(value):
+        refuse(name, expected, value)
+    if value.dtype.is_complex or value.shape != tuple(shape):
+        raise ValueError(f"{name} must be {expected}, not {str(value.dtype)[6:]} {list(value.shape)}")
+    return value
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

@@ -27,6 +27,7 @@ NO_NUMBERS = {
     "an array of text": np.array("3"),
     "a date": np.datetime64(3, "s"),
     "a tensor without data": torch.tensor(3, device="meta"),
+    "a sparse tensor": torch.tensor(3).to_sparse(),
     "Decimal": Decimal(3),
     "Fraction": Fraction(3),
     "NaN": math.nan,
@@ -177,6 +178,7 @@ def test_empty_lists(values):
         np.array([[1, 2]]), np.array([1, 4], np.int8), np.array([2**64 - 1], np.uint64), np.array(["1"]),
         np.array([1, None]), torch.tensor([1.0]), torch.tensor([True]), torch.tensor([[1, 2]]),
         torch.tensor([2**64 - 1], dtype=torch.uint64), torch.tensor([1], device="meta"),
+        torch.tensor([1]).to_sparse(), torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged),
         torch.tensor([1j]), torch.tensor([1.0]).to(torch.float8_e4m3fn), iter([1, 2]),
     ],
 )  # fmt: skip
@@ -199,6 +201,7 @@ def test_intervals(value):
         None, 3, "13", (1,), (1, 2, 3), (3, 1), (math.nan, 1), (1, math.nan), (True, 3), (1, None),
         ("1", "3"), (math.inf, math.inf), (-math.inf, 1), (10**400, 10**401), (0, 10**400), np.zeros(3),
         torch.zeros(2, 2), torch.zeros(2, device="meta"),
+        torch.ones(2).to_sparse(),
     ],
 )  # fmt: skip
 def test_what_is_no_interval(value):
