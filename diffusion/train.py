@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -111,7 +112,8 @@ def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progr
     if first_rank:
         for folder in (out, out / "samples", *out.glob("ema-*")):
             remove_leftovers(folder)
-    rows = _LogFile(out / "log.csv", trainer.step) if first_rank else None
+    logged = trainer.step - len(trainer.losses) if trainer.step else None
+    rows = _LogFile(out / "log.csv", logged) if first_rank else None
     started, before, saved = time.perf_counter(), trainer.seconds, trainer.step if resume else None
 
     def is_due(name: str) -> bool:
@@ -202,34 +204,49 @@ def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progr
 
 
 class _LogFile:
-    """log.csv, cut back to the step that a resumed run continues from."""
+    """log.csv, cut back to the line that a resumed run continues after, that of step `logged`.
 
-    def __init__(self, path: Path, step: int):
+    None begins a new one. A UserWarning if it ends before that step: it is continued all the same.
+    """
+
+    def __init__(self, path: Path, logged: int | None):
         self.path = path
-        kept = self._rows(step) if step and path.exists() else []
+        rows = [] if logged is None or not path.exists() else self._rows()
+        rows = [(step, line) for step, line in rows if step <= logged]
         with replacing(path) as (temporary,):
-            temporary.write_text("".join([HEADER, *kept]), encoding="utf-8")
+            temporary.write_text("".join([HEADER, *(line for _, line in rows)]), encoding="utf-8")
+        last = rows[-1][0] if rows else 0
+        if last < (logged or 0):
+            warnings.warn(
+                f"{path} lacks lines: it ends at step {last}, and the run's last was {logged}", stacklevel=2
+            )
 
-    def _rows(self, step: int) -> list[str]:
-        """The lines up to a step; one that was cut off at the end is dropped. ValueError if it is no log."""
+    def _rows(self) -> list[tuple[int, str]]:
+        """Steps and their lines but one that was cut off at the end; ValueError if it is no log."""
         header, *lines = read_text(self.path).splitlines(keepends=True) or [""]
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         if header != HEADER:
             raise ValueError(f"{self.path} is no log of a training run; move it away to begin a new one")
-        kept = []
+        rows, last = [], 0
         for number, line in enumerate(lines, 2):
             values = line.split(",")
             if len(values) != len(COLUMNS) or not values[0].isdecimal() or len(values[0]) > 18:
                 raise ValueError(f"{self.path} is damaged in line {number}; move it away to begin a new log")
-            if int(values[0]) <= step:
-                kept.append(line)
-        return kept
+            step = int(values[0])
+            if step <= last:
+                raise ValueError(
+                    f"{self.path} is damaged in line {number}: step {step} does not come after {last}; "
+                    "move it away to begin a new log"
+                )
+            rows.append((step, line))
+            last = step
+        return rows
 
-    def add(self, *values: float | None) -> None:
+    def add(self, step: int, *values: float | None) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(",".join("" if v is None else f"{v:.6g}" for v in values) + "\n")
+                file.write(",".join([str(step), *("" if v is None else f"{v:.6g}" for v in values)]) + "\n")
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
 

@@ -19,7 +19,8 @@ from test_train import RECIPE, assert_same_run, make_trainer, run, state_of, unb
 
 from diffusion.ddpm import DDPM
 from diffusion.locks import locked
-from diffusion.training_state import load_state, read_state
+from diffusion.train import _LogFile
+from diffusion.training_state import load_state, read_state, save_state
 from diffusion.unet_config import UNetConfig
 
 # One process imports the package once and forks a run for each moment; the child kills itself at that moment.
@@ -345,6 +346,10 @@ def test_an_older_state_lacks_what_has_a_default(unbroken, tmp_path):  # noqa: F
         (b"", "no log"),
         (b"{header}2,0.5\n4,0.5,,1e-3,0.1,3\n", "damaged in line 2"),
         (b"{header}x,0.5,,1e-3,0.1,3\n", "damaged in line 2"),
+        (b"{header}0,0.5,,1e-3,0.1,3\n", "damaged in line 2: step 0 does not come after 0"),
+        (b"{header}2,1,,1,1,1\n4,1,,1,1,1\n3,1,,1,1,1\n", "damaged in line 4: step 3 does not come after 4"),
+        (b"{header}2,1,,1,1,1\n2,1,,1,1,1\n4,1,,1,1,1\n", "damaged in line 3: step 2 does not come after 2"),
+        (b"{header}14,1,,1,1,1\n13,1,,1,1,1\n", "damaged in line 3: step 13 does not come after 14"),
         (b"{header}" + b"9" * 5000 + b",0.5,,1e-3,0.1,3\n", "damaged in line 2"),
     ],
 )
@@ -357,3 +362,53 @@ def test_logs_of_nonsense(content, expected, unbroken, tmp_path):  # noqa: F811
         run(tmp_path, resume=True)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "log.csv").read_bytes() == content
+
+
+def steps_of(out) -> list[int]:
+    return [int(row["step"]) for row in csv.DictReader((out / "log.csv").open())]
+
+
+def test_a_log_that_was_cut_short_is_continued_and_it_is_told(unbroken, tmp_path):  # noqa: F811
+    trainer = make_trainer(replace(RECIPE, steps=6))
+    run(tmp_path, trainer)
+    lines = (tmp_path / "log.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "log.csv").write_text("".join(lines[:2]) + "4,0.")
+    longer = make_trainer(replace(RECIPE, steps=8))
+    with pytest.warns(
+        UserWarning, match=r"log\.csv lacks lines: it ends at step 2, and the run's last was 6"
+    ):
+        run(tmp_path, longer, resume=True, accept_changes=True)
+    assert steps_of(tmp_path) == [2, 8]
+
+
+def test_notes_in_the_place_of_a_log_are_kept_before_its_first_line(tmp_path):
+    trainer = make_trainer(replace(RECIPE, steps=4))
+    for _ in range(3):
+        trainer.train_step()
+    save_state(trainer, tmp_path / "state.safetensors")
+    (tmp_path / "log.csv").write_text("my own notes\n")
+    with pytest.raises(ValueError, match=r"log\.csv is no log"):
+        run(tmp_path, make_trainer(replace(RECIPE, steps=4)), resume=True)
+    assert (tmp_path / "log.csv").read_text() == "my own notes\n"
+
+
+def test_a_line_that_a_killed_run_added_is_not_there_twice(unbroken, tmp_path):  # noqa: F811
+    """The state, of step 6, was saved before the line of it; the resumed run was killed after that line."""
+    trainer = make_trainer()
+    for step in range(1, 7):
+        trainer.train_step()
+        if step in (2, 4):
+            trainer.finish_line()
+    save_state(trainer, tmp_path / "state.safetensors")
+    (tmp_path / "log.csv").write_bytes(b"".join((unbroken / "log.csv").read_bytes().splitlines(True)[:4]))
+    run(tmp_path, resume=True)
+    assert steps_of(tmp_path) == [2, 4, 6, 8, 10, 12]
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_steps_beyond_a_million_are_whole_numbers(tmp_path):
+    log = _LogFile(tmp_path / "log.csv", None)
+    for step in (999_999, 1_000_000, 1_234_567, 1_234_568):
+        log.add(step, 0.5, None, 1e-3, 0.1, 3.0)
+    _LogFile(tmp_path / "log.csv", 1_234_567)
+    assert steps_of(tmp_path) == [999_999, 1_000_000, 1_234_567]

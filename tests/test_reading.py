@@ -234,7 +234,7 @@ USED = [
     (run_of_shards, "run.json"),
     (alone(load_recipe), "recipe.json"),
     (alone(read_state), "state.safetensors"),
-    (alone(lambda path: _LogFile(path, step=1)), "log.csv"),
+    (alone(lambda path: _LogFile(path, logged=1)), "log.csv"),
 ]
 
 

@@ -383,6 +383,7 @@ def test_what_cannot_be_written_is_refused_before_a_step(name, kind, resume, tmp
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*lacks lines")
 @pytest.mark.parametrize("name", ["samples", "log.csv"])
 def test_the_state_is_saved_before_a_failure_to_write(name, unbroken, tmp_path):
     """The grids' folder, or the log, is taken away in step 4; the run goes on from there to the same end."""
