@@ -130,7 +130,8 @@ class Chain:
         self.ids = torch.zeros(count, dtype=torch.int64, device=device)
         self.positions = torch.zeros(2 * count, dtype=torch.int64, device=device)
         size = (STEPS_EMBEDDED, labels, network.embedding_size)
-        self.embeddings = torch.zeros(size, device=device, dtype=torch.float32)
+        precise = torch.float64 if network.dtype == torch.float64 else torch.float32
+        self.embeddings = torch.zeros(size, device=device, dtype=precise)
         self._graphs: dict[tuple, Callable[[], None]] = {}
         self._captures = device.type == "cuda" and self._step_backend() != "reference"
 

@@ -25,7 +25,7 @@ from .reading import (
     stored_digest,
 )
 from .schedule import NoiseSchedule
-from .structure import configured
+from .structure import config_of, configured
 from .unet import UNet, UNetConfig
 
 FORMAT = "fused-diffusion"
@@ -65,6 +65,7 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     folder = Path(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
+    architecture = configured(config_of(unet))
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
     try:
         text = json.dumps(config, indent=2, default=_plain)
@@ -77,7 +78,7 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
             kind = "on the meta device" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
             raise ValueError(f"cannot write {folder}: {name} of the UNet is {kind}, which is no weight")
     weights = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
-    check_architecture(configured(unet.config), weights, f"cannot write {folder}: the UNet")
+    check_architecture(architecture, weights, f"cannot write {folder}: the UNet")
     first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(weights.items())}
     for name, tensor in weights.items():
         if first[tensor.untyped_storage().data_ptr()] != name:

@@ -17,10 +17,11 @@ from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_d
 from .guidance import drop_labels
 from .likelihood import variational_bound_terms
 from .memory import check_fits, free_memory, is_out_of_memory
-from .networks import NetworkCache, explain
+from .networks import NetworkCache, explain, mixed_dtypes, own_dtype
 from .process import check_prediction_type, loss_weight, q_sample, random_timesteps, target
 from .schedule import NoiseSchedule
 from .steps import SAMPLERS, VARIANCES, StepTable
+from .structure import config_of
 from .thresholding import thresholded_step
 from .unet import UNet
 from .validation import (
@@ -75,12 +76,13 @@ class DDPM(nn.Module):
     ):
         super().__init__()
         check_prediction_type(prediction_type)
+        config = config_of(unet)
         self.unet = unet
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.clip = None if clip is None else number("clip", clip, above=0)
         if variance is None:
-            variance = "learned_range" if unet.config.learned_variance else "fixed_small"
+            variance = "learned_range" if config.learned_variance else "fixed_small"
         self.variance = choice("variance", variance, VARIANCES)
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
         for sampler, options in typed("sampler_options", self.sampler_options, dict).items():
@@ -92,7 +94,7 @@ class DDPM(nn.Module):
     @property
     def num_classes(self) -> int | None:
         """Number of class labels, or None for an unconditional model."""
-        return self.unet.config.num_classes
+        return config_of(self.unet).num_classes
 
     def copy(self) -> "DDPM":
         """The same model with weights of its own."""
@@ -132,14 +134,14 @@ class DDPM(nn.Module):
         t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         if labels is not None and label_dropout:
-            labels = drop_labels(labels, label_dropout, self.unet.config.null_label)
+            labels = drop_labels(labels, label_dropout, config_of(self.unet).null_label)
         x_t = q_sample(self.schedule, x0, t, noise)
         output = (self.unet if network is None else network)(x_t, t, labels).float()
         prediction = output[:, : x0.shape[1]]
         errors = prediction - target(self.schedule, self.prediction_type, x0, t, noise)
         weights = loss_weight(self.schedule, self.prediction_type, t, weighting, min_snr_gamma)
         loss = (weights * errors.square().flatten(1).mean(1)).mean()
-        if self.unet.config.learned_variance:
+        if config_of(self.unet).learned_variance:
             frozen = torch.cat([prediction.detach(), output[:, x0.shape[1] :]], dim=1)
             terms = variational_bound_terms(
                 self.schedule, self.prediction_type, self.variance, x0, x_t, t, frozen, clip=None
@@ -159,7 +161,7 @@ class DDPM(nn.Module):
             defaults["variance"] = self.variance
         defaults |= self.sampler_options.get(sampler, {})
         table = SAMPLERS[sampler](self.schedule, steps, **(defaults | options))
-        if table.learned_variance and not self.unet.config.learned_variance:
+        if table.learned_variance and not config_of(self.unet).learned_variance:
             raise ValueError(
                 "variance 'learned_range' needs a UNet that puts out a variance; this one does not"
             )
@@ -203,9 +205,10 @@ class DDPM(nn.Module):
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
         backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
-        tier: "exact" computes in the model's own dtype, "fast" in bfloat16 where the device multiplies in it;
-            README.md says what that does to the images. dtype: of the UNet, "float32", "bfloat16" or
-            "float16", instead of the tier's; the latent is float32 always.
+        tier: "exact" computes in the model's own dtype, of several in the widest; "fast" in bfloat16 where
+            the device multiplies in it; README.md says what that does to the images. dtype: of the UNet,
+            "float32", "bfloat16", "float16" or "float64", instead of the tier's; the latent is float32
+            always.
         progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch;
             what it alters of the network may count from the next call on only.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
@@ -230,7 +233,7 @@ class DDPM(nn.Module):
         guidance = number("guidance_scale", guidance_scale)
         if labels is None and guidance != 1:
             raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
-        if labels is not None and self.unet.config.null_label is None and guidance != 1:
+        if labels is not None and config_of(self.unet).null_label is None and guidance != 1:
             raise ValueError("this model has no null label, so guidance_scale must be 1")
         guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
         threshold, most = None, number("dynamic_threshold_max", dynamic_threshold_max, 1, infinite=True)
@@ -243,7 +246,7 @@ class DDPM(nn.Module):
                 refuse(name, "a function, or None", function)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
         network = self._network(device, dtype, tier, backend)
-        place, config = network.device, self.unet.config
+        place, config = network.device, config_of(self.unet)
         shape = (config.in_channels, *config.image_shape)
         kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
         size = batch_size or len(ids)
@@ -278,6 +281,9 @@ class DDPM(nn.Module):
                         start = part.stop
                     except (MemoryError, RuntimeError) as error:
                         if not is_out_of_memory(error):
+                            mixed = mixed_dtypes(self.unet) if "type" in str(error) else None
+                            if mixed is not None:
+                                raise ValueError(mixed) from error
                             raise
                         if size == 1:
                             raise ValueError(
@@ -293,7 +299,7 @@ class DDPM(nn.Module):
 
     def check_count(self, count: int, name: str = "num_samples") -> int:
         """`count` as an int; ValueError unless it is a number of images that the device has memory for."""
-        count, config = whole_number(name, count, 1), self.unet.config
+        count, config = whole_number(name, count, 1), config_of(self.unet)
         size = 4 * count * config.in_channels * math.prod(config.image_shape)
         check_fits(f"{count:,} images", size, next(self.unet.parameters()).device)
         return count
@@ -322,7 +328,7 @@ class DDPM(nn.Module):
             if self.num_classes is None:
                 raise ValueError("labels are given, but this model is unconditional")
             labels = whole_numbers("labels", labels, 0, self.num_classes - 1)
-        if labels is None and self.unet.config.null_label is None and self.num_classes is not None:
+        if labels is None and config_of(self.unet).null_label is None and self.num_classes is not None:
             raise ValueError("this model was trained without a null label, so it needs labels")
         count = len(labels) if labels is not None else 1
         if sample_ids is not None:
@@ -344,7 +350,7 @@ class DDPM(nn.Module):
 
     def _affordable_batch(self, network: engine.Network, guided: bool) -> int:
         """MOST_TOGETHER, or as many images as half of the free memory should hold the feature maps of."""
-        evaluations, config = 2 if guided else 1, self.unet.config
+        evaluations, config = 2 if guided else 1, config_of(self.unet)
         most = MOST_TOGETHER.get(network.device.type, MOST_TOGETHER_ELSEWHERE) // evaluations
         free = free_memory(network.device)
         if free is None:
@@ -381,12 +387,12 @@ class DDPM(nn.Module):
 
     def _where(self, device, dtype, tier: str) -> tuple[torch.device, torch.dtype]:
         """The device that samples, and the dtype that the UNet has there."""
-        own = next(self.unet.parameters())
-        device = resolve_device(own.device if device is None else device)
+        config_of(self.unet)
+        device = resolve_device(next(self.unet.parameters()).device if device is None else device)
         choice("tier", tier, TIERS)
         if dtype is None and tier == "fast" and multiplies_bfloat16(device):
             dtype = torch.bfloat16
-        dtype = resolve_dtype(own.dtype if dtype is None else dtype)
+        dtype = own_dtype(self.unet) if dtype is None else resolve_dtype(dtype)
         check_dtype(device, dtype)
         return device, dtype
 

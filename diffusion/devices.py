@@ -6,7 +6,12 @@ from torch import nn
 from .kernels.conv3x3.native_impl import multiplies_pairs
 from .validation import choice
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -23,7 +28,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """float32, bfloat16 or float16, by name or as a torch.dtype; ValueError for others."""
+    """float32, bfloat16, float16 or float64, by name or as a torch.dtype; ValueError for others."""
     return dtype if dtype in DTYPES.values() else DTYPES[choice("dtype", dtype, DTYPES)]
 
 

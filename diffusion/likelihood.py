@@ -18,6 +18,7 @@ from .networks import make_network
 from .process import at_timesteps, predict_x0, q_sample
 from .schedule import NoiseSchedule
 from .steps import VARIANCES
+from .structure import config_of
 from .validation import choice, whole_number
 
 BITS = 1 / math.log(2)
@@ -120,7 +121,7 @@ def bits_per_dimension(
     that; `prior`; `terms`, [T], the mean of each timestep's; and `images`. ValueError for images that do not
     fit the model, or none.
     """
-    config, schedule = model.unet.config, model.schedule
+    config, schedule = config_of(model.unet), model.schedule
     shape = (config.in_channels, *config.image_shape)
     if images.dtype != torch.uint8 or images.shape[1:] != shape or len(images) == 0:
         raise ValueError(

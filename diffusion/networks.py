@@ -1,6 +1,7 @@
 """Chooses the fastest network for sampling a UNet, says why, and keeps it until the UNet changes."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from .blocks import takes_backend
 from .chain import Network
+from .devices import DTYPES
 from .kernels import _native
 from .prepared import PreparedUNet, unfused
 from .structure import Snapshot, altered, missing
@@ -22,12 +24,11 @@ def make_network(unet: nn.Module, device: torch.device, dtype: torch.dtype, back
     """
     if altered(unet) is not None:
         return _altered_network(unet, device, dtype, backend)
-    own = next(unet.parameters())
     if _unfused(unet, device, dtype, backend) is None:
         denoise = PreparedUNet(unet, dtype).denoise
         size, null = sum(unet.embedding_sizes), unet.config.null_label
         return Network(unet.embed, denoise, size, null, device, dtype, backend)
-    if (own.device, own.dtype) != (device, dtype) or _training(unet):
+    if _training(unet) or any((p.device, p.dtype) != (device, dtype) for p in unet.parameters()):
         unet = copy.deepcopy(unet).to(device, dtype).eval()
     return Network.of(unet, backend)
 
@@ -51,6 +52,35 @@ def _unfused(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend:
     if device.type != "cpu":
         return f"it runs on {device}, not on the CPU"
     return unfused(unet, dtype)
+
+
+def own_dtype(unet: nn.Module) -> torch.dtype:
+    """The dtype in which a UNet samples unless another is chosen: its own, or the widest of several.
+
+    That of the first parameter where the network was altered, whose code may know of several. ValueError: a
+    dtype of which no network can be.
+    """
+    found = {parameter.dtype for parameter in unet.parameters()}
+    if len(found) > 1 and altered(unet) is not None:
+        found = {next(unet.parameters()).dtype}
+    unknown = sorted(map(str, found - set(DTYPES.values())))
+    if unknown:
+        raise ValueError(
+            f"no UNet can be sampled in its own dtype where that is {unknown[0][6:]}; "
+            'choose dtype="float32", or convert the model by model.float()'
+        )
+    return functools.reduce(torch.promote_types, found)
+
+
+def mixed_dtypes(unet: nn.Module) -> str | None:
+    """That the network's parameters are of several dtypes, and the way out; None where they are of one."""
+    names: dict[torch.dtype, str] = {}
+    for name, parameter in unet.named_parameters():
+        names.setdefault(parameter.dtype, name)
+    if len(names) == 1:
+        return None
+    kinds = ", ".join(f"{str(dtype)[6:]} ({name})" for dtype, name in names.items())
+    return f"this UNet cannot be sampled in several dtypes: {kinds}; model.float() makes them one"
 
 
 def _training(unet: nn.Module) -> bool:

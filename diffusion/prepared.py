@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
+from .devices import DTYPES
 from .kernels import _native
 from .kernels._program import Program
 from .kernels.attention.library import attention_parts_
@@ -123,6 +124,8 @@ def unfused(unet: UNet, dtype: torch.dtype) -> str | None:
         if (parameter.device, parameter.dtype) != (first.device, first.dtype):
             kind = f"{parameter.dtype} on {parameter.device}"
             return f"{name} is {kind}, not {first.dtype} on {first.device} as others are"
+    if first.dtype not in DTYPES.values():
+        return f"its weights are {first.dtype}, in which nothing can be embedded"
     if dtype not in convolutions.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
     x = torch.empty(0, 1, 4, 4, dtype=dtype, device="cpu")

@@ -53,14 +53,28 @@ def altered(unet: nn.Module) -> str | None:
     reason = _altered_everywhere()
     if reason is None and type(unet) is not UNet:
         reason = f"it is {_called(unet)}, not UNet of {__package__}"
-    return reason or _difference("", unet, configured(unet.config))
+    return reason or _difference("", unet, configured(config_of(unet)))
+
+
+def config_of(unet: nn.Module | None) -> UNetConfig:
+    """The configuration of a model's network; ValueError for what is no UNet and does not stand for one."""
+    config = getattr(unet, "config", None)
+    if not isinstance(config, UNetConfig):
+        inner = getattr(getattr(unet, "module", None), "config", None)
+        hint = "; its `module` is one" if isinstance(inner, UNetConfig) else ""
+        raise ValueError(
+            f"model.unet must be a UNet, or a module with a UNet's `config`, not {_called(unet)}{hint}"
+        )
+    if next(unet.parameters(), None) is None:
+        raise ValueError(f"model.unet must have parameters, which {_called(unet)} has not")
+    return config
 
 
 def missing(unet: nn.Module) -> str | None:
     """The name of a module that is None and that the network cannot do without, or None."""
     if not isinstance(unet, UNet):
         return None
-    for name, built in configured(unet.config).named_modules():
+    for name, built in configured(config_of(unet)).named_modules():
         *path, last = name.split(".")
         parent = functools.reduce(lambda module, key: getattr(module, key, None), path, unet)
         gone = isinstance(parent, nn.Module) and getattr(parent, last, built) is None

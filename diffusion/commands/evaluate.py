@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, help="images made at a time")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
-    add("--dtype", help="of the UNet: float32, bfloat16 or float16 (default: the tier's)")
+    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
     add("--backend", default="auto", help="of the kernels (default: auto)")
     add("--out", metavar="FILE.json", help="write the result there too")
 
