@@ -123,8 +123,9 @@ def test_no_elements(backend, channels_last, shape):
     for _ in ROWS:
         reverse_step_(x, output, table, counter, x0=x0, unet_input=unet_input, **options)
     assert counter[0] == len(ROWS)
-    with pytest.raises(RuntimeError, match="the previous x0 is needed"):
-        reverse_step_(x, output, table[1:], step_counter(0), **options)
+    if backend != "triton":  # written for devices, where looking at the row would mean waiting
+        with pytest.raises(RuntimeError, match="the previous x0 is needed"):
+            reverse_step_(x, output, table[1:], step_counter(0), **options)
     for row in ROWS:
         x, x0 = reverse_step(x, output, row, x0_prev=x0, backend=backend)
     assert x.shape == x0.shape == shape
