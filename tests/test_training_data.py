@@ -38,7 +38,7 @@ def loaded(data, *words) -> TrainingData:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--data", str(data), *map(str, words)])
-    return load_data(args, choose_recipe(args))
+    return load_data(args, choose_recipe(args, args.init and diffusion.load(args.init)))
 
 
 def own_recipe(path, **unet):

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import torch
 
 from ..data import DATASETS
-from ..ddpm import load
+from ..ddpm import DDPM, load
 from ..devices import check_dtype
 from ..fine_tuning import recipe_for
 from ..kernels._native import allows
@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.data is None:
         args.data = args.recipe.partition("-")[0] if args.recipe in RECIPES else "mnist"
-    recipe = choose_recipe(args)
+    init = None if args.init is None else load(args.init)
+    recipe = choose_recipe(args, init)
     if args.show:
         print(recipe.to_json())
         return
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
             checkpointing=args.checkpointing,
             compile=args.compile,
             ranks=ranks,
-            init=None if args.init is None or args.resume else load(args.init),
+            init=None if args.resume else init,
         )
         start = trainer.step
         train(
@@ -169,16 +170,16 @@ def _what_to_do(device: torch.device) -> Iterator[None]:
         raise
 
 
-def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe that the options ask for."""
+def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
+    """The recipe that the options ask for; init: the model of --init."""
     name = args.recipe or (args.data if args.data in DATASETS else None)
     if name is None:
         raise ValueError(
             f"--recipe is missing: how to train on {args.data}; one of {', '.join(RECIPES)}, or a file"
         )
     recipe = load_recipe(name)
-    if args.init is not None:
-        recipe = recipe_for(load(args.init), recipe)
+    if init is not None:
+        recipe = recipe_for(init, recipe)
     recipe = changed(recipe, args.set)
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     recipe = replace(recipe, **given)
