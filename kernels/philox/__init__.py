@@ -75,18 +75,16 @@ def philox_normal(
     block is element // 4 and element is the C-order index within the sample; then Box-Muller (1958) on the
     block's words (0, 1) and (2, 3). A sample's noise therefore does not depend on the batch it is in.
 
-    Args:
-        shape: [B, ...]; at most 2**34 elements for each sample.
-        seed: in [0, 2**64).
-        sample_ids: int64 [B] in [0, 2**63), default 0 .. B-1. The values of a tensor are not looked at: a
-            negative one stands for the counter with its bits.
-        stream: in [0, 2**32): by convention 0 for the initial noise, i + 1 for the noise of step i.
-        device: where the result is.
-        backend: "auto", "cuda", "cpp", "triton" or "reference"; they agree to 2 units in the last place.
+    shape: [B, ...]; at most 2**34 elements for each sample.
+    seed: in [0, 2**64).
+    sample_ids: int64 [B] in [0, 2**63), default 0 .. B-1. The values of a tensor are not looked at: a
+        negative one stands for the counter with its bits.
+    stream: in [0, 2**32): by convention 0 for the initial noise, i + 1 for the noise of step i.
+    device: where the result is.
+    backend: "auto", "cuda", "cpp", "triton" or "reference"; they agree to 2 units in the last place.
 
-    Raises:
-        ValueError: an argument is out of range, or the backend cannot serve this call.
-        TypeError: a size, seed, stream or sample id is no integer.
+    ValueError: an argument is out of range, or the backend cannot serve this call.
+    TypeError: a size, seed, stream or sample id is no integer.
     """
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be [B, ...], not {shape!r}")

@@ -90,19 +90,17 @@ def reverse_step(
     2021, eq. 15), model_output has 2C channels, the second half v of the conditional output is in [-1, 1],
     and sigma = s * exp((f * log_var_max + (1 - f) * log_var_min) / 2) with f = (v + 1) / 2.
 
-    Args:
-        x: x_t, float32 [B, C, ...]; the reference backend also takes float64 and then computes in it.
-        model_output: [B, C, ...] or [B, 2C, ...], floating-point; all arithmetic is in x's dtype.
-        row: a Row, or its 12 numbers.
-        model_output_uncond: the unconditional output for classifier-free guidance, of model_output's shape.
-        x0_prev: the previous step's x0, of x's shape; needed where row.d is not 0.
-        noise: z, of x's shape; by default philox_normal(x.shape, seed, sample_ids, stream).
-        seed, sample_ids, stream: see `philox_normal`. Nothing is drawn where row.s is 0.
-        backend: "auto", "cuda", "cpp", "triton" or "reference"; only the reference is differentiable.
+    x: x_t, float32 [B, C, ...]; the reference backend also takes float64 and then computes in it.
+    model_output: [B, C, ...] or [B, 2C, ...], floating-point; all arithmetic is in x's dtype.
+    row: a Row, or its 12 numbers.
+    model_output_uncond: the unconditional output for classifier-free guidance, of model_output's shape.
+    x0_prev: the previous step's x0, of x's shape; needed where row.d is not 0.
+    noise: z, of x's shape; by default philox_normal(x.shape, seed, sample_ids, stream).
+    seed, sample_ids, stream: see `philox_normal`. Nothing is drawn where row.s is 0.
+    backend: "auto", "cuda", "cpp", "triton" or "reference"; only the reference is differentiable.
 
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.
-        TypeError: what is no tensor, integer or row.
+    ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.
+    TypeError: what is no tensor, integer or row.
     """
     return op(
         x,

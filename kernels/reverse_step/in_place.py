@@ -104,22 +104,20 @@ def reverse_step_(
     Row and counter are read where the kernel runs, and the counter then goes on by one, so a captured CUDA
     graph of this call and a UNet is a whole sampler.
 
-    Args:
-        x: x_t on entry, x_{t-1} on return; contiguous float32 [B, C, ...] (the reference: or float64).
-        model_output, model_output_uncond: as in `reverse_step`; contiguous or channels_last, and alike.
-        table: float64 [rows, 12], a Row in each.
-        counter: see `step_counter`. Step i draws from the noise stream of step 0 plus i.
-        sample_ids: int64 [B].
-        x0: the previous step's x0 on entry, which matters where row.d is not 0; this step's on return.
-        noise: z of this step, instead of the counter-based noise.
-        unet_input: is overwritten with x_{t-1}, in its dtype and layout: [B, C, ...], or [2B, C, ...] for
-            x_{t-1} twice, as guidance needs it.
-        backend: "auto", "cuda", "cpp", "triton" or "reference".
+    x: x_t on entry, x_{t-1} on return; contiguous float32 [B, C, ...] (the reference: or float64).
+    model_output, model_output_uncond: as in `reverse_step`; contiguous or channels_last, and alike.
+    table: float64 [rows, 12], a Row in each.
+    counter: see `step_counter`. Step i draws from the noise stream of step 0 plus i.
+    sample_ids: int64 [B].
+    x0: the previous step's x0 on entry, which matters where row.d is not 0; this step's on return.
+    noise: z of this step, instead of the counter-based noise.
+    unet_input: is overwritten with x_{t-1}, in its dtype and layout: [B, C, ...], or [2B, C, ...] for
+        x_{t-1} twice, as guidance needs it.
+    backend: "auto", "cuda", "cpp", "triton" or "reference".
 
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.
-        RuntimeError: the counter is at no row, or the row needs an x0 that is None. On a device, where
-            nothing can raise, such a step gives NaN.
+    ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.
+    RuntimeError: the counter is at no row, or the row needs an x0 that is None. On a device, where
+        nothing can raise, such a step gives NaN.
     """
     op(
         x,
