@@ -1,7 +1,7 @@
 """A Griffe extension: the package's docstrings as Markdown.
 
-A docstring lists its arguments as `name: text` or `name, name: text`, with their further lines indented. The site
-shows such a paragraph as a list.
+A docstring lists its arguments as `name: text` or `name, name: text`, with their further lines indented. The
+site shows such a paragraph as a list.
 """
 
 import re
