@@ -5,11 +5,11 @@ metadata allows. Environment: DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO
 CXXFLAGS and CUDA_HOME are honoured. What was built, or why not, is recorded in kernels/_build.json.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import site
@@ -38,26 +38,26 @@ CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "com
 
 SOURCES = {
     "diffusion.kernels._cpp": [
-        "csrc/module.cpp",
-        "csrc/attention.cpp",
-        "csrc/attention_amx.cpp",
-        "csrc/convolution.cpp",
-        "csrc/convolution_gradient.cpp",
-        "csrc/group_norm_silu.cpp",
-        "csrc/philox.cpp",
-        "csrc/philox_avx2.cpp",
-        "csrc/philox_avx512.cpp",
-        "csrc/program.cpp",
-        "csrc/reverse_step.cpp",
-        "csrc/upsample.cpp",
+        "csrc/attention/attention.cpp",
+        "csrc/attention/attention_amx.cpp",
+        "csrc/convolution/convolution.cpp",
+        "csrc/convolution/upsample.cpp",
+        "csrc/convolution/weight_gradient.cpp",
+        "csrc/group_norm_silu/group_norm_silu.cpp",
+        "csrc/philox/philox.cpp",
+        "csrc/philox/philox_avx2.cpp",
+        "csrc/philox/philox_avx512.cpp",
+        "csrc/reverse_step/reverse_step.cpp",
+        "csrc/runtime/module.cpp",
+        "csrc/runtime/program.cpp",
     ],
     "diffusion.kernels._cuda": [
-        "csrc/attention.cu",
-        "csrc/attention_backward.cu",
-        "csrc/group_norm_silu.cu",
-        "csrc/group_norm_silu_backward.cu",
-        "csrc/philox.cu",
-        "csrc/reverse_step.cu",
+        "csrc/attention/attention.cu",
+        "csrc/attention/attention_backward.cu",
+        "csrc/group_norm_silu/group_norm_silu.cu",
+        "csrc/group_norm_silu/group_norm_silu_backward.cu",
+        "csrc/philox/philox.cu",
+        "csrc/reverse_step/reverse_step.cu",
     ],
 }
 
@@ -116,11 +116,8 @@ def torch_to_build_with() -> list[str]:
 
 
 def digest_of_sources() -> str:
-    """What the libraries were built from, by which kernels/_native.py knows them again."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in Path("csrc").iterdir() if p.suffix in (".h", ".cpp", ".cu")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    """The digest of csrc/ by which kernels/_native.py knows the libraries again."""
+    return runpy.run_path("kernels/_sources.py")["digest_of_sources"](Path("csrc"))
 
 
 def run(command: list[str]) -> None:
@@ -163,7 +160,7 @@ class BuildLibraries(build_ext):
         if torch is None:
             raise CannotBuild("there is no torch>={}.{} to build with".format(*TORCH_MINIMUM))
         cuda = extension.name.endswith("_cuda")
-        include = ["-isystem", str(torch / "include")]
+        include = ["-I", "csrc", "-isystem", str(torch / "include")]
         if cuda:
             nvcc = [find_nvcc(), "-ccbin", cxx[0]]
             archs = [f"-gencode=arch={virtual},code={real}" for real, virtual in CUDA_ARCHS.items()]
@@ -176,7 +173,7 @@ class BuildLibraries(build_ext):
 
         temporary = Path(self.build_temp)
         temporary.mkdir(parents=True, exist_ok=True)
-        objects = [str(temporary / (Path(source).name + ".o")) for source in extension.sources]
+        objects = [str(temporary / (source.replace("/", "_") + ".o")) for source in extension.sources]
         commands = [
             [*compile_command, "-c", source, "-o", o]
             for source, o in zip(extension.sources, objects, strict=True)

@@ -11,7 +11,6 @@ do what a lesser one does.
 """
 
 import ctypes
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,19 +18,13 @@ from pathlib import Path
 
 import torch
 
+from ._sources import digest_of_sources
+
 RECORD = "_build.json"  # what setup.py built, or why not
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
 VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # instruction sets, each with those before it
 CAP = os.environ.get("DIFFUSION_SIMD") or None
-
-
-def _digest(folder: Path) -> str:
-    """As setup.py's."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".h", ".cpp", ".cu")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _installed() -> Path | None:
@@ -58,7 +51,7 @@ def _find() -> tuple[Path, dict[str, dict[str, str]], str]:
     if folder is None:
         return HERE, {}, "this clone is not installed; run: pip install ."
     record = _read_record(folder)
-    if record.get("sources") != _digest(SOURCES):
+    if record.get("sources") != digest_of_sources(SOURCES):
         return HERE, {}, f"the libraries in {folder} are not of this clone's sources; run: pip install ."
     return folder, record, ""
 

@@ -1,6 +1,6 @@
 """Calls of compiled operators, checked and written down once, and then run without the dispatcher.
 
-Which takes as long as a small operator: csrc/program.h. Only for operators that know of it.
+Which takes as long as a small operator: csrc/runtime/program.h. Only for operators that know of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nearest-neighbour interpolation to twice the size, straight to where it is read: csrc/upsample.cpp."""
+"""Nearest-neighbour upsampling to twice the size: csrc/convolution/upsample.cpp."""
 
 import torch
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-SOURCES = sorted(path.stem for path in (TESTS.parent / "csrc").glob("*.cu"))
+CSRC = TESTS.parent / "csrc"
+SOURCES = sorted(CSRC.rglob("*.cu"))
 TORCH = Path(torch.__file__).parent
 CXX = next(filter(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"]), None)
 SANITIZER = "-fsanitize=alignment"  # a device refuses accesses that are not aligned; a host would not mind
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000", SANITIZER]
-INCLUDE = ["-I", str(TESTS / "on_host"), "-isystem", str(TORCH / "include")]
+INCLUDE = ["-I", str(TESTS / "on_host"), "-I", str(CSRC), "-isystem", str(TORCH / "include")]
 
 requires_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
@@ -36,13 +37,12 @@ def load() -> ctypes.CDLL:
 
     `on_host_device(processors, shared_bytes)` sets what the kernels are told of the device.
     """
-    sources = [TESTS.parent / "csrc" / f"{name}.cu" for name in SOURCES]
     with tempfile.TemporaryDirectory() as folder:
-        objects = [str(Path(folder, source.stem + ".o")) for source in sources]
+        objects = [str(Path(folder, source.stem + ".o")) for source in SOURCES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
                 (CXX, *FLAGS, *INCLUDE, "-x", "c++", "-c", str(source), "-o", target)
-                for source, target in zip(sources, objects, strict=True)
+                for source, target in zip(SOURCES, objects, strict=True)
             ]
             list(pool.map(lambda command: run(*command), commands))
         library = str(Path(folder, "on_host.so"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from diffusion.kernels import _native
+from diffusion.kernels._sources import digest_of_sources
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
@@ -24,7 +25,8 @@ def clone(tmp_path):
     installed = site / "diffusion" / "kernels"
     installed.mkdir(parents=True)
     shutil.copy(_native.FOLDER / "_cpp.so", installed)
-    (installed / "_build.json").write_text(json.dumps({"sources": _native._digest(ROOT / "csrc"), "cpp": {}}))
+    record = {"sources": digest_of_sources(ROOT / "csrc"), "cpp": {}}
+    (installed / "_build.json").write_text(json.dumps(record))
     information = site / "fused_diffusion-0.1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fused-diffusion\nVersion: 0.1.0\n")
@@ -49,7 +51,7 @@ def test_the_installation_serves(clone):
 
 
 def test_other_sources(clone):
-    (clone[0] / "csrc" / "convolution.h").write_text("// changed\n")
+    (clone[0] / "csrc" / "convolution" / "args.h").write_text("// changed\n")
     assert "are not of this clone's sources; run: pip install ." in info(*clone)
 
 

@@ -1,4 +1,4 @@
-"""conv2d against PyTorch in float64: the gradients that csrc/convolution_gradient.cpp computes."""
+"""conv2d against PyTorch in float64: the gradients that csrc/convolution/weight_gradient.cpp computes."""
 
 import pytest
 import torch

@@ -58,7 +58,8 @@ def build_wheel(sdist: Path, folder: Path, **settings) -> tuple[Path, str]:
 def test_sdist_holds_the_sources_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for pattern in ("csrc/*", "kernels/**/*.py", "diffusion/**/*.py", "diffusion/weights/**/*.safetensors"):
+    weights = "diffusion/weights/**/*.safetensors"
+    for pattern in ("csrc/**/*.*", "kernels/**/*.py", "diffusion/**/*.py", weights):
         expected = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
         assert expected <= names
     assert not [name for name in names if name.endswith((".so", "_build.json"))]

@@ -1,4 +1,4 @@
-"""The C++ and CUDA attention: csrc/attention*.{h,cpp,cu}, read through strides.
+"""The C++ and CUDA attention: csrc/attention/, read through strides.
 
 Products of float32 are sums of fused multiply-adds, also where torch.backends.cuda.matmul.allow_tf32 is set.
 """
@@ -11,7 +11,7 @@ from .._dispatch import constant_in_graphs
 from . import library as library  # defines the operators that the libraries implement
 
 MAX_CUDA_WIDTH = 256
-MOST_AMX_POSITIONS = 1024  # csrc/attention_amx.cpp
+MOST_AMX_POSITIONS = 1024  # csrc/attention/attention_amx.cpp
 WIDE, WIDE_SHARED_MEMORY = 128, 149_760  # bytes of a block, for heads wider than WIDE
 
 

@@ -1,4 +1,4 @@
-"""The convolution whose weight has its gradient from csrc/convolution_gradient.cpp."""
+"""The convolution whose weight has its gradient from csrc/convolution/weight_gradient.cpp."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The C++ convolution: csrc/convolution*.{h,cpp}, for weights that are packed once and then used many
+"""The C++ convolution: csrc/convolution/, for weights that are packed once and then used many
 times."""
 
 import torch

@@ -1,4 +1,4 @@
-"""The weights of a convolution in the order in which csrc/convolution_*.h read them, transformed once.
+"""The weights of a convolution in the order in which csrc/convolution/ read them, transformed once.
 
 Winograd's algorithm F(m x m, 3 x 3) makes m x m outputs out of (m + 2)^2 products for each pair of channels,
 instead of 9 m^2 (Lavin & Gray 2016, arXiv:1509.09308): 2.25 times fewer for m = 2 and 4 times fewer for m =
@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL = 64  # csrc/convolution.h
+PANEL = 64  # csrc/convolution/args.h
 LANES = 16
 CHUNK = 32  # channels of bfloat16 that AMX multiplies together
 BYTE_CHUNK = 64
-LARGEST_DIGIT = 127  # csrc/matrix_amx.h
-ZERO = 96  # csrc/convolution.h
+LARGEST_DIGIT = 127  # csrc/amx/tile_gemm.h
+ZERO = 96  # csrc/convolution/args.h
 MOST_PRODUCTS = (2**31 - 1) // (128 * (3 * 128 + ZERO))  # of bytes to a sum
 SMALL_WEIGHT = 1 << 15  # C * K: transformed for m = 4, it takes 4.7 MB
 

@@ -1,5 +1,5 @@
 """What a group normalisation does to each channel, for an op that applies it to what it reads:
-csrc/norm_cpu.h."""
+csrc/group_norm_silu/norm_cpu.h."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The C++ and CUDA group_norm_silu: csrc/group_norm_silu*.{h,cpp,cu}, one read and one write of x."""
+"""The C++ and CUDA group_norm_silu: csrc/group_norm_silu/, one read and one write of x."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,8 @@ from .. import _native
 from . import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_CUDA_GROUP_SIZE = 1024  # csrc/norm_tiles.h: what is kept for each channel has to fit in shared memory
+# csrc/group_norm_silu/norm_cuda.h: what is kept for each channel has to fit in shared memory
+MOST_CUDA_GROUP_SIZE = 1024
 
 
 def _supports(x: Tensor, **parameters: Tensor | None) -> str | None:

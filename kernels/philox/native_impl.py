@@ -1,4 +1,4 @@
-"""The C++ and CUDA normals: csrc/philox.{h,cpp,cu}."""
+"""The C++ and CUDA normals: csrc/philox/."""
 
 import math
 

@@ -1,4 +1,7 @@
-"""csrc/philox.h in Triton, operation for operation: launch with enable_fp_fusion=False, as its users do."""
+"""csrc/philox/math.h in Triton, operation for operation.
+
+Launch with enable_fp_fusion=False, as its users do.
+"""
 
 import triton
 import triton.language as tl
@@ -10,7 +13,7 @@ def floats(*literals: str) -> tl.constexpr:
     return tl.constexpr(tuple(map(float.fromhex, literals)))
 
 
-# The coefficients of csrc/philox.h, the highest power first.
+# The coefficients of csrc/philox/math.h, the highest power first.
 _LOG = floats("0x1.48075ap-3", "-0x1.0bdf94p-2", "0x1.0d3346p-2", "-0x1.219d8ep-2",
               "0x1.545de8p-2", "-0x1.99b40cp-2", "0x1.0002b4p-1", "-0x1.55551ep-1")  # fmt: skip
 _COS = floats("0x1.d4748p-11", "-0x1.55b138p-6", "0x1.03c1aep-2", "-0x1.3bd3ccp+0")

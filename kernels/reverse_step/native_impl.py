@@ -1,4 +1,4 @@
-"""The C++ and CUDA reverse step: csrc/reverse_step.{h,cpp,cu}, noise included, in one pass."""
+"""The C++ and CUDA reverse step: csrc/reverse_step/, noise included, in one pass."""
 
 from itertools import pairwise
 

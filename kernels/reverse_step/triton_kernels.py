@@ -1,4 +1,4 @@
-"""csrc/reverse_step.h and the kernel of csrc/reverse_step.cu in Triton, operation for operation."""
+"""math.h and the kernel of reverse_step.cu, in csrc/reverse_step/, in Triton, operation for operation."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from .._triton_math import cast, fma
 from ..philox.triton_kernels import floats, normals, polynomial
 
-# exp(x) = 2^n exp(r): log2(e), ln2 in two parts, and the polynomial of csrc/reverse_step.h.
+# exp(x) = 2^n exp(r): log2(e), ln2 in two parts, and the polynomial of csrc/reverse_step/math.h.
 _LOG2_E = floats("0x1.715476p+0")
 _LN2 = floats("0x1.62e4p-1", "0x1.7f7d1cp-20")
 _ROUND = floats("0x1.8p23")

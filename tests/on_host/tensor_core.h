@@ -1,10 +1,10 @@
-// The functions of csrc/tensor_core.h on the host, after the text of the PTX ISA: "cp.async", "ldmatrix", and
+// The functions of csrc/cuda/tensor_core.h on the host, after the text of the PTX ISA: "cp.async", "ldmatrix", and
 // "Matrix Fragments for mma.m16n8k16 with floating point type". The host adds in float32, in order.
 #pragma once
 
 #include <deque>
 
-#include "../../csrc/floats.h"
+#include "common/floats.h"
 #include "cuda_runtime.h"
 
 namespace on_host {

@@ -1,0 +1,144 @@
+// What the kernels of attention and of its gradient share: blocks of four warps, the tiles that they copy to
+// shared memory, and what their launches need to know.
+#pragma once
+
+#include "attention/args.h"
+#include "attention/products.h"
+#include "cuda/launch.h"
+
+namespace fused_diffusion {
+
+constexpr int kWarps = 4, kBlock = 32 * kWarps;
+constexpr int kMostWidth = 256;
+
+// For so many blocks on a multiprocessor the registers are to suffice: asked for more, the compiler would spill.
+template <int kWidth>
+constexpr int kBlocks = kWidth == 256 ? 2 : 3;
+
+// The rows of one head.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  __device__ Rows(const Input& tensor, int64_t b, int64_t h) : data(tensor.at<const T>(b, h)), stride(tensor.row) {}
+};
+
+// Begins to copy rows [first, first + kCount) to a tile, zeros beyond the ends of the positions and the width.
+// `vector`: 16 bytes of a row at a time are aligned and do not straddle its end.
+template <int kCount, int kWidth, class T>
+__device__ __forceinline__ void copy_tile(T* to, const Rows<T>& rows, int64_t first, int64_t positions, int width,
+                                          bool vector) {
+  constexpr int kPack = 16 / sizeof(T), kPacks = kWidth / kPack;
+  const int column = static_cast<int>(threadIdx.x) % kPacks * kPack;
+#pragma unroll 4
+  for (int r = static_cast<int>(threadIdx.x) / kPacks; r < kCount; r += kBlock / kPacks) {
+    T* at = to + r * kPitch<T, kWidth> + column;
+    const bool inside = first + r < positions && column < width;
+    const T* from = inside ? rows.data + (first + r) * rows.stride + column : rows.data;
+    if (vector) {
+      copy_16_bytes(at, from, inside);
+    } else {
+      for (int i = 0; i < kPack; ++i) at[i] = inside && column + i < width ? from[i] : T{};
+    }
+  }
+}
+
+// The tiles of two tensors by turns, on their way through kStages buffers: tile 0 of the first, tile 0 of the
+// second, tile 1 of the first. While the block works on one, the next are being copied.
+template <class T, int kWidth, int kTile, int kStages>
+class Ring {
+ public:
+  // Everything that was copied before has arrived with the first tile.
+  __device__ Ring(T* buffers, const Rows<T>& first, const Rows<T>& second, int64_t positions, int width, bool vector)
+      : buffers_(buffers), first_(first), second_(second), positions_(positions), width_(width), vector_(vector) {
+#pragma unroll
+    for (int turn = 0; turn < kStages - 1; ++turn) start(turn);
+  }
+
+  // The tile of this turn; that of the turn before is lost.
+  __device__ const T* wait(int turn) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // for the copies of all threads, and until none reads the tile before
+    start(turn + kStages - 1);
+    return buffer(turn);
+  }
+
+ private:
+  static_assert(kStages % 2 == 0, "a buffer serves one of the two tensors");
+
+  __device__ T* buffer(int turn) { return buffers_ + turn % kStages * kTile * kPitch<T, kWidth>; }
+
+  __device__ void start(int turn) {
+    const int64_t position = int64_t{turn / 2} * kTile;
+    if (position < positions_) {
+      copy_tile<kTile, kWidth>(buffer(turn), turn % 2 == 0 ? first_ : second_, position, positions_, width_, vector_);
+    }
+    commit_copies();  // of nothing, too: it is groups that are counted
+  }
+
+  T* buffers_;
+  const Rows<T> first_, second_;
+  const int64_t positions_;
+  const int width_;
+  const bool vector_;
+};
+
+// The head and the first row that a block works on, in a grid of heads x tiles of `rows` rows. The number of
+// blocks has 31 bits, and 32-bit divisions take a fraction of the time.
+struct BlockPlace {
+  int64_t head, b, h, first;
+
+  __device__ BlockPlace(int64_t heads, int64_t positions, int rows) {
+    const auto tiles = static_cast<unsigned>((positions + rows - 1) / rows);
+    const unsigned which = blockIdx.x / tiles;
+    head = which;
+    b = which / static_cast<unsigned>(heads);
+    h = which % static_cast<unsigned>(heads);
+    first = int64_t{blockIdx.x % tiles} * rows;
+  }
+};
+
+// The warps' sums in shared memory, float [kWarps][16][kSumPitch]; eight rows meet all banks.
+template <int kWidth>
+constexpr int kSumPitch = kWidth + 8;
+
+template <class P, int kWidth>
+__device__ __forceinline__ void store_sum(float* sums, const Product<kWidth>& sum, int warp, int lane) {
+#pragma unroll
+  for (int n = 0; n < kWidth / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = P::row(lane, P::lane_row(i));
+      sums[(kWarpRows * warp + row) * kSumPitch<kWidth> + P::sum_column(lane, n, i)] = sum.at[n][i];
+    }
+  }
+}
+
+inline dim3 grid_of(int64_t blocks, unsigned kinds = 1) {
+  STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "attention needs ", blocks, " blocks, more than a grid has");
+  return dim3(static_cast<unsigned>(blocks), kinds);
+}
+
+// Whether every row of every head can be read 16 bytes at a time.
+inline bool in_packs(const Input& t, int64_t batch, int64_t heads, int64_t positions, int64_t row_bytes,
+                     int64_t element_bytes) {
+  const auto aligned = [&](int64_t size, int64_t stride) { return size == 1 || stride * element_bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && row_bytes % 16 == 0 && aligned(batch, t.batch) &&
+         aligned(heads, t.head) && aligned(positions, t.row);
+}
+
+// Calls `run` with the padded width, of the few that are compiled, as a constant.
+template <class Run>
+void with_width(int64_t width, const Run& run) {
+  STD_TORCH_CHECK(width <= kMostWidth, "the width of a head is ", width, ", more than ", kMostWidth);
+  if (width <= 64) {
+    run(std::integral_constant<int, 64>{});
+  } else if (width <= 128) {
+    run(std::integral_constant<int, 128>{});
+  } else {
+    run(std::integral_constant<int, 256>{});
+  }
+}
+
+}  // namespace fused_diffusion

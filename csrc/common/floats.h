@@ -1,0 +1,53 @@
+// The 16-bit floating-point types, and their conversions to and from float32, rounding to the nearest even.
+#pragma once
+
+#include "common/common.h"
+
+namespace fused_diffusion {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+FD_HD float to_float(float value) { return value; }
+
+FD_HD float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+FD_HD float to_float(Half value) {
+  const uint32_t magnitude = value.bits & 0x7FFFu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
+  return bit_cast<float>((magnitude < 0x7C00u ? finite : magnitude << 13 | 0x7F800000u) | sign);
+}
+
+// The 16 bits of a float32, for one number or for a vector of them: Bits is uint32_t or a vector of it.
+template <class Bits, class Float>
+FD_HD Bits bfloat16_bits(Float value) {
+  const Bits bits = bit_cast<Bits>(value);
+  const Bits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded;
+}
+
+template <class Bits, class Float>
+FD_HD Bits half_bits(Float value) {
+  const Bits bits = bit_cast<Bits>(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const Bits normal = (magnitude + 0xC8000FFFu + (magnitude >> 13 & 1u)) >> 13;
+  // Below 2**-14 the sum has the half's last bit as its own, so that it rounds where the half does.
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3F000000u;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits nan = Bits{} + 0x7E00u, infinity = Bits{} + 0x7C00u;
+  const Bits special = magnitude > 0x7F800000u ? nan : infinity;
+  return (magnitude < 0x477FF000u ? finite : special) | sign >> 16;
+}
+
+FD_HD void from_float(float value, float& to) { to = value; }
+
+FD_HD void from_float(float value, BFloat16& to) {
+  to.bits = static_cast<uint16_t>(bfloat16_bits<uint32_t>(value));
+}
+
+FD_HD void from_float(float value, Half& to) { to.bits = static_cast<uint16_t>(half_bits<uint32_t>(value)); }
+
+}  // namespace fused_diffusion

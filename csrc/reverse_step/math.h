@@ -1,0 +1,64 @@
+// The reverse step in float32 (see kernels/reverse_step/__init__.py for the equations): the lines that every
+// processor runs, in the order of the reference, without contraction.
+#pragma once
+
+#include "common/floats.h"
+
+namespace fused_diffusion {
+
+constexpr int64_t kRowLength = 12;
+
+struct Row {
+  float guidance_scale, p_x, p_o, clip, a, b, d, e, s, log_var_min, log_var_max;
+};
+
+// One row of the float64 table; entry 0 is the timestep, which the arithmetic does not need. A step outside
+// of the table cannot raise on a device, so it gives NaN.
+FD_HD Row load_row(const double* table, int64_t rows, int64_t step) {
+  const bool inside = step >= 0 && step < rows;
+  const double* r = table + (inside ? step * kRowLength : 0);
+  float v[kRowLength];
+  for (int i = 0; i < kRowLength; ++i) v[i] = inside ? static_cast<float>(r[i]) : __builtin_nanf("");
+  return {v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
+}
+
+// exp(x) to 1 ulp; overflows to infinity and underflows to 0 like expf.
+template <class M>
+FD_HD float exponential(float x) {
+  x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
+  const float shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // the low bits of this sum are n
+  const float n = shifted - 0x1.8p23f;
+  const float r = M::fma(n, -0x1.7f7d1cp-20f, M::fma(n, -0x1.62e4p-1f, x));  // x - n ln2
+  float p = 0x1.6a4f52p-10f;
+  p = M::fma(p, r, 0x1.12397ep-7f);
+  p = M::fma(p, r, 0x1.5558aep-5f);
+  p = M::fma(p, r, 0x1.555492p-3f);
+  p = M::fma(p, r, 0x1.fffffcp-2f);
+  const float y = M::fma(r * r, p, r) + 1.0f;
+  const int32_t exponent = bit_cast<int32_t>(shifted) - 0x4B400000;
+  const int32_t half = exponent >> 1;
+  return y * bit_cast<float>((half + 127) << 23) * bit_cast<float>((exponent - half + 127) << 23);
+}
+
+FD_HD float guide(float cond, float uncond, const Row& row) {
+  return uncond + row.guidance_scale * (cond - uncond);
+}
+
+FD_HD float predict_x0(float x, float out, const Row& row) {
+  const float x0 = row.p_x * x + row.p_o * out;
+  return x0 < -row.clip ? -row.clip : x0 > row.clip ? row.clip : x0;  // NaN stays NaN
+}
+
+FD_HD float drift(float x, float x0, float out, const Row& row) {
+  return row.a * x + row.b * x0 + row.e * out;
+}
+
+// sigma where the model predicts v, its place between two log-variances.
+template <class M>
+FD_HD float learned_sigma(float v, const Row& row) {
+  const float fraction = (v + 1.0f) * 0.5f;
+  const float log_variance = fraction * row.log_var_max + (1.0f - fraction) * row.log_var_min;
+  return row.s * exponential<M>(0.5f * log_variance);
+}
+
+}  // namespace fused_diffusion
