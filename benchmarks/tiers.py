@@ -2,7 +2,7 @@
 
 The same images are sampled by plain PyTorch in float32 and by each tier. Written down are the differences of
 images in [-1, 1], how many digits an independent classifier reads as asked for, and the Fréchet distance in
-its features; see `diffusion.evaluate`.
+its features; see `diffusion.evaluation.accuracy`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from diffusion.kernels import build_info
 
 import diffusion
-from diffusion.evaluate import evaluate
+from diffusion.evaluation.accuracy import evaluate
 
 from .sampling.__main__ import device_name, versions
 from .sampling.report import slug

@@ -19,8 +19,8 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusion import kernels
-from diffusion.recipe import load_recipe
-from diffusion.trainer import Trainer
+from diffusion.training.recipe import load_recipe
+from diffusion.training.trainer import Trainer
 
 from .sampling.__main__ import device_name, versions
 from .sampling.models import make

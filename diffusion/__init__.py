@@ -6,12 +6,13 @@ if not (Path(__file__).parent / "kernels").is_dir():
     # Run from a clone, where kernels/ lies beside this folder; installed, it lies within.
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import kernels, steps
+from . import kernels
+from . import samplers as steps
 from .ddpm import DDPM, load
-from .images import save_gif, save_grid
-from .schedule import NoiseSchedule
-from .steps import StepTable
-from .unet import UNet, UNetConfig
+from .models.unet import UNet, UNetConfig
+from .process.schedule import NoiseSchedule
+from .samplers.table import StepTable
+from .storage.images import save_gif, save_grid
 
 __version__ = "0.1.0"
 

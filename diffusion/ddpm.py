@@ -12,19 +12,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, engine, kernels
-from .devices import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
-from .guidance import drop_labels
-from .likelihood import variational_bound_terms
-from .memory import check_fits, free_memory, is_out_of_memory
-from .networks import NetworkCache, explain, mixed_dtypes, own_dtype
-from .process import check_prediction_type, loss_weight, q_sample, random_timesteps, target
-from .schedule import NoiseSchedule
-from .steps import SAMPLERS, VARIANCES, StepTable
-from .structure import config_of
-from .thresholding import thresholded_step
-from .unet import UNet
-from .validation import (
+from . import kernels
+from .evaluation.likelihood import variational_bound_terms
+from .inference import loop
+from .inference.backbone import NetworkCache, explain, mixed_dtypes, own_dtype
+from .models.structure import config_of
+from .models.unet import UNet
+from .process.forward import check_prediction_type, loss_weight, q_sample, random_timesteps, target
+from .process.schedule import NoiseSchedule
+from .samplers.guidance import drop_labels
+from .samplers.table import SAMPLERS, VARIANCES, StepTable
+from .samplers.thresholding import thresholded_step
+from .storage import checkpoint
+from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
+from .utils.memory import check_fits, free_memory, is_out_of_memory
+from .utils.validation import (
     check_dense,
     choice,
     known_names,
@@ -118,7 +120,7 @@ class DDPM(nn.Module):
         x0: images [B, C, H, W], floats in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
         label_dropout is replaced by the null label. t: int64 [B], by default drawn by `random_timesteps`;
         noise: like x0, by default drawn, both from PyTorch's global generators. weighting, min_snr_gamma: see
-        `process.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
+        `forward.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
         bits per dimension, T times the mean of its terms, of which only the variance gets a gradient (Nichol
         & Dhariwal 2021, arXiv 2102.09672, section 3.1). network: called instead of the UNet, which it wraps.
 
@@ -179,13 +181,13 @@ class DDPM(nn.Module):
         seed: int = 0,
         sample_ids: Sequence[int] | torch.Tensor | None = None,
         batch_size: int | None = None,
-        noise: engine.Noise | None = None,
+        noise: loop.Noise | None = None,
         backend: str = "auto",
         tier: str = "exact",
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         progress: bool = False,
-        callback: engine.Callback | None = None,
+        callback: loop.Callback | None = None,
         guidance_rescale: float = 0.0,
         dynamic_threshold: float | None = None,
         dynamic_threshold_max: float = math.inf,
@@ -261,14 +263,14 @@ class DDPM(nn.Module):
             with _Progress(len(ids), len(table), progress) as bar:
                 while start < len(ids):
                     part = slice(start, min(start + size, len(ids)))
-                    batch = engine.Batch(
+                    batch = loop.Batch(
                         labels=None if labels is None else labels[part].to(place),
                         sample_ids=ids[part],
                         seed=seed,
                         noise=None if noise is None else _sliced(noise, part, len(ids), shape),
                     )
                     try:
-                        images[part] = engine.run(
+                        images[part] = loop.run(
                             network,
                             table,
                             batch,
@@ -348,7 +350,7 @@ class DDPM(nn.Module):
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
 
-    def _affordable_batch(self, network: engine.Network, guided: bool) -> int:
+    def _affordable_batch(self, network: loop.Network, guided: bool) -> int:
         """MOST_TOGETHER, or as many images as half of the free memory should hold the feature maps of."""
         evaluations, config = 2 if guided else 1, config_of(self.unet)
         most = MOST_TOGETHER.get(network.device.type, MOST_TOGETHER_ELSEWHERE) // evaluations
@@ -381,7 +383,7 @@ class DDPM(nn.Module):
         """
         return explain(self.unet, *self._where(device, dtype, tier), backend)
 
-    def _network(self, device, dtype, tier: str, backend: str) -> engine.Network:
+    def _network(self, device, dtype, tier: str, backend: str) -> loop.Network:
         """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
         return self._networks.of(self.unet, *self._where(device, dtype, tier), backend)
 
@@ -453,7 +455,7 @@ def _check_images(x0: torch.Tensor) -> None:
         )
 
 
-def _sliced(noise: engine.Noise, part: slice, count: int, shape: tuple[int, ...]) -> engine.Noise:
+def _sliced(noise: loop.Noise, part: slice, count: int, shape: tuple[int, ...]) -> loop.Noise:
     """The rows `part` of an injected noise; ValueError unless it is [count, *shape]."""
 
     def rows(k: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from diffusion import DDPM, UNet
-from diffusion.blocks import Attention, Conv2d
+from diffusion.models.blocks import Attention, Conv2d
 
 LABELS = [3, 1]
 OPTIONS = {"sampler": "ddim", "steps": 5, "spacing": "leading", "guidance_scale": 2.0}

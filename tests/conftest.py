@@ -54,7 +54,7 @@ def simd(request):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """The warning about spacings is not given: most tests take few steps, wherever those start."""
-    monkeypatch.setattr("diffusion.steps._warned", True)
+    monkeypatch.setattr("diffusion.samplers.table._warned", True)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 import diffusion
-from diffusion.files import replacing
+from diffusion.storage.atomic import replacing
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds, with a kernel on a machine however busy

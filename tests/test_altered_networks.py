@@ -29,10 +29,11 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import chain, load
-from diffusion.blocks import Conv2d, Norm, ResBlock
-from diffusion.likelihood import bits_per_dimension
-from diffusion.networks import explain
+from diffusion import load
+from diffusion.evaluation.likelihood import bits_per_dimension
+from diffusion.inference import buffers
+from diffusion.inference.backbone import explain
+from diffusion.models.blocks import Conv2d, Norm, ResBlock
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -280,15 +281,15 @@ def test_a_function_of_torch_is_replaced(owner, name, monkeypatch):
 def test_steps_are_not_captured(monkeypatch):
     """As they are on a CUDA device; a graph would pass over hooks."""
     model = make()
-    begin = chain.Chain.begin
+    begin = buffers.Chain.begin
 
     def begin_captured(self, *args):
         self._captures = True
         begin(self, *args)
 
     captured = []
-    monkeypatch.setattr(chain, "captured", lambda function, changed: captured.append(function) or function)
-    monkeypatch.setattr(chain.Chain, "begin", begin_captured)
+    monkeypatch.setattr(buffers, "captured", lambda function, changed: captured.append(function) or function)
+    monkeypatch.setattr(buffers.Chain, "begin", begin_captured)
     sample(model)
     assert captured
     captured.clear()

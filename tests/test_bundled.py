@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import diffusion
-from diffusion.checkpoint import BUNDLED
 from diffusion.classifier import classify, load_classifier
 from diffusion.cli import main
-from diffusion.images import to_uint8
-from diffusion.recipe import load_recipe
+from diffusion.storage.checkpoint import BUNDLED
+from diffusion.storage.images import to_uint8
+from diffusion.training.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

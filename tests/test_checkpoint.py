@@ -231,7 +231,7 @@ def test_saving_over_a_model_keeps_it_until_the_new_one_is_whole(folder, monkeyp
     def fails(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusion.checkpoint, "save_file", fails)
+    monkeypatch.setattr(diffusion.storage.checkpoint, "save_file", fails)
     with pytest.raises(ValueError, match="No space left"):
         make_model(10, seed=1).save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -270,7 +270,7 @@ def test_double_weights_beyond_float32_are_not_saved(folder):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(diffusion.checkpoint, "PATIENCE", 0)
+    monkeypatch.setattr(diffusion.storage.checkpoint, "PATIENCE", 0)
 
 
 def test_the_weights_are_those_of_the_digest(folder, impatient):
@@ -319,7 +319,7 @@ def test_a_kill_between_the_two_files_leaves_no_mixture(other, folder, monkeypat
 @pytest.mark.parametrize("other", [{"channels": 3}, {"prediction_type": "v_prediction", "seed": 1}])
 def test_a_model_that_is_replaced_while_it_is_read(other, folder, monkeypatch, impatient):
     """As by a run that trains on while its last model is tried."""
-    read, count, new = diffusion.checkpoint.read_safetensors, [], make_model(10, **other)
+    read, count, new = diffusion.storage.checkpoint.read_safetensors, [], make_model(10, **other)
 
     def late(*arguments):
         count.append(arguments)
@@ -327,7 +327,7 @@ def test_a_model_that_is_replaced_while_it_is_read(other, folder, monkeypatch, i
             new.save(folder)
         return read(*arguments)
 
-    monkeypatch.setattr(diffusion.checkpoint, "read_safetensors", late)
+    monkeypatch.setattr(diffusion.storage.checkpoint, "read_safetensors", late)
     found = diffusion.load(folder)
     assert found.prediction_type == new.prediction_type
     assert torch.equal(found.unet.output_conv.weight, new.unet.output_conv.weight)

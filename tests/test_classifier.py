@@ -17,7 +17,7 @@ from diffusion.classifier.network import ClassifierConfig
 from diffusion.classifier.training import MUON_RATE, _muon_and_adamw
 from diffusion.cli import main
 from diffusion.data import load_dataset, to_float
-from diffusion.images import save_npz
+from diffusion.storage.images import save_npz
 
 SIZE = 12
 CONFIG = ClassifierConfig(channels=3, size=SIZE, classes=2, width=4, features=16, architecture="residual")

@@ -9,9 +9,9 @@ import pytest
 from conftest import make_model
 from PIL import Image
 
-from diffusion import engine
 from diffusion.cli import main
-from diffusion.commands.sample import parse_labels
+from diffusion.cli.sample import parse_labels
+from diffusion.inference import loop
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_sample_writes_a_grid(capsys):
 
 
 def test_a_warning_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("diffusion.steps._warned", False)
+    monkeypatch.setattr("diffusion.samplers.table._warned", False)
     run("sample", "--model", "digits", "--labels", "3", "--sampler", "ddim", "--steps", 501, "--out", "a.png")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert line.startswith("diffusion: warning: spacing 'leading' with steps=501 starts at timestep 500")
@@ -196,7 +196,7 @@ def test_errors_are_one_line_and_leave_nothing(case, capsys):
 def test_an_interruption_saves_the_finished_images(monkeypatch, capsys):
     """As after Ctrl-C in the second batch."""
     run("sample", "--model", "digits", "--num", 5, "--steps", 2, "--out", "whole.npz")
-    engine_run, calls = engine.run, []
+    engine_run, calls = loop.run, []
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -204,7 +204,7 @@ def test_an_interruption_saves_the_finished_images(monkeypatch, capsys):
             raise KeyboardInterrupt
         return engine_run(*args, **options)
 
-    monkeypatch.setattr(engine, "run", interrupted)
+    monkeypatch.setattr(loop, "run", interrupted)
     words = ["sample", "--model", "digits", "--num", "5", "--steps", "2", "--batch-size", "3"]
     for name in ("part.npz", "part.gif"):
         calls.clear()

@@ -20,13 +20,13 @@ import diffusion
 from diffusion import DDPM, NoiseSchedule
 from diffusion.classifier import balanced_labels, classify, load_classifier
 from diffusion.classifier.training import augment, train_classifier
-from diffusion.frechet import frechet_distance, moments
-from diffusion.guidance import drop_labels
-from diffusion.likelihood import bits_per_dimension
-from diffusion.shards import sample_shards
-from diffusion.spacing import SPACINGS, spaced_timesteps
-from diffusion.steps import SAMPLERS, VARIANCES
-from diffusion.training_state import load_state, save_state
+from diffusion.evaluation.fid import frechet_distance, moments
+from diffusion.evaluation.likelihood import bits_per_dimension
+from diffusion.evaluation.shards import sample_shards
+from diffusion.samplers.guidance import drop_labels
+from diffusion.samplers.table import SAMPLERS, VARIANCES
+from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
+from diffusion.training.state import load_state, save_state
 
 ROOT = Path(diffusion.__file__).parent.parent
 TABLES = [

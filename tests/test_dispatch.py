@@ -141,8 +141,8 @@ def test_the_environment_caps_the_instruction_sets(cap):
     """What the processor lacks it does not get; all that Python chooses by the processor is capped, too."""
     code = """if True:
         import json, torch
-        from diffusion.commands.train import choose_autocast
-        from diffusion.devices import multiplies_bfloat16
+        from diffusion.cli.train import choose_autocast
+        from diffusion.utils.device import multiplies_bfloat16
         from diffusion.kernels import _native, build_info, pack_conv3x3
         cpu = torch.device("cpu")
         packing = pack_conv3x3(torch.ones(16, 16, 3, 3), 8, 8, torch.bfloat16).packing

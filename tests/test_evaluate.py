@@ -13,21 +13,12 @@ import scipy.linalg
 import torch
 
 from diffusion import data
-from diffusion.classifier import (
-    BUNDLED,
-    Classifier,
-    augment,
-    classify,
-    load_classifier,
-    train_classifier,
-)
-from diffusion.classifier import (
-    __main__ as classifier_command,
-)
+from diffusion.classifier import BUNDLED, Classifier, augment, classify, load_classifier, train_classifier
+from diffusion.classifier import __main__ as classifier_command
 from diffusion.classifier.storage import save_classifier
 from diffusion.data import load_mnist, to_float
-from diffusion.evaluate import class_accuracy, evaluate, format_report
-from diffusion.frechet import frechet_distance, moments
+from diffusion.evaluation.accuracy import class_accuracy, evaluate, format_report
+from diffusion.evaluation.fid import frechet_distance, moments
 
 DATA = Path(__file__).parent / "data"  # the first 256 digits of MNIST's training and of its test set
 

@@ -10,7 +10,7 @@ from threading import Barrier
 
 import pytest
 
-from diffusion.files import check_writable, remove_leftovers, replacing
+from diffusion.storage.atomic import check_writable, remove_leftovers, replacing
 
 
 def test_processes_that_begin_together_do_not_remove_each_others_folders(tmp_path):

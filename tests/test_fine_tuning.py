@@ -10,7 +10,7 @@ from test_train import RECIPE, make_trainer
 
 from diffusion import load
 from diffusion.cli import main
-from diffusion.fine_tuning import recipe_for
+from diffusion.training.fine_tuning import recipe_for
 
 SHORT = ["--steps", "1", "--batch-size", "4", "--autocast", "off"]
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from diffusion.data import load_dataset
-from diffusion.folders import read_images
+from diffusion.data.image_folder import read_images
 
 NAMES = ("cat/1.png", "cat/10.png", "cat/2.png", "dog/b.jpg", "emu/a.webp")
 
@@ -161,7 +161,7 @@ def test_the_cache_holds_the_same_and_notices_changes(kind, tmp_path, monkeypatc
     plain = read_images(path)
     first = read_images(path, cache=cache)
     (file,) = cache.glob("*.npy")
-    monkeypatch.setattr("diffusion.folders._Decoder.fill", None)  # is not needed again
+    monkeypatch.setattr("diffusion.data.image_folder._Decoder.fill", None)  # is not needed again
     second = read_images(path, cache=cache)
     for found in (first, second):
         assert torch.equal(found.images, plain.images)
@@ -184,7 +184,7 @@ def test_the_cache_holds_the_same_and_notices_changes(kind, tmp_path, monkeypatc
 
 def test_processes_share_a_cache(tmp_path):
     path = write(tmp_path / "set", some_images(), "folder")
-    script = f"import sys; sys.path[:] = {sys.path!r}\nfrom diffusion.folders import read_images\n"
+    script = f"import sys; sys.path[:] = {sys.path!r}\nfrom diffusion.data.image_folder import read_images\n"
     script += "print(int(read_images(sys.argv[1], cache=sys.argv[2]).images.sum()))"
     command = [sys.executable, "-c", script, str(path), str(tmp_path / "cache")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -458,7 +458,7 @@ def test_damaged_zips(tmp_path):
 
 
 def test_files_without_end_are_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.folders.MOST_BYTES", 1000)
+    monkeypatch.setattr("diffusion.data.image_folder.MOST_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
     with pytest.raises(ValueError, match=r"a\.png: it is larger"):
@@ -467,7 +467,7 @@ def test_files_without_end_are_not_read_whole(tmp_path, monkeypatch):
 
 def test_more_images_than_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "set", some_images(), "folder")
-    monkeypatch.setattr("diffusion.memory.total_memory", lambda device: 100)
+    monkeypatch.setattr("diffusion.utils.memory.total_memory", lambda device: 100)
     with pytest.raises(ValueError, match=r"5 images of .*set"):
         read_images(path)
 

@@ -14,8 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion import UNet, UNetConfig
-from diffusion.blocks import Norm
-from diffusion.recipe import load_recipe
+from diffusion.models.blocks import Norm
+from diffusion.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed

@@ -8,8 +8,8 @@ import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusion.kernels import Row, reverse_step
 
-from diffusion.guidance import drop_labels, guidance_scales, rescale_guidance
-from diffusion.thresholding import dynamic_threshold, thresholded_step
+from diffusion.samplers.guidance import drop_labels, guidance_scales, rescale_guidance
+from diffusion.samplers.thresholding import dynamic_threshold, thresholded_step
 
 TIMESTEPS = torch.tensor([800, 600, 400, 200, 0])
 

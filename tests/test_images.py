@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffusion import save_gif, save_grid
-from diffusion.images import save_npz, to_uint8
+from diffusion.storage.images import save_npz, to_uint8
 
 
 def test_rounding_to_bytes():

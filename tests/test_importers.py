@@ -10,7 +10,7 @@ import torch
 
 from diffusion.importers import diffusers as diffusers_format
 from diffusion.importers import guided_diffusion
-from diffusion.unet import UNet
+from diffusion.models.unet import UNet
 
 # google/ddpm-cifar10-32, as its config.json has it.
 CIFAR10 = {

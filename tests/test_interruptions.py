@@ -18,10 +18,10 @@ from test_parallel import start as start_ranks
 from test_train import RECIPE, assert_same_run, make_trainer, run, state_of, unbroken  # noqa: F401
 
 from diffusion.ddpm import DDPM
-from diffusion.locks import locked
-from diffusion.train import _LogFile
-from diffusion.training_state import load_state, read_state, save_state
-from diffusion.unet_config import UNetConfig
+from diffusion.models.config import UNetConfig
+from diffusion.storage.locks import locked
+from diffusion.training.loop import _LogFile
+from diffusion.training.state import load_state, read_state, save_state
 
 # One process imports the package once and forks a run for each moment; the child kills itself at that moment.
 SCRIPT = """
@@ -30,7 +30,8 @@ sys.path[:] = {path!r}  # the same package: another one may be without compiled 
 from pathlib import Path
 import torch
 from test_train import make_trainer, run
-import diffusion.train, diffusion.training_state, diffusion.checkpoint, diffusion.files, diffusion.images
+import diffusion.training.loop, diffusion.training.state
+import diffusion.storage.atomic, diffusion.storage.checkpoint, diffusion.storage.images
 torch.set_num_threads(1)
 
 def die():
@@ -47,13 +48,13 @@ def at_call(owner, name, count, before=lambda *a, **k: None):
     setattr(owner, name, dies)
 
 def at_rename(name, count):
-    original, calls = diffusion.files.os.replace, []
+    original, calls = diffusion.storage.atomic.os.replace, []
     def dies(source, target):
         calls.append(Path(target).name)
         if calls.count(name) == count:
             die()
         return original(source, target)
-    diffusion.files.os.replace = dies
+    diffusion.storage.atomic.os.replace = dies
 
 def half(tensors, path, **options):
     Path(path).write_bytes(b"half")
@@ -63,13 +64,13 @@ def half_a_line(log, *values):
         file.write("8,0.")
 
 MOMENTS = {{
-    "in the second state": lambda: at_call(diffusion.training_state, "save_file", 2, half),
+    "in the second state": lambda: at_call(diffusion.training.state, "save_file", 2, half),
     "before the second state's rename": lambda: at_rename("state.safetensors", 2),
-    "before the second model": lambda: at_call(diffusion.checkpoint, "save_file", 2, half),
+    "before the second model": lambda: at_call(diffusion.storage.checkpoint, "save_file", 2, half),
     "before the second weights' rename": lambda: at_rename("model.safetensors", 2),
     "before the second configuration's rename": lambda: at_rename("config.json", 2),
-    "in a line of the log": lambda: at_call(diffusion.train._LogFile, "add", 4, half_a_line),
-    "in the validation": lambda: at_call(diffusion.trainer.Trainer, "validation_loss", 2),
+    "in a line of the log": lambda: at_call(diffusion.training.loop._LogFile, "add", 4, half_a_line),
+    "in the validation": lambda: at_call(diffusion.training.trainer.Trainer, "validation_loss", 2),
     "in a grid's sampling": lambda: at_call(diffusion.DDPM, "sample", 1),
     "before a grid's rename": lambda: at_rename("step-0000006.png", 1),
     "in a step": lambda: at_call(torch.optim.Adam, "step", 8),

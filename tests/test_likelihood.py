@@ -12,8 +12,8 @@ from diffusion.kernels import philox_normal
 from scipy.stats import norm
 
 from diffusion import NoiseSchedule
-from diffusion.likelihood import bits_per_dimension, prior_term, variational_bound_terms
-from diffusion.process import q_sample
+from diffusion.evaluation.likelihood import bits_per_dimension, prior_term, variational_bound_terms
+from diffusion.process.forward import q_sample
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "improved_diffusion_bound.json").read_text())
 SCHEDULE = NoiseSchedule.linear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.locks import holder, locked
+from diffusion.storage.locks import holder, locked
 
 pytest.importorskip("fcntl", reason="the system has no such locks", exc_type=ImportError)
 
@@ -31,7 +31,7 @@ def test_one_holder_at_a_time(tmp_path):
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     path = tmp_path / ".lock"
     script = f"import sys; sys.path[:] = {sys.path!r}; from pathlib import Path\n"
-    script += f"from diffusion.locks import locked\nwith locked(Path({str(path)!r})):\n"
+    script += f"from diffusion.storage.locks import locked\nwith locked(Path({str(path)!r})):\n"
     script += "    print('held', flush=True); sys.stdin.readline()"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -6,7 +6,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from diffusion.memory import keep_freed_memory
+from diffusion.utils.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(20):  # until the heap is as large as they need

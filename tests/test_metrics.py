@@ -14,16 +14,16 @@ from conftest import make_model
 from PIL import Image
 from test_evaluate import DATA, FakeModel, read_digits, real_digits
 
-from diffusion.arrays import load_images
 from diffusion.classifier import load_classifier
 from diffusion.cli import main
-from diffusion.features import Features, load_features
-from diffusion.folders import ImageSet
-from diffusion.frechet import frechet_distance, moments
-from diffusion.images import save_npz
-from diffusion.metrics import compare, format_result
-from diffusion.shards import sample_shards
-from diffusion.sweep import save_sweep, sweep
+from diffusion.data.image_folder import ImageSet
+from diffusion.data.npz import load_images
+from diffusion.evaluation.compare import compare, format_result
+from diffusion.evaluation.features import Features, load_features
+from diffusion.evaluation.fid import frechet_distance, moments
+from diffusion.evaluation.guidance_sweep import save_sweep, sweep
+from diffusion.evaluation.shards import sample_shards
+from diffusion.storage.images import save_npz
 
 pytest.importorskip("torch_fidelity", reason="the metrics are torch-fidelity's", exc_type=ImportError)
 NAMES = [f"{name}_in_toy_features" for name in ("frechet_distance", "kernel_distance", "precision", "recall")]
@@ -326,7 +326,7 @@ def test_arrays_that_are_no_images(kind, expected, tmp_path, capsys):
 
 def test_too_large_arrays(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((100, 64, 64, 3), np.uint8))
-    monkeypatch.setattr("diffusion.arrays.MOST_BYTES", 10**5)
+    monkeypatch.setattr("diffusion.data.npz.MOST_BYTES", 10**5)
     with pytest.raises(ValueError, match=r"a\.npz: its array images takes"):
         load_images(tmp_path / "a.npz")
 

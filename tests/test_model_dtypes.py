@@ -5,7 +5,7 @@ import torch
 from alterations import OPTIONS, fixed_noise, hook_on_a_level, loop, make, sample
 from conftest import make_model
 
-from diffusion.blocks import Norm
+from diffusion.models.blocks import Norm
 
 
 def only_in_float64(model):

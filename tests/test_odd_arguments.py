@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from diffusion import NoiseSchedule, UNetConfig, load
 from diffusion.cli import main
-from diffusion.recipe import Recipe, changed, load_recipe, recipe_from
-from diffusion.steps import SAMPLERS
+from diffusion.samplers.table import SAMPLERS
+from diffusion.training.recipe import Recipe, changed, load_recipe, recipe_from
 
 ODD = st.sampled_from(
     [

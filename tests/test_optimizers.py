@@ -11,7 +11,7 @@ from scipy.stats import norm
 from test_train import RECIPE, assert_same_run, make_trainer, run, run_until
 
 from diffusion import NoiseSchedule
-from diffusion.process import lognormal_timesteps, random_timesteps
+from diffusion.process.forward import lognormal_timesteps, random_timesteps
 
 MUON = replace(
     RECIPE, optimizer="muon", unet=RECIPE.unet | {"attention_levels": [1], "dropout": 0.0}, weight_decay=0.1

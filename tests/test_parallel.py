@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_train import DATA, make_trainer, run, torchvision_works
 from test_training_options import PLAIN
 
-from diffusion.ranks import Ranks
-from diffusion.training_state import read_state
+from diffusion.training.state import read_state
+from diffusion.utils.ranks import Ranks
 
 PATIENCE = 300  # seconds, on a machine however busy
 SCRIPT = """
@@ -26,8 +26,8 @@ import torch
 torch.set_num_threads(1)
 from test_train import make_trainer, run
 from test_training_options import PLAIN
-from diffusion.parallel import process_group
-from diffusion.ranks import current
+from diffusion.training.distributed import process_group
+from diffusion.utils.ranks import current
 ranks = current()
 try:
     with process_group(ranks, torch.device("cpu")):

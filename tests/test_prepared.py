@@ -9,10 +9,10 @@ import torch
 from diffusion.kernels import _native
 from test_unet import TINY, VARIANTS, inputs, randomized
 
-from diffusion import prepared
-from diffusion.networks import NetworkCache
-from diffusion.prepared import PreparedUNet, unsupported
-from diffusion.unet import UNet
+from diffusion.inference import cpu_plan
+from diffusion.inference.backbone import NetworkCache
+from diffusion.inference.cpu_plan import PreparedUNet, unsupported
+from diffusion.models.unet import UNet
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -185,8 +185,8 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
     )
     tiles, outputs = [], []
     for share in (4.0, 2.0, 1.0):
-        total = int(4 * numbers * share / prepared.SHARE_OF_MEMORY)
-        monkeypatch.setattr(prepared, "total_memory", lambda device, total=total: total)
+        total = int(4 * numbers * share / cpu_plan.SHARE_OF_MEMORY)
+        monkeypatch.setattr(cpu_plan, "total_memory", lambda device, total=total: total)
         network = PreparedUNet(unet, torch.float32)
         with torch.no_grad():
             outputs.append(network.denoise(x, unet.embed(t)).clone())
@@ -199,7 +199,7 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_attention_over_many_positions(limit, monkeypatch):
     """By AMX, where the processor has it, up to a limit, and without it beyond."""
-    monkeypatch.setattr(prepared, "MOST_POSITIONS", limit)
+    monkeypatch.setattr(cpu_plan, "MOST_POSITIONS", limit)
     unet = randomized(VARIANTS["heads"])
     x, t = inputs(unet.config, 2, (26, 14))
     actual, expected = evaluate(unet, torch.float32, x, t, None)

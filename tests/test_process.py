@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion.process import (
+from diffusion.process.forward import (
     PREDICTION_TYPES,
     loss_weight,
     predict_epsilon,
@@ -13,7 +13,7 @@ from diffusion.process import (
     q_sample,
     target,
 )
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
 ZERO_SNR = SCHEDULE.rescale_zero_terminal_snr()

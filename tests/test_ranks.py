@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.ranks import Ranks, current
+from diffusion.utils.ranks import Ranks, current
 
 
 def set_environment(monkeypatch, **values):

@@ -18,24 +18,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusion
-from diffusion import reading
-from diffusion.arrays import load_images
 from diffusion.classifier import BUNDLED as CLASSIFIER
 from diffusion.classifier import load_classifier
-from diffusion.features import load_features
-from diffusion.folders import read_images
-from diffusion.images import save_npz
+from diffusion.data.image_folder import read_images
+from diffusion.data.npz import load_images
+from diffusion.evaluation.features import load_features
+from diffusion.evaluation.shards import sample_shards
 from diffusion.importers import diffusers, guided_diffusion
-from diffusion.recipe import load_recipe
-from diffusion.shards import sample_shards
-from diffusion.train import _LogFile
-from diffusion.training_state import read_state
+from diffusion.storage import reading
+from diffusion.storage.images import save_npz
+from diffusion.training.loop import _LogFile
+from diffusion.training.recipe import load_recipe
+from diffusion.training.state import read_state
 
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
     """Of 64 GiB, as some machines have more than the sparse files here hold."""
-    for module in (reading, diffusion.memory):
+    for module in (reading, diffusion.utils.memory):
         monkeypatch.setattr(module, "total_memory", lambda device: 2**36)
 
 
@@ -345,5 +345,5 @@ def test_zips_and_arrays_are_read_as_before(tmp_path):
     assert torch.equal(read_images(tmp_path / "set.zip").images, read_images(tmp_path / "set").images)
     x = torch.rand(3, 1, 4, 4) * 2 - 1
     save_npz(x, tmp_path / "x.npz")
-    assert torch.equal(load_images(tmp_path / "x.npz").images, diffusion.images.to_uint8(x))
+    assert torch.equal(load_images(tmp_path / "x.npz").images, diffusion.storage.images.to_uint8(x))
     assert load_file(CLASSIFIER / "model.safetensors").keys() == load_classifier()[0].state_dict().keys()

@@ -9,7 +9,7 @@ import torch
 
 from diffusion import NoiseSchedule, UNet, UNetConfig
 from diffusion.cli import main
-from diffusion.recipe import RECIPES, Recipe, changed, load_recipe, recipe_from
+from diffusion.training.recipe import RECIPES, Recipe, changed, load_recipe, recipe_from
 
 
 def test_the_recipes_of_the_package():

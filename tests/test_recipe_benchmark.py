@@ -19,9 +19,9 @@ sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package 
 
 from benchmarks import recipes
 from diffusion.data import load_dataset
-from diffusion.features import Features
-from diffusion.frechet import frechet_distance, moments
-from diffusion.images import to_uint8
+from diffusion.evaluation.features import Features
+from diffusion.evaluation.fid import frechet_distance, moments
+from diffusion.storage.images import to_uint8
 
 
 class Exact(torch.nn.Module):

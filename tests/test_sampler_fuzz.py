@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
-from diffusion.process import PREDICTION_TYPES
-from diffusion.spacing import SPACINGS
-from diffusion.unet_config import RESAMPLING
+from diffusion.models.config import RESAMPLING
+from diffusion.process.forward import PREDICTION_TYPES
+from diffusion.samplers.timesteps import SPACINGS
 
 CASES = 150
 NETWORK_ERROR = 1e-5  # of the largest output, which a fused network may differ by (test_prepared.py)

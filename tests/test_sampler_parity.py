@@ -9,11 +9,11 @@ import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 from diffusion.kernels import reverse_step
 
-from diffusion.process import PREDICTION_TYPES
-from diffusion.schedule import NoiseSchedule
-from diffusion.spacing import SPACINGS, spaced_timesteps
-from diffusion.steps import SAMPLERS, VARIANCES, StepTable, ddim
-from diffusion.thresholding import thresholded_step
+from diffusion.process.forward import PREDICTION_TYPES
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.samplers.table import SAMPLERS, VARIANCES, StepTable, ddim
+from diffusion.samplers.thresholding import thresholded_step
+from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 
 TOLERANCE = 1e-4
 SHAPE = (2, 2, 2, 2)

@@ -10,13 +10,15 @@ import torch
 from conftest import make_model
 from diffusion.kernels._tolerance import wrong
 
-from diffusion import chain, ddpm, engine, kernels, memory
+from diffusion import ddpm, kernels
 from diffusion.ddpm import Interrupted
-from diffusion.devices import multiplies_bfloat16
-from diffusion.guidance import rescale_guidance
-from diffusion.prepared import PreparedUNet
-from diffusion.thresholding import dynamic_threshold
-from diffusion.unet import UNet
+from diffusion.inference import buffers, loop
+from diffusion.inference.cpu_plan import PreparedUNet
+from diffusion.models.unet import UNet
+from diffusion.samplers.guidance import rescale_guidance
+from diffusion.samplers.thresholding import dynamic_threshold
+from diffusion.utils import memory
+from diffusion.utils.device import multiplies_bfloat16
 
 
 def fixed_noise(count: int, shape=(2, 8, 8)):
@@ -438,7 +440,7 @@ def test_an_image_is_the_same_in_every_batch_to_the_bit(conditional):
 
 def failing(monkeypatch, when, error):
     """Has engine.run raise `error` for batches that `when` says; a list of the sizes of all batches."""
-    sizes, run = [], engine.run
+    sizes, run = [], loop.run
 
     def patched(network, table, batch, *args, **options):
         sizes.append(len(batch.sample_ids))
@@ -446,7 +448,7 @@ def failing(monkeypatch, when, error):
             raise error
         return run(network, table, batch, *args, **options)
 
-    monkeypatch.setattr(engine, "run", patched)
+    monkeypatch.setattr(loop, "run", patched)
     return sizes
 
 
@@ -513,7 +515,7 @@ def test_a_callback_may_keep_and_change_what_it_gets(model):
 def test_more_steps_than_are_embedded_at_a_time(conditional, monkeypatch):
     options = {"sampler": "ddim", "steps": 7, "guidance_scale": 2.0}
     expected = conditional.sample([4, 4, 9], **options)
-    monkeypatch.setattr(chain, "STEPS_EMBEDDED", 3)
+    monkeypatch.setattr(buffers, "STEPS_EMBEDDED", 3)
     conditional = conditional.copy()
     torch.testing.assert_close(conditional.sample([4, 4, 9], **options), expected, atol=1e-4, rtol=0)
 
@@ -526,7 +528,7 @@ def test_unknown_tier(model):
 @pytest.fixture
 def replayed(monkeypatch):
     """Has steps captured as on a CUDA device, where a graph is their call; a list of what was captured."""
-    seen, begin = [], chain.Chain.begin
+    seen, begin = [], buffers.Chain.begin
 
     def captured(function, changed):
         kept = [tensor.clone() for tensor in changed]
@@ -540,8 +542,8 @@ def replayed(monkeypatch):
         self._captures = True
         begin(self, *args)
 
-    monkeypatch.setattr(chain, "captured", captured)
-    monkeypatch.setattr(chain.Chain, "begin", begin_captured)
+    monkeypatch.setattr(buffers, "captured", captured)
+    monkeypatch.setattr(buffers.Chain, "begin", begin_captured)
     return seen
 
 
@@ -634,8 +636,8 @@ def test_ctrl_c_between_two_batches(model, monkeypatch):
             raise KeyboardInterrupt
         return engine_batch(**arguments)
 
-    engine_batch = engine.Batch
-    monkeypatch.setattr(ddpm.engine, "Batch", batch)
+    engine_batch = loop.Batch
+    monkeypatch.setattr(ddpm.loop, "Batch", batch)
     with pytest.raises(Interrupted) as caught:
         model.sample(num_samples=5, steps=3, batch_size=2)
     assert torch.equal(caught.value.images, expected)

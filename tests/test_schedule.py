@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.schedule import NoiseSchedule
+from diffusion.process.schedule import NoiseSchedule
 
 KINDS = {
     "linear": (NoiseSchedule.linear, {"beta_schedule": "linear"}),

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import make_model
 
-from diffusion.arrays import load_images
 from diffusion.cli import main
-from diffusion.images import to_uint8
-from diffusion.ranks import Ranks
-from diffusion.shard_files import what_is_wrong
-from diffusion.shards import report, sample_shards
+from diffusion.data.npz import load_images
+from diffusion.evaluation.shards import report, sample_shards
+from diffusion.storage.images import to_uint8
+from diffusion.storage.shard_files import what_is_wrong
+from diffusion.utils.ranks import Ranks
 
 OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
 
@@ -458,7 +458,7 @@ def test_ranks_that_disagree_are_refused(folder, tmp_path):
 
 
 def test_a_full_disk_leaves_finished_shards(folder, tmp_path, monkeypatch):
-    import diffusion.images
+    import diffusion.storage.images
 
     write, calls = np.savez_compressed, []
 
@@ -469,7 +469,7 @@ def test_a_full_disk_leaves_finished_shards(folder, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write(file, **arrays)
 
-    monkeypatch.setattr(diffusion.images.np, "savez_compressed", fails)
+    monkeypatch.setattr(diffusion.storage.images.np, "savez_compressed", fails)
     with pytest.raises(ValueError, match="No space left"):
         sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)
     assert sorted(os.listdir(tmp_path))[-2:] == ["shard-00000.npz", "shard-00001.npz"]

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from diffusion.spacing import SPACINGS, spaced_timesteps
+from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 
 DIFFUSERS_SPACINGS = SPACINGS[:3]
 

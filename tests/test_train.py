@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import diffusion
 from diffusion.cli import main
 from diffusion.data import load_mnist
-from diffusion.recipe import Recipe, load_recipe
-from diffusion.train import train
-from diffusion.trainer import Trainer
-from diffusion.training_state import load_state, read_state, save_state
+from diffusion.training.loop import train
+from diffusion.training.recipe import Recipe, load_recipe
+from diffusion.training.state import load_state, read_state, save_state
+from diffusion.training.trainer import Trainer
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(
@@ -196,7 +196,7 @@ def test_a_full_disk_keeps_the_last_state(kind, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise kind(*([28] if kind is OSError else []), "No space left on device")
 
-    monkeypatch.setattr("diffusion.training_state.save_file", fails)
+    monkeypatch.setattr("diffusion.training.state.save_file", fails)
     with pytest.raises(ValueError, match="No space left"):
         save_state(make_trainer(), tmp_path / "state.safetensors")
     assert (tmp_path / "state.safetensors").read_bytes() == before
@@ -517,10 +517,10 @@ class TestMnist:
         assert set(labels.tolist()) == set(range(10))
 
     def test_the_command_trains_and_resumes(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
+        monkeypatch.setattr("diffusion.training.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
         words = ["train", "--data", "mnist", "--data-dir", str(DATA), "--out", str(tmp_path / "run")]
         words += ["--steps", "4", "--batch-size", "4", "--save-every", "2"]
-        monkeypatch.setattr("diffusion.train._save_samples", lambda *arguments: True)
+        monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
         main(words)
         output = capsys.readouterr()
         assert "4 steps in" in output.out
@@ -540,8 +540,8 @@ class TestMnist:
             assert f"cannot read {data} in".lower() in capsys.readouterr().err.lower()
 
     def test_an_unconditional_model(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusion.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
-        monkeypatch.setattr("diffusion.train._save_samples", lambda *arguments: True)
+        monkeypatch.setattr("diffusion.training.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
+        monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
         out = tmp_path / "run"
         main(["train", "--data-dir", str(DATA), "--out", str(out), "--steps", "2", "--unconditional"])
         assert diffusion.load(out).num_classes is None

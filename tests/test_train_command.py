@@ -10,8 +10,7 @@ from PIL import Image
 from test_train import DATA, RECIPE, torchvision_works
 
 import diffusion
-from diffusion.cli import main
-from diffusion.commands import train, training_data
+from diffusion.cli import main, train, training_data
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def test_a_network_that_does_not_fit_into_memory(words, tmp_path, capsys, monkey
     def too_large(config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes.")
 
-    monkeypatch.setattr("diffusion.trainer.UNet", too_large)
+    monkeypatch.setattr("diffusion.training.trainer.UNet", too_large)
     told = fails([*words, "--resize"], capsys)
     assert "the memory of cpu is not enough; try --micro-batch" in told
     assert not (tmp_path / "run").exists()

@@ -13,9 +13,9 @@ from test_train import DATA, RECIPE, torchvision_works
 
 import diffusion
 from diffusion.cli import main
-from diffusion.commands.train import add_arguments, choose_recipe
-from diffusion.commands.training_data import TrainingData, load_data
-from diffusion.recipe import load_recipe
+from diffusion.cli.train import add_arguments, choose_recipe
+from diffusion.cli.training_data import TrainingData, load_data
+from diffusion.training.recipe import load_recipe
 
 
 def make_images(folder, classes=("cat", "dog", "eel"), mode="RGB", size=28, count=4):
@@ -229,7 +229,7 @@ def test_the_command_says_what_it_found_and_resumes_what_it_began(tmp_path, caps
 def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkeypatch):
     """Of a release that took ten classes where three were: the state says how the run goes on."""
     folder, out = make_images(tmp_path / "images", mode="L"), tmp_path / "run"
-    monkeypatch.setattr("diffusion.train._save_samples", lambda *arguments: True)
+    monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
     words = ["train", "--data", str(folder), "--recipe", "mnist", "--out", str(out), "--batch-size", "4"]
     words += [
         "--steps",
@@ -240,7 +240,7 @@ def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkey
         "unet.attention_levels=[]",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.commands.training_data._with_classes", lambda recipe, *rest: recipe)
+        patch.setattr("diffusion.cli.training_data._with_classes", lambda recipe, *rest: recipe)
         main(words)
     assert diffusion.load(out).num_classes == 10
     main([*words, "--resume"])

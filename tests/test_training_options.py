@@ -8,7 +8,7 @@ from test_train import RECIPE, make_trainer, run, run_until
 
 import diffusion
 from diffusion import NoiseSchedule
-from diffusion.process import LOSS_WEIGHTINGS, loss_weight
+from diffusion.process.forward import LOSS_WEIGHTINGS, loss_weight
 
 PLAIN = replace(RECIPE, unet=RECIPE.unet | {"dropout": 0.0})
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from diffusion import memory
-from diffusion.unet import UNet, UNetConfig, timestep_embedding
+from diffusion.models.unet import UNet, UNetConfig, timestep_embedding
+from diffusion.utils import memory
 
 TINY = UNetConfig(
     sample_size=8,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import validation as v
+from diffusion.utils import validation as v
 
 NO_NUMBERS = {
     "True": True,

@@ -14,12 +14,12 @@ import pytest
 import torch
 from diffusion.kernels import Row
 
-from diffusion import engine
-from diffusion.process import PREDICTION_TYPES
-from diffusion.schedule import NoiseSchedule
-from diffusion.spacing import SPACINGS, spaced_timesteps
-from diffusion.steps import SAMPLERS, VARIANCES, StepTable
-from diffusion.thresholding import thresholded_step
+from diffusion.inference import loop
+from diffusion.process.forward import PREDICTION_TYPES
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.samplers.table import SAMPLERS, VARIANCES, StepTable
+from diffusion.samplers.thresholding import thresholded_step
+from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 
 DEVIATION = 0.5
 SCHEDULE = NoiseSchedule.linear()
@@ -144,7 +144,7 @@ def test_the_exact_denoiser_gives_the_papers_deviation(sampler, options, spacing
             assert abs(found - DEVIATION) < 5 / steps, steps
 
 
-LINEAR = engine.Network(  # the exact denoiser of N(0, 1/10^2), which learned nothing about the variance
+LINEAR = loop.Network(  # the exact denoiser of N(0, 1/10^2), which learned nothing about the variance
     embed=lambda timesteps, labels: timesteps[:, None].clone(),
     denoise=lambda x, embedding: torch.cat(
         [x * EPSILON[embedding[:, 0].long()].reshape(-1, 1, 1, 1), torch.full_like(x, -1)], dim=1
@@ -170,14 +170,14 @@ def test_chains_of_the_engine_have_the_deviation_of_the_table(sampler, options, 
     count, seen = 1024, []
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(count, 1, 4, 4, generator=generator) for _ in range(steps + 1)]
-    batch = engine.Batch(
+    batch = loop.Batch(
         labels=torch.zeros(count, dtype=torch.int64) if way == "guided" else None,
         sample_ids=torch.arange(count),
         seed=0,
         noise=drawn.__getitem__ if way == "injected" else None,
     )
     threshold = partial(thresholded_step, ratio=1.0, max_value=2.0) if way == "thresholded" else None
-    engine.run(
+    loop.run(
         LINEAR,
         table,
         batch,

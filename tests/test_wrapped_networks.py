@@ -6,7 +6,7 @@ from alterations import loop, make, sample
 from torch import nn
 
 from diffusion import DDPM
-from diffusion.likelihood import bits_per_dimension
+from diffusion.evaluation.likelihood import bits_per_dimension
 
 
 class NoParameters(nn.Module):

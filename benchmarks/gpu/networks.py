@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 import diffusion
-from diffusion.recipe import load_recipe
+from diffusion.training.recipe import load_recipe
 
 CLASSES = 10
 TINY = {"sample_size": 8, "channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 32}

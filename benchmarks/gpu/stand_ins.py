@@ -15,7 +15,7 @@ def preload() -> None:
     import diffusers  # noqa: F401
     import pytest  # noqa: F401
 
-    import diffusion.trainer  # noqa: F401
+    import diffusion.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)  # a process with threads of OpenMP cannot be forked
 

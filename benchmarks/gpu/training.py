@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from diffusion.recipe import load_recipe
-from diffusion.trainer import Trainer
+from diffusion.training.recipe import load_recipe
+from diffusion.training.trainer import Trainer
 
 from . import networks
 from .part import Finding, Job, Run

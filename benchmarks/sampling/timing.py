@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from diffusion import kernels
-from diffusion.devices import multiplies_bfloat16
-from diffusion.prepared import PreparedUNet
+from diffusion.inference.cpu_plan import PreparedUNet
+from diffusion.utils.device import multiplies_bfloat16
 
 from . import peers
 from .models import Pair

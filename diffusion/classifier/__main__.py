@@ -8,7 +8,7 @@ import torch
 
 from ..cli import Parser, take_any_name
 from ..data import DATASETS, load_dataset
-from ..files import check_writable
+from ..storage.atomic import check_writable
 from .network import ARCHITECTURES, ClassifierConfig
 from .reference import draw_samples, measure_reference
 from .storage import save_classifier, stored

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data import to_float
 from ..kernels import conv2d
-from ..validation import choice, refuse, whole_number
+from ..utils.validation import choice, refuse, whole_number
 
 ARCHITECTURES = ("plain", "residual")
 MOST_PARAMETERS = 2**28  # 1 GiB in float32; the classifiers that are shipped have about a million

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..folders import ImageSet
-from ..frechet import frechet_distance, moments
-from ..validation import number, numbers, refuse, typed, whole_number
+from ..data.image_folder import ImageSet
+from ..evaluation.fid import frechet_distance, moments
+from ..utils.validation import number, numbers, refuse, typed, whole_number
 from .network import Classifier, classify
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..files import replacing
-from ..reading import (
+from ..storage.atomic import replacing
+from ..storage.reading import (
     check_finite,
     check_weights,
     load_weights,

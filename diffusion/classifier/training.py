@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ..devices import multiplies_bfloat16
-from ..validation import number, whole_number
+from ..utils.device import multiplies_bfloat16
+from ..utils.validation import number, whole_number
 from .network import Classifier, ClassifierConfig
 
 MUON_RATE = 0.05  # the length of a step of each row of a kernel, at its largest

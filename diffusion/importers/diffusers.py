@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..process import PREDICTION_TYPES
-from ..reading import load_weights, read_json, read_safetensors, read_torch
-from ..schedule import NoiseSchedule
-from ..unet import UNet, UNetConfig
-from ..unet_config import MOST_CHANNELS
-from ..validation import number, refuse, shown, whole_numbers
+from ..models.config import MOST_CHANNELS
+from ..models.unet import UNet, UNetConfig
+from ..process.forward import PREDICTION_TYPES
+from ..process.schedule import NoiseSchedule
+from ..storage.reading import load_weights, read_json, read_safetensors, read_torch
+from ..utils.validation import number, refuse, shown, whole_numbers
 from .naming import Parts, Source, convert
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

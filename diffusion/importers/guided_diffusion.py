@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..reading import load_weights, read_torch
-from ..schedule import MOST_TIMESTEPS, NoiseSchedule
-from ..unet import UNet, UNetConfig
-from ..validation import choice, known_names, numbers, refuse, typed, whole_number
+from ..models.unet import UNet, UNetConfig
+from ..process.schedule import MOST_TIMESTEPS, NoiseSchedule
+from ..storage.reading import load_weights, read_torch
+from ..utils.validation import choice, known_names, numbers, refuse, typed, whole_number
 from .naming import Parts, Source, convert
 
 # Flags that change training or sampling but not the model, or only how it is computed.

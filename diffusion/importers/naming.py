@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..reading import check_weights
+from ..storage.reading import check_weights
 
 
 class Parts(NamedTuple):

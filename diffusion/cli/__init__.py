@@ -1,0 +1,79 @@
+"""The command line: sample, train, evaluate, import, info."""
+
+import argparse
+import io
+import sys
+import warnings
+from typing import NoReturn
+
+from .. import __version__
+from ..kernels._native import check_environment
+from ..utils.memory import is_out_of_memory
+from . import evaluate, import_model, info, sample, train
+
+COMMANDS = {
+    "sample": sample,
+    "train": train,
+    "evaluate": evaluate,
+    "import": import_model,
+    "info": info,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # of which Python 3.11 makes an empty list, and 3.13 a value
+            option, equals, value = word.partition("=")
+            if option.startswith("--") and equals and value == "--":
+                self.error(f"{option} needs a value, and -- is none")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        fail(self.prog, message)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command. Exit status 0; 2 after an error of the user's, told in one line; 130 after Ctrl-C."""
+    take_any_name()
+    parser = Parser(prog="diffusion", description="Sample, train and judge diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        summary = command.__doc__.splitlines()[0]
+        subparser = subparsers.add_parser(name, help=summary, description=command.__doc__)
+        command.add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    try:
+        check_environment()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            COMMANDS[parsed.command].run(parsed)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        fail("diffusion", str(error) or type(error).__name__)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """In one line, without the place in the code."""
+    print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def take_any_name() -> None:
+    """Lets the standard output take names of files that its encoding lacks, as the error output does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def fail(program: str, message: str) -> NoReturn:
+    """Ends the process after an error of the user's: one line, exit status 2."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

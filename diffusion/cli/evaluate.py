@@ -1,0 +1,164 @@
+"""Judge a model, or images: by a classifier, by FID and its like, by bits per dimension, along a curve.
+
+Without further options: class accuracy under guidance and Fréchet distance without it, of a model of digits.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..data.image_folder import ImageSet
+from ..data.npz import load_images
+from ..ddpm import DDPM, load
+from ..evaluation.accuracy import ema_decay, evaluate, format_report
+from ..evaluation.compare import METRICS, compare, format_result
+from ..evaluation.features import load_features
+from ..evaluation.guidance_sweep import save_sweep, sweep
+from ..evaluation.likelihood import bits_per_dimension
+from ..storage.atomic import check_writable, replacing
+from ..storage.images import to_uint8
+from ..utils.validation import whole_number
+from .sample import choose_labels, default_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="mnist", help="bundled name, folder, or hf:owner/name (default: %(default)s)")
+    add("--num", type=int, default=1000, help="samples for each measure (default: %(default)s)")
+    add("--guidance-scale", type=float, help="for the class accuracy 2, for distances 1 unless given")
+    add("--sampler", default="ddim", help="ddpm, ddim or dpm++ (default: %(default)s)")
+    add("--steps", type=int, default=50, help="of the chain, 1 to T (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add(
+        "--data-dir",
+        help="torchvision's folder of mnist or cifar10; alone: measure real images there anew "
+        "(default: figures that come with the classifier)",
+    )
+    add("--classifier", metavar="DIR", help="another one, made by `python -m diffusion.classifier`")
+    add("--reference", metavar="IMAGES", help="mnist, cifar10, a folder, zip or .npz: compare with these")
+    add("--split", default="train", help="of mnist or cifar10, train or test (default: %(default)s)")
+    add("--samples", metavar="IMAGES", help="compare these with the reference, instead of a model's")
+    add(
+        "--metrics",
+        nargs="+",
+        default=list(METRICS),
+        help=f"of the comparison (default: {' '.join(METRICS)})",
+    )
+    add(
+        "--features",
+        default="inception",
+        help="inception, efficientnet-lite0, classifier (of digits), or a classifier's folder "
+        "(default: %(default)s)",
+    )
+    add("--bits-per-dim", action="store_true", help="variational bound on --num images of the reference")
+    add("--sweep", action="store_true", help="distance against steps and guidance; --out NAME.json and .png")
+    add("--batch-size", type=int, help="images made at a time")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
+    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
+    add("--backend", default="auto", help="of the kernels (default: auto)")
+    add("--out", metavar="FILE.json", help="write the result there too")
+
+
+def run(args: argparse.Namespace) -> None:
+    whole_number("--num", args.num, 1)
+    if args.out:
+        check_writable(args.out)
+    if args.sweep:
+        return _sweep(args)
+    if args.bits_per_dim:
+        result, text = _bits(args)
+    elif args.reference:
+        result = _compare(args)
+        text = format_result(result)
+    elif args.samples:
+        raise ValueError("--reference is missing: the images to compare --samples with")
+    else:
+        result = evaluate(
+            _model(args),
+            num=args.num,
+            guidance_scale=2.0 if args.guidance_scale is None else args.guidance_scale,
+            data_dir=args.data_dir,
+            classifier=args.classifier,
+            progress=True,
+            **_sampling(args),
+        )
+        text = format_report(result)
+        result["model"] = args.model
+    print(text)
+    if args.out:
+        with replacing(Path(args.out)) as (temporary,):
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return None
+
+
+def _model(args: argparse.Namespace) -> DDPM:
+    return load(args.model, args.device or default_device())
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("sampler", "steps", "seed", "batch_size", "dtype", "backend", "tier")
+    return {name: getattr(args, name) for name in names}
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    features = load_features(args.features)
+    reference = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
+    card: dict[str, Any] = {}
+    if args.samples:
+        samples = load_images(args.samples, split=args.split, data_dir=args.data_dir, progress=True)
+    else:
+        model = _model(args)
+        labels, num = choose_labels(model, None, args.num)
+        scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+        x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **_sampling(args))
+        if not x.isfinite().all():
+            raise ValueError(f"some of the samples of {args.model} hold NaN or infinite values")
+        samples = ImageSet(to_uint8(x.cpu()), None, None, f"model {args.model}")
+        card = {
+            **_sampling(args),
+            "guidance scale": scale,
+            "labels": "each class in turn" if labels else "none",
+        }
+        card["EMA decay"] = ema_decay(model) or "not known"
+    return compare(samples, reference, features, tuple(args.metrics), card=card, progress=True)
+
+
+def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if not args.reference:
+        raise ValueError("--reference is missing: the images whose bits per dimension are wanted")
+    model = _model(args)
+    images = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
+    labels = images.labels[: args.num] if images.labels is not None and model.num_classes else None
+    result = bits_per_dimension(model, images.images[: args.num], labels, seed=args.seed, progress=True)
+    result |= {"model": args.model, "reference": images.name, "seed": args.seed, "variance": model.variance}
+    result |= {"labels": labels is not None, "ema_decay": ema_decay(model)}
+    given = "with" if result["labels"] else "without"
+    text = (
+        f"bits per dimension  {result['bits_per_dim']:.4f} +- {result['standard_error']:.4f} "
+        f"(variational bound, {result['variance']}, prior {result['prior']:.5f})\n"
+        f"  on {result['images']} images of {images.name}, {given} labels, seed {args.seed}, "
+        f"EMA decay {result['ema_decay'] or 'not known'}"
+    )
+    return result, text
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    if not args.out:
+        raise ValueError("--out is missing: the .json file of the curve, beside which its .png is written")
+    if Path(args.out).suffix.lower() != ".json":
+        raise ValueError(f"--out must end in .json, not {args.out}; the .png is written beside it")
+    options = {name: getattr(args, name) for name in ("batch_size", "dtype", "backend", "tier")}
+    result = sweep(
+        _model(args), num=args.num, classifier=args.classifier, seed=args.seed, progress=True, **options
+    )
+    result["card"]["model"] = args.model
+    save_sweep(result, args.out)
+    for point in result["points"]:
+        accuracy = "" if point["accuracy"] is None else f"  read as asked {point['accuracy']:.1%}"
+        print(
+            f"{point['sampler']:6s}{point['steps']:5d} steps  guidance {point['guidance']:<4g} "
+            f"distance {point['distance']:.4f}{accuracy}"
+        )
+    print(f"{args.out} and {Path(args.out).with_suffix('.png')}: {result['card']['distance']}")

@@ -1,0 +1,47 @@
+"""Convert a checkpoint of diffusers, guided-diffusion or improved-diffusion into a model folder."""
+
+import argparse
+import ast
+
+from ..ddpm import DDPM
+from ..importers import guided_diffusion
+from ..storage import checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", help="a diffusers folder, hf:owner/name, or a .pt file of guided- or improved-diffusion")
+    add("--out", required=True, metavar="DIR", help="the model folder to write")
+    add(
+        "--flag",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for .pt files: a flag that the model was trained with, such as learn_sigma=True; repeatable",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.source.endswith((".pt", ".pth")):
+        unet, schedule, conventions = guided_diffusion.load(args.source, **_flags(args.flag))
+    elif args.flag:
+        raise ValueError("--flag is for .pt files; other checkpoints say themselves how they were trained")
+    else:
+        unet, schedule, conventions = checkpoint.read(args.source)
+    model = DDPM(unet, schedule, **conventions)
+    model.save(args.out, source=args.source)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    print(f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, T = {schedule.T}")
+
+
+def _flags(words: list[str]) -> dict:
+    flags = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--flag takes NAME=VALUE, not {word!r}")
+        try:
+            flags[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            flags[name] = value  # a bare word, such as cosine
+    return flags

@@ -1,0 +1,56 @@
+"""Show versions, what is compiled and loaded, which backend each op would use, and models."""
+
+import argparse
+import platform
+
+import torch
+
+from .. import __version__, kernels
+from ..ddpm import load
+from ..storage.checkpoint import bundled_models
+from .sample import default_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="describe this model: a bundled name, folder, or hf:owner/name")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.model is not None:
+        describe(args.model)
+        return
+    lines = {
+        "fused-diffusion": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "device": default_device(),
+        **kernels.build_info(),
+        "bundled models": ", ".join(bundled_models()),
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}}  {value}")
+    for explanation in explanations(default_device()):
+        print(explanation)
+
+
+def explanations(device: str) -> list[str]:
+    """For each op, the backend that a float32 call on this device gets, and why not the others."""
+    x = torch.zeros(2, 32, 8, 8, device=device)
+    tokens = torch.zeros(2, 1, 64, 32, device=device)
+    row = kernels.Row(*[0.0] * 12)
+    return [
+        kernels.explain("group_norm_silu", x, 32),
+        kernels.explain("attention", tokens, tokens, tokens),
+        kernels.explain("reverse_step", x, x, row),
+        kernels.explain("philox_normal", x.shape, seed=0, device=device),
+    ]
+
+
+def describe(name: str) -> None:
+    model = load(name)
+    parameters = sum(parameter.numel() for parameter in model.unet.parameters())
+    print(f"{name}: {parameters:,} parameters, {model.num_classes or 'no'} classes")
+    print(f"T = {model.schedule.T}, {model.prediction_type} prediction, {model.variance}, clip {model.clip}")
+    for key, value in {**model.unet.config.to_dict(), **model.metadata}.items():
+        print(f"  {key}: {value}")

@@ -1,0 +1,179 @@
+"""Sample images into a grid (.png), an animation of the process (.gif), an array (.npz) or a folder."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from ..ddpm import DDPM, Interrupted, load
+from ..evaluation.shards import report, sample_shards
+from ..samplers.table import SAMPLERS
+from ..storage.atomic import check_writable
+from ..storage.images import check_grid, save_gif, save_grid, save_npz
+from ..utils.device import resolve_device
+from ..utils.ranks import Ranks, current
+from ..utils.validation import whole_number
+
+GIF_FRAMES = 50  # at most, spread evenly over the steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="mnist", help="bundled name, folder, or hf:owner/name (default: %(default)s)")
+    add("--labels", nargs="+", metavar="LABEL", help="such as 0-9, 3 1 4 or none (default: every class)")
+    add("--num", type=int, help="how many images; labels are repeated in turn (default: 4 a class)")
+    add("--guidance-scale", type=float, help="1 is no guidance (default: 2 with labels)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided")
+    add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
+    add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
+    add("--steps", type=int, help="steps of the chain (default: 50; for ddpm all)")
+    add("--spacing", help="leading, linspace, trailing or quad (default: the model's, or leading)")
+    add("--eta", type=float, help="ddim: 0 is deterministic, 1 as noisy as ddpm")
+    add("--variance", help="ddpm: fixed_small, fixed_large or learned_range")
+    add("--sde", action="store_true", default=None, help="dpm++: the stochastic form")
+    add("--dynamic-threshold", type=float, metavar="RATIO", help="instead of clipping, such as 0.995")
+    add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
+    add("--batch-size", type=int, help="images made at a time")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
+    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
+    add(
+        "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
+    )
+    add(
+        "--out",
+        default="samples.png",
+        help="a .png, .gif or .npz file, or a folder for shards (default: %(default)s)",
+    )
+    add("--shard-size", type=int, default=500, help="images in each .npz of a folder (default: %(default)s)")
+    add("--columns", type=int, help="images in a row of the grid (default: 10)")
+    add("--scale", type=int, default=2, help="size of a pixel in the grid (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    out, ranks = Path(args.out), current()
+    sharded = is_folder(args.out)
+    if not sharded and out.suffix.lower() not in (".png", ".gif", ".npz"):
+        raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz, or in /")
+    if not sharded and ranks.world_size > 1:
+        raise ValueError(f"{ranks.world_size} ranks write into a folder; end the name {out} in /")
+    check_writable(out / "run.json" if sharded else out)
+    model = load(args.model, choose_device(args.device, ranks))
+    labels, num = choose_labels(model, args.labels, args.num)
+    if out.suffix.lower() in (".png", ".gif") and not sharded:
+        config = model.unet.config
+        check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
+    guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
+    steps = args.steps if args.steps is not None or args.sampler == "ddpm" else min(50, model.schedule.T)
+    if steps is not None:
+        whole_number("--steps", steps, 1, model.schedule.T)
+    names = ("spacing", "eta", "variance", "sde", "guidance_interval", "dynamic_threshold")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    options |= {
+        "guidance_scale": guidance,
+        "guidance_rescale": args.guidance_rescale,
+        "sampler": args.sampler,
+        "steps": steps,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "backend": args.backend,
+        "tier": args.tier,
+        "dtype": args.dtype,
+    }
+    if sharded:
+        done = sample_shards(
+            model, out, num, labels, shard_size=args.shard_size, ranks=ranks, progress=True, **options
+        )
+        print("\n".join(report(out, done, ranks)))
+        return
+    frames = _Frames(num, steps or model.schedule.T) if out.suffix.lower() == ".gif" else None
+    start, interrupted = time.perf_counter(), None
+    try:
+        images = model.sample(
+            labels,
+            num_samples=num,
+            progress=True,
+            callback=frames,
+            **options,
+        )
+    except Interrupted as error:
+        if not len(error.images):
+            raise
+        images, interrupted = error.images, error
+    seconds = time.perf_counter() - start
+    if frames is not None:
+        save_gif(frames.batches(len(images)), out, columns=args.columns, scale=args.scale)
+    elif out.suffix.lower() == ".npz":
+        save_npz(images, out, labels and labels[: len(images)], seed=args.seed)
+    else:
+        save_grid(images, out, columns=args.columns, scale=args.scale)
+    how = f"{args.sampler}, {steps or model.schedule.T} steps"
+    print(f"{out}: {len(images)} images in {seconds:.1f} s ({how})")
+    if interrupted is not None:
+        raise interrupted
+
+
+def is_folder(out: str) -> bool:
+    """Whether images go into a folder of this name: it is one, ends as one, or has no suffix."""
+    return out.endswith(("/", os.sep)) or os.path.isdir(out) or not Path(out).suffix
+
+
+def default_device() -> str:
+    """ "cuda" where PyTorch sees a GPU, otherwise "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name: str | None, ranks: Ranks) -> torch.device:
+    """The device asked for; of several ranks on one machine each has a GPU of its own."""
+    device = resolve_device(name or default_device())
+    if device.type == "cuda" and ranks.world_size > 1:
+        device = resolve_device(f"cuda:{ranks.local_rank}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tuple[list[int] | None, int]:
+    """A label for each image (None: unconditional), and how many images, from the command line's words."""
+    if num is not None:
+        num = model.check_count(num, "--num")
+    if words == ["none"] or (words is None and model.num_classes is None):
+        return None, num or 20
+    labels = list(range(model.num_classes)) if words is None else parse_labels(words)
+    num = num or len(labels) * (4 if words is None else 1)
+    return [labels[i % len(labels)] for i in range(num)], num
+
+
+def parse_labels(words: list[str]) -> list[int]:
+    """["0-3", "7"] or ["0-3,7"] to [0, 1, 2, 3, 7]; ValueError for anything else."""
+    labels = []
+    for word in " ".join(words).replace(",", " ").split():
+        first, dash, last = word.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"unknown label {word!r}; write numbers and ranges, such as 0-9 or 3 1 4")
+        low, high = int(first), int(last or first)
+        if high < low or high - low > 100_000:
+            raise ValueError(f"the range of labels {word!r} goes backwards or is too long")
+        labels.extend(range(low, high + 1))
+    if not labels:
+        raise ValueError("--labels needs at least one label")
+    return labels
+
+
+class _Frames:
+    """Keeps what the latents look like on their way, over all batches of one call."""
+
+    def __init__(self, num: int, steps: int):
+        self.kept = sorted({round(i * (steps - 1) / (GIF_FRAMES - 1)) for i in range(GIF_FRAMES)})
+        self.latents: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
+
+    def __call__(self, i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+        if i == 0:  # a batch begins, perhaps because there was not memory enough to finish one as large
+            whole = len(self.latents[self.kept[-1]])
+            self.latents = {step: latents[:whole] for step, latents in self.latents.items()}
+        if i in self.latents:
+            self.latents[i].append(x.cpu())
+
+    def batches(self, images: int) -> list[torch.Tensor]:
+        return [torch.cat(self.latents[i])[:images] for i in self.kept]

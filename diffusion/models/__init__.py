@@ -1,0 +1,1 @@
+"""The UNet: its configuration, its blocks, and what was altered in one."""

@@ -1,0 +1,279 @@
+"""The parts of the UNet: residual blocks, attention, changes of resolution, and levels made of them."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import attention, conv2d, group_norm_silu
+from .config import UNetConfig
+
+
+def run(module: nn.Module, *inputs: torch.Tensor, backend: str, **modulation: torch.Tensor) -> torch.Tensor:
+    """Calls a part of the network, or a module that someone put in its place.
+
+    backend: passed on to modules that take one, unless it is "auto".
+    """
+    if backend != "auto" and takes_backend(module):
+        return module(*inputs, backend=backend, **modulation)
+    return module(*inputs, **modulation)
+
+
+def takes_backend(module: nn.Module) -> bool:
+    """Whether the module's `forward` has an argument `backend`."""
+    return _has_backend(vars(module).get("forward") or type(module).forward)
+
+
+@functools.lru_cache(256)
+def _has_backend(function: Callable) -> bool:
+    return "backend" in inspect.signature(function).parameters
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether the module is one of torch.nn, which take one input and no embedding."""
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+# How torch.nn.Conv2d computes, unless someone replaced it.
+_FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+
+
+class Conv2d(nn.Conv2d):
+    """`kernels.conv2d` with a square kernel; by PyTorch alone if the other ops of the UNet are.
+
+    What the op has not, such as dilation, groups and padding modes, is `torch.nn.Conv2d`'s, and so is a
+    convolution whose `_conv_forward` was replaced, as for images that are seamless in one direction.
+    """
+
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if not self._is_plain():
+            return super().forward(x)
+        backend = "reference" if backend == "reference" else "auto"
+        options = {"stride": self.stride[0], "padding": self.padding[0], "backend": backend}
+        return conv2d(x, self.weight, self.bias, **options)
+
+    def _is_plain(self) -> bool:
+        if (
+            nn.Conv2d.forward is not _FORWARD
+            or getattr(self._conv_forward, "__func__", None) is not _CONV_FORWARD
+        ):
+            return False
+        pairs = (self.stride, self.padding)
+        square = all(isinstance(pair, tuple) and pair[0] == pair[-1] for pair in pairs)
+        return square and (self.padding_mode, self.dilation, self.groups) == ("zeros", (1, 1), 1)
+
+
+class Norm(nn.Module):
+    """Group normalisation with what follows it in a block; see `kernels.group_norm_silu`."""
+
+    def __init__(self, channels: int, groups: int, eps: float, activation: str = "silu"):
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"{channels} channels cannot be divided into {groups} normalisation groups")
+        self.groups, self.eps, self.activation = groups, eps, activation
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor, backend: str = "auto", **modulation: torch.Tensor) -> torch.Tensor:
+        options = {"activation": self.activation, "backend": backend}
+        return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, **options, **modulation)
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution, or by average pooling."""
+
+    def __init__(self, channels: int, conv: bool, padding: str = "symmetric"):
+        super().__init__()
+        self.asymmetric = padding == "asymmetric"
+        self.conv = (
+            Conv2d(channels, channels, 3, stride=2, padding=0 if self.asymmetric else 1) if conv else None
+        )
+
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        return run(self.conv, F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x, backend=backend)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by nearest-neighbour, and a convolution if `conv`."""
+
+    def __init__(self, channels: int, conv: bool):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1) if conv else None
+
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else run(self.conv, x, backend=backend)
+
+
+class ResBlock(nn.Module):
+    """Residual block (Ho et al. 2020, appendix B), that can change the resolution between its first
+    normalisation and convolution (Song et al. 2021, arXiv 2011.13456, appendix H).
+
+    embedding: [B, out], added before the second normalisation, or [B, 2 out], its scale and shift.
+    checkpointing: keep the input only, and compute everything between again for the gradient (Chen et al.
+    2016, arXiv 1604.06174).
+    """
+
+    checkpointing = False
+
+    def __init__(
+        self, config: UNetConfig, in_channels: int, out_channels: int, resample: nn.Module | None = None
+    ):
+        super().__init__()
+        self.scale_shift, self.dropout, self.resample = config.scale_shift, config.dropout, resample
+        self.embedding_size = out_channels * (2 if config.scale_shift else 1)
+        self.norm1 = Norm(in_channels, config.norm_groups, config.norm_eps)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = Norm(out_channels, config.norm_groups, config.norm_eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, embedding, backend, use_reentrant=False)
+        return self._forward(x, embedding, backend)
+
+    def _forward(self, x: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
+        h = run(self.norm1, x, backend=backend)
+        if self.resample is not None:
+            x, h = run(self.resample, x, backend=backend), run(self.resample, h, backend=backend)
+        h = run(self.conv1, h, backend=backend)
+        h = self._modulated(h, embedding, backend)
+        h = run(self.conv2, F.dropout(h, self.dropout, self.training), backend=backend)
+        return h + (x if self.skip is None else run(self.skip, x, backend=backend))
+
+    def _modulated(self, h: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
+        """The second normalisation; a module of torch.nn in its place gets the same sum, scale and shift."""
+        if not self.scale_shift:
+            if _is_torchs(self.norm2):
+                return self.norm2(h + embedding[:, :, None, None])
+            return run(self.norm2, h, backend=backend, add=embedding)
+        scale, shift = embedding.chunk(2, dim=1)
+        if _is_torchs(self.norm2):
+            return self.norm2(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return run(self.norm2, h, backend=backend, scale=scale, shift=shift)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, with a residual connection (Ho et al. 2020, appendix B).
+
+    qkv's outputs are ordered by (q, k, v), then by head, then by channel within the head.
+    checkpointing: as in `ResBlock`.
+    """
+
+    checkpointing = False
+
+    def __init__(self, config: UNetConfig, channels: int, groups: int | None = None):
+        super().__init__()
+        self.heads = config.num_heads
+        if config.head_channels is not None:
+            self.heads = max(1, channels // config.head_channels)
+        width = config.head_channels or channels // self.heads
+        if channels != self.heads * width:
+            raise ValueError(f"{channels} channels cannot be divided into attention heads of width {width}")
+        groups = config.norm_groups if groups is None else groups
+        self.norm = Norm(channels, groups, config.norm_eps, "none") if groups else None
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, backend, use_reentrant=False)
+        return self._forward(x, backend)
+
+    def _forward(self, x: torch.Tensor, backend: str) -> torch.Tensor:
+        h = x if self.norm is None else run(self.norm, x, backend=backend)
+        qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 C]; no copy where x is channels_last
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        h = self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution on the way down or up, each with attention or without, and what follows.
+
+    inputs: the input channels of each block. way: "down" or "up". leave: how the level is left: "conv",
+    "resblock", "plain", or None.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        inputs: list[int],
+        channels: int,
+        attend: bool,
+        *,
+        way: str,
+        leave: str | None,
+    ):
+        super().__init__()
+        self.way, self.leave = way, leave
+        self.blocks = nn.ModuleList(ResBlock(config, width, channels) for width in inputs)
+        self.attentions = nn.ModuleList(Attention(config, channels) for _ in inputs if attend)
+        conv = leave == "conv"
+        if leave is None:
+            self.resample = None
+        elif leave == "resblock":
+            change = Downsample(channels, conv) if way == "down" else Upsample(channels, conv)
+            self.resample = ResBlock(config, channels, channels, change)
+        elif way == "down":
+            self.resample = Downsample(channels, conv, config.downsample_padding)
+        else:
+            self.resample = Upsample(channels, conv)
+
+    def residual_blocks(self) -> list[ResBlock]:
+        """The blocks that take an embedding, in the order in which they do."""
+        return [*self.blocks, *([self.resample] if self.leave == "resblock" else [])]
+
+    def forward(
+        self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
+    ) -> torch.Tensor:
+        """On the way down the output of every step is appended to `skips`; on the way up one of them goes
+        into each block."""
+        down = self.way == "down"
+        for i, block in enumerate(self.blocks):
+            h = h if down else torch.cat([h, skips.pop()], dim=1)
+            h = _residual(block, h, next(parts), backend)
+            if len(self.attentions):
+                h = run(self.attentions[i], h, backend=backend)
+            if down:
+                skips.append(h)
+        if self.leave == "resblock":
+            h = _residual(self.resample, h, next(parts), backend)
+        elif self.resample is not None:
+            h = run(self.resample, h, backend=backend)
+        if down and self.resample is not None:
+            skips.append(h)
+        return h
+
+
+def _residual(block: nn.Module, h: torch.Tensor, part: torch.Tensor, backend: str) -> torch.Tensor:
+    """Calls a residual block, or what stands in its place; a module of torch.nn takes no embedding."""
+    return run(block, *((h,) if _is_torchs(block) else (h, part)), backend=backend)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(config, channels, channels) for _ in range(2))
+        self.attention = (
+            Attention(config, channels, config.mid_attention_groups) if config.mid_attention else None
+        )
+
+    def residual_blocks(self) -> list[ResBlock]:
+        """The blocks that take an embedding, in the order in which they do."""
+        return list(self.blocks)
+
+    def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str = "auto") -> torch.Tensor:
+        h = _residual(self.blocks[0], h, next(parts), backend)
+        if self.attention is not None:
+            h = run(self.attention, h, backend=backend)
+        return _residual(self.blocks[1], h, next(parts), backend)

@@ -1,0 +1,225 @@
+"""UNetConfig: the architecture of a UNet, in numbers, checked."""
+
+import typing
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+
+from ..utils.validation import choice, known_names, refuse, typed
+
+RESAMPLING = ("conv", "resblock", "plain")
+MOST_CHANNELS = 65536
+MOST_LEVELS = 16
+MOST_PARAMETERS = 2**34  # 64 GiB in float32; the largest published UNets of pixels have 2 billion
+
+# Where the numbers of a field may lie; those of the others lie in 1..MOST_CHANNELS.
+_BOUNDS: dict[str, dict[str, float]] = {
+    "channels": {"least": 4, "most": MOST_CHANNELS},
+    "channel_mult": {"above": 0, "most": 1024},
+    "num_res_blocks": {"least": 1, "most": 64},
+    "attention_levels": {"least": 0, "most": MOST_LEVELS - 1},
+    "mid_attention_groups": {"least": 0, "most": MOST_CHANNELS},
+    "patch_size": {"least": 1, "most": 64},
+    "freq_shift": {"least": 0, "most": MOST_CHANNELS},
+    "timestep_scale": {"above": 0, "most": 1000},
+    "norm_eps": {"least": 1e-12, "below": 1},
+    "dropout": {"least": 0, "below": 1},
+    "num_classes": {"least": 1, "most": 2**31 - 1},
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The architecture of a UNet. The defaults are DDPM's for 32x32 images (Ho et al. 2020, appendix B).
+
+    Level i of the network works on feature maps of sample_size / patch_size / 2**i and channels *
+    channel_mult[i] channels, and there is one change of resolution between each level and the next.
+
+    sample_size: height and width of the images, or one integer for both; divisible by patch_size *
+        2**(levels - 1).
+    patch_size: pixels along each side of the squares that the network takes for one position, by
+        torch.nn.PixelUnshuffle before its first convolution and PixelShuffle after its last (Shi et al. 2016,
+        arXiv 1609.05158); 1 for none.
+    in_channels, out_channels: of the images and of the output; out_channels = 2 * in_channels means a
+        learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1).
+    channels, channel_mult: the base width, and its multiple at each level.
+    num_res_blocks: on the way down, at each level, or one integer for all; one more on the way up.
+    attention_levels: the levels whose blocks are followed by attention: for 32x32 images, 1 is DDPM's
+        attention at 16x16, and guided diffusion's attention at downsampling factor 4 is level 2.
+    mid_attention: attention between the two blocks in the middle. mid_attention_groups: of its
+        normalisation; None for norm_groups, 0 for no normalisation.
+    num_heads, head_channels: attention heads, or, where head_channels is given, the width of each.
+    time_embed_dim: width of the time embedding, 4 * channels by default.
+    scale_shift: the embedding scales and shifts the second normalisation of each block (adaptive group norm,
+        Dhariwal & Nichol 2021, arXiv 2105.05233, section 3.1), instead of being added before it.
+    flip_sin_to_cos, freq_shift: the sinusoidal embedding has its cosines first, and frequencies
+        10000 ** (-i / (channels / 2 - freq_shift)): False and 1 in DDPM, True and 0 in guided diffusion.
+    timestep_scale: the timesteps are multiplied by it first; improved DDPM's models of 4000 steps take 0.25.
+    downsample, upsample: "conv" (3x3, with stride 2 or after nearest-neighbour), "resblock" (inside one more
+        residual block, Song et al. 2021, arXiv 2011.13456, appendix H) or "plain" (average pooling,
+        nearest-neighbour); or one of them for each change of resolution, from the finest on.
+    downsample_padding: of the strided convolution: "asymmetric" (right and bottom, as in DDPM) or
+        "symmetric" (as in guided diffusion).
+    norm_groups, norm_eps: of every group normalisation. dropout: in every residual block.
+    num_classes: K, or None for an unconditional model. has_null_label: row K of the label embedding stands
+        for no label (Ho & Salimans 2022, arXiv 2207.12598).
+
+    ValueError: a value of a wrong type or out of range, or more than 2**34 parameters.
+    """
+
+    sample_size: int | tuple[int, int] = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: int = 128
+    channel_mult: tuple[int | float, ...] = (1, 2, 2, 2)
+    num_res_blocks: int | tuple[int, ...] = 2
+    attention_levels: tuple[int, ...] = (1,)
+    mid_attention: bool = True
+    mid_attention_groups: int | None = None
+    num_heads: int = 1
+    head_channels: int | None = None
+    time_embed_dim: int | None = None
+    scale_shift: bool = False
+    flip_sin_to_cos: bool = False
+    freq_shift: int | float = 1
+    timestep_scale: int | float = 1
+    downsample: str | tuple[str, ...] = "conv"
+    upsample: str | tuple[str, ...] = "conv"
+    downsample_padding: str = "asymmetric"
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    num_classes: int | None = None
+    has_null_label: bool = True
+    patch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            bounds = _BOUNDS.get(name, {"least": 1, "most": MOST_CHANNELS})
+            object.__setattr__(self, name, typed(name, getattr(self, name), hint, **bounds))
+        levels, blocks = len(self.channel_mult), self.level_blocks
+        if self.channels % 2:
+            refuse("channels", "even", self.channels)
+        if not 1 <= levels <= MOST_LEVELS:
+            refuse("channel_mult", f"a number for each of 1..{MOST_LEVELS} levels", list(self.channel_mult))
+        if min(self.level_channels) < 1:
+            refuse("channel_mult", "large enough for a channel", list(self.channel_mult))
+        if len(blocks) != levels:
+            refuse("num_res_blocks", f"a whole number, or {levels} such numbers", list(blocks))
+        if not all(level < levels for level in self.attention_levels):
+            refuse("attention_levels", f"in 0..{levels - 1}", list(self.attention_levels))
+        if self.freq_shift >= self.channels / 2:
+            refuse("freq_shift", f"less than half of {self.channels} channels", self.freq_shift)
+        for name in ("downsample", "upsample"):
+            kinds = self._per_change(getattr(self, name))
+            for kind in kinds:
+                choice(f"kind of {name}", kind, RESAMPLING)
+            if len(kinds) != levels - 1:
+                refuse(name, f"a name, or {levels - 1} of them", list(kinds))
+        choice("downsample_padding", self.downsample_padding, ("asymmetric", "symmetric"))
+        self.check_size(self.image_shape)
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"a UNet of this configuration has {self.num_parameters:,} parameters, "
+                f"more than {MOST_PARAMETERS:,}"
+            )
+
+    def _per_change(self, kinds: str | tuple[str, ...]) -> tuple[str, ...]:
+        return (kinds,) * (len(self.channel_mult) - 1) if isinstance(kinds, str) else kinds
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """ValueError unless images of this height and width can be halved between all levels."""
+        halvings = len(self.channel_mult) - 1
+        multiple = self.patch_size * 2**halvings
+        if any(side < 1 or side % multiple for side in size):
+            patches = f" in patches of {self.patch_size}x{self.patch_size}" if self.patch_size > 1 else ""
+            raise ValueError(
+                f"images of {size[0]}x{size[1]}{patches} cannot be halved {halvings} times; "
+                f"height and width must be multiples of {multiple}"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(round(self.channels * mult) for mult in self.channel_mult)
+
+    @property
+    def level_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each level on the way down."""
+        n = self.num_res_blocks
+        return (n,) * len(self.channel_mult) if isinstance(n, int) else n
+
+    @property
+    def level_downsample(self) -> tuple[str | None, ...]:
+        """How each level is left on the way down; None for the coarsest."""
+        return (*self._per_change(self.downsample), None)
+
+    @property
+    def level_upsample(self) -> tuple[str | None, ...]:
+        """How each level is left on the way up; None for the finest."""
+        return (None, *self._per_change(self.upsample))
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether half of the output channels are the variance of improved DDPM."""
+        return self.out_channels == 2 * self.in_channels
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no label; None for a model that has none."""
+        return self.num_classes if self.has_null_label else None
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many numbers the weights of such a UNet are, without building it."""
+        embed, widths = self.time_embed_dim or 4 * self.channels, self.level_channels
+
+        def residual(inputs: int, outputs: int) -> int:
+            convolutions = 9 * inputs * outputs + outputs + 9 * outputs * outputs + outputs
+            skip = inputs * outputs + outputs if inputs != outputs else 0
+            modulation = outputs * (2 if self.scale_shift else 1)
+            return 2 * inputs + 2 * outputs + convolutions + skip + modulation * (embed + 1)
+
+        def attention(width: int, norm: bool = True) -> int:
+            return 4 * width * (width + 1) + 2 * width * norm
+
+        def resampling(kind: str | None, width: int) -> int:
+            return {"conv": 9 * width * width + width, "resblock": residual(width, width)}.get(kind, 0)
+
+        count = (self.channels + 1) * embed + (embed + 1) * embed
+        if self.num_classes is not None:
+            count += (self.num_classes + self.has_null_label) * embed
+        count += (9 * self.patch_size**2 * self.in_channels + 1) * widths[0]
+        width, skips = widths[0], [widths[0]]
+        levels = list(zip(widths, self.level_blocks, self.level_downsample, self.level_upsample, strict=True))
+        for level, (outputs, blocks, down, _) in enumerate(levels):
+            count += blocks * attention(outputs) * (level in self.attention_levels)
+            for _ in range(blocks):
+                count += residual(width, outputs)
+                width = outputs
+            skips += [width] * (blocks + (down is not None))
+            count += resampling(down, width)
+        count += 2 * residual(width, width)
+        count += attention(width, self.mid_attention_groups != 0) * self.mid_attention
+        for level, (outputs, blocks, _, up) in reversed(list(enumerate(levels))):
+            count += (blocks + 1) * attention(outputs) * (level in self.attention_levels)
+            for _ in range(blocks + 1):
+                count += residual(width + skips.pop(), outputs)
+                width = outputs
+            count += resampling(up, width)
+        return count + 2 * width + (9 * width + 1) * self.patch_size**2 * self.out_channels
+
+    def to_dict(self) -> dict:
+        """All fields, as JSON can hold them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "UNetConfig":
+        """The inverse of `to_dict`; fields left out have their defaults. ValueError for unknown fields."""
+        typed("a UNet's configuration", values, dict)
+        known_names("UNet option", values, [field.name for field in fields(cls)])
+        return cls(**values)

@@ -1,0 +1,262 @@
+"""Whether a UNet is as its configuration builds it, and whether it is still what it was.
+
+Only then can fused code, a copy or a captured graph stand for it. Anything else, such as a hook, a replaced
+method, another module or another attribute, asks for the modules themselves.
+"""
+
+import functools
+import inspect
+import reprlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..kernels._dispatch import intercepted
+from . import blocks
+from .unet import UNet, UNetConfig
+
+# Attributes that change nothing of a network's output in eval mode without gradients.
+_INTERNAL = {*vars(nn.Module()), "checkpointing", "dropout"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OWN = (
+    UNet,
+    blocks.Attention,
+    blocks.Conv2d,
+    blocks.Downsample,
+    blocks.Level,
+    blocks.Middle,
+    blocks.Norm,
+    blocks.ResBlock,
+    blocks.Upsample,
+)
+_OTHERS = (nn.Conv2d, nn.Embedding, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU)
+_CALLING = ("__call__", "_call_impl", "_conv_forward", "_wrapped_call_impl", "forward")
+CHUNK = 1024  # numbers of a weight that `_projections` sums
+
+
+def _methods() -> Iterator[tuple[type, str, Callable]]:
+    """The methods that a UNet's modules run."""
+    for cls in (*_OWN, *_OTHERS):
+        own = [name for name, value in vars(cls).items() if inspect.isfunction(value)] if cls in _OWN else []
+        for name in {*own, *_CALLING}:
+            if hasattr(cls, name):
+                yield cls, name, getattr(cls, name)
+
+
+_METHODS = list(_methods())
+
+
+def altered(unet: nn.Module) -> str | None:
+    """What makes a network another one than `UNet(unet.config)` is, weights aside; None if nothing does."""
+    reason = _altered_everywhere()
+    if reason is None and type(unet) is not UNet:
+        reason = f"it is {_called(unet)}, not UNet of {__package__}"
+    return reason or _difference("", unet, configured(config_of(unet)))
+
+
+def config_of(unet: nn.Module | None) -> UNetConfig:
+    """The configuration of a model's network; ValueError for what is no UNet and does not stand for one."""
+    config = getattr(unet, "config", None)
+    if not isinstance(config, UNetConfig):
+        inner = getattr(getattr(unet, "module", None), "config", None)
+        hint = "; its `module` is one" if isinstance(inner, UNetConfig) else ""
+        raise ValueError(
+            f"model.unet must be a UNet, or a module with a UNet's `config`, not {_called(unet)}{hint}"
+        )
+    if next(unet.parameters(), None) is None:
+        raise ValueError(f"model.unet must have parameters, which {_called(unet)} has not")
+    return config
+
+
+def missing(unet: nn.Module) -> str | None:
+    """The name of a module that is None and that the network cannot do without, or None."""
+    if not isinstance(unet, UNet):
+        return None
+    for name, built in configured(config_of(unet)).named_modules():
+        *path, last = name.split(".")
+        parent = functools.reduce(lambda module, key: getattr(module, key, None), path, unet)
+        gone = isinstance(parent, nn.Module) and getattr(parent, last, built) is None
+        if gone and not _can_go(built, last):
+            return name
+    return None
+
+
+def _can_go(module: nn.Module, name: str) -> bool:
+    return isinstance(module, blocks.Attention) or name == "norm" or name == "conv"
+
+
+def _altered_everywhere() -> str | None:
+    """What concerns all modules of the process."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a forward hook is registered for all modules"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active, which sees only the modules' operators"
+    for cls, name, method in _METHODS:
+        if getattr(cls, name, None) is not method:
+            return f"{cls.__name__}.{name} was replaced"
+    return intercepted()
+
+
+@functools.lru_cache(8)
+def configured(config: UNetConfig) -> UNet:
+    """A UNet without values, as its configuration builds it."""
+    with torch.inference_mode(False), torch.device("meta"):
+        return UNet(config)
+
+
+def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | None:
+    """Of a module and what is in it, as a sentence."""
+    called = name or "it"
+    if type(module) is not type(built):
+        return f"{called} is {_called(module)}, not {_called(built)}"
+    own, expected = vars(module), vars(built)
+    if any(own[hooks] for hooks in _HOOKS):
+        return f"{called} has a forward hook"
+    prefix = f"{name}." if name else ""
+    return (
+        _different_attribute(prefix, own, expected, type(module))
+        or _different_parameter(prefix, module, built)
+        or _different_child(prefix, own["_modules"], expected["_modules"])
+    )
+
+
+def _called(module: nn.Module | None) -> str:
+    """What a module is, with the package that it is from: torch.nn has a Conv2d, too."""
+    if module is None:
+        return "None"
+    cls = type(module)
+    if cls.__module__.startswith("torch.nn.modules."):
+        return f"torch.nn.{cls.__name__}"
+    package = cls.__module__.partition(".")[0]
+    return f"{cls.__name__} of {cls.__module__ if package == 'torch' else package}"
+
+
+def _different_attribute(prefix: str, own: dict, expected: dict, cls: type) -> str | None:
+    for name in expected.keys() - _INTERNAL:
+        value, right = own.get(name), expected[name]
+        if type(value) is not type(right) or value != right:
+            return f"{prefix}{name} is {reprlib.repr(value)}, not {reprlib.repr(right)}"
+    for name in own.keys() - expected.keys() - _INTERNAL:
+        if hasattr(cls, name):
+            return f"{prefix}{name} was replaced"
+    return None
+
+
+def _different_parameter(prefix: str, module: nn.Module, built: nn.Module) -> str | None:
+    for name, right in built._parameters.items():
+        parameter = module._parameters.get(name)
+        if right is None and parameter is None:
+            continue
+        if right is None or type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
+            return f"{prefix}{name} is {_kind(parameter)}, not {_kind(right)}"
+        if parameter.shape != right.shape:
+            return f"{prefix}{name} is {list(parameter.shape)}, not {list(right.shape)}"
+    return None
+
+
+def _kind(parameter: Tensor | None) -> str:
+    if parameter is None:
+        return "None"
+    dense = "" if parameter.layout == torch.strided else f" ({parameter.layout})"
+    return f"a {type(parameter).__name__}{dense}"
+
+
+def _different_child(prefix: str, own: dict, expected: dict) -> str | None:
+    if list(own) != list(expected):
+        other = next(iter(own.keys() ^ expected.keys()), None)
+        if other is None:
+            return f"{prefix or 'its '}modules have another order"
+        return f"{prefix}{other} is {'no' if other in expected else 'an additional'} module"
+    for name, built in expected.items():
+        if built is None and own[name] is None:
+            continue
+        if built is None:
+            return f"{prefix}{name} is {_called(own[name])}, not None"
+        reason = _difference(prefix + name, own[name], built)
+        if reason is not None:
+            return reason
+    return None
+
+
+class Snapshot:
+    """What an unaltered UNet was at a time, with its weights, to be compared with what it is later."""
+
+    def __init__(self, unet: UNet):
+        self._modules = list(unet.modules())
+        self._types = list(map(type, self._modules))
+        self._attributes = [vars(module) for module in self._modules]
+        self._values = [dict(attributes) for attributes in self._attributes]
+        self._lists = [v for values in self._values for v in values.values() if type(v) is list]
+        self._items = [list(values) for values in self._lists]
+        self._hooks = [values[name] for values in self._values for name in _HOOKS]
+        self._children = [values["_modules"] for values in self._values if values["_modules"]]
+        self._held = [dict(children) for children in self._children]
+        self._owners = [values["_parameters"] for values in self._values if values["_parameters"]]
+        self._owned = [list(owner.values()) for owner in self._owners]
+        self._parameters = list(unet.parameters())
+        self._versions = _versions(self._parameters)
+        self._sums = _projections(self._parameters)
+
+    def holds(self, unet: nn.Module) -> bool:
+        """Whether the network is the same, with the same attributes, modules and weights."""
+        return unet is self._modules[0] and self._same_structure() and self._same_weights()
+
+    def _same_structure(self) -> bool:
+        if _altered_everywhere() is not None or any(self._hooks):
+            return False
+        try:
+            same = self._types == list(map(type, self._modules)) and self._attributes == self._values
+            return same and self._lists == self._items and self._children == self._held
+        except RuntimeError:  # a tensor is not equal to another in one way
+            return False
+
+    def _same_weights(self) -> bool:
+        for owner, owned in zip(self._owners, self._owned, strict=True):
+            if len(owner) != len(owned) or any(
+                a is not b for a, b in zip(owner.values(), owned, strict=True)
+            ):
+                return False
+        if self._versions != _versions(self._parameters):
+            return False
+        return all(map(_same_numbers, self._sums, _projections(self._parameters)))
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) and bool(a.isfinite().all())
+
+
+def _versions(parameters: list[nn.Parameter]) -> list[tuple]:
+    return [(p.data_ptr(), p.stride(), None if p.is_inference() else p._version) for p in parameters]
+
+
+def _projections(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Of the weights' values: writing through `.data` and in inference mode changes no version.
+
+    The sums of each CHUNK of numbers, times numbers of their places, so that the order counts.
+    """
+    places: dict[tuple, Tensor] = {}
+    sums: dict[tuple, list[Tensor]] = {}
+    for parameter in parameters:
+        weight = parameter.detach()
+        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        numbers = _flat(weight).to(dtype)
+        key = (weight.device, dtype)
+        if key not in places:
+            generator = torch.Generator("cpu").manual_seed(0)
+            places[key] = torch.randn(CHUNK, generator=generator, device="cpu").to(weight.device, dtype)
+        whole = len(numbers) // CHUNK * CHUNK
+        results = sums.setdefault(key, [])
+        if whole:
+            results.append(numbers[:whole].view(-1, CHUNK).mv(places[key]))
+        if whole < len(numbers):
+            results.append(numbers[None, whole:].mv(places[key][: len(numbers) - whole]))
+    return [torch.cat(results) for results in sums.values()]
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """The numbers of a weight, in memory's order where that needs no copy."""
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.reshape(-1)

@@ -1,0 +1,1 @@
+"""The diffusion process: noise schedules, the forward process and the training targets."""

@@ -1,0 +1,58 @@
+"""Classifier-free guidance: its scale at every step, its rescaling, and the labels that training drops."""
+
+import torch
+
+from ..utils.validation import interval, number
+
+
+def guidance_scales(
+    timesteps: torch.Tensor, guidance_scale: float, guidance_interval: tuple[float, float] | None = None
+) -> torch.Tensor:
+    """Guidance scale of every step, float64 [n], for timesteps [n].
+
+    The scale g of out = uncond + g (cond - uncond): 1 is the conditional prediction, 0 the unconditional; the
+    weight w of Ho & Salimans 2022, arXiv 2207.12598, eq. 6, is g - 1. guidance_interval = (low, high) limits
+    guidance to low <= timestep <= high; elsewhere the scale is 1, and the unconditional half need not be
+    evaluated. Kynkaanniemi et al. 2024, arXiv 2404.07724, give the interval in noise levels, which are
+    sqrt((1 - alphas_cumprod) / alphas_cumprod) at a timestep. ValueError for a scale that is not finite or an
+    interval that is not two numbers in order.
+    """
+    scale = number("guidance_scale", guidance_scale)
+    scales = torch.full_like(timesteps, scale, dtype=torch.float64)
+    if guidance_interval is None:
+        return scales
+    low, high = interval("guidance_interval", guidance_interval)
+    inside = (timesteps >= low) & (timesteps <= high)
+    return torch.where(inside, scales, 1.0)
+
+
+def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float) -> torch.Tensor:
+    """Guided prediction with its standard deviation brought back, in part, to the conditional one's.
+
+    guided, cond: predictions [B, ...] (without variance channels); phi in [0, 1]: 0 changes nothing, 1 gives
+    every image of the batch the standard deviation of its conditional prediction (Lin et al. 2023, arXiv
+    2305.08891, eq. 15 and 16, whose experiments use 0.7). ValueError for other phi or shapes.
+    """
+    phi = number("phi", phi, 0, 1)
+    if guided.shape != cond.shape:
+        raise ValueError(f"guided {list(guided.shape)} and cond {list(cond.shape)} must have one shape")
+    dims = tuple(range(1, guided.ndim))
+    std_guided, std_cond = (x.std(dim=dims, correction=0, keepdim=True) for x in (guided, cond))
+    ratio = torch.where(
+        std_guided > 0, std_cond / std_guided, 1
+    )  # a constant image has no contrast to restore
+    return guided * (phi * ratio + (1 - phi))
+
+
+def drop_labels(
+    labels: torch.Tensor, p: float, null_label: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """labels, int64 [B], each replaced by null_label with probability p (Ho & Salimans 2022, algorithm 1).
+
+    generator: source of the randomness; torch's own for the labels' device if None. ValueError for p outside
+    [0, 1].
+    """
+    p = number("the probability of dropping a label", p, 0, 1)
+    device = labels.device if generator is None else generator.device
+    dropped = torch.rand(labels.shape, generator=generator, device=device) < p
+    return labels.masked_fill(dropped.to(labels.device), null_label)

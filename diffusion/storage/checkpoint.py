@@ -1,0 +1,172 @@
+"""Model folders: `config.json` beside `model.safetensors`. Nothing here ever unpickles code."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ..importers import diffusers
+from ..models.structure import config_of, configured
+from ..models.unet import UNet, UNetConfig
+from ..process.schedule import NoiseSchedule
+from .atomic import replacing
+from .reading import (
+    WEIGHT_DTYPES,
+    WrongDigest,
+    check_architecture,
+    check_finite,
+    check_weights,
+    is_folder,
+    load_weights,
+    read_json,
+    read_safetensors,
+    sha256,
+    stored_digest,
+)
+
+FORMAT = "fused-diffusion"
+FORMAT_VERSION = 1
+REQUIRED = ("prediction_type", "clip", "variance")
+OPTIONAL = ("sampler_options", "metadata")
+DIGEST = "weights_sha256"
+PATIENCE = 0.2  # seconds, for another process that is replacing both files
+BUNDLED = Path(__file__).parents[1] / "weights"
+
+
+def bundled_models() -> list[str]:
+    """Names that `load` finds inside the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/model.safetensors") if is_model(path.parent))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether the folder's config.json says that this package wrote it as a model."""
+    try:
+        return read_json(folder / "config.json").get("format") == FORMAT
+    except ValueError:
+        return False
+
+
+def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtype | None = None) -> None:
+    """Writes a model folder; a former model in it is replaced only once the new files are complete.
+
+    config: what to put beside the UNet's own configuration. dtype: that of the stored weights, one of
+    reading.WEIGHT_DTYPES. config.json gets the SHA-256 of the weights' file, so that a pair of which only
+    one was replaced is no model. ValueError if the folder cannot be written, or the weights could not be
+    loaded again: they are of another architecture than the configuration, of another dtype, or not finite in
+    this one.
+    """
+    if dtype not in (None, *WEIGHT_DTYPES):
+        known = ", ".join(map(str, WEIGHT_DTYPES))
+        raise ValueError(f"weights cannot be stored in dtype {dtype}; choose from: {known}")
+    folder = Path(folder)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
+    architecture = configured(config_of(unet))
+    unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+    try:
+        text = json.dumps(config, indent=2, default=_plain)
+        json.dumps(config.get("metadata"), allow_nan=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot write {folder}: the metadata are no JSON values: {error}") from error
+    state = unet.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            kind = "on the meta device" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"cannot write {folder}: {name} of the UNet is {kind}, which is no weight")
+    weights = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
+    check_architecture(architecture, weights, f"cannot write {folder}: the UNet")
+    first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(weights.items())}
+    for name, tensor in weights.items():
+        if first[tensor.untyped_storage().data_ptr()] != name:
+            weights[name] = tensor.clone()  # tied weights are stored for each of their names
+    check_weights(weights, f"cannot write {folder}")
+    check_finite(weights, f"cannot write {folder}")
+    about = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
+        save_file(weights, weights_path)
+        config = about | {DIGEST: sha256(weights_path), "unet": unet.config.to_dict()} | json.loads(text)
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _plain(value: object) -> object:
+    """A number of NumPy or torch as JSON has it; TypeError for anything else."""
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is none")
+
+
+def read(name: str | os.PathLike, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
+    """Reads a model: its UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
+
+    name: a bundled model's name, a model folder, a diffusers folder, or "hf:owner/name" for either on the
+    Hugging Face hub (needs huggingface_hub). The conventions are those arguments of `DDPM` which
+    the checkpoint has. verify: refuse weights that are not those of the SHA-256 in config.json, where it
+    holds one. ValueError, in one line, for anything that is missing, damaged, or not a model.
+    """
+    if not str(name):
+        raise ValueError("the name of a model must not be empty")
+    folder = _locate(str(name))
+    if not is_model(folder) and diffusers.is_diffusers(folder):
+        return diffusers.load(folder)
+    try:
+        return _read(folder, verify)
+    except WrongDigest:  # another process may be saving, and may have replaced one of the two files
+        time.sleep(PATIENCE)
+        return _read(folder, verify)
+
+
+def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path} is not that of a model, neither of this package nor of diffusers")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of format version {config.get('format_version')}; this release reads {FORMAT_VERSION}"
+        )
+    missing = [key for key in ("unet", "schedule", *REQUIRED) if key not in config]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}")
+    digest = stored_digest(config, DIGEST, path) if verify else None
+    weights = read_safetensors(folder / "model.safetensors", digest)
+    try:
+        with torch.device("meta"):  # no memory until the weights are known to fit
+            unet = UNet(UNetConfig.from_dict(config["unet"]))
+        schedule = NoiseSchedule.from_config(config["schedule"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    load_weights(unet, weights, folder / "model.safetensors")
+    return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
+
+
+def _locate(name: str) -> Path:
+    if name.startswith("hf:"):
+        return _download(name[3:])
+    if name in bundled_models():
+        return BUNDLED / name
+    folder = Path(name)
+    if is_folder(folder):
+        return folder
+    if folder.exists():
+        raise ValueError(f"{name} is a file; a model is a folder with config.json and model.safetensors")
+    raise ValueError(
+        f"unknown model {name!r}: no such folder; bundled models: {', '.join(bundled_models())}; "
+        'models on the hub are written "hf:owner/name"'
+    )
+
+
+def _download(repository: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError("models from the hub need huggingface_hub: pip install huggingface_hub") from error
+    patterns = ["*.json", "*.safetensors", "*.bin"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # its errors are of many kinds: HTTP, validation, file system
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot fetch hf:{repository}: {reason}") from error

@@ -1,0 +1,141 @@
+"""Images to files: grids as PNG, the reverse process as GIF, arrays as .npz."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..utils.validation import number, whole_number, whole_numbers
+from .atomic import replacing
+
+MOST_PIXELS = 2**28  # of a picture
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Images [..., C, H, W] in [-1, 1] to uint8 0..255, rounded to nearest; values outside are clipped.
+
+    Images that are uint8 stay as they are. ValueError for other types.
+    """
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floats in [-1, 1], or uint8 in 0..255, not {x.dtype}")
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
+    """ValueError for what `make_grid` would refuse of images [N, C, H, W], before there are any."""
+    scale, padding = whole_number("scale", scale, 1), whole_number("padding", padding, 0)
+    if columns is not None:
+        whole_number("columns", columns, 1)
+    if len(shape) != 4 or shape[0] == 0:
+        raise ValueError(f"a picture needs images [N, C, H, W] with N > 0, not {list(shape)}")
+    channels = shape[1]
+    if channels not in (1, 3):
+        raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
+    height, width = _canvas(shape, columns, padding, scale)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"a picture of {width:,} x {height:,} pixels is too large")
+
+
+def _canvas(shape: Sequence[int], columns: int | None, padding: int, scale: int) -> tuple[int, int]:
+    count, _, height, width = shape
+    columns = min(columns or 10, count)
+    rows = math.ceil(count / columns)
+    return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding
+
+
+def make_grid(
+    x: torch.Tensor | np.ndarray, columns: int | None = None, padding: int = 2, scale: int = 1
+) -> Image.Image:
+    """One picture of images [N, C, H, W], C = 1 or 3, row by row on a black ground.
+
+    x: a tensor or array, of floats in [-1, 1] or uint8 in 0..255.
+
+    columns: images in a row, ten by default, no more than there are. padding: pixels between. scale: each
+    pixel is drawn as scale x scale. ValueError for anything else.
+    """
+    x = _as_tensor(x)
+    check_grid(x.shape, columns, padding, scale)
+    count, channels, height, width = x.shape
+    columns = min(columns or 10, count)
+    pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = height * scale, width * scale
+    canvas = np.zeros((*_canvas(x.shape, columns, padding, scale), channels), np.uint8)
+    for index, image in enumerate(pixels):
+        top = padding + index // columns * (height + padding)
+        left = padding + index % columns * (width + padding)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+
+
+def _as_tensor(x: object) -> torch.Tensor:
+    if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
+        x = torch.from_numpy(np.ascontiguousarray(x))
+    if not isinstance(x, torch.Tensor):
+        kind = f"{type(x).__name__}{f' of {x.dtype}' if isinstance(x, np.ndarray) else ''}"
+        raise ValueError(f"images must be a tensor or array [N, C, H, W], not {kind}")
+    return x
+
+
+def save_grid(
+    x: torch.Tensor | np.ndarray,
+    path: str | os.PathLike,
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int = 1,
+) -> None:
+    """Writes images [N, C, H, W] as one PNG; see `make_grid`. ValueError if it cannot be."""
+    grid = make_grid(x, columns, padding, scale)
+    with replacing(path) as (temporary,):
+        grid.save(temporary, format="PNG")
+
+
+def save_gif(
+    frames: Sequence[torch.Tensor | np.ndarray],
+    path: str | os.PathLike,
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int = 1,
+    duration: float = 0.08,
+    hold: float = 1.5,
+) -> None:
+    """Writes an endless GIF of image batches, each as for `make_grid`.
+
+    duration: seconds a frame; hold: seconds for the last one, both at most 600. ValueError without frames,
+    for other images, or if the file cannot be written.
+    """
+    duration, hold = number("duration", duration, 0, 600), number("hold", hold, 0, 600)
+    if not isinstance(frames, Sequence | torch.Tensor | np.ndarray) or not len(frames):
+        raise ValueError("a GIF needs at least one frame, in a list of images [N, C, H, W]")
+    pictures = [make_grid(frame, columns, padding, scale) for frame in frames]
+    durations = [round(1000 * duration)] * (len(pictures) - 1) + [round(1000 * hold)]
+    with replacing(path) as (temporary,):
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        )
+
+
+def save_npz(
+    x: torch.Tensor | np.ndarray,
+    path: str | os.PathLike,
+    labels: Sequence[int] | torch.Tensor | None = None,
+    **metadata,
+) -> None:
+    """Writes `images` uint8 [N, H, W, C] (evaluation suites' layout), `labels` int64 [N], metadata.
+
+    x: images [N, C, H, W], of floats in [-1, 1] or uint8 in 0..255. ValueError for anything else.
+    """
+    x = _as_tensor(x)
+    if x.ndim != 4:
+        raise ValueError(f"images must be [N, C, H, W], not {list(x.shape)}")
+    arrays = {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = whole_numbers("labels", labels).numpy()
+    arrays.update({key: np.asarray(value) for key, value in metadata.items()})
+    with replacing(path) as (temporary,), open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -1,0 +1,271 @@
+"""Reads what users name: regular files of a bounded size; JSON, safetensors and .pt among them.
+
+Nothing here ever unpickles code. Whatever is wrong with a file is a ValueError of one line that names it.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..utils.memory import check_fits, total_memory
+
+MOST_JSON_BYTES = 2**26
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CPU = torch.device("cpu")
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether there is a folder of this name; ValueError if that cannot be told, as for a name too long."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise ValueError(f"cannot read {path}: {_reason(error)}".replace("\0", "\\0")) from error
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike, most_bytes: float | None = None) -> Iterator[BinaryIO]:
+    """A regular file, or one that a link leads to, open for reading; never waits for a pipe or a device.
+
+    most_bytes: ValueError if the file is larger; by default as much as the machine has memory. ValueError,
+    too, for a file that is missing, cannot be read, or is a pipe, a device, a socket or a folder.
+    """
+    handle, _ = _open(path, most_bytes)
+    with os.fdopen(handle, "rb") as file:
+        yield file
+
+
+def read_bytes(path: str | os.PathLike, most_bytes: float | None = None) -> bytes:
+    """The bytes of a regular file; ValueError as from `open_regular`."""
+    handle, left = _open(path, most_bytes)
+    parts = []
+    try:
+        while left and (part := os.read(handle, left)):
+            parts.append(part)
+            left -= len(part)
+    except (OSError, MemoryError) as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+    finally:
+        os.close(handle)
+    return b"".join(parts)
+
+
+def read_text(path: str | os.PathLike, most_bytes: float | None = None) -> str:
+    """A regular file of UTF-8; ValueError for another one, and as from `open_regular`."""
+    try:
+        return read_bytes(path, most_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {_reason(error)}") from error
+
+
+def name_of(file: BinaryIO, path: str | os.PathLike) -> str:
+    """A name for libraries that open files themselves: that of an open file where the system has one.
+
+    It leads to the very file that was checked, whatever has taken its place since, and it is ASCII, which
+    some libraries need. Elsewhere it is `path`.
+    """
+    name = f"/dev/fd/{file.fileno()}"
+    return name if os.path.exists(name) else os.fspath(path)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Of the bytes of a regular file, in hexadecimal; ValueError as from `open_regular`."""
+    with open_regular(path) as file:
+        return _digest(file)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in a file; ValueError if it is missing or holds no object."""
+    text = read_text(path, MOST_JSON_BYTES)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path} is not valid JSON: {_reason(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+class WrongDigest(ValueError):
+    """A file is whole, but not the one that was saved with the configuration beside it."""
+
+
+def read_safetensors(path: str | os.PathLike, digest: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; ValueError if it is missing, truncated or damaged.
+
+    digest: WrongDigest if this is given and not the SHA-256 of the file, in hexadecimal.
+    """
+    with open_regular(path) as file:
+        try:
+            with safe_open(name_of(file, path), framework="pt") as tensors:
+                weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise ValueError(f"{path} is truncated or damaged: {_reason(error)}") from error
+        if digest is not None and _digest(file) != digest:
+            raise WrongDigest(
+                f"{path} is not the file that was saved with the config.json beside it, which has another "
+                "SHA-256: one of the two was changed, or saving them was interrupted; save them anew, or "
+                "load them as they are with verify=False"
+            )
+    return weights
+
+
+def read_torch(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save` (.pt, .pth, .bin), tensors only.
+
+    ValueError if it is missing, truncated or damaged, or holds anything but named tensors.
+    """
+    with open_regular(path) as file:
+        try:
+            value = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            reason = _reason(error).split(". ")[0]
+            raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+    named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
+        raise ValueError(f"{path} holds no state dict, which is a dictionary of tensors")
+    return value
+
+
+def check_weights(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """ValueError, naming the file and the tensor, unless all are dense and of one of WEIGHT_DTYPES.
+
+    Also if they need more memory than the machine has: a small file can hold a large tensor of one number.
+    """
+    for name, tensor in weights.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            kind = "no numbers" if tensor.is_meta else f"numbers in the layout {tensor.layout}"
+        elif tensor.dtype in WEIGHT_DTYPES:
+            continue
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+        raise ValueError(f"{path}: {name} holds {kind}, and weights are dense tensors of {known}")
+    check_fits(f"the tensors in {path}", sum(t.numel() * t.itemsize for t in weights.values()), _CPU)
+
+
+def check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """ValueError, naming the file and the tensor, unless all numbers are finite, in float32 too."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            kind, dtype = "NaN or infinite values in", str(tensor.dtype).removeprefix("torch.")
+            if torch.isfinite(tensor).all():
+                kind, dtype = "values beyond the range of", "float32"
+            raise ValueError(f"{path}: {name} holds {kind} {dtype}")
+
+
+def check_architecture(
+    module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike
+) -> None:
+    """ValueError unless the weights have the names and shapes of the module's."""
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is of another architecture than its configuration: "
+            f"{len(missing)} tensors missing {missing[:1]}, {len(unknown)} unknown {unknown[:1]}"
+        )
+    for key, tensor in weights.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{path} is of another architecture than its configuration: {key} is "
+                f"{list(tensor.shape)}, not {list(expected[key].shape)}"
+            )
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Puts `weights` into a module in float32; ValueError if they do not fit it or are not finite.
+
+    Counters, which are integers in the module, must be of its dtype.
+    """
+    check_architecture(module, weights, path)
+    expected = module.state_dict()
+    check_weights({key: t for key, t in weights.items() if t.dtype != expected[key].dtype}, path)
+    check_finite(weights, path)
+    loaded = {
+        key: tensor.float() if expected[key].is_floating_point() else tensor
+        for key, tensor in weights.items()
+    }
+    # A module on the meta device has no memory of its own yet.
+    assign = any(tensor.is_meta for tensor in expected.values())
+    module.load_state_dict(loaded, assign=assign)
+
+
+def _open(path: str | os.PathLike, most_bytes: float | None) -> tuple[int, int]:
+    """The handle of a regular file, and its size."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    # To open a pipe would wait for a writer; a terminal would become the process's own.
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        handle = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        socket = isinstance(error, OSError) and error.errno == errno.ENXIO
+        reason = "it is no regular file" if socket else _reason(error)
+        raise ValueError(f"cannot read {path}: {reason}".replace("\0", "\\0")) from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise ValueError(f"cannot read {path}: it is no regular file but {kind}")
+        most = total_memory(_CPU) if most_bytes is None else most_bytes
+        if most is not None and status.st_size > most:
+            raise ValueError(
+                f"cannot read {path}: it is larger than {_amount(most)}, at {_amount(status.st_size)}"
+            )
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle, status.st_size
+
+
+def stored_digest(config: dict, key: str, path: str | os.PathLike) -> str | None:
+    """The SHA-256 that a config.json holds, or None for an older one; ValueError for what is no digest."""
+    digest = config.get(key)
+    if key in config and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+        raise ValueError(f"{path}: {key} must be 64 hexadecimal digits, not {digest!r}")
+    return digest
+
+
+def add_tensors(digest: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> None:
+    """Adds names, dtypes, shapes and numbers to a digest, in the order of names."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(2**18))  # which stays in a processor's cache
+    while size := file.readinto(chunk):
+        digest.update(chunk[:size])
+    return digest.hexdigest()
+
+
+def _amount(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.0f} GiB"
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(reason.split()) or type(error).__name__

@@ -1,0 +1,53 @@
+"""Fine-tuning: a run that starts from the weights of a model instead of random ones."""
+
+from dataclasses import replace
+
+import torch
+
+from ..ddpm import DDPM
+from ..models.unet import UNet
+from .recipe import Recipe
+
+CLASSES = "label_embedding.weight"
+CLASS_FIELDS = {"num_classes": None, "has_null_label": True}  # of a UNet's configuration, with their defaults
+
+
+def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
+    """The recipe with the network, the noise schedule and the prediction type of a model.
+
+    The number of classes stays the recipe's: it belongs to the data.
+    """
+    classes = {name: recipe.unet.get(name, default) for name, default in CLASS_FIELDS.items()}
+    return replace(
+        recipe,
+        unet=model.unet.config.to_dict() | classes,
+        schedule=model.schedule.to_config(),
+        prediction_type=model.prediction_type,
+    )
+
+
+@torch.no_grad()
+def start_from(unet: UNet, model: UNet) -> None:
+    """Copies the weights of a model's UNet into one of the same architecture.
+
+    With another number of classes, the embeddings of the classes keep their random weights and the null
+    label's is copied. ValueError, which names the first weight that differs, for another architecture.
+    """
+    weights, found = dict(unet.named_parameters()), dict(model.named_parameters())
+    different = [name for name in weights.keys() ^ found.keys() if name != CLASSES]
+    different += [
+        name for name in weights.keys() & found.keys() - {CLASSES} if weights[name].shape != found[name].shape
+    ]
+    if different:
+        name = min(different)
+        shapes = [list(own[name].shape) if name in own else "missing" for own in (weights, found)]
+        raise ValueError(
+            f"the model to start from is of another architecture: {name} is {shapes[1]} there and "
+            f"{shapes[0]} in the recipe"
+        )
+    for name in weights.keys() & found.keys():
+        if weights[name].shape == found[name].shape:
+            weights[name].copy_(found[name])
+    null, null_there = unet.config.null_label, model.config.null_label
+    if CLASSES in weights and CLASSES in found and None not in (null, null_there):
+        weights[CLASSES][null].copy_(found[CLASSES][null_there])

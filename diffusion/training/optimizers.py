@@ -1,0 +1,101 @@
+"""The optimisers that a recipe can name, over a network's weights."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..models.unet import UNet
+from .recipe import Recipe
+
+MOMENTUM = 0.95  # of Muon, as in its author's description
+
+
+def as_it_lies(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A view [O, H, W, I] of a tensor of a parameter's shape [O, I, H, W], if that is in channels_last."""
+    last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return tensor.permute(0, 2, 3, 1) if last else tensor
+
+
+class Optimizer:
+    """One step of the recipe's optimiser over all parameters of a UNet.
+
+    "adam" and "adamw" treat all weights alike. "muon" (Jordan et al. 2024; torch.optim.Muon) moves every
+    convolution and attention projection between the first and the last convolution by the orthogonalised
+    momentum of its matrix [outputs, inputs * taps], scaled to the length of an Adam step (Liu et al. 2025,
+    arXiv 2502.16982, section 2.2); all other weights by Adam.
+    """
+
+    def __init__(self, recipe: Recipe, unet: UNet, device: torch.device):
+        self.parameters = dict(unet.named_parameters())
+        matrices = set(_matrices(unet)) if recipe.optimizer == "muon" else set()
+        # Adam's fused step on the CPU copies what is not contiguous, so it is given the weights as they lie.
+        # Muon takes matrices.
+        self.weights = {}
+        for name, parameter in self.parameters.items():
+            weight = as_it_lies(parameter.detach(), parameter)
+            self.weights[name] = (weight.flatten(1) if name in matrices else weight).requires_grad_()
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+        options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        fused = device.type in ("cpu", "cuda")
+        adam = kind([w for name, w in self.weights.items() if name not in matrices], fused=fused, **options)
+        self.parts: list[torch.optim.Optimizer] = [adam]
+        self._part_of = dict.fromkeys(self.weights, adam)
+        if matrices:
+            options |= {"momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
+            muon = torch.optim.Muon([w for name, w in self.weights.items() if name in matrices], **options)
+            self.parts.append(muon)
+            self._part_of |= dict.fromkeys(matrices, muon)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the next step."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients, of the parameters too."""
+        for tensor in (*self.weights.values(), *self.parameters.values()):
+            tensor.grad = None
+
+    def take_gradients(self) -> None:
+        """Hands the parameters' gradients to the optimiser's views of them."""
+        for name, weight in self.weights.items():
+            parameter = self.parameters[name]
+            weight.grad = as_it_lies(parameter.grad, parameter).reshape(weight.shape)
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """What the optimiser keeps of a parameter: a step count, or tensors of the parameter's shape."""
+        parameter, weight = self.parameters[name], self.weights[name]
+        state = self._part_of[name].state.get(weight, {})
+        return {
+            key: value if value.ndim == 0 else value.as_strided(parameter.shape, parameter.stride())
+            for key, value in state.items()
+        }
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The names of what `state` has after a step."""
+        muon = isinstance(self._part_of[name], torch.optim.Muon)
+        return ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
+
+    def set_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """The inverse of `state`; the tensors are copied."""
+        parameter, weight = self.parameters[name], self.weights[name]
+        # Adam keeps its step count on the CPU unless it is fused on CUDA, and all else like the weight.
+        place = parameter.device if parameter.is_cuda else "cpu"
+        self._part_of[name].state[weight] = {
+            key: value.to(place)
+            if value.ndim == 0
+            else as_it_lies(torch.empty_like(parameter, requires_grad=False).copy_(value), parameter).reshape(
+                weight.shape
+            )
+            for key, value in state.items()
+        }
+
+
+def _matrices(unet: UNet) -> Iterable[str]:
+    """The weights that Muon moves: matrices of the levels, without the projections of the embedding."""
+    for part in ("down", "mid", "up"):
+        for name, module in getattr(unet, part).named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                yield f"{part}.{name}.weight"

@@ -1,0 +1,154 @@
+"""The whole state of a training run as one file, written whole or not at all; it resumes exactly."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..models.config import UNetConfig
+from ..storage.atomic import replacing
+from ..storage.reading import add_tensors, load_weights, name_of, open_regular, read_safetensors
+from ..utils.validation import number, whole_number
+from .recipe import Recipe, recipe_from
+from .trainer import Trainer
+
+# Fields of a recipe without which its state means nothing, and those of the loss's scale.
+FIXED = ("unet", "schedule", "prediction_type", "optimizer", "ema_decay", "more_ema_decays")
+LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
+
+
+def save_state(trainer: Trainer, path: Path) -> None:
+    """Writes weights, averages, the optimiser and all else that decides the next steps, or nothing."""
+    tensors = {}
+    for name, parameter in trainer.model.unet.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in trainer.optimizer.state(name).items():
+            tensors[f"adam.{key}.{name}"] = value
+    for index, average in enumerate(trainer.averages.values()):
+        tensors |= {f"ema{index}.{name}": value for name, value in average.unet.named_parameters()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    about = {
+        "recipe": asdict(trainer.recipe),
+        "data": trainer.data_digest,
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "first_loss": trainer.first_loss,
+        "losses": [loss.item() for loss in trainer.losses],
+        "norms": [norm.item() for norm in trainer.norms],
+        "scaler": trainer.scaler.state_dict(),
+    }
+    text = json.dumps(about)
+    with replacing(path) as (temporary,):
+        save_file(tensors, temporary, metadata={"training": text, "sha256": _digest(text, tensors)})
+
+
+def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a state holds, in hexadecimal; that of the file cannot be in the file."""
+    digest = hashlib.sha256(about.encode())
+    add_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def _comparable(recipe: Recipe) -> dict:
+    """The fields of a recipe, all of the UNet's among them: an older state may lack those with a default."""
+    return asdict(recipe) | {"unet": UNetConfig.from_dict(recipe.unet).to_dict()}
+
+
+def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> None:
+    """Continues from a state that `save_state` wrote.
+
+    accept_changes: also from one of other data, or of a recipe that differs in other fields than FIXED.
+    ValueError if it is damaged, or of another recipe or other data.
+    """
+    about = read_state(path)
+    recipe, former = _comparable(trainer.recipe), _comparable(about["recipe"])
+    differing = [key for key in recipe if former[key] != recipe[key]]
+    refused = [key for key in differing if not accept_changes or key in FIXED]
+    if refused:
+        raise ValueError(f"{path} is of another recipe: it differs in {', '.join(refused)}")
+    if about["data"] != trainer.data_digest and not accept_changes:
+        raise ValueError(f"{path} is of a run on other images or labels")
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    tensors = read_safetensors(path)
+    _check_digest(path, tensors)
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(".")
+        groups.setdefault(group, {})[name] = tensor
+    load_weights(trainer.model.unet, groups.get("model", {}), path)
+    for index, average in enumerate(trainer.averages.values()):
+        load_weights(average.unet, groups.get(f"ema{index}", {}), path)
+    moments = groups.get("adam", {})
+    for name, parameter in trainer.model.unet.named_parameters():
+        state = {key: moments.get(f"{key}.{name}") for key in trainer.optimizer.keys(name)}
+        found = [value is not None for value in state.values()]
+        if not any(found) and (about["step"] == 0 or about["scaler"]):
+            continue  # before the first step, which a scaled loss that overflows puts off
+        shapes = [torch.Size() if key == "step" else parameter.shape for key in state]
+        if not all(found) or [value.shape for value in state.values()] != shapes:
+            raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
+        squares = state.get("exp_avg_sq", torch.zeros(1, device="cpu"))
+        if any(value.isnan().any() for value in state.values()) or (squares < 0).any():
+            raise ValueError(
+                f"{path} is damaged: the optimiser's state of {name} holds NaN or negative squares"
+            )
+        trainer.optimizer.set_state(name, state)
+    if trainer.scaler.is_enabled() and about["scaler"]:
+        try:
+            trainer.scaler.load_state_dict(about["scaler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: it lacks the scale of the loss ({error})") from error
+    trainer.step, trainer.seconds = about["step"], about["seconds"]
+    trainer.first_loss = about["first_loss"] if set(differing).isdisjoint(LOSS) else None
+    trainer.losses = list(torch.tensor(about["losses"], device=trainer.device))
+    trainer.norms = list(torch.tensor(about["norms"], device=trainer.device))
+
+
+def _check_digest(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """ValueError if the state is not as it was saved; older states hold no digest."""
+    metadata = _metadata(path)
+    if "sha256" in metadata and metadata["sha256"] != _digest(metadata["training"], tensors):
+        raise ValueError(f"{path} is damaged: it has another SHA-256 than when it was saved")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with open_regular(path) as file, safe_open(name_of(file, path), framework="pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def read_state(path: Path) -> dict:
+    """What a training state says of itself beside its tensors; ValueError if it is none, or says nonsense."""
+    if not os.path.lexists(path):
+        raise ValueError(f"there is no run to resume: {path} is missing")
+    try:
+        about = json.loads(_metadata(path)["training"])
+        recipe, first = recipe_from(dict(about["recipe"])), about["first_loss"]
+        step = whole_number("step", about["step"], 0, recipe.steps)
+        scaler, losses, norms = dict(about["scaler"]), list(about["losses"]), list(about["norms"])
+        if not len(losses) == len(norms) <= step:
+            raise ValueError(f"it holds {len(losses)} losses and {len(norms)} norms of {step} steps")
+        return {
+            "recipe": recipe,
+            "data": str(about["data"]),
+            "step": step,
+            "seconds": number("seconds", about["seconds"], 0),
+            "first_loss": None if first is None else number("first_loss", first),
+            "losses": [number("losses", loss) for loss in losses],
+            # The gradient of a scaled loss may overflow: that step was left out.
+            "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
+            "scaler": scaler,
+        }
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{path} is no training state, or damaged: {error}".replace("\n", " ")) from error

@@ -1,0 +1,312 @@
+"""One training run: the step, with its optimiser, averages and random numbers.
+
+Everything random in a step is a function of (seed, step), and the order of the images one of (seed, epoch),
+so the state of a run is its tensors and its step number: a resumed run goes on as if it had never stopped.
+It is drawn for the whole batch, of which each rank takes its share: any number of ranks trains on the same
+images, timesteps and noise.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data import to_float
+from ..ddpm import DDPM
+from ..models.unet import UNet, UNetConfig
+from ..process.forward import lognormal_timesteps, random_timesteps
+from ..process.schedule import NoiseSchedule
+from ..samplers.guidance import drop_labels
+from ..utils.memory import check_fits, keep_freed_memory
+from ..utils.ranks import Ranks
+from ..utils.validation import whole_number
+from .fine_tuning import start_from
+from .optimizers import Optimizer
+from .recipe import Recipe
+
+# How the models trained here are sampled unless the caller says otherwise. With few steps it matters to start
+# at the last timestep, where noise is all there is (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+SAMPLER_OPTIONS = {
+    "ddpm": {"spacing": "trailing"},
+    "ddim": {"spacing": "trailing", "use_clipped_model_output": True},
+    "dpm++": {"spacing": "trailing"},
+}
+OVERFLOWS = 30  # steps in a row, after which float16's loss scale will not help any more
+
+
+class Trainer:
+    """A run: the model, its averages, the optimiser, and the step they have reached.
+
+    images: uint8 [N, C, H, W]; labels: int64 [N], or None for an unconditional model. validation: another
+    such pair, for the validation loss. ranks: which share of each batch this process works on; several take
+    their steps within `parallel.shared_gradients`, as `train` does. ValueError if the data do not fit the
+    recipe.
+
+    init: a model whose weights the run starts from, of the recipe's architecture but for the number of
+    classes; see `fine_tuning.recipe_for`.
+
+    How it is computed, which changes the weights by rounding only: autocast: run the UNet in bfloat16 or
+    float16 (with a scaled loss) where PyTorch finds it safe. micro_batch: images at a time whose gradients
+    are added up, by default all of the rank's. channels_last: memory format of the UNet. checkpointing:
+    compute activations twice instead of keeping them. compile: by torch.compile.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        validation: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        autocast: torch.dtype | None = None,
+        micro_batch: int | None = None,
+        channels_last: bool = True,
+        checkpointing: bool = False,
+        compile: bool = False,
+        ranks: Ranks | None = None,
+        init: DDPM | None = None,
+    ):
+        self.ranks = ranks or Ranks()
+        config = UNetConfig.from_dict(recipe.unet)
+        _check_data(config, images, labels, recipe.batch_size)
+        if recipe.batch_size < self.ranks.world_size:
+            raise ValueError(
+                f"a batch of {recipe.batch_size} cannot be shared by {self.ranks.world_size} ranks"
+            )
+        if micro_batch is not None:
+            micro_batch = whole_number("micro_batch", micro_batch, 1)
+        if validation is not None:
+            _check_data(config, *validation, 1, "validation images")
+        self.recipe, self.images, self.labels, self.validation = recipe, images, labels, validation
+        self.device, self.autocast, self.micro_batch = torch.device(device), autocast, micro_batch
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        held = 3 + 1 + len(recipe.more_ema_decays)  # weights, gradients, at least one moment, averages
+        what = f"the weights, gradients, moments and averages of {config.num_parameters:,} parameters"
+        check_fits(what, 4 * held * config.num_parameters, self.device)
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        with torch.random.fork_rng(), torch.device("cpu"):
+            torch.manual_seed(seed_of(recipe.seed, "weights", 0))
+            unet = UNet(config)
+        if init is not None:
+            start_from(unet, init.unet)
+        schedule = NoiseSchedule.from_config(recipe.schedule)
+        self.model = DDPM(
+            unet,
+            schedule,
+            prediction_type=recipe.prediction_type,
+            sampler_options=SAMPLER_OPTIONS,
+        ).to(self.device, memory_format=self.format)
+        self.averages = {decay: self.model.copy() for decay in (recipe.ema_decay, *recipe.more_ema_decays)}
+        for average in self.averages.values():
+            average.unet.eval().requires_grad_(False)
+        unet.checkpoint_activations(checkpointing)
+        self.network = torch.compile(unet) if compile else unet
+        self.optimizer = Optimizer(recipe, unet, self.device)
+        self.timesteps = None  # of the uniform distribution
+        if recipe.timestep_sampling == "lognormal":
+            self.timesteps = lognormal_timesteps(schedule, recipe.noise_mean, recipe.noise_std)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+        self.step = 0
+        self.seconds = 0.0
+        self.first_loss: float | None = None  # in the first line of the log
+        self.losses: list[torch.Tensor] = []  # of the steps since the last line of the log
+        self.norms: list[torch.Tensor] = []  # of their gradients
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def ema(self) -> DDPM:
+        """The average that is kept, of the recipe's ema_decay."""
+        return self.averages[self.recipe.ema_decay]
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the images and labels that are trained on."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().data)
+        digest.update(b"" if self.labels is None else self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def train_step(self) -> torch.Tensor:
+        """One optimiser step; appends its loss to `losses` and its gradient's norm, returned, to `norms`.
+
+        Both are of the whole batch and stay on the device.
+        """
+        recipe = self.recipe
+        if self.ranks.world_size > 1 and not isinstance(self.network, DistributedDataParallel):
+            raise RuntimeError("several ranks take their steps within parallel.shared_gradients")
+        x, labels, t, noise = self._share()
+        torch.manual_seed(seed_of(recipe.seed, f"dropout of rank {self.ranks.rank}", self.step))
+        self.optimizer.set_learning_rate(recipe.learning_rate_at(self.step))
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        starts = range(0, len(x), self.micro_batch or len(x))
+        for start in starts:
+            part = slice(start, start + starts.step)
+            # Mean over the ranks of what each takes the gradient of: the mean over the batch.
+            share = len(x[part]) * self.ranks.world_size / recipe.batch_size
+            with self._gradients_later(start != starts[-1]):
+                loss = share * self._loss(
+                    x[part], None if labels is None else labels[part], t[part], noise[part]
+                )
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.optimizer.take_gradients()
+        for part in self.optimizer.parts:
+            self.scaler.unscale_(part)
+        weights = list(self.optimizer.weights.values())
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        if norm.device.type != "cpu" or norm > recipe.gradient_clip:  # on others, looking would mean waiting
+            torch.nn.utils.clip_grads_with_norm_(weights, recipe.gradient_clip, norm)
+        for part in self.optimizer.parts:
+            self.scaler.step(part)
+        self.scaler.update()
+        parameters = list(self.model.unet.parameters())
+        with torch.no_grad():
+            for decay, average in self.averages.items():
+                decay = min(decay, (1 + self.step) / (10 + self.step))
+                torch._foreach_lerp_(list(average.unet.parameters()), parameters, 1 - decay)
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+            total /= self.ranks.world_size
+        self.step += 1
+        self.losses.append(total)
+        self.norms.append(norm.detach())
+        return self.norms[-1]
+
+    def trouble(self) -> str | None:
+        """What is wrong with the steps since the last line of the log, or None; waits for the device."""
+        first = self.step - len(self.losses) + 1
+        if not self.losses:
+            return None
+        losses, norms = (torch.stack(values).double().cpu() for values in (self.losses, self.norms))
+        overflowed = ~norms.isfinite()
+        if self.scaler.is_enabled():  # such steps are left out, and the scale is lowered
+            overflowed &= overflowed.sum() >= OVERFLOWS and bool(overflowed[-OVERFLOWS:].all())
+        for step, (loss, bad) in enumerate(zip(losses.tolist(), overflowed.tolist(), strict=True), first):
+            if not math.isfinite(loss):
+                return f"the loss is {loss} at step {step}"
+            if bad:
+                return f"the gradient is not finite at step {step}"
+        mean = losses.mean().item()
+        if self.first_loss is not None and mean > 10 * self.first_loss:
+            return f"the loss grew from {self.first_loss:.3g} to {mean:.3g} by step {self.step}"
+        return None
+
+    def finish_line(self) -> float:
+        """The mean loss since the last call, for a line of the log."""
+        mean = torch.stack(self.losses).mean().item()
+        self.first_loss = mean if self.first_loss is None else self.first_loss
+        self.losses.clear()
+        self.norms.clear()
+        return mean
+
+    def validation_loss(self, batch_size: int = 256, stopping: Sequence[int] = ()) -> float | None:
+        """Mean loss of the averaged weights on the validation images, with the same noise each time.
+
+        In the precision of the steps. None if `stopping` holds something before the last batch.
+        """
+        images, labels = self.validation
+        total = 0.0
+        with torch.random.fork_rng(), torch.no_grad(), self._precision():
+            torch.manual_seed(seed_of(self.recipe.seed, "validation", 0))
+            for start in range(0, len(images), batch_size):
+                if stopping:
+                    return None
+                x = self._to_device(images[start : start + batch_size])
+                y = None if labels is None else labels[start : start + batch_size].to(self.device)
+                total += len(x) * self.ema.loss(x, y, **self._weighting()).item()
+        return total / len(images)
+
+    def _precision(self) -> torch.autocast:
+        dtype = self.autocast or torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.autocast is not None)
+
+    def _loss(self, x, labels, t, noise) -> torch.Tensor:
+        with self._precision():
+            return self.model.loss(x, labels, t=t, noise=noise, network=self.network, **self._weighting())
+
+    def _weighting(self) -> dict:
+        recipe = self.recipe
+        return {
+            "weighting": recipe.loss_weighting,
+            "min_snr_gamma": recipe.min_snr_gamma,
+            "vlb_weight": recipe.vlb_weight,
+        }
+
+    def _gradients_later(self, later: bool):
+        """Ranks add up their gradients in the last part of a batch only."""
+        return self.network.no_sync() if later and self.ranks.world_size > 1 else contextlib.nullcontext()
+
+    def _share(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """This rank's part of the batch of this step: images, labels, timesteps and noise."""
+        recipe, device, size = self.recipe, self.device, self.recipe.batch_size
+        index = self.batch_indices(self.step)
+        torch.manual_seed(seed_of(recipe.seed, "step", self.step))
+        t = random_timesteps(size, self.model.schedule.T, device, self.timesteps)
+        noise = torch.randn(size, *self.images.shape[1:], device=device)
+        labels = None if self.labels is None else self.labels[index].to(device)
+        if labels is not None and recipe.label_dropout:
+            labels = drop_labels(labels, recipe.label_dropout, self.model.unet.config.null_label)
+        flipped = torch.rand(size, device=device) < 0.5 if recipe.horizontal_flip else None
+        bounds = [size * rank // self.ranks.world_size for rank in (self.ranks.rank, self.ranks.rank + 1)]
+        part = slice(*bounds)
+        x = self._to_device(self.images[index[part]])
+        if flipped is not None:
+            x = torch.where(flipped[part].reshape(-1, 1, 1, 1), x.flip(-1), x)
+        noise = noise[part].contiguous(memory_format=self.format)
+        return x, None if labels is None else labels[part], t[part], noise
+
+    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
+        return to_float(images.to(self.device)).contiguous(memory_format=self.format)
+
+    def batch_indices(self, step: int) -> torch.Tensor:
+        """Which images the batch of a step is made of; every image at most once an epoch."""
+        size = self.recipe.batch_size
+        epoch, position = divmod(step, len(self.images) // size)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "epoch", epoch))
+            self._order = epoch, torch.randperm(len(self.images), generator=generator, device="cpu")
+        return self._order[1][position * size : (position + 1) * size]
+
+
+def seed_of(seed: int, purpose: str, index: int) -> int:
+    """A 63-bit seed for one purpose and step of a run, independent of those of all others."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _check_data(
+    config: UNetConfig,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    what: str = "images",
+) -> None:
+    shape = (config.in_channels, *config.image_shape)
+    if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1:] != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{what} must be uint8 [N, {wanted}] for this recipe, not {images.dtype} {list(images.shape)}"
+        )
+    if len(images) < batch_size:
+        raise ValueError(f"{len(images)} {what} do not fill one batch of {batch_size}")
+    if (labels is None) != (config.num_classes is None):
+        raise ValueError(
+            f"{what} have labels, but the model is unconditional"
+            if config.num_classes is None
+            else f"a class-conditional model needs labels, which the {what} do not have"
+        )
+    if labels is None:
+        return
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
+    if not 0 <= labels.min() <= labels.max() < config.num_classes:
+        raise ValueError(
+            f"the labels of the {what} reach from {labels.min()} to {labels.max()}, but must be in "
+            f"0..{config.num_classes - 1} for a model of {config.num_classes} classes"
+        )

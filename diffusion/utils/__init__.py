@@ -1,0 +1,1 @@
+"""What every layer above may use: devices, memory, ranks and checks of arguments."""

@@ -1,0 +1,51 @@
+"""Devices and dtypes by name, and whether this machine has them."""
+
+import torch
+from torch import nn
+
+from ..kernels.conv3x3.native_impl import multiplies_pairs
+from .validation import choice
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device that is there; ValueError for others."""
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"there is no device {str(device)!r} here: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("the meta device holds no data; choose a real one, such as cpu")
+    return torch.empty(0, device=device).device
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """float32, bfloat16, float16 or float64, by name or as a torch.dtype; ValueError for others."""
+    return dtype if dtype in DTYPES.values() else DTYPES[choice("dtype", dtype, DTYPES)]
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError if the device cannot run a UNet's operations in this dtype; tries them to find out."""
+    try:
+        x = torch.zeros(1, 4, 4, 4, device=device, dtype=dtype)
+        x = nn.functional.conv2d(x, torch.zeros(4, 4, 3, 3, device=device, dtype=dtype), padding=1)
+        x = nn.functional.silu(nn.functional.group_norm(x, 2)).flatten(2)
+        nn.functional.scaled_dot_product_attention(x[None], x[None], x[None]) @ x.mT
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {device} lacks dtype {str(dtype)[6:]}: {reason}") from error
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16, so that computing in it is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and multiplies_pairs()
