@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package is the one that is installed
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
 
 from benchmarks import scaling, training
-from benchmarks.sampling import models, peers, report, timing
+from benchmarks.sampling import models, peers, peers_plot, report, timing
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +142,9 @@ def test_a_comparison_in_a_process_of_its_own():
     assert all(set(row) == {"difference", "step", "call"} for row in found["rows"].values())
     assert set(found["parts"]) == {"exact", "fast"}
     assert timing.peak_memory() > 10**8  # PyTorch alone is more
+
+
+def test_the_plot_of_the_readme(tmp_path):
+    result = next((ROOT / "benchmarks" / "results").glob("sampling-*.json"))
+    peers_plot.draw(result, tmp_path / "speed.png")
+    assert Image.open(tmp_path / "speed.png").size == (1100, 396)

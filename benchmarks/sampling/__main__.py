@@ -14,7 +14,7 @@ import torch
 
 from diffusion import kernels
 
-from . import peers, report, timing
+from . import peers, peers_plot, report, timing
 from .models import make
 
 GUIDANCE = {"unconditional": 1.0, "guided": 3.0}
@@ -133,11 +133,20 @@ def main() -> None:
         default=Path(__file__).parent.parent / "results",
         help="folder (default: %(default)s)",
     )
+    add(
+        "--plot",
+        nargs=2,
+        type=Path,
+        metavar=("RESULT.json", "PICTURE"),
+        help="measure nothing: draw README's plot from an earlier result",
+    )
     add("--compare", nargs=3, help=argparse.SUPPRESS)  # these four are for processes that this one starts
     add("--count-steps", help=argparse.SUPPRESS)
     add("--size", type=int, help=argparse.SUPPRESS)
     add("--measure-memory", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.plot:
+        return peers_plot.draw(*args.plot)
     if args.compare:
         return print(json.dumps(compare(args)))
     if args.count_steps:
