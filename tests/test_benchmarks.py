@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
+sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package is the one that is installed
 
 from benchmarks import scaling, training
 from benchmarks.sampling import models, peers, peers_plot, report, timing
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

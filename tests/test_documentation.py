@@ -5,26 +5,27 @@
 
 import inspect
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 import diffusion
-from diffusion import kernels, recipe, steps, train, trainer
+import diffusion.training.loop
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md")])
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
-SAMPLERS = [function.__name__ for function in steps.SAMPLERS.values()]
+SAMPLERS = [function.__name__ for function in diffusion.steps.SAMPLERS.values()]
 PUBLIC = {
-    diffusion: [name for name in diffusion.__all__ if name not in ("kernels", "steps")],
-    kernels: kernels.__all__,
-    steps: [*SAMPLERS, "SpacingWarning"],
-    recipe: ["Recipe"],
-    trainer: ["Trainer"],
-    train: ["train"],
+    "diffusion": [name for name in diffusion.__all__ if name not in ("kernels", "steps")],
+    "diffusion.kernels": diffusion.kernels.__all__,
+    "diffusion.steps": [*SAMPLERS, "SpacingWarning"],
+    "diffusion.training.recipe": ["Recipe"],
+    "diffusion.training.trainer": ["Trainer"],
+    "diffusion.training.loop": ["train"],
 }
-NAMES = [(module, name) for module, names in PUBLIC.items() for name in names]
+NAMES = [f"{module}.{name}" for module, names in PUBLIC.items() for name in names]
 
 
 def members(cls: type) -> list:
@@ -37,15 +38,14 @@ def members(cls: type) -> list:
     ]
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda value: getattr(value, "__name__", value))
-def test_a_public_name_is_documented(module, name):
-    value = getattr(module, name)
-    assert value.__doc__, f"{name} has no docstring"
-    assert not value.__doc__.startswith(f"{name}("), f"{name} has only the docstring that Python made"
+@pytest.mark.parametrize("path", NAMES)
+def test_a_public_name_is_documented(path):
+    value = attrgetter(path.removeprefix("diffusion."))(diffusion)
+    assert value.__doc__, f"{path} has no docstring"
     if inspect.isclass(value):
+        assert not value.__doc__.startswith(f"{value.__name__}("), f"{path} has only Python's own docstring"
         for member in members(value):
-            assert member.__doc__, f"a member of {name} has no docstring: {member}"
-    path = f"{module.__name__}.{name}"
+            assert member.__doc__, f"a member of {path} has no docstring: {member}"
     reference = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     assert re.search(rf"^::: {re.escape(path)}$", reference, re.MULTILINE), f"{path} is not in docs/reference"
 
