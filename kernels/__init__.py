@@ -3,21 +3,21 @@
 import inspect
 from collections.abc import Callable
 
-from . import attention as _attention
-from . import conv2d as _conv2d
-from . import conv3x3 as _conv3x3
-from . import group_norm_silu as _group_norm_silu
-from . import philox as _philox
-from . import reverse_step as _reverse_step
 from ._native import build_info
-from .attention import attention
 from .benchmarking import benchmark_table
-from .conv2d import conv2d
-from .conv3x3 import conv3x3, pack_conv3x3
-from .group_norm_silu import group_norm_silu
-from .philox import philox_normal
-from .reverse_step import Row, in_place, reverse_step
-from .reverse_step.in_place import reverse_step_, step_counter
+from .ops import attention as _attention
+from .ops import group_norm_silu as _group_norm_silu
+from .ops import philox as _philox
+from .ops import reverse_step as _reverse_step
+from .ops.attention import attention
+from .ops.convolution import conv2d as _conv2d
+from .ops.convolution import conv3x3 as _conv3x3
+from .ops.convolution.conv2d import conv2d
+from .ops.convolution.conv3x3 import conv3x3, pack_conv3x3
+from .ops.group_norm_silu import group_norm_silu
+from .ops.philox import philox_normal
+from .ops.reverse_step import Row, in_place, reverse_step
+from .ops.reverse_step.in_place import reverse_step_, step_counter
 
 __all__ = [
     "Row",

@@ -25,27 +25,27 @@ from . import _triton
 from ._dispatch import Op
 from ._native import build_info
 from ._tolerance import wrong
-from .attention import attention
-from .attention import cases as attention_cases
-from .attention import op as attention_op
-from .conv2d import cases as conv2d_cases
-from .conv2d import conv2d
-from .conv2d import op as conv2d_op
-from .conv3x3 import cases as conv3x3_cases
-from .conv3x3 import conv3x3, pack_conv3x3
-from .conv3x3 import op as conv3x3_op
-from .group_norm_silu import cases as norm_cases
-from .group_norm_silu import group_norm_silu
-from .group_norm_silu import op as norm_op
-from .philox import cases as philox_cases
-from .philox import op as philox_op
-from .philox import philox_normal
-from .reverse_step import cases as step_cases
-from .reverse_step import op as step_op
-from .reverse_step import reference as step_reference
-from .reverse_step import reverse_step
-from .reverse_step.in_place import op as in_place_op
-from .reverse_step.in_place import reverse_step_
+from .ops.attention import attention
+from .ops.attention import cases as attention_cases
+from .ops.attention import op as attention_op
+from .ops.convolution import conv2d_cases as conv2d_cases
+from .ops.convolution import conv3x3_cases as conv3x3_cases
+from .ops.convolution.conv2d import conv2d
+from .ops.convolution.conv2d import op as conv2d_op
+from .ops.convolution.conv3x3 import conv3x3, pack_conv3x3
+from .ops.convolution.conv3x3 import op as conv3x3_op
+from .ops.group_norm_silu import cases as norm_cases
+from .ops.group_norm_silu import group_norm_silu
+from .ops.group_norm_silu import op as norm_op
+from .ops.philox import cases as philox_cases
+from .ops.philox import op as philox_op
+from .ops.philox import philox_normal
+from .ops.reverse_step import cases as step_cases
+from .ops.reverse_step import op as step_op
+from .ops.reverse_step import reference as step_reference
+from .ops.reverse_step import reverse_step
+from .ops.reverse_step.in_place import op as in_place_op
+from .ops.reverse_step.in_place import reverse_step_
 
 BUFFERS = 3
 NO_CACHE = 1 << 28  # a call with so many bytes of input needs no second buffer

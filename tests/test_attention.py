@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from diffusion.kernels import _native, attention, explain
-from diffusion.kernels.attention import native_impl, op, reference
-from diffusion.kernels.attention.cases import CASES
+from diffusion.kernels.ops.attention import native_impl, op, reference
+from diffusion.kernels.ops.attention.cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import every_variant, requires_native

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 from cuda_on_host import on_host, requires_compiler  # noqa: F401
-from diffusion.kernels.attention import library, reference
-from diffusion.kernels.attention.cases import CASES, Case
+from diffusion.kernels.ops.attention import library, reference
+from diffusion.kernels.ops.attention.cases import CASES, Case
 from test_attention import DTYPES, formula, torch_ops, upstream, with_gradients
 from tolerance import assert_close
 

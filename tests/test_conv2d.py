@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusion.kernels import conv2d, explain
-from diffusion.kernels.conv2d.cases import CASES
-from diffusion.kernels.conv2d.native_impl import convolution_weight_gradient
+from diffusion.kernels.ops.convolution.conv2d_cases import CASES
+from diffusion.kernels.ops.convolution.conv2d_native import convolution_weight_gradient
 from native import requires_amx
 from tolerance import assert_close
 from torch.func import grad as gradient_of

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from diffusion.kernels import _native, conv3x3, explain, pack_conv3x3
 from diffusion.kernels._tolerance import wrong
-from diffusion.kernels.conv3x3 import reference
-from diffusion.kernels.conv3x3.cases import CASES
-from diffusion.kernels.conv3x3.native_impl import convolution_, multiplies_pairs
-from diffusion.kernels.conv3x3.packing import PANEL, Packing, choose_packing, pack
-from diffusion.kernels.group_norm_silu.channel_map import group_norm_map_
+from diffusion.kernels.ops.convolution import conv3x3_reference
+from diffusion.kernels.ops.convolution.conv3x3_cases import CASES
+from diffusion.kernels.ops.convolution.conv3x3_native import convolution_, multiplies_pairs
+from diffusion.kernels.ops.convolution.packing import PANEL, Packing, choose_packing, pack
+from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_map_
 from native import requires_amx, requires_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,12 +27,14 @@ def as_double(value):
 
 
 def expected_of(args, options):
-    return reference.conv3x3(*map(as_double, args), **{name: as_double(v) for name, v in options.items()})
+    return conv3x3_reference.conv3x3(
+        *map(as_double, args), **{name: as_double(v) for name, v in options.items()}
+    )
 
 
 def complaint(actual, args, options, packed) -> str | None:
     """Why `actual` is too far from float64: by the one rule, and what the algorithm is documented to lose."""
-    peer = reference.conv3x3(*args, **options)
+    peer = conv3x3_reference.conv3x3(*args, **options)
     return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
 
 
@@ -365,7 +367,7 @@ def test_bounds_of_a_map(dtype, shape, silu, size, shift):
 
 
 def relative_error(actual, x, weight, **options):
-    expected = reference.conv3x3(x.double(), weight.double(), **options)
+    expected = conv3x3_reference.conv3x3(x.double(), weight.double(), **options)
     return (actual - expected).abs().max() / expected.abs().max()
 
 

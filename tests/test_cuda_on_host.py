@@ -6,10 +6,10 @@ import pytest
 import torch
 from cuda_on_host import on_host, requires_compiler  # noqa: F401
 from diffusion.kernels import philox_normal, reverse_step_, step_counter
-from diffusion.kernels.philox import native_impl as philox
-from diffusion.kernels.reverse_step import native_impl as step
-from diffusion.kernels.reverse_step.cases import CASES as STEP_CASES
-from diffusion.kernels.reverse_step.cases import EPSILON
+from diffusion.kernels.ops.philox import native_impl as philox
+from diffusion.kernels.ops.reverse_step import native_impl as step
+from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
+from diffusion.kernels.ops.reverse_step.cases import EPSILON
 from test_reverse_step import cast, formula
 from tolerance import assert_close
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusion.kernels import _native, build_info, explain, philox_normal, reverse_step
 from diffusion.kernels._dispatch import Backend, Op, always
-from diffusion.kernels.group_norm_silu import op as group_norm_silu_op
-from diffusion.kernels.reverse_step.cases import CASES
+from diffusion.kernels.ops.group_norm_silu import op as group_norm_silu_op
+from diffusion.kernels.ops.reverse_step.cases import CASES
 from native import requires_native
 from torch.overrides import TorchFunctionMode
 

@@ -12,14 +12,14 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
-from diffusion.kernels.attention import op as attention_op
-from diffusion.kernels.attention.cases import CASES as ATTENTION_CASES
-from diffusion.kernels.group_norm_silu import op as norm_op
-from diffusion.kernels.group_norm_silu.cases import CASES as NORM_CASES
-from diffusion.kernels.philox import op as philox_op
-from diffusion.kernels.reverse_step import op as step_op
-from diffusion.kernels.reverse_step.cases import CASES as STEP_CASES
-from diffusion.kernels.reverse_step.cases import EPSILON
+from diffusion.kernels.ops.attention import op as attention_op
+from diffusion.kernels.ops.attention.cases import CASES as ATTENTION_CASES
+from diffusion.kernels.ops.group_norm_silu import op as norm_op
+from diffusion.kernels.ops.group_norm_silu.cases import CASES as NORM_CASES
+from diffusion.kernels.ops.philox import op as philox_op
+from diffusion.kernels.ops.reverse_step import op as step_op
+from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
+from diffusion.kernels.ops.reverse_step.cases import EPSILON
 from tolerance import assert_close
 
 import diffusion

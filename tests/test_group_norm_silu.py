@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusion.kernels import explain, group_norm_silu
-from diffusion.kernels.group_norm_silu import op
-from diffusion.kernels.group_norm_silu.cases import CASES, Case
+from diffusion.kernels.ops.group_norm_silu import op
+from diffusion.kernels.ops.group_norm_silu.cases import CASES, Case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from native import every_variant, requires_native

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cuda_on_host import on_host, requires_compiler  # noqa: F401
-from diffusion.kernels.group_norm_silu import library
-from diffusion.kernels.group_norm_silu.cases import CASES, Case
+from diffusion.kernels.ops.group_norm_silu import library
+from diffusion.kernels.ops.group_norm_silu.cases import CASES, Case
 from test_group_norm_silu import DTYPES, SMALL, assert_all_close, cast, formula, torch_ops, with_gradients
 from tolerance import assert_close
 

@@ -12,7 +12,7 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
-from diffusion.kernels.reverse_step.cases import EPSILON
+from diffusion.kernels.ops.reverse_step.cases import EPSILON
 
 BACKENDS = ["auto", "cpp", "reference"]
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from diffusion.kernels import philox_normal
-from diffusion.kernels.philox import native_impl, op
-from diffusion.kernels.philox.cases import CASES
-from diffusion.kernels.philox.reference import box_muller, philox_bits
+from diffusion.kernels.ops.philox import native_impl, op
+from diffusion.kernels.ops.philox.cases import CASES
+from diffusion.kernels.ops.philox.reference import box_muller, philox_bits
 from native import every_variant, requires_native
 from scipy import stats
 

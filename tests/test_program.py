@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusion.kernels import _native
 from diffusion.kernels._program import Program
-from diffusion.kernels.conv3x3.native_impl import convolution_
-from diffusion.kernels.conv3x3.packing import choose_packing, pack
-from diffusion.kernels.group_norm_silu.channel_map import group_norm_map_
+from diffusion.kernels.ops.convolution.conv3x3_native import convolution_
+from diffusion.kernels.ops.convolution.packing import choose_packing, pack
+from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_map_
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from diffusion.kernels import Row, philox_normal, reverse_step
-from diffusion.kernels.philox import native_impl as philox_native
-from diffusion.kernels.reverse_step import op
-from diffusion.kernels.reverse_step.cases import CASES, EPSILON
+from diffusion.kernels.ops.philox import native_impl as philox_native
+from diffusion.kernels.ops.reverse_step import op
+from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from native import every_variant, requires_native
 from tolerance import assert_close
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from diffusion.kernels import Row, explain, philox_normal, reverse_step, reverse_step_, step_counter
-from diffusion.kernels.reverse_step.cases import CASES, EPSILON
-from diffusion.kernels.reverse_step.in_place import op
+from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
+from diffusion.kernels.ops.reverse_step.in_place import op
 from native import every_variant, requires_native
 
 SHAPE = (3, 3, 5, 7)

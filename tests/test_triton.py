@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from diffusion.kernels import _triton, attention, group_norm_silu, philox_normal
-from diffusion.kernels.attention import cases as attention_cases
-from diffusion.kernels.attention import triton_impl as attention_impl
-from diffusion.kernels.group_norm_silu import cases as norm_cases
-from diffusion.kernels.group_norm_silu import triton_impl as norm_impl
+from diffusion.kernels.ops.attention import cases as attention_cases
+from diffusion.kernels.ops.attention import triton_impl as attention_impl
+from diffusion.kernels.ops.group_norm_silu import cases as norm_cases
+from diffusion.kernels.ops.group_norm_silu import triton_impl as norm_impl
 from tolerance import assert_close
 
 DEVICE = "cpu" if _triton.INTERPRETED else "cuda"

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusion.kernels import _triton
-from diffusion.kernels.attention import triton_impl as attention_impl
-from diffusion.kernels.group_norm_silu import triton_impl as norm_impl
+from diffusion.kernels.ops.attention import triton_impl as attention_impl
+from diffusion.kernels.ops.group_norm_silu import triton_impl as norm_impl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 from diffusion.kernels import _triton
-from diffusion.kernels.attention import triton_impl as attention_impl
-from diffusion.kernels.group_norm_silu import triton_impl as norm_impl
-from diffusion.kernels.philox import triton_impl as philox_impl
-from diffusion.kernels.reverse_step import triton_impl as step_impl
+from diffusion.kernels.ops.attention import triton_impl as attention_impl
+from diffusion.kernels.ops.group_norm_silu import triton_impl as norm_impl
+from diffusion.kernels.ops.philox import triton_impl as philox_impl
+from diffusion.kernels.ops.reverse_step import triton_impl as step_impl
 
 if _triton.MISSING is not None or _triton.INTERPRETED:
     pytest.skip("no Triton, or its interpreter", allow_module_level=True)

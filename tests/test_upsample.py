@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusion.kernels import _native
-from diffusion.kernels.upsample import doubled_
+from diffusion.kernels.ops.convolution.upsample import doubled_
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusion.kernels import attention, group_norm_silu, reverse_step_, step_counter
 from diffusion.kernels._tolerance import wrong
-from diffusion.kernels.reverse_step import Row
+from diffusion.kernels.ops.reverse_step import Row
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

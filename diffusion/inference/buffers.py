@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from .. import kernels
-from ..kernels.reverse_step.in_place import op as reverse_step_op
+from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
 from ..models.unet import UNet
 from ..samplers.guidance import rescale_guidance
 from ..samplers.table import StepTable

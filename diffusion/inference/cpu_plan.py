@@ -18,11 +18,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..kernels import _native
 from ..kernels._program import Program
-from ..kernels.attention.library import attention_parts_
-from ..kernels.conv3x3 import native_impl as convolutions
-from ..kernels.conv3x3.packing import PackedWeight, Packing, choose_packing, pack
-from ..kernels.group_norm_silu.channel_map import group_norm_map_
-from ..kernels.upsample import doubled_
+from ..kernels.ops.attention.library import attention_parts_
+from ..kernels.ops.convolution import conv3x3_native as convolutions
+from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
+from ..kernels.ops.convolution.upsample import doubled_
+from ..kernels.ops.group_norm_silu.channel_affine import group_norm_map_
 from ..models.blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
 from ..models.structure import altered
 from ..models.unet import UNet

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..kernels.conv3x3.native_impl import multiplies_pairs
+from ..kernels.ops.convolution.conv3x3_native import multiplies_pairs
 from .validation import choice
 
 DTYPES = {

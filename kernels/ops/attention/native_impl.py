@@ -1,0 +1,82 @@
+"""The C++ and CUDA attention: csrc/attention/, read through strides.
+
+Products of float32 are sums of fused multiply-adds, also where torch.backends.cuda.matmul.allow_tf32 is set.
+"""
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..._dispatch import constant_in_graphs
+from . import library as library  # defines the operators that the libraries implement
+
+MAX_CUDA_WIDTH = 256
+MOST_AMX_POSITIONS = 1024  # csrc/attention/attention_amx.cpp
+WIDE, WIDE_SHARED_MEMORY = 128, 149_760  # bytes of a block, for heads wider than WIDE
+
+
+@constant_in_graphs
+def _shared_memory(device_index: int | None) -> int:
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
+def _supports(q, k, v) -> str | None:
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q is {q.dtype}, not float32, bfloat16 or float16"
+    if q.shape[-1] == 0:
+        return "the width of a head is 0"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"the last dimension of {name} is not contiguous"
+    return None
+
+
+def supports_cpp(q, k, v, *, scale=None) -> str | None:
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, not on {q.device}"
+    return _native.CPP_MISSING or _supports(q, k, v)
+
+
+def supports_cuda(q, k, v, *, scale=None) -> str | None:
+    if q.device.type != "cuda":
+        return f"it runs on CUDA devices, not on {q.device}"
+    if _native.CUDA_MISSING:
+        return _native.CUDA_MISSING
+    width = q.shape[-1]
+    if width > MAX_CUDA_WIDTH:
+        return f"the width of a head is {width}, more than {MAX_CUDA_WIDTH}"
+    if width > WIDE and _shared_memory(q.device.index) < WIDE_SHARED_MEMORY:
+        return f"a head of width {width} needs more shared memory than this device has"
+    return _supports(q, k, v)
+
+
+def slower_cpp(q, k, v, *, scale=None) -> str | None:
+    """Where PyTorch's own op wins on a CPU, by benchmarks/test_ops.py.
+
+    In float32 on AVX-512 the forward pass is 1.1 to 1.4 times as fast from 2**19 products of the logits on;
+    below it is 0.6 to 1.0 times, since calling the operator takes 8 us longer. On AVX2 it is 0.98 times at
+    S = 256, D = 256 and 1.1 to 1.2 times to D = 64. In 16 bits it is 1.3 to 2.4 times from 2**17 products
+    on. In bfloat16 by AMX it is 1.1 to 2.9 times from 2**21 products on, below 0.5 to 0.9 times, and with the
+    gradient 1.2 to 10 times.
+    """
+    simd = _native.simd_in_use()
+    if simd == "baseline":
+        return "without AVX2 it has not been measured"
+    batch, heads, positions, width = q.shape
+    single, tiles = q.dtype == torch.float32, q.dtype == torch.bfloat16 and simd == "amx"
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    least = 2**19 if single else 2**17
+    if tiles:
+        least = 2**14 if gradient else 2**21
+    if positions < 4 or batch * heads * positions**2 * width < least:
+        return f"{tuple(q.shape)} is so small that calling PyTorch's own op takes less time"
+    if tiles and positions > MOST_AMX_POSITIONS:
+        return "PyTorch's own op multiplies bfloat16 by AMX, also for so many positions"
+    if single and width > 128 and simd == "avx2":
+        return f"in float32 with AVX2, PyTorch's own op is faster for a width of {width}"
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.fused_diffusion.attention(q, k, v, scale)[0]

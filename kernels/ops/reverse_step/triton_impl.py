@@ -1,0 +1,96 @@
+"""The reverse step in Triton: fused_diffusion::reverse_step_triton and, in place, reverse_step_triton_."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import _triton
+from .native_impl import arguments, define, unsupported, unsupported_in_place
+
+BLOCKS = 256  # noise blocks of four elements to a program
+
+
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
+    """Strides of sample, channel and position, and whether a sample's elements lie in their own order."""
+    flat = tensor.flatten(2) if tensor.ndim > 2 else tensor.unsqueeze(-1)
+    _, channels, positions = flat.shape
+    sample, channel, position = flat.stride()
+    if channels == 1:
+        channel = positions * position
+    if positions == 1:
+        position = 1
+    return (sample, channel, position), position == 1 and channel == positions
+
+
+def _launch(
+    x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids, x_next, x0, unet_input,
+    *, advance: bool,
+) -> None:  # fmt: skip
+    from .triton_kernels import reverse_step_kernel
+
+    batch, channels = x.shape[:2]
+    elements = x.numel() // batch
+    tiles = math.ceil(elements / (4 * BLOCKS))
+    out_strides, out_linear = _layout(model_output)
+    in_strides, in_linear = ((0, 0, 0), True) if unet_input is None else _layout(unet_input)
+    learned = model_output.shape[1] != channels
+    with torch.cuda.device_of(x):
+        reverse_step_kernel[(batch * tiles,)](
+            x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids,
+            x_next, x0, unet_input, batch, elements, elements // channels, tiles, len(table),
+            *out_strides, *in_strides, learned, out_linear, in_linear,
+            1 if unet_input is None else len(unet_input) // batch, advance,
+            (1 + learned) * tiles * 4 * BLOCKS >= 2**31, BLOCKS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _reverse_step(*inputs):
+    x = inputs[0]
+    x_next, x0 = torch.empty_like(x), torch.empty_like(x)
+    if x.numel() > 0:
+        _launch(*inputs, x_next, x0, None, advance=False)
+    return x_next, x0
+
+
+def _reverse_step_(
+    x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
+) -> None:
+    if x.numel() > 0:
+        inputs = (x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids)
+        _launch(*inputs, x, x0, unet_input, advance=True)
+    else:
+        counter[:1] += 1  # an empty batch still has its step
+
+
+define("reverse_step_triton")
+torch.library.impl("fused_diffusion::reverse_step_triton", ("cpu", "cuda"), _reverse_step)
+torch.library.impl("fused_diffusion::reverse_step_triton_", ("cpu", "cuda"), _reverse_step_)
+
+
+def supports(
+    x, model_output, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream
+) -> str | None:
+    return _triton.unsupported(x.device) or unsupported(
+        x, model_output, model_output_uncond, x0_prev=x0_prev, noise=noise
+    )
+
+
+def supports_in_place(
+    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
+) -> str | None:
+    return _triton.unsupported(x.device) or unsupported_in_place(
+        x, model_output, model_output_uncond, x0, noise, unet_input
+    )
+
+
+def reverse_step(x: Tensor, model_output: Tensor, row, **options) -> tuple[Tensor, Tensor]:
+    return torch.ops.fused_diffusion.reverse_step_triton(*arguments(x, model_output, row, **options))
+
+
+def reverse_step_(
+    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
+) -> None:
+    torch.ops.fused_diffusion.reverse_step_triton_(
+        x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
+    )
