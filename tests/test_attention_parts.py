@@ -1,4 +1,4 @@
-"""attention_parts_, attention as products of AMX's tiles: against float64, over sizes, strides and dtypes."""
+"""attention_amx_, attention as products of AMX's tiles: against float64, over sizes, strides and dtypes."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from native import requires_amx
 
 pytestmark = requires_amx
 
-attention_parts_ = torch.ops.fused_diffusion.attention_parts_
+attention_amx_ = torch.ops.fused_diffusion.attention_amx_
 
 # Of the largest output: three parts are the whole of a float32, one loses 2^-8 of it, in two products.
 ERRORS = {1: 2e-2, 3: 2e-6}
@@ -34,7 +34,7 @@ def expected_of(q, k, v, scale):
 def test_parity(shape, dtype, parts):
     q, k, v, out = inputs(shape, dtype)
     scale = shape[-1] ** -0.5
-    attention_parts_(q, k, v, scale, parts, out)
+    attention_amx_(q, k, v, scale, parts, out)
     expected = expected_of(q, k, v, scale)
     rounding = torch.finfo(dtype).eps
     assert (out.double() - expected).abs().max() <= (ERRORS[parts] + rounding) * expected.abs().max()
@@ -43,7 +43,7 @@ def test_parity(shape, dtype, parts):
 def test_large_logits_choose_one_key():
     """The softmax is taken about its maximum."""
     q, k, v, out = inputs((1, 1, 40, 32), torch.float32)
-    attention_parts_(q, k, v, 1e4, 3, out)
+    attention_amx_(q, k, v, 1e4, 3, out)
     expected = expected_of(q, k, v, 1e4)
     assert (out.double() - expected).abs().max() <= 1e-3 * expected.abs().max()
 
@@ -52,19 +52,19 @@ def test_large_logits_choose_one_key():
 def test_logits_whose_products_round(size):
     """The largest weight is 1, whatever rounding leaves of its logit."""
     q, k, v, out = inputs((1, 1, 40, 64), torch.float32)
-    attention_parts_(q * size, k * size, v, 0.125, 3, out)
+    attention_amx_(q * size, k * size, v, 0.125, 3, out)
     chosen = (q.double() @ k.double().mT).argmax(-1)[0, 0]
     torch.testing.assert_close(out[0, 0], v[0, 0, chosen], rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_does_not_depend_on_the_others_or_the_threads():
     q, k, v, out = inputs((5, 2, 49, 48), torch.float32)
-    attention_parts_(q, k, v, 0.2, 3, out)
+    attention_amx_(q, k, v, 0.2, 3, out)
     alone = torch.empty_like(out[3:4])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        attention_parts_(q[3:4], k[3:4], v[3:4], 0.2, 3, alone)
+        attention_amx_(q[3:4], k[3:4], v[3:4], 0.2, 3, alone)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, out[3:4])
@@ -74,7 +74,7 @@ def test_nan_stays_in_its_rows():
     q, k, v, out = inputs((1, 2, 49, 48), torch.float32)
     q[0, 0, 5] = torch.nan
     v[0, 1, :, 7] = torch.nan
-    attention_parts_(q, k, v, 0.2, 3, out)
+    attention_amx_(q, k, v, 0.2, 3, out)
     spoiled = torch.zeros(1, 2, 49, 48, dtype=torch.bool)
     spoiled[0, 0, 5] = spoiled[0, 1, :, 7] = True
     assert torch.equal(out.isnan(), spoiled)
@@ -83,19 +83,19 @@ def test_nan_stays_in_its_rows():
 def test_what_is_refused():
     q, k, v, out = inputs((1, 1, 8, 8), torch.float32)
     with pytest.raises(RuntimeError, match="there are 1 or 3 parts"):
-        attention_parts_(q, k, v, 1.0, 2, out)
+        attention_amx_(q, k, v, 1.0, 2, out)
     with pytest.raises(RuntimeError, match="k must be"):
-        attention_parts_(q, k[..., :4], v, 1.0, 3, out)
+        attention_amx_(q, k[..., :4], v, 1.0, 3, out)
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
-        attention_parts_(*(t.double() for t in (q, k, v)), 1.0, 3, out.double())
+        attention_amx_(*(t.double() for t in (q, k, v)), 1.0, 3, out.double())
     _native.use_simd("avx2")
     try:
         with pytest.raises(RuntimeError, match="no AMX"):
-            attention_parts_(q, k, v, 1.0, 2, out)
+            attention_amx_(q, k, v, 1.0, 2, out)
     finally:
         _native.use_simd("best")
 
 
 def test_opcheck():
     q, k, v, out = inputs((1, 2, 9, 16), torch.float32)
-    torch.library.opcheck(attention_parts_.default, (q, k, v, 0.25, 3, out))
+    torch.library.opcheck(attention_amx_.default, (q, k, v, 0.25, 3, out))

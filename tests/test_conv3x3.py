@@ -11,7 +11,7 @@ from diffusion.kernels.ops.convolution import conv3x3_reference
 from diffusion.kernels.ops.convolution.conv3x3_cases import CASES
 from diffusion.kernels.ops.convolution.conv3x3_native import convolution_, multiplies_pairs
 from diffusion.kernels.ops.convolution.packing import PANEL, Packing, choose_packing, pack
-from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_map_
+from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 from native import requires_amx, requires_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -234,7 +234,7 @@ def test_opcheck():
         (x, packed.data, 3, 1, 1, 1, 4, 0, torch.ones(16), map, True, None, out),
     )
     torch.library.opcheck(
-        torch.ops.fused_diffusion.group_norm_map_.default,
+        torch.ops.fused_diffusion.group_norm_affine_.default,
         (x, 4, torch.ones(8), None, 1e-5, None, None, None, True, map),
     )
 
@@ -352,7 +352,7 @@ def test_bounds_of_a_map(dtype, shape, silu, size, shift):
     n, c = shape[:2]
     weight, bias = channels_last(2, c, 1, 1).flatten(1).unbind(0)
     weight, bias, map = size * weight, size * bias + shift, torch.empty(4, n, c)
-    group_norm_map_(x, 2, weight, bias, 1e-5, None, None, None, silu, map)
+    group_norm_affine_(x, 2, weight, bias, 1e-5, None, None, None, silu, map)
     z = F.group_norm(x.double(), 2, weight.double(), bias.double())
     ends = torch.stack([z.amin((2, 3)), z.amax((2, 3))])
     reached = (F.silu(ends) if silu else ends).abs().amax(0)
@@ -361,7 +361,7 @@ def test_bounds_of_a_map(dtype, shape, silu, size, shift):
         reached = torch.where((ends[0] < -1.27846) & (ends[1] > -1.27846), reached.clamp_min(lowest), reached)
     torch.testing.assert_close(map[3].double(), reached, rtol=1e-4, atol=1e-5 * size)
     x[0, 0, 0, 0] = float("nan")
-    group_norm_map_(x, 2, weight, bias, 1e-5, None, None, None, silu, map)
+    group_norm_affine_(x, 2, weight, bias, 1e-5, None, None, None, silu, map)
     assert map[3, 0, : c // 2].isnan().all()
     assert map[3, 0, c // 2 :].isfinite().all()
 

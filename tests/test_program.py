@@ -10,7 +10,7 @@ from diffusion.kernels import _native
 from diffusion.kernels._program import Program
 from diffusion.kernels.ops.convolution.conv3x3_native import convolution_
 from diffusion.kernels.ops.convolution.packing import choose_packing, pack
-from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_map_
+from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -25,7 +25,7 @@ def calls(batch=2, seed=0):
     out = torch.zeros(batch, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     norm = (x, 8, None, None, 1e-5, None, None, None, True, map)
     conv = (x, packed.data, 3, 1, 1, 1, packed.packing.tile, packed.packing.parts, None, map, True, None, out)
-    return x, out, [(group_norm_map_, norm), (convolution_, conv)]
+    return x, out, [(group_norm_affine_, norm), (convolution_, conv)]
 
 
 def run(written):
@@ -50,7 +50,7 @@ def test_a_program_does_what_its_calls_do():
 def test_calls_run_again_once_a_program_is_written():
     _, out, written = calls()
     with pytest.raises(RuntimeError, match="map must be"):
-        Program([written[0], (group_norm_map_, (*written[0][1][:-1], torch.empty(3)))])
+        Program([written[0], (group_norm_affine_, (*written[0][1][:-1], torch.empty(3)))])
     run(written)
     assert out.any()
 

@@ -1,10 +1,10 @@
-"""doubled_: PyTorch's nearest-neighbour interpolation, to and from ranges of channels."""
+"""upsample_nearest2x_: PyTorch's nearest-neighbour interpolation, to and from ranges of channels."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusion.kernels import _native
-from diffusion.kernels.ops.convolution.upsample import doubled_
+from diffusion.kernels.ops.convolution.upsample import upsample_nearest2x_
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -23,7 +23,7 @@ def test_doubled(shape, dtype):
     x = channels_last(n, c + 5, height, width, dtype=dtype)[:, 2 : c + 2]
     wide = channels_last(n, c + 9, 2 * height, 2 * width, dtype=dtype)
     before, out = wide.clone(), wide[:, 4 : c + 4]
-    doubled_(x, out)
+    upsample_nearest2x_(x, out)
     assert torch.equal(out, F.interpolate(x, scale_factor=2.0) if n else out)
     assert torch.equal(wide[:, :4], before[:, :4])
     assert torch.equal(wide[:, c + 4 :], before[:, c + 4 :])
@@ -41,8 +41,8 @@ def test_doubled(shape, dtype):
 )
 def test_wrong_arguments(x, out, message):
     with pytest.raises(RuntimeError, match=message):
-        doubled_(x, out)
+        upsample_nearest2x_(x, out)
 
 
 def test_opcheck():
-    torch.library.opcheck(doubled_.default, (channels_last(1, 2, 3, 3), channels_last(1, 2, 6, 6)))
+    torch.library.opcheck(upsample_nearest2x_.default, (channels_last(1, 2, 3, 3), channels_last(1, 2, 6, 6)))

@@ -1,4 +1,4 @@
-// Attention on a CPU with AMX, as products of tiles: fused_diffusion::attention_parts_, for networks that are prepared,
+// Attention on a CPU with AMX, as products of tiles: fused_diffusion::attention_amx_, for networks that are prepared,
 // and what attention/attention.cpp calls for bfloat16, with its gradient.
 //
 // Keys and values are packed once for a head; then 32 queries at a time are multiplied with all keys, normalised, and
@@ -378,7 +378,7 @@ void amx_attention_gradient(const AttentionGradientArguments&) {}
 
 namespace {
 
-void attention_parts_(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t parts, Tensor out) {
+void attention_amx_(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t parts, Tensor out) {
   STD_TORCH_CHECK(simd_in_use() == Simd::amx, "this processor has no AMX");
   STD_TORCH_CHECK(parts == 1 || parts == 3, "there are 1 or 3 parts");
   check_attention(q, q, "q");
@@ -407,5 +407,5 @@ void attention_parts_(const Tensor& q, const Tensor& k, const Tensor& v, double 
 }  // namespace fused_diffusion
 
 STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) {
-  m.impl("attention_parts_", TORCH_BOX(&fused_diffusion::attention_parts_));
+  m.impl("attention_amx_", TORCH_BOX(&fused_diffusion::attention_amx_));
 }

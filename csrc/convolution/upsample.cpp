@@ -1,4 +1,4 @@
-// fused_diffusion::doubled_ on the CPU: nearest-neighbour interpolation to twice the size, straight to where it is read.
+// fused_diffusion::upsample_nearest2x_ on the CPU: nearest-neighbour interpolation to twice the size, straight to where it is read.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,7 +30,7 @@ void double_rows(const char* x, int64_t x_pixel, char* out, int64_t out_pixel, i
   }
 }
 
-void doubled_(const Tensor& x, Tensor out) {
+void upsample_nearest2x_(const Tensor& x, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && x.scalar_type() == out.scalar_type() && x.size(0) == out.size(0) &&
                       x.size(1) == out.size(1) && 2 * x.size(2) == out.size(2) && 2 * x.size(3) == out.size(3),
                   "x must be [N, C, H, W], and out [N, C, 2 H, 2 W] of its dtype");
@@ -51,4 +51,4 @@ void doubled_(const Tensor& x, Tensor out) {
 }  // namespace
 }  // namespace fused_diffusion
 
-STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) { m.impl("doubled_", TORCH_BOX(&fused_diffusion::doubled_)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) { m.impl("upsample_nearest2x_", TORCH_BOX(&fused_diffusion::upsample_nearest2x_)); }

@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
                                });
 }
 
-void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
+void group_norm_affine_(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
                      double eps, std::optional<Tensor> add, std::optional<Tensor> scale, std::optional<Tensor> shift,
                      bool silu, Tensor map) {
   NormArguments args = norm_arguments(x, num_groups, weight, bias, add, scale, shift, silu);
@@ -164,5 +164,5 @@ void group_norm_map_(const Tensor& x, int64_t num_groups, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&fused_diffusion::group_norm_silu));
   m.impl("group_norm_silu_backward", TORCH_BOX(&fused_diffusion::group_norm_silu_backward));
-  m.impl("group_norm_map_", TORCH_BOX(&fused_diffusion::group_norm_map_));
+  m.impl("group_norm_affine_", TORCH_BOX(&fused_diffusion::group_norm_affine_));
 }

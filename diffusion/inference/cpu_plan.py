@@ -18,11 +18,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..kernels import _native
 from ..kernels._program import Program
-from ..kernels.ops.attention.library import attention_parts_
+from ..kernels.ops.attention.library import attention_amx_
 from ..kernels.ops.convolution import conv3x3_native as convolutions
 from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
-from ..kernels.ops.convolution.upsample import doubled_
-from ..kernels.ops.group_norm_silu.channel_affine import group_norm_map_
+from ..kernels.ops.convolution.upsample import upsample_nearest2x_
+from ..kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 from ..models.blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
 from ..models.structure import altered
 from ..models.unet import UNet
@@ -31,10 +31,10 @@ from ..utils.memory import total_memory
 
 _Call = tuple[Callable, tuple]
 _WRITTEN = {  # operators that know programs, and their kinds
-    group_norm_map_: "norm",
+    group_norm_affine_: "norm",
     convolutions.convolution_: "convolution",
-    attention_parts_: "attention",
-    doubled_: "rest",
+    attention_amx_: "attention",
+    upsample_nearest2x_: "rest",
 }
 SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
 MOST_POSITIONS = 2048  # of attention by AMX, which keeps all logits of some queries
@@ -182,7 +182,7 @@ class _Plan:
         map, silu = self._buffers[key], norm.activation == "silu"
         weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
         modulation = [modulation.get(name) for name in ("add", "scale", "shift")]
-        self._call(group_norm_map_, x, norm.groups, weight, bias, norm.eps, *modulation, silu, map)
+        self._call(group_norm_affine_, x, norm.groups, weight, bias, norm.eps, *modulation, silu, map)
         return map, silu
 
     def _convolve(
@@ -248,7 +248,7 @@ class _Plan:
 
     def _change(self, how: Downsample | Upsample, x: Tensor, out: Tensor) -> None:
         if isinstance(how, Upsample):
-            self._call(doubled_, x, out)
+            self._call(upsample_nearest2x_, x, out)
         else:
             self._call(_store, out, how, x)
 
@@ -264,7 +264,7 @@ class _Plan:
         arguments = (q, k, v, q.shape[-1] ** -0.5)
         if self.prepared.simd == "amx" and height * width <= MOST_POSITIONS:
             parts = 1 if self.prepared.dtype == torch.bfloat16 else 3
-            self._call(attention_parts_, *arguments, parts, heads)
+            self._call(attention_amx_, *arguments, parts, heads)
         else:
             self._call(_attention_into, heads, *arguments)
         self._convolve(attention.proj, attended, out, residual=x)

@@ -79,14 +79,14 @@ define("attention")
 
 # Without a gradient, on a CPU with AMX: bfloat16 in one part, float32 in three parts of bfloat16.
 torch.library.define(
-    "fused_diffusion::attention_parts_",
+    "fused_diffusion::attention_amx_",
     "(Tensor q, Tensor k, Tensor v, float scale, int parts, Tensor(a!) out) -> ()",
 )
 
 
-@torch.library.register_fake("fused_diffusion::attention_parts_")
+@torch.library.register_fake("fused_diffusion::attention_amx_")
 def _fake_parts(q, k, v, scale, parts, out) -> None:
     return None
 
 
-attention_parts_ = torch.ops.fused_diffusion.attention_parts_
+attention_amx_ = torch.ops.fused_diffusion.attention_amx_

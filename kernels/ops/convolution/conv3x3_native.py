@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..group_norm_silu.channel_affine import group_norm_map_
+from ..group_norm_silu.channel_affine import group_norm_affine_
 from .packing import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
-# weight: as packed. bias: float32 [K]. map: see group_norm_map_. scale: 2 reads each pixel of x as 2 x 2.
+# weight: as packed. bias: float32 [K]. map: see group_norm_affine_. scale: 2 reads each pixel of x as 2 x 2.
 # padding: on the left and above; what is missing on the right and below is as large as out has to have it.
 # tile: 0, 2 or 4. parts: 0, 1 or 3. See packing.Packing.
 torch.library.define(
@@ -108,7 +108,7 @@ def conv3x3(
     if num_groups is not None:
         rows = 4 if weight.packing.parts == 3 else 3  # bytes need bounds of what they multiply
         map = x.new_empty((rows, *x.shape[:2]), dtype=torch.float32)
-        group_norm_map_(x, num_groups, norm_weight, norm_bias, eps, add, scale, shift, silu, map)
+        group_norm_affine_(x, num_groups, norm_weight, norm_bias, eps, add, scale, shift, silu, map)
     factor = 2 if upsample else 1
     shape = (x.shape[0], weight.shape[0], factor * x.shape[2], factor * x.shape[3])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -3,12 +3,12 @@
 import torch
 
 # x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor; out: [N, C, 2 H, 2 W], too.
-torch.library.define("fused_diffusion::doubled_", "(Tensor x, Tensor(a!) out) -> ()")
+torch.library.define("fused_diffusion::upsample_nearest2x_", "(Tensor x, Tensor(a!) out) -> ()")
 
 
-@torch.library.register_fake("fused_diffusion::doubled_")
+@torch.library.register_fake("fused_diffusion::upsample_nearest2x_")
 def _fake(x, out) -> None:
     return None
 
 
-doubled_ = torch.ops.fused_diffusion.doubled_
+upsample_nearest2x_ = torch.ops.fused_diffusion.upsample_nearest2x_
