@@ -16,22 +16,26 @@ from .training import train_classifier
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains a classifier of labelled images, measures what its features say of others, and writes both."""
+    """Train a classifier of labelled images, and measure real images in its features."""
     take_any_name()
     parser = Parser(prog="python -m diffusion.classifier", description=main.__doc__)
     add = parser.add_argument
     add("--data", default="mnist", help=f"{', '.join(DATASETS)}, or a folder or zip (default: mnist)")
-    add("--test-data", help="the other images of a folder or zip, which the classifier does not see")
-    add("--data-dir", help="torchvision's folder of mnist or cifar10, such as that of MNIST/raw")
-    add("--out", required=True, help="folder to write, as diffusion/weights/mnist-classifier")
+    add("--test-data", help="folder or zip of test images; needed unless --data is a data set")
+    add("--data-dir", help="torchvision's folder of mnist or cifar10: DIR, if the files are in DIR/MNIST/raw")
+    add("--out", required=True, help="folder to write")
     add(
         "--architecture",
         help=f"{' or '.join(ARCHITECTURES)} (default: plain for gray images, residual for colour)",
     )
-    add("--epochs", type=int, help="passes over the training images (default: 18 of plain, 10 of residual)")
-    add("--width", type=int, help="channels of the first layers (default: 16, or 48 of plain in colour)")
-    add("--features", type=int, help="(default: 64 of plain, 128 of it in colour, 256 of residual)")
-    add("--sample-size", type=int, default=1000, help="images whose distance is measured (default: 1000)")
+    add("--epochs", type=int, help="passes over the training images (default: 18 for plain, 10 for residual)")
+    add("--width", type=int, help="channels of the first layers (default: 16; 48 for plain in colour)")
+    add(
+        "--features",
+        type=int,
+        help="size of the feature vector (default: 64 for plain, 128 in colour; 256 for residual)",
+    )
+    add("--sample-size", type=int, default=1000, help="number of real test images to measure (default: 1000)")
     options = parser.parse_args(arguments)
     try:
         check_writable(Path(options.out) / "config.json")
@@ -71,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _config(options: argparse.Namespace, channels: int, size: int, classes: int) -> ClassifierConfig:
-    """Of the options; what they leave open suits gray digits and small photographs."""
+    """The configuration of the options, with defaults for gray digits and for small photographs."""
     gray = channels == 1
     architecture = options.architecture or ("plain" if gray else "residual")
     plain = architecture == "plain"

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
-        for word in words:  # of which Python 3.11 makes an empty list, and 3.13 a value
+        for word in words:  # Python 3.11 makes an empty list of it, and 3.13 a value
             option, equals, value = word.partition("=")
             if option.startswith("--") and equals and value == "--":
                 self.error(f"{option} needs a value, and -- is none")
@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command. Exit status 0; 2 after an error of the user's, told in one line; 130 after Ctrl-C."""
+    """Runs one command. Exit status: 0; 2 after a user's error, with one line on stderr; 130 after Ctrl-C."""
     take_any_name()
-    parser = Parser(prog="diffusion", description="Sample, train and judge diffusion models.")
+    parser = Parser(prog="diffusion", description="Sample from, train and evaluate diffusion models.")
     parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -63,17 +63,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """In one line, without the place in the code."""
+    """Prints a warning in one line, without the place in the code."""
     print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def take_any_name() -> None:
-    """Lets the standard output take names of files that its encoding lacks, as the error output does."""
+    """Lets stdout print file names that its encoding lacks, escaped, as stderr does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(program: str, message: str) -> NoReturn:
-    """Ends the process after an error of the user's: one line, exit status 2."""
+    """Ends the process after a user's error: one line on stderr, exit status 2."""
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,6 +1,6 @@
-"""Judge a model, or images: by a classifier, by FID and its like, by bits per dimension, along a curve.
+"""Evaluate a model or images: class accuracy, FID and other distances, bits per dimension, or a curve.
 
-Without further options: class accuracy under guidance and Fréchet distance without it, of a model of digits.
+Without further options: class accuracy with guidance and Fréchet distance without it, of a model of digits.
 """
 
 import argparse
@@ -24,41 +24,51 @@ from .sample import choose_labels, default_device
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="mnist", help="bundled name, folder, or hf:owner/name (default: %(default)s)")
-    add("--num", type=int, default=1000, help="samples for each measure (default: %(default)s)")
-    add("--guidance-scale", type=float, help="for the class accuracy 2, for distances 1 unless given")
+    add("--model", default="mnist", help="a bundled name, a folder, or hf:owner/name (default: %(default)s)")
+    add("--num", type=int, default=1000, help="number of samples for each measure (default: %(default)s)")
+    add(
+        "--guidance-scale",
+        type=float,
+        help="of classifier-free guidance (default: 2 for accuracy, 1 for distances)",
+    )
     add("--sampler", default="ddim", help="ddpm, ddim or dpm++ (default: %(default)s)")
-    add("--steps", type=int, default=50, help="of the chain, 1 to T (default: %(default)s)")
+    add("--steps", type=int, default=50, help="number of steps, 1 to T (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add(
         "--data-dir",
-        help="torchvision's folder of mnist or cifar10; alone: measure real images there anew "
-        "(default: figures that come with the classifier)",
+        help="torchvision's folder of mnist or cifar10; without --reference, real images there are measured "
+        "again (default: the figures that come with the classifier)",
     )
-    add("--classifier", metavar="DIR", help="another one, made by `python -m diffusion.classifier`")
-    add("--reference", metavar="IMAGES", help="mnist, cifar10, a folder, zip or .npz: compare with these")
-    add("--split", default="train", help="of mnist or cifar10, train or test (default: %(default)s)")
-    add("--samples", metavar="IMAGES", help="compare these with the reference, instead of a model's")
+    add("--classifier", metavar="DIR", help="folder of a classifier made by `python -m diffusion.classifier`")
+    add("--reference", metavar="IMAGES", help="images to compare with: mnist, cifar10, a folder, zip or .npz")
+    add("--split", default="train", help="train or test, of mnist or cifar10 (default: %(default)s)")
+    add("--samples", metavar="IMAGES", help="images to compare with the reference, instead of a model's")
     add(
         "--metrics",
         nargs="+",
         default=list(METRICS),
-        help=f"of the comparison (default: {' '.join(METRICS)})",
+        help=f"measures of the comparison (default: {' '.join(METRICS)})",
     )
     add(
         "--features",
         default="inception",
-        help="inception, efficientnet-lite0, classifier (of digits), or a classifier's folder "
+        help="inception, efficientnet-lite0, classifier (of digits), or the folder of a classifier "
         "(default: %(default)s)",
     )
-    add("--bits-per-dim", action="store_true", help="variational bound on --num images of the reference")
-    add("--sweep", action="store_true", help="distance against steps and guidance; --out NAME.json and .png")
-    add("--batch-size", type=int, help="images made at a time")
+    add("--bits-per-dim", action="store_true", help="compute the variational bound on --num reference images")
+    add(
+        "--sweep",
+        action="store_true",
+        help="measure the distance by steps and guidance; needs --out NAME.json",
+    )
+    add("--batch-size", type=int, help="number of images made at a time (default: chosen by memory)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
     add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
-    add("--backend", default="auto", help="of the kernels (default: auto)")
-    add("--out", metavar="FILE.json", help="write the result there too")
+    add(
+        "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
+    )
+    add("--out", metavar="FILE.json", help="also write the result to this file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -127,7 +137,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not args.reference:
-        raise ValueError("--reference is missing: the images whose bits per dimension are wanted")
+        raise ValueError("--reference is missing: the images to compute bits per dimension of")
     model = _model(args)
     images = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
     labels = images.labels[: args.num] if images.labels is not None and model.num_classes else None

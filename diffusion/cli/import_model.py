@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="for .pt files: a flag that the model was trained with, such as learn_sigma=True; repeatable",
+        help="for .pt files: a flag of the training command, such as learn_sigma=True; may be repeated",
     )
 
 

@@ -1,4 +1,4 @@
-"""Show versions, what is compiled and loaded, which backend each op would use, and models."""
+"""Show versions, compiled libraries, the backend of each op, and bundled models."""
 
 import argparse
 import platform
@@ -12,7 +12,9 @@ from .sample import default_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="describe this model: a bundled name, folder, or hf:owner/name")
+    parser.add_argument(
+        "--model", help="describe a model instead: a bundled name, a folder, or hf:owner/name"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -21,21 +21,42 @@ GIF_FRAMES = 50  # at most, spread evenly over the steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="mnist", help="bundled name, folder, or hf:owner/name (default: %(default)s)")
-    add("--labels", nargs="+", metavar="LABEL", help="such as 0-9, 3 1 4 or none (default: every class)")
-    add("--num", type=int, help="how many images; labels are repeated in turn (default: 4 a class)")
-    add("--guidance-scale", type=float, help="1 is no guidance (default: 2 with labels)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided")
-    add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
+    add("--model", default="mnist", help="a bundled name, a folder, or hf:owner/name (default: %(default)s)")
+    add(
+        "--labels", nargs="+", metavar="LABEL", help="class labels, such as 0-9, 3 1 4 or none (default: all)"
+    )
+    add("--num", type=int, help="number of images; the labels repeat in turn (default: 4 for each class)")
+    add(
+        "--guidance-scale", type=float, help="of classifier-free guidance; 1 is none (default: 2 with labels)"
+    )
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="timesteps that are guided (default: all)",
+    )
+    add(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="rescaling after guidance, 0 to 1 (default: 0)",
+    )
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
-    add("--steps", type=int, help="steps of the chain (default: 50; for ddpm all)")
-    add("--spacing", help="leading, linspace, trailing or quad (default: the model's, or leading)")
-    add("--eta", type=float, help="ddim: 0 is deterministic, 1 as noisy as ddpm")
-    add("--variance", help="ddpm: fixed_small, fixed_large or learned_range")
-    add("--sde", action="store_true", default=None, help="dpm++: the stochastic form")
-    add("--dynamic-threshold", type=float, metavar="RATIO", help="instead of clipping, such as 0.995")
+    add("--steps", type=int, help="number of steps, 1 to T (default: 50; for ddpm, T)")
+    add("--spacing", help="of the timesteps: leading, linspace, trailing or quad (default: the model's)")
+    add("--eta", type=float, help="ddim: noise, from 0 (deterministic) to 1 (as much as ddpm)")
+    add("--variance", help="ddpm: fixed_small, fixed_large or learned_range (default: the model's)")
+    add("--sde", action="store_true", default=None, help="dpm++: use its stochastic form")
+    add(
+        "--dynamic-threshold",
+        type=float,
+        metavar="RATIO",
+        help="clip to this quantile of each image, such as 0.995",
+    )
     add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
-    add("--batch-size", type=int, help="images made at a time")
+    add("--batch-size", type=int, help="number of images made at a time (default: chosen by memory)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
     add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
@@ -45,11 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         default="samples.png",
-        help="a .png, .gif or .npz file, or a folder for shards (default: %(default)s)",
+        help="a .png, .gif or .npz file, or a folder for .npz shards (default: %(default)s)",
     )
-    add("--shard-size", type=int, default=500, help="images in each .npz of a folder (default: %(default)s)")
-    add("--columns", type=int, help="images in a row of the grid (default: 10)")
-    add("--scale", type=int, default=2, help="size of a pixel in the grid (default: %(default)s)")
+    add(
+        "--shard-size",
+        type=int,
+        default=500,
+        help="number of images in each .npz of a folder (default: %(default)s)",
+    )
+    add("--columns", type=int, help="number of images in a row of the grid (default: 10)")
+    add(
+        "--scale",
+        type=int,
+        default=2,
+        help="width of an image's pixel in the grid, in pixels (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,7 +166,7 @@ def choose_device(name: str | None, ranks: Ranks) -> torch.device:
 
 
 def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tuple[list[int] | None, int]:
-    """A label for each image (None: unconditional), and how many images, from the command line's words."""
+    """A label for each image (None: unconditional) and the number of images, from the command line."""
     if num is not None:
         num = model.check_count(num, "--num")
     if words == ["none"] or (words is None and model.num_classes is None):
@@ -162,14 +193,14 @@ def parse_labels(words: list[str]) -> list[int]:
 
 
 class _Frames:
-    """Keeps what the latents look like on their way, over all batches of one call."""
+    """Keeps the latents of GIF_FRAMES steps, over all batches of one call of `sample`."""
 
     def __init__(self, num: int, steps: int):
         self.kept = sorted({round(i * (steps - 1) / (GIF_FRAMES - 1)) for i in range(GIF_FRAMES)})
         self.latents: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
 
     def __call__(self, i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
-        if i == 0:  # a batch begins, perhaps because there was not memory enough to finish one as large
+        if i == 0:  # a batch begins; it may be a smaller one after running out of memory
             whole = len(self.latents[self.kept[-1]])
             self.latents = {step: latents[:whole] for step, latents in self.latents.items()}
         if i in self.latents:

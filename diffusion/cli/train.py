@@ -1,4 +1,4 @@
-"""Train a model; `diffusion train --data mnist --data-dir DIR --out RUN` is the bundled model's recipe."""
+"""Train a model. The bundled model: `diffusion train --data mnist --data-dir DIR --out RUN`."""
 
 import argparse
 import contextlib
@@ -30,71 +30,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        help=f"{', '.join(DATASETS)}, or a folder or zip of images, class/name.png (default: what the recipe "
-        "is named after, or mnist)",
+        help=f"{', '.join(DATASETS)}, or a folder or zip of images named class/name.png (default: the "
+        "recipe's data set, or mnist)",
     )
-    add("--data-dir", help="torchvision's folder of mnist or cifar10, such as DIR with DIR/MNIST/raw")
+    add("--data-dir", help="torchvision's folder of mnist or cifar10: DIR, if the files are in DIR/MNIST/raw")
     add("--download", action="store_true", help="let torchvision fetch missing files")
     add(
         "--validation-data",
         metavar="PATH",
-        help="another folder or zip, for the validation loss (default: the test split of mnist or cifar10)",
+        help="folder or zip for the validation loss (default: the test split of mnist or cifar10)",
     )
-    add("--cache", metavar="DIR", help="keep decoded images there, and read them from the file")
+    add("--cache", metavar="DIR", help="folder for a file of decoded images, read instead of decoding again")
     add(
         "--resize",
         action="store_true",
-        help="of each image of a folder or zip take the square in the middle, scaled to the model's size",
+        help="crop each image of a folder or zip to a central square, scaled to the model's size",
     )
     add(
         "--recipe",
-        help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: that of the data set)",
+        help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: the data set's)",
     )
     add(
         "--init",
         metavar="MODEL",
-        help="start from the weights of a model, a bundled name or a folder; its network, noise schedule and "
-        "prediction type take the place of the recipe's",
+        help="start from the weights of a model (bundled name or folder); its network, noise schedule and "
+        "prediction type replace the recipe's",
     )
     add("--unconditional", action="store_true", help="train without labels")
     defaults = {field.name: field for field in fields(Recipe)}
     for name in OVERRIDES:
-        add(f"--{name.replace('_', '-')}", type=defaults[name].type, help="instead of the recipe's")
+        add(f"--{name.replace('_', '-')}", type=defaults[name].type, help=f"override the recipe's {name}")
     add(
         "--set",
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="any other field of the recipe, such as unet.channels=64 loss_weighting=min_snr",
+        help="other fields of the recipe, such as unet.channels=64 loss_weighting=min_snr",
     )
     add("--show", action="store_true", help="print the recipe and stop")
     add("--out", metavar="RUN", help="folder for the model, log, samples and checkpoint")
-    add("--resume", action="store_true", help="go on from the checkpoint in RUN, as if never stopped")
+    add("--resume", action="store_true", help="continue from the checkpoint in RUN")
     add(
         "--accept-changes",
         action="store_true",
-        help="resume with other data, steps, rates or loss than before, such as a lower --learning-rate",
+        help="with --resume: allow other data, steps, rates or loss, such as a lower --learning-rate",
     )
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add(
         "--autocast",
         choices=("auto", *AUTOCAST),
         default="auto",
-        help="16 bits in forward and backward; auto: bfloat16 where the device multiplies it in hardware",
+        help="dtype of forward and backward; auto: bfloat16 where the device multiplies it in hardware",
     )
-    add("--micro-batch", type=int, metavar="N", help="images at a time, for less memory (default: the batch)")
-    add("--checkpointing", action="store_true", help="compute activations twice, for less memory")
-    add("--compile", action="store_true", help="compile the network by torch.compile")
+    add(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="number of images at a time, for less memory (default: all)",
+    )
+    add("--checkpointing", action="store_true", help="compute activations again in backward, for less memory")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
     add(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="memory format of the network (default: yes)",
+        help="use the memory format channels_last (default: yes)",
     )
-    add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)")
-    add("--sample-every", type=int, default=2500, metavar="STEPS", help="between grids (default: 2500)")
-    add("--validate-every", type=int, default=500, metavar="STEPS", help="(default: 500)")
-    add("--log-every", type=int, default=50, metavar="STEPS", help="(default: 50)")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="between two checkpoints (default: 500)")
+    add(
+        "--sample-every",
+        type=int,
+        default=2500,
+        metavar="STEPS",
+        help="between two sample grids (default: 2500)",
+    )
+    add(
+        "--validate-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="between two validations (default: 500)",
+    )
+    add(
+        "--log-every", type=int, default=50, metavar="STEPS", help="between two rows of log.csv (default: 50)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -119,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     recipe, data, validation, found = load_data(args, recipe)
     if ranks.rank == 0:
         print(found, flush=True)
-    with process_group(ranks, device), _what_to_do(device):
+    with process_group(ranks, device), _suggest_options(device):
         trainer = Trainer(
             recipe,
             data.images,
@@ -156,8 +175,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _what_to_do(device: torch.device) -> Iterator[None]:
-    """ValueError with a way out where memory is not enough, or torch.compile fails (without g++, it does)."""
+def _suggest_options(device: torch.device) -> Iterator[None]:
+    """Turns out-of-memory and torch.compile failures into a ValueError that suggests an option."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -171,11 +190,12 @@ def _what_to_do(device: torch.device) -> Iterator[None]:
 
 
 def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
-    """The recipe that the options ask for; init: the model of --init."""
+    """The recipe, with the changes that the options make to it. init: the model of --init."""
     name = args.recipe or (args.data if args.data in DATASETS else None)
     if name is None:
         raise ValueError(
-            f"--recipe is missing: how to train on {args.data}; one of {', '.join(RECIPES)}, or a file"
+            f"--recipe is missing: {args.data} has none of its own; "
+            f"choose from: {', '.join(RECIPES)}, or a file"
         )
     recipe = load_recipe(name)
     if init is not None:
@@ -189,14 +209,14 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
-    """What to run in instead of float32, if anything. ValueError if it is asked for and the device cannot."""
+    """The dtype of autocast, or None for float32. ValueError if the device lacks the chosen one."""
     if choice != "auto":
         if AUTOCAST[choice] is not None:
             check_dtype(device, AUTOCAST[choice])
         return AUTOCAST[choice]
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # PyTorch's own products of bfloat16, which do not need this package's library
+    else:  # PyTorch's own bfloat16 products; they do not need this package's library
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         faster = device.type == "cpu" and any(
             capabilities.get(name) and allows(variant)

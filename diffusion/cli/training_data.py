@@ -1,4 +1,4 @@
-"""What `diffusion train` trains on, and the recipe with the classes and channels that the data have."""
+"""The training data of `diffusion train`, and the recipe with the classes and channels of that data."""
 
 import argparse
 from dataclasses import replace
@@ -16,11 +16,11 @@ from ..training.state import read_state
 
 CHANNELS_OF = {"mnist": 1, "cifar10": 3}
 VALIDATION_IMAGES = 1000
-MOST_NAMED = 10  # classes in a line
+MAX_NAMED = 10  # classes named in a message
 
 
 class TrainingData(NamedTuple):
-    """recipe: fitted to the data. validation: images and labels. found: what the data are, in a line."""
+    """recipe: fitted to the data. validation: images and labels. found: one line that describes the data."""
 
     recipe: Recipe
     images: ImageSet
@@ -29,12 +29,13 @@ class TrainingData(NamedTuple):
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe) -> TrainingData:
-    """The images that the options name, and the recipe with their number of channels and classes.
+    """The images that the options name, and the recipe with the channels and classes of these images.
 
     A recipe of the package takes both from the data. A field of the network that the user wrote, by --set or
     in a recipe's file, is kept: ValueError if the data have another number of classes, or if colour would be
-    lost, unless --set asks for one channel. A run that is resumed keeps its own. An unconditional recipe
-    stays one. The size of images is never taken from the data: ValueError, with the way out, if it differs.
+    lost, unless --set asks for one channel. A resumed run keeps its own. An unconditional recipe stays
+    unconditional. The image size is never taken from the data: if it differs, a ValueError names the option
+    to use.
     """
     named = {"data_dir": args.data_dir, "download": args.download} if args.data in DATASETS else {}
     for name in ("cache", "resize") if named else ("data_dir", "download"):
@@ -77,7 +78,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> TrainingData:
 
 
 def _fixed_fields(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
-    """The fields of the network that the user wrote, and where."""
+    """The fields of the network that the user wrote, each with the option or file that holds it."""
     fixed = {}
     if args.recipe is not None and args.recipe not in RECIPES:
         fixed |= dict.fromkeys(load_recipe(args.recipe).unet, args.recipe)
@@ -101,7 +102,7 @@ def _of_the_run(args: argparse.Namespace, recipe: Recipe, fixed: dict[str, str])
 
 
 def _with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) -> tuple[Recipe, str]:
-    """The recipe for images that have `own` channels, and what to say of it."""
+    """The recipe for images with `own` channels, and a remark on the change for the user."""
     config = UNetConfig.from_dict(recipe.unet)
     wanted, where = config.in_channels, fixed.get("in_channels") or fixed.get("out_channels")
     if wanted == own:
@@ -110,7 +111,7 @@ def _with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) -
         outputs = own * config.out_channels // wanted
         unet = recipe.unet | {"in_channels": own, "out_channels": outputs}
         return replace(recipe, unet=unet), f" (the recipe had {wanted})"
-    if data in DATASETS:  # which are not converted
+    if data in DATASETS:  # these are never converted
         raise ValueError(f"{data} has {own} channels, but unet.in_channels is {wanted} in {where}")
     if own > wanted and where != "--set":
         raise ValueError(
@@ -147,7 +148,7 @@ def _classes(data: ImageSet) -> int:
 
 
 def _about_classes(data: ImageSet, count: int, wanted: int) -> str:
-    """How many classes are trained, by name, and which of them have no images."""
+    """Number and names of the trained classes, and those without images."""
     had = "" if count == wanted else f" (the recipe had {wanted})"
     names = f": {_names(data.classes)}" if data.classes else ""
     seen = set() if data.labels is None else set(data.labels.tolist())
@@ -157,12 +158,12 @@ def _about_classes(data: ImageSet, count: int, wanted: int) -> str:
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:
-    shown = [_printable(name) for name in names[:MOST_NAMED]]
-    return ", ".join([*shown, "..."] if len(names) > MOST_NAMED else shown)
+    shown = [_printable(name) for name in names[:MAX_NAMED]]
+    return ", ".join([*shown, "..."] if len(names) > MAX_NAMED else shown)
 
 
 def _printable(name: str) -> str:
-    """A name of a file in one line, whatever its bytes are."""
+    """A file name in one line, with bytes that are not UTF-8 escaped."""
     return " ".join(name.encode("utf-8", "backslashreplace").decode().split())
 
 
@@ -190,7 +191,7 @@ def _labels_by_name(validation: ImageSet, data: ImageSet) -> torch.Tensor | None
 
 
 def _some(validation: ImageSet | None, config: UNetConfig) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """As many validation images as are used, of every class: they are often in order."""
+    """Up to VALIDATION_IMAGES images, evenly spaced, because files are often sorted by class."""
     if validation is None:
         return None
     count = min(VALIDATION_IMAGES, len(validation.images))
