@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
             theirs = load_dataset(args.reference, cache=args.cache, progress=True)
             reference = moments(features.of(theirs.images, progress=True)[0])
         rows = []
-        options = {"sampler": args.sampler, "steps": args.steps, "seed": 0, "tier": "fast"}
+        options = {"sampler": args.sampler, "steps": args.steps, "seed": 0, "precision": "fast"}
         for run in tqdm(args.runs, unit=" runs"):
             rows += judge(run, data, features, reference, args.num, **options)
     except ValueError as error:
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     protocol = {
         "errors": f"mean squared, {len(data.images)} images of {data.name}, seed 0",
         "mean_v_error": f"over ln(sigma / alpha) of {', '.join(f'{level:g}' for level in LEVELS)}",
-        "distance": f"Fréchet, {args.num} samples, unguided, {args.sampler}, {args.steps} steps, fast tier",
+        "distance": f"Fréchet, {args.num} samples, unguided, {args.sampler}, {args.steps} steps, fast",
         "reference": args.reference,
         "features": None if features is None else {"name": features.name, "sha256": features.sha256},
         "training_pflop": "3 evaluations an image: forward, and the gradients of inputs and weights",

@@ -42,7 +42,7 @@ from .utils.validation import (
 # caches of a CPU; see `python -m benchmarks.sampling`.
 MOST_TOGETHER = {"cpu": 32}
 MOST_TOGETHER_ELSEWHERE = 512
-TIERS = ("exact", "fast")
+PRECISIONS = ("exact", "fast")
 MOST_EXTREME = 10  # value of an image to train on: standardised images pass, those of 0..255 do not
 
 
@@ -183,7 +183,7 @@ class DDPM(nn.Module):
         batch_size: int | None = None,
         noise: loop.Noise | None = None,
         backend: str = "auto",
-        tier: str = "exact",
+        precision: str = "exact",
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         progress: bool = False,
@@ -207,10 +207,10 @@ class DDPM(nn.Module):
         noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
             step i. With a batch_size it is called anew for each batch, so it must be a function of k.
         backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
-        tier: "exact" computes in the model's own dtype, of several in the widest; "fast" in bfloat16 where
-            the device multiplies in it; README.md says what that does to the images. dtype: of the UNet,
-            "float32", "bfloat16", "float16" or "float64", instead of the tier's; the latent is float32
-            always.
+        precision: "exact" computes in the model's own dtype (the widest, where it has several); "fast"
+            computes in bfloat16 where the device multiplies in it. docs/speed.md shows the difference.
+        dtype: of the UNet, "float32", "bfloat16", "float16" or "float64", instead of `precision`'s choice.
+            The latent is always float32.
         progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch;
             what it alters of the network may count from the next call on only.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
@@ -247,7 +247,7 @@ class DDPM(nn.Module):
             if function is not None and not callable(function):
                 refuse(name, "a function, or None", function)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
-        network = self._network(device, dtype, tier, backend)
+        network = self._network(device, dtype, precision, backend)
         place, config = network.device, config_of(self.unet)
         shape = (config.in_channels, *config.image_shape)
         kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
@@ -371,7 +371,7 @@ class DDPM(nn.Module):
         self,
         *,
         backend: str = "auto",
-        tier: str = "exact",
+        precision: str = "exact",
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> str:
@@ -381,18 +381,18 @@ class DDPM(nn.Module):
         say, or its modules are not what its configuration says. What was altered gives what it computes, only
         slower. ValueError as `sample`.
         """
-        return explain(self.unet, *self._where(device, dtype, tier), backend)
+        return explain(self.unet, *self._where(device, dtype, precision), backend)
 
-    def _network(self, device, dtype, tier: str, backend: str) -> loop.Network:
+    def _network(self, device, dtype, precision: str, backend: str) -> loop.Network:
         """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
-        return self._networks.of(self.unet, *self._where(device, dtype, tier), backend)
+        return self._networks.of(self.unet, *self._where(device, dtype, precision), backend)
 
-    def _where(self, device, dtype, tier: str) -> tuple[torch.device, torch.dtype]:
+    def _where(self, device, dtype, precision: str) -> tuple[torch.device, torch.dtype]:
         """The device that samples, and the dtype that the UNet has there."""
         config_of(self.unet)
         device = resolve_device(next(self.unet.parameters()).device if device is None else device)
-        choice("tier", tier, TIERS)
-        if dtype is None and tier == "fast" and multiplies_bfloat16(device):
+        choice("precision", precision, PRECISIONS)
+        if dtype is None and precision == "fast" and multiplies_bfloat16(device):
             dtype = torch.bfloat16
         dtype = own_dtype(self.unet) if dtype is None else resolve_dtype(dtype)
         check_dtype(device, dtype)

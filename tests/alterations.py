@@ -536,17 +536,17 @@ def to_and_back(unet):
 
 
 @functools.cache
-def unaltered(tier: str) -> torch.Tensor:
-    return sample(make(), tier=tier)
+def unaltered(precision: str) -> torch.Tensor:
+    return sample(make(), precision=precision)
 
 
-def altered(name: str, after: bool, tier: str):
+def altered(name: str, after: bool, precision: str):
     """A model that was altered, before its first samples or after them; and its samples before."""
     model = make()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if after:
-            assert torch.equal(sample(model, tier=tier), unaltered(tier))
+            assert torch.equal(sample(model, precision=precision), unaltered(precision))
         CHANGES[name](model.unet)
     model.eval()
-    return model, unaltered(tier)
+    return model, unaltered(precision)

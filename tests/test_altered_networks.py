@@ -52,20 +52,20 @@ def test_samples_are_those_of_the_modules(name, after):
     "after", [pytest.param(False, marks=pytest.mark.slow), True], ids=["before", "after"]
 )
 @pytest.mark.parametrize("name", CHANGES)
-def test_in_the_fast_tier(name, after):
+def test_in_the_fast_precision(name, after):
     """Nearer to the altered network's images, in float32, than those in bfloat16 from before it was."""
     model, before = altered(name, after, "fast")
     expected = loop(model)
-    difference = (sample(model, tier="fast") - expected).abs().mean()
+    difference = (sample(model, precision="fast") - expected).abs().mean()
     assert difference <= 0.75 * (expected - before).abs().mean()
 
 
-@pytest.mark.parametrize("tier", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("pre", [False, True], ids=["hook", "pre-hook"])
-def test_global_hooks(pre, tier):
+def test_global_hooks(pre, precision):
     """On every module of the process: seen while they are there, and no longer."""
     model = make_model(10)
-    before = sample(model, tier=tier)
+    before = sample(model, precision=precision)
     register = torch_module.register_module_forward_hook
     function = halve
     if pre:
@@ -77,12 +77,12 @@ def test_global_hooks(pre, tier):
             )
 
     with contextlib.closing(_closing(register(function))):
-        expected, found = loop(model), sample(model, tier=tier)
-        reason = model.explain(tier=tier)
-    assert (found - expected).abs().mean() <= (1e-5 if tier == "exact" else 0.02)
+        expected, found = loop(model), sample(model, precision=precision)
+        reason = model.explain(precision=precision)
+    assert (found - expected).abs().mean() <= (1e-5 if precision == "exact" else 0.02)
     assert (found - before).abs().mean() > 0.05
     assert "a forward hook is registered for all modules" in reason
-    assert torch.equal(sample(model, tier=tier), before)
+    assert torch.equal(sample(model, precision=precision), before)
 
 
 def _closing(handle):
@@ -303,14 +303,14 @@ def test_steps_are_not_captured(monkeypatch):
 
 def test_explanations():
     model = make()
-    assert model.explain() == model.explain(tier="fast") == "unet: fused"
+    assert model.explain() == model.explain(precision="fast") == "unet: fused"
     assert model.explain(backend="reference") == "unet: modules\n  not fused: the backend is 'reference'"
     circular_padding_of_one(model.unet)
     reason = "output_conv.padding_mode is 'circular', not 'zeros'"
     assert model.explain() == f"unet: modules, called whole\n  not fused: {reason}"
     assert "CUDA graph" in explain(model.unet, torch.device("cuda"), torch.float32, "auto")
-    with pytest.raises(ValueError, match="unknown tier"):
-        model.explain(tier="slow")
+    with pytest.raises(ValueError, match="unknown precision"):
+        model.explain(precision="slow")
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -360,17 +360,17 @@ def half(model):
     model.half()
 
 
-@pytest.mark.parametrize("tier", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("alter", [compiled, compiled_in_place, wrapped, another_unet, half])
-def test_another_network_after_samples(alter, tier):
+def test_another_network_after_samples(alter, precision):
     model = make()
-    before = sample(model, tier=tier)
+    before = sample(model, precision=precision)
     alter(model)
     expected = loop(copy.deepcopy(model).float() if alter is half else model)
-    difference = (sample(model, tier=tier) - expected).abs().mean()
+    difference = (sample(model, precision=precision) - expected).abs().mean()
     if alter in (wrapped, another_unet):
         assert difference <= 0.5 * (before - expected).abs().mean()
-    assert difference <= (1e-5 if tier == "exact" and alter is not half else 0.05)
+    assert difference <= (1e-5 if precision == "exact" and alter is not half else 0.05)
     assert (model.explain().split()[-1] == "fused") == (alter in (another_unet, half))
 
 

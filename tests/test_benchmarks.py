@@ -92,7 +92,7 @@ def test_the_report(pair, tmp_path):
         "matrix_rate": {"float32": 1e12, "bfloat16": 2e12},
         "chains": [{**where, "peer": name, **row} for name, row in rows.items()],
         "build": {"simd": "avx2"},
-        "parts": [{**where, "tier": "exact", "seconds": spent}],
+        "parts": [{**where, "precision": "exact", "seconds": spent}],
         "growth": [{"size": 32, "batch": batch, "step": {"exact": 0.01 * batch}} for batch in (1, 2)],
         "steps": {"model": "mnist", "steps": [1, 2], "seconds": {"exact": [0.0102, 0.02]}},
     }

@@ -142,7 +142,7 @@ BAD = {
     "device": (["sample", "--model", "digits", "--device", "abacus"], "abacus"),
     "backend": (["sample", "--model", "digits", "--backend", "vulkan"], "vulkan"),
     "backend of other devices": (["sample", "--model", "digits", "--backend", "cuda"], "cannot serve"),
-    "tier": (["sample", "--model", "digits", "--tier", "quick"], "unknown tier 'quick'"),
+    "precision": (["sample", "--model", "digits", "--precision", "quick"], "unknown precision 'quick'"),
     "rescale": (["sample", "--model", "digits", "--guidance-rescale", "2"], "guidance_rescale"),
     "threshold": (
         ["sample", "--model", "digits", "--dynamic-threshold", "1.5"],

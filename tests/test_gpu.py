@@ -238,7 +238,7 @@ def test_the_bundled_model_draws_the_same_digits():
     assert (actual - expected).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("tier", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -248,16 +248,16 @@ def test_the_bundled_model_draws_the_same_digits():
         {"sampler": "ddim", "guidance_interval": (300, 700)},
     ],
 )
-def test_sampling_in_graphs(options, tier):
+def test_sampling_in_graphs(options, precision):
     """Captured, replayed for a second batch, and without graphs in plain PyTorch: the same images."""
     model = diffusion.load("mnist", "cuda")
     options = {"steps": 20, "guidance_scale": 2.0, "seed": 1} | options
-    first = model.sample([3, 1, 4], tier=tier, **options)
-    assert torch.equal(model.sample([3, 1, 4], tier=tier, **options), first)
+    first = model.sample([3, 1, 4], precision=precision, **options)
+    assert torch.equal(model.sample([3, 1, 4], precision=precision, **options), first)
     expected = model.sample([3, 1, 4], backend="reference", **options)
-    if tier == "exact":
+    if precision == "exact":
         assert (first - expected).abs().max() < 1e-3
     else:
         assert (first - expected).abs().mean() < 0.05
-    other = model.sample([5, 5, 6], tier=tier, **options | {"seed": 2})
+    other = model.sample([5, 5, 6], precision=precision, **options | {"seed": 2})
     assert (other - first).abs().max() > 0.1

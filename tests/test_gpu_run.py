@@ -280,8 +280,12 @@ def test_a_dry_run_goes_through_all_parts(tmp_path):
     for part in PARTS:
         assert f"PASSED  {part.name}" in text
         assert any(row["part"] == part.name and "status" not in row for row in rows), part.name
-    sampled = {(r["tier"], r["guidance"], r["batch"]) for r in rows if r["part"] == "sampler" and "call" in r}
-    assert sampled == {(tier, g, n) for tier in ("fast", "exact") for g in (1.0, 3.0) for n in (1, 2)}
+    sampled = {
+        (r["precision"], r["guidance"], r["batch"]) for r in rows if r["part"] == "sampler" and "call" in r
+    }
+    assert sampled == {
+        (precision, g, n) for precision in ("fast", "exact") for g in (1.0, 3.0) for n in (1, 2)
+    }
     assert {row["op"] for row in rows if "op" in row} == {"reverse_step_", "attention", "group_norm_silu"}
     assert {row["way"] for row in rows if "way" in row} == {"eager", "graph", "compiled"}
     assert {row["loop"] for row in rows if "loop" in row} == {"ours", "diffusers"}
@@ -352,7 +356,7 @@ def test_a_result_that_cannot_be_read_costs_no_other():
         {"part": "training", "loop": "ours", "batch": 128, "images_per_second": 9, "allocated": 2**30}
     )
     text = summary.text(rows)
-    assert "sampler cannot be shown: KeyError: 'tier'" in text
+    assert "sampler cannot be shown: KeyError: 'precision'" in text
     assert "FAILED  sampler        2.0 s: no" in text
     assert "training, batch 128, ours: 9 images/s, 1.0 GiB" in text
 

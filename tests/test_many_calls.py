@@ -42,10 +42,12 @@ def six_models() -> list:
 def test_eight_threads_on_six_models():
     """Every thread samples from every model, beginning with another one, and gets what one thread gets."""
     models = six_models()
-    jobs = [(i, tier) for i, tier in enumerate(("exact", "fast", "exact", "fast", "exact", "exact"))]
+    jobs = [
+        (i, precision) for i, precision in enumerate(("exact", "fast", "exact", "fast", "exact", "exact"))
+    ]
 
     def sample(job):
-        return models[job[0]].sample(num_samples=2, seed=job[0], tier=job[1], **OPTIONS)
+        return models[job[0]].sample(num_samples=2, seed=job[0], precision=job[1], **OPTIONS)
 
     expected = {job: sample(job) for job in jobs}
     start = threading.Barrier(8)
@@ -123,7 +125,7 @@ def calls(models, count: int) -> None:
     for i in range(count):
         model = models[i % len(models)]
         labels = None if model.num_classes is None else [i % 10]
-        model.sample(labels, num_samples=1 + i % 3, seed=i, tier=("exact", "fast")[i % 2], **OPTIONS)
+        model.sample(labels, num_samples=1 + i % 3, seed=i, precision=("exact", "fast")[i % 2], **OPTIONS)
 
 
 def test_no_tensor_is_left_by_a_call():

@@ -383,7 +383,9 @@ def test_unknown_metrics(pair):
 def test_the_curve_has_every_point(tmp_path):
     """Real digits, whatever the options, so every distance is small and every digit is read as asked."""
     model = FakeModel(real_digits)
-    result = sweep(model, num=40, samplers=("ddim", "dpm++"), steps=(2, 5), guidance=(1.0, 3.0), tier="fast")
+    result = sweep(
+        model, num=40, samplers=("ddim", "dpm++"), steps=(2, 5), guidance=(1.0, 3.0), precision="fast"
+    )
     points = [(p["sampler"], p["steps"], p["guidance"]) for p in result["points"]]
     one = [(2, 1.0), (5, 1.0), (5, 3.0)]
     assert points == [(sampler, *rest) for sampler in ("ddim", "dpm++") for rest in one]
@@ -396,7 +398,7 @@ def test_the_curve_has_every_point(tmp_path):
     assert result["points"][0]["distance"] == pytest.approx(expected, rel=1e-9)
     card = result["card"]
     assert card["feature network's SHA-256"] == load_features("classifier").sha256
-    assert (card["number of samples"], card["EMA decay"], card["tier"]) == (40, 0.99, "fast")
+    assert (card["number of samples"], card["EMA decay"], card["precision"]) == (40, 0.99, "fast")
     assert card["labels"] == "each class in turn"
     save_sweep(result, tmp_path / "curve.json")
     assert json.loads((tmp_path / "curve.json").read_text()) == result

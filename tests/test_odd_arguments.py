@@ -42,7 +42,7 @@ TABLE = [
 ]
 SAMPLE = [
     *("labels", "num_samples", "sampler", "steps", "seed", "sample_ids", "batch_size", "noise", "callback"),
-    *("backend", "tier", "dtype", "device", "guidance_rescale", "dynamic_threshold"),
+    *("backend", "precision", "dtype", "device", "guidance_rescale", "dynamic_threshold"),
     *("dynamic_threshold_max", *TABLE),
 ]
 odd = settings(
@@ -194,10 +194,11 @@ def place(tmp_path_factory):
 COMMANDS = {
     "sample": """labels num guidance-scale guidance-interval guidance-rescale sampler steps spacing eta
         variance dynamic-threshold
-        seed batch-size device tier dtype backend shard-size columns scale model""",
+        seed batch-size device precision dtype backend shard-size columns scale model""",
     "train": """steps batch-size learning-rate warmup-steps ema-decay label-dropout seed set recipe
         micro-batch save-every log-every device autocast data data-dir""",
-    "evaluate": """num guidance-scale sampler steps seed split metrics features batch-size device tier dtype
+    "evaluate": """num guidance-scale sampler steps seed split metrics features batch-size device precision
+        dtype
         backend out classifier reference samples""",
     "import": "flag",
 }

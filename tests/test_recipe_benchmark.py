@@ -152,7 +152,7 @@ def test_the_command_writes_a_row_for_each_average(runs, monkeypatch, capsys):
     assert rows[0]["errors"] == rows[2]["errors"]  # the same weights and the same noise
     assert rows[0]["errors"] != rows[1]["errors"]
     x = load(runs / "first").sample(
-        labels=[0, 1, 0, 1, 0, 1], guidance_scale=1.0, sampler="dpm++", steps=2, seed=0, tier="fast"
+        labels=[0, 1, 0, 1, 0, 1], guidance_scale=1.0, sampler="dpm++", steps=2, seed=0, precision="fast"
     )
     features, theirs = first_pixels(""), load_dataset(zipped).images
     expected = frechet_distance(*moments(features.of(to_uint8(x))[0]), *moments(features.of(theirs)[0]))

@@ -417,13 +417,13 @@ def test_a_model_that_gives_nan_is_reported(model):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
-def test_every_tier_and_backend_samples_the_same_images(conditional, sampler):
-    """Within the bound of the exact tier; the fast one as near as PyTorch's own bfloat16, or twice as far."""
+def test_every_precision_and_backend_samples_the_same_images(conditional, sampler):
+    """exact within its bound; fast at most twice as far off as PyTorch's own bfloat16."""
     options = {"sampler": sampler, "steps": 50, "guidance_scale": 3.0, "seed": 5}
     labels = list(range(10))
     exact = conditional.sample(labels, **options)
     assert (conditional.sample(labels, backend="reference", **options) - exact).abs().max() < 1e-3
-    fast = conditional.sample(labels, tier="fast", **options)
+    fast = conditional.sample(labels, precision="fast", **options)
     assert torch.equal(fast, exact) != multiplies_bfloat16(torch.device("cpu"))
     peer = conditional.sample(labels, backend="reference", dtype="bfloat16", **options)
     assert (fast - exact).abs().mean() < 2 * (peer - exact).abs().mean()
@@ -520,9 +520,9 @@ def test_more_steps_than_are_embedded_at_a_time(conditional, monkeypatch):
     torch.testing.assert_close(conditional.sample([4, 4, 9], **options), expected, atol=1e-4, rtol=0)
 
 
-def test_unknown_tier(model):
-    with pytest.raises(ValueError, match="unknown tier 'quick'; choose from: exact, fast"):
-        model.sample(tier="quick")
+def test_unknown_precision(model):
+    with pytest.raises(ValueError, match="unknown precision 'quick'; choose from: exact, fast"):
+        model.sample(precision="quick")
 
 
 @pytest.fixture

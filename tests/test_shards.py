@@ -324,6 +324,21 @@ def test_numbers_of_numpy_and_torch_are_those_of_python(tmp_path):
     assert (done["images"], done["kept"]) == (0, 1)
 
 
+def test_a_run_that_calls_precision_tier_continues(tmp_path):
+    """As run.json did in earlier versions."""
+    model, options = make_model(10), {"steps": 2, "precision": "exact"}
+    sample_shards(model, tmp_path, 2, **options)
+    first = shards_of(tmp_path)
+    text = (tmp_path / "run.json").read_text()
+    assert text.count('"precision"') == 1
+    (tmp_path / "run.json").write_text(text.replace('"precision"', '"tier"'))
+    for made in (2, 0):  # made again once, since the digest of the run is of run.json
+        assert sample_shards(model, tmp_path, 2, **options)["images"] == made
+    assert len(shards_of(tmp_path)) == len(first) == 1
+    with pytest.raises(ValueError, match=r"another precision \(exact, not fast\)"):
+        sample_shards(model, tmp_path, 2, steps=2, precision="fast")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -333,7 +348,7 @@ def test_numbers_of_numpy_and_torch_are_those_of_python(tmp_path):
         (["--labels", "3"], "another labels"),
         (["--num", "12"], "another num (11, not 12)"),
         (["--eta", "0.5"], "another eta (None, not 0.5)"),
-        (["--tier", "fast"], "another tier"),
+        (["--precision", "fast"], "another precision"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(changes, expected, folder, tmp_path, capsys):
@@ -348,11 +363,12 @@ def test_a_folder_of_other_settings_is_refused(changes, expected, folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"), [("eta", "(0.5, not None)"), ("spacing", "(leading, not None)"), ("tier", "")]
+    ("option", "expected"),
+    [("eta", "(0.5, not None)"), ("spacing", "(leading, not None)"), ("precision", "")],
 )
 def test_an_option_that_is_left_out_is_another_setting(option, expected, folder, tmp_path, capsys):
     words = ["sample", "--model", str(folder), "--out", f"{tmp_path}/out/", *OPTIONS]
-    values = {"eta": "0.5", "spacing": "leading", "tier": "fast"}
+    values = {"eta": "0.5", "spacing": "leading", "precision": "fast"}
     main([*words, f"--{option}", values[option]])
     before = shards_of(tmp_path / "out")
     capsys.readouterr()

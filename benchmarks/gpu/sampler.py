@@ -13,7 +13,7 @@ from . import networks
 from .device import watched_graphs
 from .part import Finding, Job, Run
 
-TIERS = ("fast", "exact")
+PRECISIONS = ("fast", "exact")
 GUIDANCE = (1.0, 3.0)
 STEPS = {1: 50, 16: 50, 64: 20, 512: 10}  # images: steps of a call, fewer where they take long
 PROFILED = ((1, 1.0), (512, 1.0))  # images, guidance
@@ -24,14 +24,14 @@ def jobs(run: Run) -> list[Job]:
     model = cache(partial(_model, run))
     steps = {1: 3, 2: 3} if run.dry_run else STEPS
     found: list[Job] = []
-    for tier in TIERS:
+    for precision in PRECISIONS:
         for count in steps:
             for guidance in GUIDANCE:
-                name = f"{tier}, guidance {guidance:.0f}, batch {count}"
-                found.append((name, partial(measure, run, model, tier, guidance, count, steps[count])))
+                name = f"{precision}, guidance {guidance:.0f}, batch {count}"
+                found.append((name, partial(measure, run, model, precision, guidance, count, steps[count])))
     for count, guidance in ((2, 1.0),) if run.dry_run else PROFILED:
         name = f"profile of batch {count}"
-        found.append((name, partial(kernels, run, model, TIERS[0], guidance, count, 5)))
+        found.append((name, partial(kernels, run, model, PRECISIONS[0], guidance, count, 5)))
     return found
 
 
@@ -39,15 +39,21 @@ def _model(run: Run):
     return networks.ours(run.dry_run).to(run.device)
 
 
-def _sample(model, tier: str, guidance: float, count: int, steps: int) -> torch.Tensor:
-    options = {"sampler": "ddim", "steps": steps, "batch_size": count, "spacing": "leading", "tier": tier}
+def _sample(model, precision: str, guidance: float, count: int, steps: int) -> torch.Tensor:
+    options = {
+        "sampler": "ddim",
+        "steps": steps,
+        "batch_size": count,
+        "spacing": "leading",
+        "precision": precision,
+    }
     return model().sample(networks.labels(count), guidance_scale=guidance, **options)
 
 
-def measure(run: Run, model, tier: str, guidance: float, count: int, steps: int) -> None:
+def measure(run: Run, model, precision: str, guidance: float, count: int, steps: int) -> None:
     """The model lets go of what it kept from the job before when it takes up a single image."""
-    sample = partial(_sample, model, tier, guidance, count, steps)
-    _sample(model, tier, 1.0, 1, 1)
+    sample = partial(_sample, model, precision, guidance, count, steps)
+    _sample(model, precision, 1.0, 1, 1)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -63,7 +69,7 @@ def measure(run: Run, model, tier: str, guidance: float, count: int, steps: int)
             times.append(time.perf_counter() - start)
             per_step.append(watched.step_seconds())
         captured, (nodes, uncounted) = len(watched.graphs), watched.nodes()
-    row = {"tier": tier, "guidance": guidance, "batch": count, "steps": steps, "nodes": nodes}
+    row = {"precision": precision, "guidance": guidance, "batch": count, "steps": steps, "nodes": nodes}
     row["call"] = statistics.median(times)
     row["step"] = statistics.median(per_step) if all(per_step) else row["call"] / steps
     run.record(**row, allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
@@ -71,9 +77,9 @@ def measure(run: Run, model, tier: str, guidance: float, count: int, steps: int)
         raise Finding(uncounted or "nothing was captured")
 
 
-def kernels(run: Run, model, tier: str, guidance: float, count: int, steps: int) -> None:
+def kernels(run: Run, model, precision: str, guidance: float, count: int, steps: int) -> None:
     """What the device ran in a call whose graphs were captured before, by name."""
-    sample = partial(_sample, model, tier, guidance, count, steps)
+    sample = partial(_sample, model, precision, guidance, count, steps)
     sample()
     torch.cuda.synchronize()
     activity = ProfilerActivity.CPU if run.dry_run else ProfilerActivity.CUDA
@@ -90,7 +96,7 @@ def kernels(run: Run, model, tier: str, guidance: float, count: int, steps: int)
         raise Finding("the profiler saw nothing on the device")
     top = sorted(spent, key=spent.get, reverse=True)[:TOP]
     run.record(
-        tier=tier,
+        precision=precision,
         guidance=guidance,
         batch=count,
         total_us=sum(spent.values()),

@@ -107,16 +107,16 @@ def _ops(parts: dict[str, list[Row]]) -> list[str]:
 
 def _sampler(parts: dict[str, list[Row]]) -> list[str]:
     rows = _with(parts.get("sampler", ()), "call")
-    lines = ["sampler, ms a step by batch: tier, guidance, (nodes, GiB)"] if rows else []
+    lines = ["sampler, ms a step by batch: precision, guidance, (nodes, GiB)"] if rows else []
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["tier"], row["guidance"]), []).append(row)
-    for (tier, guidance), found in groups.items():
+        groups.setdefault((row["precision"], row["guidance"]), []).append(row)
+    for (precision, guidance), found in groups.items():
         cells = []
         for row in found:
             nodes, memory = max(row["nodes"], default="-"), row["reserved"] / 2**30
             cells.append(f"{row['batch']}: {1e3 * row['step']:.2f} ({nodes}, {memory:.1f})")
-        lines.append(f"{tier} {guidance:.0f}  {';  '.join(cells)}")
+        lines.append(f"{precision} {guidance:.0f}  {';  '.join(cells)}")
     return lines
 
 

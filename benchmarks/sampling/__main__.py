@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> dict:
                     if "step" in row and args.memory and (mode, count) == largest:
                         row["memory"] = timing.in_a_process("--measure-memory", model, count, guidance, name)
                     result["chains"].append({**where, "peer": name, **row})
-                result["parts"] += [{**where, "tier": t, "seconds": s} for t, s in what["parts"].items()]
+                result["parts"] += [{**where, "precision": t, "seconds": s} for t, s in what["parts"].items()]
                 print(report.short_table(where, what["rows"]), flush=True)
     names = [name for name in ("exact", "diffusers") if name in args.peers]
     shared = ["--device", device, "--seconds", args.seconds / 4, "--peers", *names]
@@ -84,12 +84,12 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """One comparison, in a process of its own; on the CPU with what a step of each tier is spent on."""
+    """One comparison, in a process of its own; on the CPU with what a step of each precision is spent on."""
     model, count, guidance = args.compare[0], int(args.compare[1]), float(args.compare[2])
     pair = make(model, args.size)
     rows = timing.compare(pair, count, guidance, args.device, args.peers, args.seconds)
-    tiers = ("exact", "fast") if args.device == "cpu" and args.size is None else ()
-    parts = {tier: timing.parts(pair, count, guidance, tier) for tier in tiers}
+    precisions = ("exact", "fast") if args.device == "cpu" and args.size is None else ()
+    parts = {precision: timing.parts(pair, count, guidance, precision) for precision in precisions}
     return {"rows": rows, "parts": parts, "flops": pair.flops}
 
 

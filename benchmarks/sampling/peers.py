@@ -135,7 +135,7 @@ EXPORTS = Path(tempfile.gettempdir()) / "fused-diffusion-benchmarks"
 # name: (how it is made, whether it computes in float32, where it runs)
 PEERS: dict[str, tuple[Callable[..., Sample], bool, tuple[str, ...]]] = {
     "exact": (ours, True, ("cpu", "cuda")),
-    "fast": (lambda *where: ours(*where, tier="fast"), False, ("cpu", "cuda")),
+    "fast": (lambda *where: ours(*where, precision="fast"), False, ("cpu", "cuda")),
     "reference": (lambda *where: ours(*where, backend="reference"), True, ("cpu", "cuda")),
     "diffusers": (lambda *where: of_diffusers(*where, best=False), True, ("cpu", "cuda")),
     "diffusers, best": (lambda *where: of_diffusers(*where, best=True), False, ("cpu", "cuda")),

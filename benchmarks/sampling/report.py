@@ -52,7 +52,7 @@ def _chain_table(result: dict, group: list[dict]) -> list[str]:
         cells = [f"{1e3 * row['step']:.2f}", f"{share:.0%}", *(f"{n:.3g}" for n in images)]
         if measured:
             cells.append(f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else "")
-        cells += [_ratio(row["step"], rows.get(tier, {}).get("step")) for tier in ("exact", "fast")]
+        cells += [_ratio(row["step"], rows.get(precision, {}).get("step")) for precision in ("exact", "fast")]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
 
@@ -82,7 +82,7 @@ def markdown(result: dict, plots: list[Path]) -> str:
         for row in result["parts"]:
             spent = row["seconds"]
             values = [f"{1e3 * spent.get(part, 0):.2f}" for part in (*PARTS, "network", "chain")]
-            name = f"{row['model']}, {row['mode']}, batch {row['batch']}, {row['tier']}"
+            name = f"{row['model']}, {row['mode']}, batch {row['batch']}, {row['precision']}"
             engine = (spent["chain"] - spent["network"]) / spent["chain"]
             lines.append(f"| {name} | {' | '.join(values)} | {engine:.1%} |")
         lines += [

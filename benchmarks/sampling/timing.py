@@ -97,19 +97,19 @@ def compare(
     return rows
 
 
-def parts(pair: Pair, count: int, guidance: float, tier: str, rounds: int = 7) -> dict[str, float]:
+def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int = 7) -> dict[str, float]:
     """Seconds of one step on the CPU, by what they are spent on; medians of a few rounds.
 
     "convolution", "norm", "attention" and "rest" are of the network's calls one by one, "step" of the reverse
     step. "chain" is from one evaluation of the network to the next in a call of `sample`, and "network" what
     the evaluation takes of it: what is beyond is the engine's own.
     """
-    fast = tier == "fast" and multiplies_bfloat16(torch.device("cpu"))
+    fast = precision == "fast" and multiplies_bfloat16(torch.device("cpu"))
     network = PreparedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
     images = count if guidance == 1 else 2 * count
     x, t = torch.randn(images, *pair.shape), torch.full((images,), 500)
     table = pair.ours.steps("ddim", 1, guidance_scale=guidance)
-    sample = peers.PEERS[tier][0](pair, count, guidance, "cpu")
+    sample = peers.PEERS[precision][0](pair, count, guidance, "cpu")
     samples = defaultdict(list)
     with torch.no_grad():
         embedding = pair.ours.unet.embed(t, peers.labels(images))

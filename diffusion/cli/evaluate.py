@@ -63,8 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, help="number of images made at a time (default: chosen by memory)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
-    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
+    add(
+        "--precision",
+        default="exact",
+        help="exact or fast, which computes in bfloat16 (default: %(default)s)",
+    )
+    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: that of --precision)")
     add(
         "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
     )
@@ -108,7 +112,7 @@ def _model(args: argparse.Namespace) -> DDPM:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("sampler", "steps", "seed", "batch_size", "dtype", "backend", "tier")
+    names = ("sampler", "steps", "seed", "batch_size", "dtype", "backend", "precision")
     return {name: getattr(args, name) for name in names}
 
 
@@ -159,7 +163,7 @@ def _sweep(args: argparse.Namespace) -> None:
         raise ValueError("--out is missing: the .json file of the curve, beside which its .png is written")
     if Path(args.out).suffix.lower() != ".json":
         raise ValueError(f"--out must end in .json, not {args.out}; the .png is written beside it")
-    options = {name: getattr(args, name) for name in ("batch_size", "dtype", "backend", "tier")}
+    options = {name: getattr(args, name) for name in ("batch_size", "dtype", "backend", "precision")}
     result = sweep(
         _model(args), num=args.num, classifier=args.classifier, seed=args.seed, progress=True, **options
     )

@@ -58,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     add("--batch-size", type=int, help="number of images made at a time (default: chosen by memory)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--tier", default="exact", help="exact or fast, which computes in bfloat16 (default: %(default)s)")
-    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: the tier's)")
+    add(
+        "--precision",
+        default="exact",
+        help="exact or fast, which computes in bfloat16 (default: %(default)s)",
+    )
+    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: that of --precision)")
     add(
         "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
     )
@@ -110,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "batch_size": args.batch_size,
         "backend": args.backend,
-        "tier": args.tier,
+        "precision": args.precision,
         "dtype": args.dtype,
     }
     if sharded:

@@ -138,6 +138,9 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
         found = read_json(path)
         if not isinstance(found.get("options"), dict):
             raise ValueError("its options are no JSON object")
+        digest = run_digest(found)  # an int in it may be an equal float in the settings
+        if "tier" in found["options"]:  # the former name of `precision`
+            found["options"]["precision"] = found["options"].pop("tier")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
     if key := _differing(found, settings):
@@ -148,7 +151,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
         hidden = key in ("model", "labels") or pair[0] == pair[1]  # None, and not given
         shown = "" if hidden else f" ({pair[0]}, not {pair[1]})"
         raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
-    return run_digest(found)  # an int in it may be an equal float in the settings
+    return digest
 
 
 def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str | None:

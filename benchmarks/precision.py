@@ -1,8 +1,8 @@
-"""What each tier does to the images of the bundled model: python -m benchmarks.tiers.
+"""What each `precision` does to the images of the bundled model: python -m benchmarks.precision.
 
-The same images are sampled by plain PyTorch in float32 and by each tier. Written down are the differences of
-images in [-1, 1], how many digits an independent classifier reads as asked for, and the Fréchet distance in
-its features; see `diffusion.evaluation.accuracy`.
+The same images are sampled by plain PyTorch in float32 and in each precision. The result has the
+differences of the images in [-1, 1], the share of digits that an independent classifier reads as asked for,
+and the Fréchet distance in its features; see `diffusion.evaluation.accuracy`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from diffusion.evaluation.accuracy import evaluate
 from .sampling.__main__ import device_name, versions
 from .sampling.report import slug
 
-WAYS = {"reference": {"backend": "reference"}, "exact": {"tier": "exact"}, "fast": {"tier": "fast"}}
+WAYS = {"reference": {"backend": "reference"}, "exact": {"precision": "exact"}, "fast": {"precision": "fast"}}
 
 
 class _Kept:
@@ -37,7 +37,7 @@ class _Kept:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +50,7 @@ def main() -> None:
         "versions": versions(),
         "build": build_info(),
         "protocol": f"{args.num} digits, DDIM, {args.steps} steps, guidance 2 (for the distance 1), seed 0",
-        "tiers": {},
+        "precisions": {},
     }
     expected = None
     for name, options in WAYS.items():
@@ -68,11 +68,11 @@ def main() -> None:
             difference = (images - reference).abs()
             row[f"mean difference, {mode}"] = difference.mean().item()
             row[f"largest difference, {mode}"] = difference.max().item()
-        result["tiers"][name] = row
+        result["precisions"][name] = row
         print(name, json.dumps(row, indent=1), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     threads = f"-{result['threads']}" if args.device == "cpu" else ""
-    path = args.out / f"tiers-{slug(result['device'])}{threads}.json"
+    path = args.out / f"precision-{slug(result['device'])}{threads}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
