@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+
 from diffusion.kernels import benchmarking
 
 

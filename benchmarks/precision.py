@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from diffusion.kernels import build_info
 
 import diffusion
 from diffusion.evaluation.accuracy import evaluate
+from diffusion.kernels import build_info
 
 from .sampling.__main__ import device_name, versions
 from .sampling.report import slug

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 
 import diffusion
 from diffusion.storage.atomic import replacing
+from helpers.paths import FIXTURES, ROOT
 
-ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds, with a kernel on a machine however busy
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -31,7 +31,7 @@ def execute(
     """
     work = folder / "notebooks"
     work.mkdir()
-    shutil.copytree(ROOT / "tests" / "data" / "MNIST", folder / "tests" / "data" / "MNIST")
+    shutil.copytree(FIXTURES / "MNIST", folder / "tests" / "fixtures" / "MNIST")
     package = str(Path(diffusion.__file__).parents[1])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -12,10 +12,7 @@ flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-fr
 DIFFUSION_NO_CUDA=1 CXXFLAGS=$flags python3 setup.py build_ext --inplace >build.log 2>&1 || { tail build.log; exit 1; }
 test -s kernels/_cpp.so || { tail build.log; exit 1; }
 if [ $# = 0 ]; then
-    set -- tests/test_philox.py tests/test_reverse_step.py tests/test_reverse_step_in_place.py
-    for name in group_norm_silu attention attention_parts conv2d conv3x3 prepared; do
-        if [ -e "tests/test_$name.py" ]; then set -- "$@" "tests/test_$name.py"; fi
-    done
+    set -- tests/kernels/ops tests/kernels/test_program.py tests/inference/test_cpu_plan.py
     set -- "$@" -k "not compile and not opcheck"
 fi
 export PYTHONPATH=$work LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"

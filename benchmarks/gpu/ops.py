@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from diffusion.kernels import attention, group_norm_silu, reverse_step_, step_counter
 from diffusion.kernels._tolerance import wrong
 from diffusion.kernels.ops.reverse_step import Row
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import device
 from .part import Finding, Job, Run

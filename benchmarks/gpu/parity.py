@@ -13,7 +13,8 @@ from typing import Any
 
 from .part import Finding, Job, Run
 
-TESTS = Path(__file__).parents[2] / "tests"
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests" / "kernels"
 SELECTIONS = {
     "parity": ("not triton", 8),
     "triton": ("triton and not torch.float32 and not torch.float16", 16),
@@ -71,7 +72,7 @@ def tests(run: Run) -> None:
     reporter = Reporter(run)
     with tempfile.TemporaryDirectory() as folder:
         words = ["-o", "addopts=", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-k", selection]
-        words += ["--basetemp", str(Path(folder, "tests")), "--rootdir", str(TESTS.parent)]
+        words += ["--basetemp", str(Path(folder, "tests")), "--rootdir", str(ROOT)]
         if importlib.util.find_spec("xdist") is not None:
             words += ["-n", "0" if run.dry_run else str(min(processes, os.cpu_count() or 1))]
         status = pytest.main([*words, str(TESTS / "test_gpu.py")], plugins=[reporter])

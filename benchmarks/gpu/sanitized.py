@@ -3,6 +3,7 @@
 import sys
 
 import torch
+
 from diffusion.kernels import (
     attention,
     group_norm_silu,

@@ -1,0 +1,531 @@
+"""Folders of shards: the same bytes from any number of ranks, whatever happened to them."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.cli import main
+from diffusion.data.npz import load_images
+from diffusion.evaluation.shards import report, sample_shards
+from diffusion.storage.images import to_uint8
+from diffusion.storage.shard_files import what_is_wrong
+from diffusion.utils.ranks import Ranks
+from helpers.models import make_model
+
+OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of ten classes."""
+    path = tmp_path_factory.mktemp("model")
+    make_model(10).save(path)
+    return path
+
+
+def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, asks=False) -> subprocess.Popen:
+    command = f"import sys; sys.path[:] = {sys.path!r}; from diffusion.cli import main; "
+    if asks:  # says when it begins a shard, and waits for a line before it does
+        command += "import diffusion; sample = diffusion.DDPM.sample; "
+        command += "ask = lambda: print('begun', flush=True) or sys.stdin.readline(); "
+        command += "diffusion.DDPM.sample = lambda *a, **k: (ask(), sample(*a, **k))[1]; "
+    command += "main(sys.argv[1:])"
+    words = [sys.executable, "-c", command, "sample", "--model", str(model), "--out", f"{out}/", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def begun(process: subprocess.Popen) -> None:
+    """Waits until it begins a shard."""
+    assert process.stdout.readline() == "begun\n", process.communicate()[1]
+
+
+def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each, which asks no more."""
+    try:
+        for process in processes:
+            process.stdin.close()
+            process.stdin = None
+        return [(p.returncode, *output) for p in processes if (output := p.communicate(timeout=300))]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def shards_of(out) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("shard-*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """What one rank with one thread makes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ((code, text, errors),) = finish(start(folder, out))
+    assert code == 0, errors
+    assert "11 images" in text
+    return shards_of(out)
+
+
+def test_shards_hold_the_images_of_their_ids(whole, folder, tmp_path):
+    import diffusion
+
+    assert list(whole) == [f"shard-{k:05d}.npz" for k in range(4)]
+    model = diffusion.load(folder)
+    expected = model.sample(
+        labels=[i % 10 for i in range(11)], guidance_scale=2.0, sampler="ddim", steps=4, seed=5
+    )
+    for k, data in enumerate(whole.values()):
+        (tmp_path / "shard.npz").write_bytes(data)
+        with np.load(tmp_path / "shard.npz", allow_pickle=False) as shard:
+            ids = range(3 * k, min(11, 3 * k + 3))
+            assert shard["sample_ids"].tolist() == list(ids)
+            assert shard["labels"].tolist() == [i % 10 for i in ids]
+            pixels = to_uint8(expected[3 * k : 3 * k + 3]).permute(0, 2, 3, 1)
+            assert np.abs(shard["images"].astype(int) - pixels.numpy()).max() <= 1
+            assert shard["images"].std() > 10
+
+
+@pytest.mark.parametrize(("world_size", "threads"), [(1, 2), (2, 1), (4, 1), (2, 3)])
+def test_any_ranks_and_threads_make_the_same_bytes(world_size, threads, whole, folder, tmp_path):
+    out = tmp_path / "out"
+    processes = [start(folder, out, rank, world_size, threads, asks=True) for rank in range(world_size)]
+    for process in processes:  # each holds one of its own shards, so that all take part
+        begun(process)
+    ended = finish(*processes)
+    assert [code for code, _, _ in ended] == [0] * world_size, ended
+    assert shards_of(out) == whole
+    lines = [line for _, text, _ in ended for line in text.splitlines()]
+    made = [int(line.split(": ")[1].split()[0]) for line in lines if line.startswith("rank ")]
+    assert len(made) == world_size
+    assert sum(made) == 11
+    (total,) = (line for line in lines if "efficiency" in line)  # the last to end tells of all
+    assert total.startswith(f"{world_size} ranks: 11 images in ")
+
+
+def test_one_of_ranks_that_end_together_tells_of_all(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    done = {"images": 3, "seconds": 1.0, "kept": 0, "remade": [], "started": time.time()}
+    for _ in range(20):
+        together = Barrier(8)
+
+        def end(rank, together=together):
+            together.wait()
+            return report(tmp_path, done, Ranks(rank, 8))
+
+        with ThreadPoolExecutor(8) as pool:
+            reports = list(pool.map(end, range(8)))
+        assert sum(len(lines) - 1 for lines in reports) == 1
+        for path in tmp_path.glob(".rank-*.json"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("now", [1, 3])
+def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
+    out = tmp_path / "out"
+    dying = start(folder, out, 0, 2, asks=True)
+    begun(dying)
+    print(file=dying.stdin, flush=True)
+    begun(dying)  # the second: one shard is there
+    dying.send_signal(signal.SIGKILL)
+    finish(dying)
+    assert len(shards_of(out)) == 1
+    ended = finish(*(start(folder, out, rank, now) for rank in range(now)))
+    assert [code for code, _, _ in ended] == [0] * now, ended
+    assert shards_of(out) == whole
+
+
+def test_a_living_rank_takes_over(whole, folder, tmp_path):
+    """Without a restart, the shards of a rank that never comes are made by the others."""
+    ((code, text, errors),) = finish(start(folder, tmp_path / "out", 1, 2))
+    assert code == 0, errors
+    assert "rank 1 of 2: 11 images" in text
+    assert shards_of(tmp_path / "out") == whole
+
+
+def test_what_is_there_is_kept_and_what_is_damaged_made_again(whole, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["sample", "--model", str(folder), "--out", f"{out}/", *OPTIONS]
+    main(words)
+    capsys.readouterr()
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    (out / "shard-00001.npz").write_bytes(whole["shard-00001.npz"][:-30])
+    (out / "shard-00002.npz").write_bytes(whole["shard-00000.npz"])  # of other ids
+    middle = bytearray(whole["shard-00003.npz"])
+    middle[60] ^= 0xFF
+    (out / "shard-00003.npz").write_bytes(bytes(middle))
+    main(words)
+    output = capsys.readouterr().out
+    assert "8 images" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("made again: "))
+    assert [f"shard-0000{k}.npz" in line for k in range(4)] == [False, True, True, True]
+    assert shards_of(out) == whole
+    assert (out / "shard-00000.npz").stat().st_mtime_ns == times["shard-00000.npz"]
+    assert not [path for path in os.listdir(out) if path.endswith(".lock")]
+
+
+def damaged(path, damage: str) -> None:
+    """Alters a shard in a way that leaves a file which NumPy reads."""
+    with np.load(path) as shard:
+        arrays = dict(shard)
+    images, labels = arrays["images"], arrays["labels"]
+    if damage == "no labels":
+        del arrays["labels"]
+    elif damage == "no digest":
+        del arrays["sha256"]
+    elif damage == "one more":
+        arrays["scores"] = np.zeros(3)
+    elif damage == "a flipped pixel":
+        images[1, 2, 3, 0] ^= 1
+    else:
+        name, array = {
+            "flipped labels": ("labels", labels[::-1].copy()),
+            "other labels": ("labels", labels + 1),
+            "labels of another type": ("labels", labels.astype(np.int32)),
+            "ids of another type": ("sample_ids", arrays["sample_ids"].astype(np.float64)),
+            "zero images": ("images", np.zeros_like(images)),
+            "swapped images": ("images", images[::-1].copy()),
+            "channels first": ("images", images.transpose(0, 3, 1, 2)),
+            "larger images": ("images", images.repeat(2, axis=1)),
+            "fewer images": ("images", images[:-1]),
+            "images of floats": ("images", images.astype(np.float32)),
+            "another digest": ("sha256", np.asarray("0" * 64)),
+        }[damage]
+        arrays[name] = array
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("flipped labels", "its labels are not those of the run"),
+        ("other labels", "its labels are not those of the run"),
+        ("labels of another type", "its labels are of another shape or type"),
+        ("no labels", "it has no labels"),
+        ("ids of another type", "its sample_ids are of another shape or type"),
+        ("zero images", "SHA-256"),
+        ("swapped images", "SHA-256"),
+        ("a flipped pixel", "SHA-256"),
+        ("channels first", "its images are of another shape or type"),
+        ("larger images", "its images are of another shape or type"),
+        ("fewer images", "its images are of another shape or type"),
+        ("images of floats", "its images are of another shape or type"),
+        ("no digest", "it has no sha256"),
+        ("another digest", "SHA-256"),
+        ("one more", "other arrays"),
+    ],
+)
+def test_a_shard_that_was_altered_is_made_again(damage, reason, tmp_path):
+    make = partial(sample_shards, make_model(10), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
+    make()
+    before = shards_of(tmp_path)
+    damaged(tmp_path / "shard-00001.npz", damage)
+    done = make()
+    assert shards_of(tmp_path) == before
+    assert (done["images"], done["kept"]) == (3, 1)
+    (told,) = done["remade"]
+    assert told.startswith("shard-00001.npz, ")
+    assert reason in told
+    assert f"made again: {told}" in report(tmp_path, done, Ranks())
+    assert make()["remade"] == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped labels", "zero images", "a flipped pixel", "no digest", "one more"]
+)
+def test_a_shard_that_was_altered_is_not_evaluated(damage, tmp_path):
+    sample_shards(make_model(10, channels=1), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
+    found = load_images(tmp_path)
+    assert found.labels.tolist() == [3, 1, 4, 3, 1, 4]
+    damaged(tmp_path / "shard-00001.npz", damage)
+    with pytest.raises(ValueError, match=r"shard-00001\.npz does not hold what was written, by its SHA-256"):
+        load_images(tmp_path)
+    (tmp_path / "run.json").unlink()  # arrays of somebody else's have no run
+    load_images(tmp_path)
+
+
+def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
+    """But for those that change no array, such as the times in a zip."""
+    make = partial(sample_shards, make_model(10), tmp_path, 3, [3, 1, 4], shard_size=3, steps=2)
+    make()
+    path = tmp_path / "shard-00000.npz"
+    whole = path.read_bytes()
+    with np.load(path) as shard:
+        arrays = dict(shard)
+    generator, noticed = np.random.default_rng(0), 0
+    settings = json.loads((tmp_path / "run.json").read_text())
+    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    for _ in range(200):
+        altered = bytearray(whole)
+        altered[generator.integers(len(whole))] ^= 1 << generator.integers(8)
+        path.write_bytes(altered)
+        if what_is_wrong(path, (2, 8, 8), range(3), [3, 1, 4], run) is not None:
+            noticed += 1
+            continue
+        with np.load(path) as shard:
+            assert all(np.array_equal(shard[name], arrays[name]) for name in arrays)
+    assert noticed > 100
+    path.write_bytes(whole)
+    assert what_is_wrong(path, (2, 8, 8), range(3), [3, 1, 4], run) is None
+
+
+def test_a_shard_of_another_run_is_made_again(tmp_path):
+    """Its images are other ones, and its digest is right for them."""
+    for seed in (0, 1):
+        sample_shards(make_model(), tmp_path / str(seed), 2, shard_size=2, steps=2, seed=seed)
+    before, path = shards_of(tmp_path / "0"), tmp_path / "0" / "shard-00000.npz"
+    path.write_bytes((tmp_path / "1" / "shard-00000.npz").read_bytes())
+    assert len(sample_shards(make_model(), tmp_path / "0", 2, shard_size=2, steps=2)["remade"]) == 1
+    assert shards_of(tmp_path / "0") == before
+
+
+def test_many_damaged_shards_are_one_line(tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 8, shard_size=1, steps=1)
+    make()
+    for path in tmp_path.glob("shard-*"):
+        path.write_bytes(b"")
+    (line,) = (line for line in report(tmp_path, make(), Ranks()) if line.startswith("made again"))
+    assert line.count("shard-") == 5
+    assert line.endswith("; and 3 more")
+
+
+def test_a_small_file_does_not_become_a_large_array(tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 1, shard_size=1, steps=1)
+    make()
+    with np.load(tmp_path / "shard-00000.npz") as shard:
+        arrays = dict(shard) | {"images": np.zeros((2**26,), np.uint8)}
+    np.savez_compressed(tmp_path / "shard-00000.npz", **arrays)
+    tracemalloc.start()
+    assert "its images are of another shape" in make()["remade"][0]
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_numbers_of_numpy_and_torch_are_those_of_python(tmp_path):
+    model = make_model(10)
+    sample_shards(model, tmp_path, np.int64(2), np.array([3, 1]), steps=np.int64(2), guidance_scale=2.0)
+    labels = torch.tensor([3, 1])
+    done = sample_shards(model, tmp_path, 2, labels, steps=2, guidance_scale=np.float64(2))
+    assert (done["images"], done["kept"]) == (0, 1)
+
+
+def test_a_run_that_calls_precision_tier_continues(tmp_path):
+    """As run.json did in earlier versions."""
+    model, options = make_model(10), {"steps": 2, "precision": "exact"}
+    sample_shards(model, tmp_path, 2, **options)
+    first = shards_of(tmp_path)
+    text = (tmp_path / "run.json").read_text()
+    assert text.count('"precision"') == 1
+    (tmp_path / "run.json").write_text(text.replace('"precision"', '"tier"'))
+    for made in (2, 0):  # made again once, since the digest of the run is of run.json
+        assert sample_shards(model, tmp_path, 2, **options)["images"] == made
+    assert len(shards_of(tmp_path)) == len(first) == 1
+    with pytest.raises(ValueError, match=r"another precision \(exact, not fast\)"):
+        sample_shards(model, tmp_path, 2, steps=2, precision="fast")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--seed", "6"], "another seed (5, not 6)"),
+        (["--steps", "5"], "another steps (4, not 5)"),
+        (["--guidance-scale", "3"], "another guidance_scale (2.0, not 3.0)"),
+        (["--labels", "3"], "another labels"),
+        (["--num", "12"], "another num (11, not 12)"),
+        (["--eta", "0.5"], "another eta (None, not 0.5)"),
+        (["--precision", "fast"], "another precision"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(changes, expected, folder, tmp_path, capsys):
+    words = ["sample", "--model", str(folder), "--out", str(tmp_path / "out"), *OPTIONS]
+    main(words)
+    before = shards_of(tmp_path / "out")
+    with pytest.raises(SystemExit) as caught:
+        main([*words, *changes])
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+    assert shards_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("eta", "(0.5, not None)"), ("spacing", "(leading, not None)"), ("precision", "")],
+)
+def test_an_option_that_is_left_out_is_another_setting(option, expected, folder, tmp_path, capsys):
+    words = ["sample", "--model", str(folder), "--out", f"{tmp_path}/out/", *OPTIONS]
+    values = {"eta": "0.5", "spacing": "leading", "precision": "fast"}
+    main([*words, f"--{option}", values[option]])
+    before = shards_of(tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"holds images of another {option} {expected}" in told
+    assert shards_of(tmp_path / "out") == before
+
+
+def test_none_is_another_setting_than_nothing(tmp_path):
+    """`clip=None` samples without a limit, and the model's own limit is another one."""
+    sample_shards(make_model(), tmp_path, 2, steps=2, clip=None)
+    with pytest.raises(ValueError, match="holds images of another clip; choose another folder"):
+        sample_shards(make_model(), tmp_path, 2, steps=2)
+
+
+def test_a_whole_number_is_an_equal_float(tmp_path):
+    sample_shards(make_model(10), tmp_path, 2, [1], steps=2, guidance_scale=2)
+    assert sample_shards(make_model(10), tmp_path, 2, [1], steps=2, guidance_scale=2.0)["kept"] == 1
+
+
+@pytest.mark.parametrize("damage", [[], 5, None, "text", "no options", "a list", "one more"])
+def test_a_run_json_that_was_altered_is_named(damage, tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 2, steps=2)
+    make()
+    settings = json.loads((tmp_path / "run.json").read_text())
+    expected = r"run\.json is damaged: .*; remove the folder, or choose another$"
+    if damage == "no options":
+        del settings["options"]
+    elif damage == "a list":
+        settings = [settings]
+    elif damage == "one more":  # the shards' digests would be of another run
+        settings["note"], expected = "mine", r"holds images of another note \(mine, not None\)"
+    else:
+        settings["options"] = damage
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=expected) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target", ["shard-00002.npz", "shard-00001.npz", "nowhere", "folder", "pipe", "/dev/zero"]
+)
+def test_a_link_in_a_shards_place_is_replaced(target, tmp_path):
+    """It is not followed: the shard that it leads to stays as it is."""
+    make = partial(sample_shards, make_model(channels=1), tmp_path, 3, shard_size=1, steps=2)
+    make()
+    before = shards_of(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "shard-00001.npz"
+    path.unlink()
+    path.symlink_to(target)
+    done = make()
+    assert (done["images"], done["kept"]) == (1, 2)
+    assert [told.split(",")[0] for told in done["remade"]] == ["shard-00001.npz"]
+    assert not path.is_symlink()
+    assert shards_of(tmp_path) == before
+    assert load_images(tmp_path).images.shape[0] == 3
+
+
+def test_a_link_to_the_right_shard_is_kept(tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path / "out", 3, shard_size=1, steps=2)
+    make()
+    path = tmp_path / "out" / "shard-00001.npz"
+    path.rename(tmp_path / "elsewhere.npz")
+    path.symlink_to(tmp_path / "elsewhere.npz")
+    assert make()["kept"] == 3
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_in_a_shards_place_is_refused(kind, tmp_path):
+    make = partial(sample_shards, make_model(), tmp_path, 3, shard_size=1, steps=2)
+    make()
+    path = tmp_path / "shard-00001.npz"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*shard-00001\.npz: it is a "):
+        make()
+
+
+def test_another_model_is_refused(folder, tmp_path):
+    sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+    with pytest.raises(ValueError, match="images of another model"):
+        sample_shards(make_model(10, seed=1), tmp_path, 2, [1], steps=2)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+
+
+def test_ranks_that_disagree_are_refused(folder, tmp_path):
+    first = start(folder, tmp_path / "out", 0, 2, asks=True)
+    begun(first)
+    second = start(folder, tmp_path / "out", 1, 2, options=[*OPTIONS, "--seed", "6"])
+    (_, _, _), (code, _, errors) = finish(first, second)
+    assert code == 2
+    assert "another seed (5, not 6)" in errors.strip().splitlines()[-1]
+
+
+def test_a_full_disk_leaves_finished_shards(folder, tmp_path, monkeypatch):
+    import diffusion.storage.images
+
+    write, calls = np.savez_compressed, []
+
+    def fails(file, **arrays):
+        calls.append(arrays)
+        if len(calls) == 3:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        write(file, **arrays)
+
+    monkeypatch.setattr(diffusion.storage.images.np, "savez_compressed", fails)
+    with pytest.raises(ValueError, match="No space left"):
+        sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)
+    assert sorted(os.listdir(tmp_path))[-2:] == ["shard-00000.npz", "shard-00001.npz"]
+    monkeypatch.undo()
+    assert sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)["images"] == 5
+
+
+def test_batches_do_not_matter(tmp_path):
+    for name, size in (("a", 1), ("b", 4)):
+        sample_shards(make_model(), tmp_path / name, 7, shard_size=5, steps=2, batch_size=size)
+    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+
+
+def test_nonsense(tmp_path, capsys, folder):
+    for shard_size in (0, True, 2**70, "5"):
+        with pytest.raises(ValueError, match="shard_size must be"):
+            sample_shards(make_model(), tmp_path, 3, shard_size=shard_size)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write"):
+        sample_shards(make_model(), tmp_path / "file", 3)
+
+
+def test_several_ranks_need_a_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["sample", "--model", str(folder), "--out", str(tmp_path / "a.png")])
+    assert "2 ranks write into a folder" in capsys.readouterr().err
+
+
+def test_run_json_says_what_it_is(tmp_path):
+    model = make_model(10)
+    started = time.time()
+    done = sample_shards(model, tmp_path, 2, [1, 2], steps=2, ranks=Ranks(0, 1, 0))
+    assert started <= done["started"] <= time.time()
+    card = json.loads((tmp_path / "run.json").read_text())
+    assert card["num"] == 2
+    assert card["options"] == {"steps": 2}
+    assert card["device"] == "cpu"
+    with torch.no_grad():
+        model.unet.input_conv.weight[0, 0, 0, 0] += 1e-6
+    with pytest.raises(ValueError, match="another model"):
+        sample_shards(model, tmp_path, 2, [1, 2], steps=2)

@@ -1,0 +1,1 @@
+"""Shared by the test modules, which never import one another."""

@@ -1,0 +1,72 @@
+"""Builds the CUDA sources for the host, with tests/kernels/on_host/cuda_runtime.h in the place of CUDA's."""
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.paths import ROOT
+
+CSRC = ROOT / "csrc"
+SOURCES = sorted(CSRC.rglob("*.cu"))
+TORCH = Path(torch.__file__).parent
+CXX = next(filter(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"]), None)
+SANITIZER = "-fsanitize=alignment"  # a device refuses accesses that are not aligned; a host would not mind
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000", SANITIZER]
+INCLUDE = [
+    "-I",
+    str(ROOT / "tests" / "kernels" / "on_host"),
+    "-I",
+    str(CSRC),
+    "-isystem",
+    str(TORCH / "include"),
+]
+
+requires_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Registers every CUDA operator as fused_diffusion::on_host_<name>, for CPU tensors.
+
+    `on_host_device(processors, shared_bytes)` sets what the kernels are told of the device.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(Path(folder, source.stem + ".o")) for source in SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [
+                (CXX, *FLAGS, *INCLUDE, "-x", "c++", "-c", str(source), "-o", target)
+                for source, target in zip(SOURCES, objects, strict=True)
+            ]
+            list(pool.map(lambda command: run(*command), commands))
+        library = str(Path(folder, "on_host.so"))
+        run(CXX, "-shared", *objects, "-o", library, SANITIZER, f"-L{TORCH / 'lib'}", "-ltorch_cpu")
+        torch.ops.load_library(library)
+        return ctypes.CDLL(library)
+
+
+@pytest.fixture
+def on_host(capfd):
+    """The loaded library; memory that a kernel does not write is NaN, and its accesses are aligned."""
+    library = load()
+    library.on_host_device(132, 227 << 10)
+    torch.use_deterministic_algorithms(True)  # which also fills what torch.empty gives
+    try:
+        yield library
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "runtime error" not in capfd.readouterr().err

@@ -1,0 +1,80 @@
+"""Training runs of several processes, one a rank."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+stores = []  # of the runs so far: where their ranks find each other
+PATIENCE = 300  # seconds, on a machine however busy
+SCRIPT = """
+import sys
+sys.path[:] = {path!r}  # the same package: another one may be without compiled kernels
+import atexit, os, signal, weakref
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from helpers.training import PLAIN, make_trainer, run
+from diffusion.training.distributed import process_group
+from diffusion.utils.ranks import current
+ranks = current()
+try:
+    with process_group(ranks, torch.device("cpu")):
+        group = weakref.ref(torch.distributed.group.WORLD)
+        # Its threads have to end before the interpreter does; one that comes too late aborts the process.
+        atexit.register(lambda: group() is None or os._exit(3))
+        trainer = make_trainer({recipe}, ranks=ranks, {options})
+        step = trainer.train_step
+        def watched():
+            {before}
+            return step()
+        trainer.train_step = watched
+        run(Path(sys.argv[1]), trainer, save_every={save_every}, resume={resume})
+except ValueError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def start(
+    out, world_size=2, recipe="PLAIN", options="", before="pass", save_every=100, resume=False
+) -> list[subprocess.Popen]:
+    """The processes of a run; `recipe` and `options` are expressions that may look at `ranks`.
+
+    before: a statement that is run before each step.
+    """
+    path = sys.path
+    script = SCRIPT.format(
+        path=path, recipe=recipe, options=options, before=before, save_every=save_every, resume=resume
+    )
+    # As under torchrun: a port that is merely free may be taken before the first rank takes it.
+    stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment |= {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(out)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit status and last line of standard error of each."""
+    try:
+        outputs = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, text.strip()) for process, text in zip(processes, outputs, strict=True)]

@@ -1,0 +1,61 @@
+"""Small UNets of every kind."""
+
+from dataclasses import replace
+
+import torch
+
+from diffusion.models.unet import UNet, UNetConfig
+
+TINY = UNetConfig(
+    sample_size=8,
+    in_channels=2,
+    out_channels=2,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    norm_groups=4,
+)
+
+CONDITIONAL = replace(TINY, num_classes=3)
+
+
+def randomized(config: UNetConfig, seed: int = 0) -> UNet:
+    """The same UNet for the same seed, in which no weight is zero."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        unet = UNet(config).eval()
+        for parameter in unet.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return unet
+
+
+def inputs(config: UNetConfig, batch: int = 2, size=None):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, config.in_channels, *(size or config.image_shape), generator=generator)
+    return x, torch.arange(batch) * 400 + 3
+
+
+VARIANTS = {
+    "tiny": TINY,
+    "conditional": CONDITIONAL,
+    "no_null_label": replace(CONDITIONAL, has_null_label=False),
+    "scale_shift": replace(TINY, scale_shift=True),
+    "resblock": replace(TINY, downsample="resblock", upsample="resblock"),
+    "plain": replace(TINY, downsample="plain", upsample="plain"),
+    "mixed": replace(
+        TINY, channel_mult=(1, 2, 2), downsample=("conv", "plain"), upsample=("plain", "resblock")
+    ),
+    "symmetric": replace(TINY, downsample_padding="symmetric"),
+    "heads": replace(TINY, attention_levels=(0, 1), num_heads=2),
+    "head_channels": replace(TINY, attention_levels=(0, 1), head_channels=4),
+    "no_attention": replace(TINY, attention_levels=(), mid_attention=False),
+    "bare_mid_attention": replace(TINY, mid_attention_groups=0),
+    "mid_groups": replace(TINY, mid_attention_groups=2),
+    "blocks_per_level": replace(TINY, channel_mult=(1, 1.5, 2), num_res_blocks=(1, 3, 2)),
+    "one_level": replace(TINY, channel_mult=(2,), attention_levels=(0,)),
+    "learned_variance": replace(TINY, out_channels=4),
+    "embedding": replace(TINY, flip_sin_to_cos=True, freq_shift=0, time_embed_dim=12, timestep_scale=0.25),
+    "oblong": replace(TINY, sample_size=(8, 12)),
+    "patches": replace(TINY, patch_size=2),
+    "oblong_patches": replace(TINY, sample_size=(8, 16), patch_size=4, channel_mult=(1, 1)),
+}

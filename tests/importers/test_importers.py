@@ -1,0 +1,487 @@
+"""Imported models compute what the originals do: diffusers itself, and stored outputs of OpenAI's code."""
+
+import json
+import math
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from diffusion.importers import diffusers as diffusers_format
+from diffusion.importers import guided_diffusion
+from diffusion.models.unet import UNet
+from helpers.paths import FIXTURES
+
+# google/ddpm-cifar10-32, as its config.json has it.
+CIFAR10 = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+SMALL = {
+    "sample_size": 16,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+ATTENTION_FIRST = {
+    "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+}
+UNETS = {
+    "cifar10": CIFAR10,
+    "small": SMALL,
+    "mnist": SMALL | {"sample_size": 28, "in_channels": 1, "out_channels": 1, "layers_per_block": 3},
+    "scale_shift": SMALL | {"resnet_time_scale_shift": "scale_shift"},
+    "scale_shift_mid_groups": SMALL | {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
+    "resnet_sampling": SMALL | ATTENTION_FIRST | {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "resnet_sampling_partly": {
+        **SMALL,
+        "block_out_channels": [16, 32, 32],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
+    "resnet_blocks": SMALL
+    | {
+        "down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "UpBlock2D"],
+    },
+    "attention_everywhere": SMALL
+    | {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2},
+    "sines_first": SMALL | {"flip_sin_to_cos": False, "freq_shift": 1},
+    "one_head": SMALL | {"attention_head_dim": None},
+    "wide_heads": SMALL | {"attention_head_dim": 16},
+    "classes": SMALL | {"num_class_embeds": 10},
+    "groups_and_eps": SMALL | {"norm_num_groups": 4, "norm_eps": 1e-3},
+    "asymmetric": SMALL | {"downsample_padding": 0},
+    "odd_widths": SMALL | {"block_out_channels": [24, 40]},
+    "oblong": SMALL | {"sample_size": [12, 20]},
+    "no_mid_attention": SMALL | {"add_attention": False},
+    "embedding": SMALL | {"time_embedding_dim": 24},
+    "learned_variance": SMALL | {"out_channels": 6},
+}
+
+
+def original(config: dict) -> diffusers.UNet2DModel:
+    """A UNet2DModel in which all parameters are random, none at zero or one, and outputs are of order one."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = diffusers.UNet2DModel(**config).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            else:
+                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+    return model
+
+
+def assert_same_outputs(unet: UNet, model: diffusers.UNet2DModel, batch: int = 2):
+    config = unet.config
+    x = torch.randn(
+        batch, config.in_channels, *config.image_shape, generator=torch.Generator().manual_seed(1)
+    )
+    labels = torch.arange(batch) % config.num_classes if config.num_classes else None
+    with torch.no_grad():
+        for t in (torch.arange(batch), 999 - 7 * torch.arange(batch)):
+            expected = model(x, t, class_labels=labels).sample
+            out = unet.eval()(x, t, labels)
+            assert expected.std() > 0.1
+            assert (out - expected).abs().max() <= 1e-5
+
+
+def imported(model: diffusers.UNet2DModel, tensors: dict | None = None) -> UNet:
+    ours = diffusers_format.unet_config(json.loads(model.to_json_string()))
+    unet = UNet(ours)
+    unet.load_state_dict(diffusers_format.convert_weights(ours, tensors or model.state_dict()))
+    return unet
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet2dmodel(name):
+    model = original(UNETS[name])
+    assert_same_outputs(imported(model), model)
+
+
+def test_unet2dmodel_defaults():
+    """A configuration that says nothing means what it means to diffusers."""
+    given = {"sample_size": 8, "_class_name": "UNet2DModel"}
+    with torch.device("meta"):
+        spelled_out = json.loads(diffusers.UNet2DModel(sample_size=8).to_json_string())
+    assert diffusers_format.unet_config(given) == diffusers_format.unet_config(spelled_out)
+
+
+def test_old_attention_names():
+    """query, key, value and proj_attn, as in the files of 2022."""
+    model = original(SMALL)
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for current, old in new.items():
+            name = name.replace(f"attentions.0.{current}.", f"attentions.0.{old}.")
+        tensors[name] = tensor
+    assert any("query" in name for name in tensors)
+    assert_same_outputs(imported(model, tensors), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"act_fn": "gelu"}, "act_fn 'gelu'"),
+        ({"center_input_sample": True}, "center_input_sample True"),
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier'"),
+        ({"mid_block_scale_factor": 1.5}, "mid_block_scale_factor 1.5"),
+        ({"mid_block_type": None}, "mid_block_type None"),
+        ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types 'SkipDownBlock2D'"),
+        ({"up_block_types": ["AttnSkipUpBlock2D", "UpBlock2D"]}, "up_block_types 'AttnSkipUpBlock2D'"),
+        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types cannot be imported"),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types must name 2"),
+        ({"down_block_types": [["x"], "y"]}, "config"),
+        ({"downsample_type": "fir"}, "downsample_type 'fir'"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift 'spatial'"),
+        ({"downsample_padding": 2}, "downsample_padding 2"),
+        ({"attention_head_dim": 5}, "attention heads of width 5"),
+        ({"block_out_channels": "wide"}, "block_out_channels"),
+        ({"sample_size": None}, "sample_size"),
+        ({"sample_size": 15}, "cannot be halved"),
+        ({"norm_num_groups": None}, "norm_groups"),
+        ({"block_out_channels": [16, 10**30]}, "block_out_channels must be whole numbers in 1..65536"),
+        ({"block_out_channels": [16, True]}, "block_out_channels must be whole numbers in 1..65536"),
+        ({"layers_per_block": 10**18}, "num_res_blocks must be a whole number in 1..64"),
+        ({"norm_eps": 1e308}, "norm_eps must be a number in"),
+        ({"act_fn": ["silu"]}, "act_fn .'silu'. cannot be imported"),
+        ({"downsample_padding": True}, "downsample_padding True cannot be imported, only 0, 1"),
+        ({"down_block_types": [[], {}]}, r"down_block_types \[\] cannot be imported, only 'DownBlock2D'"),
+        ({"encoder_hid_dim": 3}, "'encoder_hid_dim' is not known"),
+        ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel' cannot be imported"),
+    ],
+)
+def test_what_unets_cannot_be(options, message, tmp_path):
+    original(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | options))
+    with pytest.raises(ValueError, match=message) as error:
+        diffusers_format.load_unet(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "config.json" in str(error.value)
+
+
+SCHEDULERS = {
+    "linear": diffusers.DDPMScheduler(),
+    "google": diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True),
+    "cosine": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
+    "sigmoid": diffusers.DDPMScheduler(num_train_timesteps=50, beta_schedule="sigmoid", clip_sample=False),
+    "scaled": diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    "zero_snr": diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "trained": diffusers.DDPMScheduler(trained_betas=[0.1, 0.2, 0.4], num_train_timesteps=3),
+    "dpm": diffusers.DPMSolverMultistepScheduler(prediction_type="sample"),
+    "clip": diffusers.DDPMScheduler(clip_sample_range=2.5, variance_type="fixed_small_log"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name):
+    scheduler = SCHEDULERS[name]
+    schedule, conventions = diffusers_format.read_scheduler(json.loads(scheduler.to_json_string()))
+    alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
+    assert scheduler.config.num_train_timesteps == schedule.T
+    torch.testing.assert_close(schedule.alphas_cumprod, alphas_cumprod, rtol=1e-4, atol=1e-6)
+    assert conventions["prediction_type"] == scheduler.config.prediction_type
+    clips = scheduler.config.get("clip_sample", False)
+    assert conventions["clip"] == (scheduler.config.clip_sample_range if clips else None)
+    variance = (scheduler.config.get("variance_type") or "fixed_small").removesuffix("_log")
+    assert conventions["variance"] == variance
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "'PNDMScheduler' cannot be imported"),
+        ({"_class_name": None}, "_class_name None"),
+        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
+        ({"prediction_type": "flow"}, "prediction_type 'flow'"),
+        ({"variance_type": "fixed_large_log"}, "variance_type 'fixed_large_log'"),
+        ({"variance_type": "learned"}, "variance_type 'learned'"),
+        ({"thresholding": True}, "thresholding"),
+        ({"clip_sample_range": "wide"}, "clip_sample_range must be a number in"),
+        ({"clip_sample_range": 10**400}, "clip_sample_range must be a number in"),
+        ({"num_train_timesteps": 2**62}, "T must be a whole number in 1..1000000"),
+        ({"beta_start": 10**400}, "beta_start must be a finite number"),
+        ({"trained_betas": [0.1, "x"]}, "betas must be a list of finite numbers"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule .'linear'. cannot be imported"),
+        ({"num_train_timesteps": "many"}, "T must be"),
+        ({"beta_end": 7.0}, "betas must be"),
+        (
+            {"variance_type": "learned_range"},
+            "'learned_range' does not go with a UNet of 3 channels in and 3 out",
+        ),
+    ],
+)
+def test_what_schedulers_cannot_be(options, message, tmp_path):
+    save_pipeline(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    with pytest.raises(ValueError, match=message) as error:
+        diffusers_format.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_old_scheduler_options():
+    config = {"_class_name": "DDPMScheduler", "predict_epsilon": False, "timestep_values": None}
+    assert diffusers_format.read_scheduler(config)[1]["prediction_type"] == "sample"
+
+
+def save_pipeline(folder: Path, **options) -> diffusers.UNet2DModel:
+    model = original(SMALL)
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(variance_type="fixed_large")).save_pretrained(
+        folder, **options
+    )
+    return model
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_pipeline(safe, tmp_path):
+    model = save_pipeline(tmp_path, safe_serialization=safe)
+    assert diffusers_format.is_diffusers(tmp_path)
+    unet, schedule, conventions = diffusers_format.load(tmp_path)
+    assert_same_outputs(unet, model)
+    assert schedule.T == 1000
+    assert conventions == {"prediction_type": "epsilon", "variance": "fixed_large", "clip": 1.0}
+
+
+def test_flat_pipeline(tmp_path):
+    """All files side by side, as in google/ddpm-cifar10-32."""
+    model = original(SMALL)
+    model.save_pretrained(tmp_path)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    assert diffusers_format.is_diffusers(tmp_path)
+    assert_same_outputs(diffusers_format.load(tmp_path)[0], model)
+
+
+def test_unet_alone(tmp_path):
+    model = original(SMALL)
+    model.save_pretrained(tmp_path)
+    assert_same_outputs(diffusers_format.load_unet(tmp_path), model)
+    with pytest.raises(ValueError, match=r"scheduler_config\.json is missing"):
+        diffusers_format.load(tmp_path)
+
+
+def test_is_diffusers(tmp_path):
+    assert not diffusers_format.is_diffusers(tmp_path)
+    assert not diffusers_format.is_diffusers(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"format": "fused-diffusion"}')
+    assert not diffusers_format.is_diffusers(tmp_path)
+
+
+class Code:
+    """What a malicious checkpoint holds: code that runs when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Code, "ran", True))
+
+
+def damage_folder(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    tensors = original(SMALL).state_dict()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "garbage":
+        path.write_bytes(b"\x80\x02 no pickle\n" * 9)
+    elif how == "missing":
+        path.unlink()
+    elif how == "code":
+        torch.save({"conv_in.weight": Code()}, path)
+    elif how == "list":
+        torch.save([1, 2, 3], path)
+    else:
+        name = "conv_in.weight"
+        if how == "nan":
+            tensors[name][0] = float("nan")
+        elif how == "renamed":
+            tensors["conv_first.weight"] = tensors.pop(name)
+        elif how == "extra":
+            tensors["more.weight"] = tensors[name]
+        elif how == "reshaped":
+            tensors[name] = tensors[name][:, :1]
+        torch.save(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "is damaged"),
+        ("empty", "is damaged"),
+        ("garbage", "is damaged"),
+        ("missing", "has none of diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin"),
+        ("code", "holds more than tensors"),
+        ("list", "holds no state dict"),
+        ("nan", "holds NaN"),
+        ("renamed", "of another architecture than its configuration: no conv_in.weight"),
+        ("extra", "1 tensors too many, such as more.weight"),
+        ("reshaped", r"input_conv.weight is \[16, 1, 3, 3\], not \[16, 3, 3, 3\]"),
+    ],
+)
+def test_damaged_bin(how, message, tmp_path):
+    save_pipeline(tmp_path, safe_serialization=False)
+    damage_folder(tmp_path / "unet" / "diffusion_pytorch_model.bin", how)
+    with pytest.raises(ValueError, match=message) as error:
+        diffusers_format.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not Code.ran
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_safetensors(keep, tmp_path):
+    save_pipeline(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="truncated or damaged") as error:
+        diffusers_format.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", '{"sample_size": 1e999}'])
+def test_damaged_json(text, tmp_path):
+    save_pipeline(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        diffusers_format.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# Outputs of OpenAI's own UNetModel (guided-diffusion at 22e0df8, improved-diffusion at 1bc7bbb for the case
+# of that name) in float32 on a CPU, with the weights of `weights` and the input of `numbers` below: every
+# step-th number of the flattened output for timesteps 7 and 983. "modules" lists the names of the original's
+# modules by the shape of their weights; their biases have the first dimension of it.
+EXPECTED = json.loads((FIXTURES / "guided_diffusion.json").read_text())
+
+
+def numbers(count: int, key: int) -> torch.Tensor:
+    """`count` numbers in [-1, 1), a function of index and key that looks random."""
+    h = torch.sin(torch.arange(count, dtype=torch.float64) * 12.9898 + key * 78.233 + 1.0) * 43758.5453
+    return (h - h.floor()) * 2 - 1
+
+
+def weights(modules: dict[str, str]) -> dict[str, torch.Tensor]:
+    shapes = {}
+    for shape, names in modules.items():
+        for name in names.split():
+            shapes[f"{name}.weight"] = tuple(map(int, shape.split()))
+            if name != "label_emb":
+                shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
+    tensors = {}
+    for key, name in enumerate(sorted(shapes)):
+        shape = torch.Size(shapes[name])
+        u = numbers(shape.numel(), key).reshape(shape)
+        if len(shape) > 1:
+            u = u * (3 / shape[1:].numel()) ** 0.5
+        else:
+            u = 1 + 0.3 * u if name.endswith("weight") else 0.2 * u
+        tensors[name] = u.float()
+    return tensors
+
+
+def save_guided(name: str, folder: Path) -> Path:
+    torch.save(weights(EXPECTED[name]["modules"]), folder / "model.pt")
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_guided_diffusion(name, tmp_path):
+    case = EXPECTED[name]
+    unet, schedule, conventions = guided_diffusion.load(save_guided(name, tmp_path), **case["flags"])
+    config = unet.config
+    x = (numbers(2 * 3 * config.sample_size**2, 1000) * 1.7).float().reshape(2, 3, *config.image_shape)
+    labels = None if case["labels"] is None else torch.tensor(case["labels"])
+    with torch.no_grad():
+        out = unet.eval()(x, torch.tensor([7, 983]), labels)
+    expected = torch.tensor(case["values"])
+    assert expected.std() > 0.3
+    assert (out.flatten()[:: case["step"]] - expected).abs().max() <= 1e-5
+    assert case["flags"].get("diffusion_steps", 1000) == schedule.T
+    learned = case["flags"]["learn_sigma"]
+    assert conventions == {
+        "prediction_type": "epsilon",
+        "variance": "learned_range" if learned else "fixed_large",
+        "clip": 1.0,
+    }
+    assert config.learned_variance == learned
+    if labels is not None:
+        with pytest.raises(ValueError, match="without a null label"):
+            unet(x, torch.tensor([7, 983]))
+
+
+def test_guided_diffusion_conventions(tmp_path):
+    path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
+    options = {"predict_xstart": True, "sigma_small": True, "use_fp16": True, "diffusion_steps": 250}
+    _, schedule, conventions = guided_diffusion.load(path, **flags, **options)
+    assert conventions == {"prediction_type": "sample", "variance": "fixed_small", "clip": 1.0}
+    # Dhariwal & Nichol's code: the betas of 1000 steps, times 1000 / steps.
+    torch.testing.assert_close(schedule.betas, torch.linspace(4e-4, 0.08, 250, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"imagesize": 3}, "unknown flag 'imagesize'; choose from: attention_resolutions, "),
+        ({"image_size": "64"}, "flag image_size must be a whole number of at most 64 bits, not '64'"),
+        ({"class_cond": "False"}, "flag class_cond must be true or false"),
+        ({"num_channels": True}, "flag num_channels must be a whole number"),
+        ({"class_cond": True}, "has no label_emb"),
+        ({"channel_mult": "1,x"}, "channel_mult must be numbers"),
+        ({"channel_mult": "", "image_size": 8}, "channel_mult must be given for an image_size of 8"),
+        ({"channel_mult": "1,1,1,1,1"}, "cannot be halved"),
+        ({"attention_resolutions": "a"}, "attention_resolutions must be numbers"),
+        ({"noise_schedule": "warped"}, "noise_schedule 'warped'"),
+        ({"noise_schedule": ["linear"]}, "unknown noise_schedule"),
+        ({"diffusion_steps": 0}, "flag diffusion_steps must be a whole number in 1..1000000, not 0"),
+        ({"diffusion_steps": 10**400}, "flag diffusion_steps must be a whole number"),
+        ({"diffusion_steps": 2**40}, "flag diffusion_steps must be a whole number in 1..1000000"),
+        ({"num_heads": 2**40}, "num_heads must be a whole number in 1..65536"),
+        ({"num_res_blocks": 10**18}, "num_res_blocks must be a whole number in 1..64"),
+        ({"channel_mult": "1,inf"}, "channel_mult must be a list of finite numbers, not inf"),
+        ({"channel_mult": (1, 10**400)}, "channel_mult must be a list of finite numbers"),
+        ({"attention_resolutions": "1e400"}, "attention_resolutions must be a list of finite numbers"),
+        ({"dropout": math.nan}, "flag dropout must be a finite number, not nan"),
+        ({"num_heads_upsample": 4, "num_head_channels": -1}, "num_heads_upsample"),
+        ({"num_head_channels": 48}, "heads of width 48"),
+        ({"num_res_blocks": 2}, "of another architecture"),
+        ({"resblock_updown": True}, "of another architecture"),
+        ({"learn_sigma": True}, r"output_conv.weight is \[3, 32, 3, 3\], not \[6, 32, 3, 3\]"),
+    ],
+)
+def test_wrong_flags(flags, message, tmp_path):
+    path = save_guided("pooling", tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        guided_diffusion.load(path, **(EXPECTED["pooling"]["flags"] | flags))
+    assert "\n" not in str(error.value)
+
+
+def test_no_guided_diffusion_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"model.pt is missing"):
+        guided_diffusion.load(tmp_path / "model.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="holds no UNet of guided-diffusion"):
+        guided_diffusion.load(tmp_path / "model.pt")

@@ -1,0 +1,263 @@
+"""PreparedUNet: what it computes is what the UNet computes, for every architecture, size and dtype."""
+
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from diffusion.inference import cpu_plan
+from diffusion.inference.backbone import NetworkCache
+from diffusion.inference.cpu_plan import PreparedUNet, unsupported
+from diffusion.kernels import _native
+from diffusion.models.unet import UNet
+from helpers.native import requires_native
+from helpers.unets import TINY, VARIANTS, inputs, randomized
+
+pytestmark = requires_native
+
+
+def labels_of(config, batch: int):
+    return torch.arange(batch) % config.num_classes if config.num_classes else None
+
+
+@pytest.fixture
+def vectors():
+    """Without AMX, where the processor has it."""
+    _native.use_simd(_native.simd_variants()[min(3, len(_native.simd_variants()) - 1)])
+    yield
+    _native.use_simd("best")
+
+
+def evaluate(unet, dtype, x, t, labels):
+    """The prepared UNet's output, and the UNet's own in float64."""
+    with torch.no_grad():
+        actual = PreparedUNet(unet, dtype).denoise(x, unet.embed(t, labels)).clone()
+        return actual, copy.deepcopy(unet).double()(x.double(), t, labels)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_unet(name, simd):
+    unet = randomized(VARIANTS[name])
+    x, t = inputs(unet.config)
+    actual, expected = evaluate(unet, torch.float32, x, t, labels_of(unet.config, 2))
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_sixteen_bits(name, dtype):
+    """As near to float64 as the UNet itself in that dtype, or twice as far."""
+    unet = randomized(VARIANTS[name])
+    x, t = inputs(unet.config)
+    labels = labels_of(unet.config, 2)
+    actual, expected = evaluate(unet, dtype, x, t, labels)
+    assert actual.dtype == dtype
+    with torch.no_grad():
+        peer = copy.deepcopy(unet).to(dtype)(x, t, labels)
+    error, allowed = (actual - expected).abs().max(), (peer - expected).abs().max()
+    assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 6), (26, 14), (34, 34)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_sizes(size, batch):
+    unet = randomized(VARIANTS["scale_shift"])
+    x, t = inputs(unet.config, batch, size)
+    actual, expected = evaluate(unet, torch.float32, x, t, None)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "heads", "resblock", "scale_shift"])
+def test_an_image_does_not_depend_on_its_batch(name, dtype):
+    unet = randomized(VARIANTS[name])
+    x, t = inputs(unet.config, 5, (16, 16))
+    with torch.no_grad():
+        embedding, network = unet.embed(t), PreparedUNet(unet, dtype)
+        together = network.denoise(x, embedding).clone()
+        for i in range(5):
+            assert torch.equal(network.denoise(x[i : i + 1], embedding[i : i + 1])[0], together[i])
+        assert torch.equal(network.denoise(x, embedding), together)
+
+
+def test_the_input_is_left_alone():
+    unet = randomized(TINY)
+    x, t = inputs(TINY)
+    with torch.no_grad():
+        embedding = unet.embed(t)
+        before = x.clone(), embedding.clone()
+        PreparedUNet(unet, torch.float32).denoise(x, embedding)
+    assert torch.equal(x, before[0])
+    assert torch.equal(embedding, before[1])
+
+
+def change_by_data(unet):
+    unet.down[0].blocks[0].conv1.weight.data.mul_(1.5)
+
+
+def change_in_place(unet):
+    with torch.no_grad():
+        unet.output_norm.bias.add_(0.5)
+
+
+def replace_parameter(unet):
+    unet.mid.blocks[0].conv2.weight = torch.nn.Parameter(unet.mid.blocks[0].conv2.weight * 2)
+
+
+def load_others(unet):
+    unet.load_state_dict(randomized(TINY, seed=5).state_dict())
+
+
+def network_of(cache, unet, dtype=torch.float32, backend="auto"):
+    return cache.of(unet, torch.device("cpu"), dtype, backend)
+
+
+@pytest.mark.parametrize("change", [change_by_data, change_in_place, replace_parameter, load_others])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_cache_sees_every_change(change, backend):
+    unet, cache = randomized(TINY), NetworkCache()
+    with torch.no_grad():
+        first = network_of(cache, unet, backend=backend)
+        assert network_of(cache, unet, backend=backend) is first
+        change(unet)
+        x, t = inputs(TINY)
+        actual = network_of(cache, unet, backend=backend).denoise(x, unet.embed(t))
+        torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
+    assert network_of(cache, unet, torch.bfloat16) is not first
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_in_inference_mode_and_out_of_it(first):
+    unet = randomized(TINY)
+    network, (x, t) = PreparedUNet(unet, torch.float32), inputs(TINY)
+    results = []
+    for mode in (first, not first, first):
+        with torch.inference_mode(mode), torch.no_grad():
+            results.append(network.denoise(x, unet.embed(t)).clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        unet = randomized(TINY)
+        x, t = inputs(TINY)
+        actual = network_of(NetworkCache(), unet).denoise(x, unet.embed(t))
+        torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_share_buffers():
+    unet = randomized(TINY)
+    network, t = PreparedUNet(unet, torch.float32), torch.tensor([5, 900])
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(2, 2, 16, 16, generator=generator) for _ in range(8)]
+    with torch.no_grad():
+        embedding = unet.embed(t)
+        expected = [network.denoise(x, embedding).clone() for x in images]
+
+    def work(x):
+        with torch.no_grad():
+            results = []
+            for _ in range(30):
+                out = network.denoise(x, embedding)
+                time.sleep(1e-4)  # for another thread to overwrite it, if it could
+                results.append(out.clone())
+            return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for results, right in zip(pool.map(work, images), expected, strict=True):
+            assert all(torch.equal(result, right) for result in results)
+
+
+def test_a_copy_prepares_its_own():
+    unet, cache = randomized(TINY), NetworkCache()
+    first = network_of(cache, unet)
+    assert network_of(copy.deepcopy(cache), unet) is not first
+
+
+def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
+    """Smaller tiles, then none, as memory shrinks; the result stays the same."""
+    unet = randomized(VARIANTS["tiny"])
+    x, t = inputs(unet.config, 2, (16, 16))
+    numbers = sum(
+        m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)
+    )
+    tiles, outputs = [], []
+    for share in (4.0, 2.0, 1.0):
+        total = int(4 * numbers * share / cpu_plan.SHARE_OF_MEMORY)
+        monkeypatch.setattr(cpu_plan, "total_memory", lambda device, total=total: total)
+        network = PreparedUNet(unet, torch.float32)
+        with torch.no_grad():
+            outputs.append(network.denoise(x, unet.embed(t)).clone())
+        tiles.append({packing.tile for _, packing in network._weights})
+    assert tiles == [{0, 4}, {0, 2}, {0}]  # 0: convolutions by 1 x 1
+    torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_attention_over_many_positions(limit, monkeypatch):
+    """By AMX, where the processor has it, up to a limit, and without it beyond."""
+    monkeypatch.setattr(cpu_plan, "MOST_POSITIONS", limit)
+    unet = randomized(VARIANTS["heads"])
+    x, t = inputs(unet.config, 2, (26, 14))
+    actual, expected = evaluate(unet, torch.float32, x, t, None)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_cannot_be_prepared():
+    unet = randomized(TINY)
+    assert "float64" in unsupported(unet, torch.float64)
+    assert "meta" in unsupported(copy.deepcopy(unet).to("meta"), torch.float32)
+    with pytest.raises(ValueError, match=r"this UNet cannot be prepared: the dtype is torch\.float64"):
+        PreparedUNet(unet, torch.float64)
+    assert unsupported(unet, torch.float32) is None
+
+
+class Halved(UNet):
+    def denoise(self, x, embedding, backend="auto"):
+        return super().denoise(x, embedding, backend) / 2
+
+
+def hooked(unet):
+    unet.mid.register_forward_hook(lambda module, args, output: output * 0)
+    return unet
+
+
+def wrapped(unet):
+    torch.nn.utils.parametrizations.weight_norm(unet.output_conv)
+    return unet
+
+
+def test_what_others_changed_is_not_passed_over():
+    unet, cache = randomized(TINY), NetworkCache()
+    assert unsupported(unet, torch.float32) is None
+    halved = Halved(TINY).eval()
+    halved.load_state_dict(unet.state_dict())
+    x, t = inputs(TINY)
+    with torch.no_grad():
+        expected = network_of(cache, unet).denoise(x, unet.embed(t)).clone()
+        found = network_of(NetworkCache(), halved)(x, t, None)
+        torch.testing.assert_close(found, expected / 2, rtol=1e-4, atol=1e-4)
+        hooked(unet)
+        found = network_of(cache, unet)(x, t, None)
+        torch.testing.assert_close(found, unet(x, t), rtol=1e-4, atol=1e-4)
+        assert (found - expected).abs().max() > 0.1
+    assert "mid has a forward hook" in unsupported(unet, torch.float32)
+    assert "it is Halved of test_prepared, not UNet of diffusion" in unsupported(halved, torch.float32)
+    assert "output_conv is ParametrizedConv2d of torch." in unsupported(
+        wrapped(randomized(TINY)), torch.float32
+    )
+
+
+def test_norms_are_copies():
+    unet = randomized(VARIANTS["resblock"])
+    x, t = inputs(unet.config)
+    with torch.no_grad():
+        network, embedding = PreparedUNet(unet, torch.float32), unet.embed(t)
+        expected = network.denoise(x, embedding).clone()
+        for parameter in unet.parameters():
+            parameter.mul_(2)
+        assert torch.equal(network.denoise(x, embedding), expected)

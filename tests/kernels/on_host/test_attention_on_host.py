@@ -1,0 +1,160 @@
+"""The CUDA kernels of attention and of its gradient, built for the host, against the formula in float64."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from diffusion.kernels.ops.attention import library, reference
+from diffusion.kernels.ops.attention.cases import CASES, Case
+from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
+from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
+from helpers.tolerance import assert_close
+
+pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
+
+library.define("on_host_attention")
+OPS = torch.ops.fused_diffusion
+
+SMALL = [
+    "scaled", "peaked", "extreme", "reversed", "uniform", "misaligned", "odd_misaligned", "one_column",
+    "one_position", "odd", "empty_batch",
+]  # fmt: skip
+TILES = {  # in every padded width, with ends inside of a tile and tiles that are full
+    "one_tile": Case(2, 1, 49, 64, packed=True),
+    "one_query_more": Case(1, 1, 65, 40, packed=True),
+    "three_tiles": Case(1, 1, 130, 96, packed=True),
+    "full_tiles": Case(1, 1, 128, 8),
+    "widest": Case(1, 1, 130, 256, packed=True),
+    "one_wide_position": Case(1, 2, 1, 256, packed=True),
+    "wide_misaligned": Case(1, 2, 20, 130, packed=True, offset=1),
+    "many_heads": Case(2, 5, 17, 16, packed=True),
+}
+ALL = {name: CASES[name] for name in SMALL} | TILES
+
+# Enough multiprocessors that a block takes 16 queries and its warps divide the keys; so few that it takes 64.
+PROCESSORS = {"few_queries": 1000, "many_queries": 1}
+
+
+def attention(q, k, v, *, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return OPS.on_host_attention(q, k, v, scale)[0]
+
+
+@pytest.fixture(params=PROCESSORS)
+def blocks(request, on_host):  # noqa: F811
+    on_host.on_host_device(PROCESSORS[request.param], 227 << 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.usefixtures("blocks")
+def test_value(case, dtype):
+    (q, k, v), kwargs = ALL[case].inputs(dtype)
+    scale = kwargs["scale"] if kwargs["scale"] is not None else q.shape[-1] ** -0.5
+    out, logsumexp = OPS.on_host_attention(q, k, v, scale)
+    exact = [t.double() for t in (q, k, v)]
+    assert_close(out, torch_ops(q, k, v, scale=scale), formula(*exact, scale=scale))
+    logits, exact_logits = q.float() @ k.float().mT * scale, exact[0] @ exact[1].mT * scale
+    assert_close(logsumexp, torch.logsumexp(logits, -1), torch.logsumexp(exact_logits, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ALL)
+def test_gradient(case, dtype):
+    """Against PyTorch's fused op, whose gradient starts from the rounded output too."""
+    args, kwargs = ALL[case].inputs(dtype)
+    actual = with_gradients(partial(attention, **kwargs), args)
+    peer = with_gradients(partial(reference.attention, **kwargs), args)
+    expected = with_gradients(partial(formula, **kwargs), args, torch.float64)
+    for one, other, truth in zip(actual[1:], peer[1:], expected[1:], strict=True):
+        assert one.dtype == dtype
+        assert_close(one, other, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_are_read_through_their_strides(dtype):
+    """Slices with gaps, one key for every position, one value for every head, and the gradient of a sum."""
+    (q, k, v), _ = Case(4, 2, 35, 24, packed=True).inputs(dtype)
+    k, v = k[1::2, :, 7:8].expand(-1, -1, 12, -1), v[1::2, :1, ::3].expand(-1, 2, -1, -1)
+    views = [q[1::2, :, ::3], k, v]
+
+    def results(args):
+        leaves = [t.detach().requires_grad_() for t in args]
+        out = attention(*leaves)
+        return out, *torch.autograd.grad(out.sum(), leaves)
+
+    assert all(map(torch.equal, results(views), results([t.contiguous() for t in views])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("blocks")
+class TestMeaning:
+    CASE = Case(2, 2, 40, 16, packed=True)
+
+    def test_merging_the_heads_copies_nothing(self, dtype):
+        out = attention(*self.CASE.inputs(dtype)[0])
+        assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+    def test_an_image_does_not_depend_on_its_batch(self, dtype):
+        args, _ = self.CASE.inputs(dtype)
+        batch = with_gradients(attention, args)
+        alone = [attention(*(t[i : i + 1] for t in args)) for i in range(2)]
+        assert torch.equal(torch.cat(alone), batch[0])
+
+    def test_nan_stays_with_its_query(self, dtype):
+        q, k, v = self.CASE.inputs(dtype)[0]
+        q[1, 1, 5, 2] = math.nan
+        assert attention(q, k, v).isnan().any(-1).nonzero().tolist() == [[1, 1, 5]]
+
+    def test_nan_in_a_key_reaches_every_query(self, dtype):
+        q, k, v = self.CASE.inputs(dtype)[0]
+        k[1, 1, 39, 2] = math.nan
+        assert attention(q, k, v).isnan().any(-1).nonzero().tolist() == [[1, 1, i] for i in range(40)]
+
+    def test_a_key_of_minus_infinity_is_left_out(self, dtype):
+        (q, k, v), _ = Case(1, 1, 70, 16).inputs(dtype)
+        q, k = q.abs() + 0.1, k.clone()
+        k[:, :, 20:] = -math.inf
+        out = attention(q, k, v)
+        rest = formula(*(t.double() for t in (q, k[:, :, :20], v[:, :, :20])))
+        assert_close(out, torch_ops(q, k[:, :, :20], v[:, :, :20]), rest)
+
+    def test_logits_may_all_be_far_below_zero(self, dtype):
+        """Where keys that do not exist would weigh more than all that do."""
+        (q, k, v), _ = Case(1, 1, 70, 16).inputs(dtype)
+        args = q.abs() + 3, -k.abs() - 3, v
+        actual = with_gradients(partial(attention, scale=1.0), args)
+        peer = torch_ops(*args, scale=1.0), *with_gradients(partial(reference.attention, scale=1.0), args)[1:]
+        expected = with_gradients(partial(formula, scale=1.0), args, torch.float64)
+        for one, other, truth in zip(actual, peer, expected, strict=True):
+            assert_close(one, other, truth)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_positions_beyond_two_billion_numbers(monkeypatch):
+    """Two positions 2**31 numbers apart, in memory that is only touched there."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    far = memory.as_strided((1, 1, 2, 8), (0, 0, 2**31, 1))
+    near = torch.linspace(-2, 2, 16).to(torch.bfloat16).reshape(1, 1, 2, 8)
+    far.copy_(near)
+    results = [with_gradients(lambda q: attention(q, q, q), [t]) for t in (far, near)]
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    leaves = [t.detach().requires_grad_() for t in CASES["odd_misaligned"].inputs(dtype)[0]]
+    torch.library.opcheck(OPS.on_host_attention.default, (*leaves, 0.3))
+    q, k, v = (t.detach() for t in leaves)
+    out, logsumexp = OPS.on_host_attention(q, k, v, 0.3)
+    arguments = (upstream(out), q, k, v, out, logsumexp, 0.3)
+    torch.library.opcheck(OPS.on_host_attention_backward.default, arguments)
+
+
+def test_a_head_may_be_too_wide():
+    x = torch.zeros(1, 1, 2, 257)
+    with pytest.raises(RuntimeError, match="the width of a head is 257, more than 256"):
+        attention(x, x, x)

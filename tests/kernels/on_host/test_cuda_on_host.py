@@ -1,0 +1,95 @@
+"""The CUDA sources, built for the host: every kernel's logic, where there is no GPU."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion.kernels import philox_normal, reverse_step_, step_counter
+from diffusion.kernels.ops.philox import native_impl as philox
+from diffusion.kernels.ops.reverse_step import native_impl as step
+from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
+from diffusion.kernels.ops.reverse_step.cases import EPSILON
+from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
+from helpers.reverse_step import cast, formula
+from helpers.tolerance import assert_close
+
+pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPS = torch.ops.fused_diffusion
+
+torch.library.define("fused_diffusion::on_host_philox_normal", philox.SCHEMA)
+step.define("on_host_reverse_step")
+
+
+def misaligned(t):
+    """The same tensor, one element further on in memory."""
+    if not isinstance(t, torch.Tensor) or t.numel() == 0:
+        return t
+    return t.new_empty(t.numel() + 1)[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 4000])
+def test_normals(elements):
+    ids = torch.tensor([5, 2**40, 0])
+    expected = philox_normal((3, elements), seed=9, sample_ids=ids, stream=2, backend="reference")
+    torch.testing.assert_close(
+        OPS.on_host_philox_normal(ids, 9, 2, elements), expected, rtol=2.0**-22, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STEP_CASES)
+def test_reverse_step(case, dtype):
+    args, kwargs = STEP_CASES[case].inputs(dtype)
+    expected = formula(*cast(torch.float64, args, kwargs)[0], **cast(torch.float64, args, kwargs)[1])
+    peer = formula(*cast(torch.float32, args, kwargs)[0], **cast(torch.float32, args, kwargs)[1])
+    aligned = step.arguments(*args, **kwargs)
+    for arguments in (aligned, tuple(map(misaligned, aligned))):
+        for one, other, truth in zip(OPS.on_host_reverse_step(*arguments), peer, expected, strict=True):
+            assert_close(one, other, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_reverse_step_in_place(channels_last, dtype):
+    """A chain of steps that follows the counter, and the UNet's next input."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    table = torch.tensor(
+        [EPSILON._replace(guidance_scale=2.5), EPSILON._replace(d=-0.1)], dtype=torch.float64
+    )
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (
+        torch.randn(6, 3, 8, 8, generator=generator).to(dtype).contiguous(memory_format=layout).chunk(2)
+    )
+    start, ids = torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([5, 2**40, 0])
+
+    def chain(step):
+        x, x0, counter = start.clone(), torch.zeros_like(start), step_counter(7)
+        unet_input = torch.full((6, 3, 8, 8), math.nan, dtype=dtype).contiguous(memory_format=layout)
+        for _ in table:
+            step(x, x0, counter, unet_input)
+        return x, x0, unet_input, counter
+
+    def reference(x, x0, counter, unet_input):
+        reverse_step_(
+            x,
+            cond,
+            table,
+            counter,
+            sample_ids=ids,
+            model_output_uncond=uncond,
+            x0=x0,
+            unet_input=unet_input,
+            backend="reference",
+        )
+
+    def built_for_host(x, x0, counter, unet_input):
+        OPS.on_host_reverse_step_(x, cond, uncond, x0, None, table, counter, ids, unet_input)
+
+    x, x0, unet_input, counter = chain(built_for_host)
+    expected_x, expected_x0, _, expected_counter = chain(reference)
+    torch.testing.assert_close((x, x0), (expected_x, expected_x0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(unet_input, torch.cat([x, x]).to(dtype))
+    assert torch.equal(counter, expected_counter)

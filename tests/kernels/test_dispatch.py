@@ -1,0 +1,206 @@
+"""Which backend runs, and that none is left out in silence."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import diffusion
+from diffusion.kernels import _native, build_info, explain, philox_normal, reverse_step
+from diffusion.kernels._dispatch import Backend, Op, always
+from diffusion.kernels.ops.group_norm_silu import op as group_norm_silu_op
+from diffusion.kernels.ops.reverse_step.cases import CASES
+from helpers.native import requires_native
+
+ON_EVEN = Backend(lambda n: f"even {n}", lambda n: None if n % 2 == 0 else f"{n} is odd")
+ON_ALL = Backend(lambda n: f"any {n}", always)
+
+
+def refuse_negative(n):
+    if n < 0:
+        raise ValueError(f"n is {n}, not at least 0")
+
+
+OP = Op("toy", {"even": ON_EVEN, "any": ON_ALL}, refuse_negative)
+
+
+def test_auto_takes_the_first_backend_that_serves():
+    assert OP(4) == "even 4"
+    assert OP(3) == "any 3"
+
+
+def test_an_explicit_backend_runs_or_says_why_not():
+    assert OP(4, backend="any") == "any 4"
+    with pytest.raises(ValueError, match="toy: backend 'even' cannot serve this call: 3 is odd"):
+        OP(3, backend="even")
+    with pytest.raises(ValueError, match="toy has no backend 'odd'; choose from: auto, even, any"):
+        OP(3, backend="odd")
+    with pytest.raises(ValueError, match=r"toy has no backend \[\]; choose from: auto, even, any"):
+        OP(3, backend=[])
+
+
+def test_validation_comes_before_the_choice():
+    for backend in ("auto", "even", "nonsense"):
+        with pytest.raises(ValueError, match="n is -1, not at least 0"):
+            OP(-1, backend=backend)
+
+
+def test_explain_names_the_choice_and_the_reasons():
+    assert OP.explain(3) == "toy: any\n  not even: 3 is odd"
+    assert OP.explain(4) == "toy: even\n  not any: available; 'even' is preferred"
+    assert OP.explain(4, backend="any") == "toy: any\n  not even: available; 'any' is preferred"
+
+
+def test_auto_passes_over_a_slower_backend_and_says_why():
+    slow_below_ten = ON_EVEN._replace(slower=lambda n: f"{n} is below ten" if n < 10 else None)
+    op = Op("toy", {"even": slow_below_ten, "any": ON_ALL})
+    assert (op(12), op(4), op(4, backend="even")) == ("even 12", "any 4", "even 4")
+    assert op.explain(4) == "toy: any\n  not even: 4 is below ten"
+    assert op.explain(3) == "toy: any\n  not even: 3 is odd"
+
+
+def test_explain_takes_the_public_functions_arguments():
+    args, kwargs = CASES["mnist"].inputs()
+    expected = explain("reverse_step", *args, **kwargs)
+    assert explain(reverse_step, *args, **kwargs) == expected
+    assert explain(philox_normal, (2, 3), seed=1, backend="reference").startswith("philox_normal: reference")
+    assert "not cuda: it runs on CUDA devices, not on cpu" in expected
+    with pytest.raises(ValueError, match="unknown op 'softmax'; choose from: attention"):
+        explain("softmax", torch.ones(2))
+    with pytest.raises(ValueError, match="runs on CUDA devices"):
+        explain(reverse_step, *args, backend="cuda", **kwargs)
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]))
+
+
+@pytest.mark.skipif(os.environ.get("DIFFUSION_NO_NATIVE") == "1", reason="DIFFUSION_NO_NATIVE=1")
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_the_cpp_library_is_loaded_where_there_is_a_compiler():
+    """Otherwise every test of it would be skipped, and nobody would know."""
+    assert _native.CPP_MISSING is None
+    assert explain(philox_normal, (2, 3), seed=1).startswith("philox_normal: cpp")
+
+
+def test_build_info_says_what_is_there():
+    info = build_info()
+    assert info["cpp"] == (_native.CPP_MISSING or "loaded")
+    assert info["cuda"] == (_native.CUDA_MISSING or "loaded")
+    assert all(isinstance(value, str) and "\n" not in value for value in info.values())
+    if _native.CPP_MISSING is None:
+        assert info["simd"] == info["simd variants"].split(", ")[-1]
+
+
+def test_a_broken_library_gives_a_reason(tmp_path):
+    path = tmp_path / "_cpp.so"
+    library, reason = _native._load_cpp(path)
+    assert library is None
+    assert reason.startswith("the cpp library was not built")
+    path.write_bytes(b"not a library" * 100)
+    library, reason = _native._load_cpp(path)
+    assert library is None
+    assert reason.startswith("the cpp library cannot be loaded")
+    assert "\n" not in reason
+
+
+def test_a_library_of_another_version_gives_a_reason(tmp_path):
+    """Any other shared library loads but lacks the functions."""
+    path = tmp_path / "_cpp.so"
+    shutil.copy(torch._C.__file__, path)
+    library, reason = _native._load_cpp(path)
+    assert library is None
+    assert "fused_diffusion_simd_best" in reason or "cannot be loaded" in reason
+
+
+def test_instruction_sets_can_be_chosen_by_name():
+    if _native.CPP_MISSING is None:
+        for variant in (*_native.simd_variants(), "best"):
+            _native.use_simd(variant)
+            assert build_info()["simd"] == (_native.simd_variants()[-1] if variant == "best" else variant)
+    with pytest.raises(ValueError, match=r"no instruction set|has no 'mmx'"):
+        _native.use_simd("mmx")
+
+
+def run_capped(cap: str, *command: str) -> subprocess.CompletedProcess:
+    """Python with a cap, in a process of its own."""
+    folder = str(Path(diffusion.__file__).parents[1])
+    environment = os.environ | {"DIFFUSION_SIMD": cap, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@requires_native
+@pytest.mark.parametrize("cap", ["baseline", "avx2", "amx"])
+def test_the_environment_caps_the_instruction_sets(cap):
+    """What the processor lacks it does not get; all that Python chooses by the processor is capped, too."""
+    code = """if True:
+        import json, torch
+        from diffusion.cli.train import choose_autocast
+        from diffusion.utils.device import multiplies_bfloat16
+        from diffusion.kernels import _native, build_info, pack_conv3x3
+        cpu = torch.device("cpu")
+        packing = pack_conv3x3(torch.ones(16, 16, 3, 3), 8, 8, torch.bfloat16).packing
+        try:
+            _native.use_simd("amx")
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            refusal = None
+        print(json.dumps([build_info(), packing, multiplies_bfloat16(cpu), str(choose_autocast("auto", cpu)),
+                          refusal]))
+    """
+    done = run_capped(cap, "-c", code)
+    assert done.returncode == 0, done.stderr
+    info, (_, pairs, parts), multiplies, autocast, refusal = json.loads(done.stdout)
+    own = _native.VARIANTS[
+        : _native.VARIANTS.index(_native.library().fused_diffusion_simd_best().decode()) + 1
+    ]
+    best = cap if cap in own else own[-1]
+    assert info["simd"] == best
+    assert info["simd variants"] == ", ".join(own[: own.index(best) + 1])
+    assert info["simd cap"].startswith(f"DIFFUSION_SIMD={cap}")
+    assert ("lacks" in info["simd cap"]) == (cap not in own)
+    assert multiplies == (best in ("avx512_bf16", "amx"))
+    assert parts == (best == "amx")
+    assert pairs == (best == "avx512_bf16")
+    if cap != "amx":
+        assert autocast == "None"
+        assert refusal.startswith(f"DIFFUSION_SIMD={cap} allows no 'amx'")
+    elif best != "amx":
+        assert refusal.startswith("this processor has no 'amx'")
+    else:
+        assert refusal is None
+
+
+def test_an_unknown_cap_is_one_line():
+    done = run_capped("mmx", "-m", "diffusion", "info")
+    choices = "baseline, avx2, avx512, avx512_bf16, amx"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"diffusion: DIFFUSION_SIMD is 'mmx'; choose from: {choices}\n"
+    done = run_capped("mmx", "-c", "from diffusion.kernels import philox_normal; philox_normal((2,), seed=0)")
+    assert done.stderr.splitlines()[-1].startswith("ValueError: DIFFUSION_SIMD is 'mmx'")
+
+
+def test_plain_pytorch_runs_where_its_functions_are_watched(monkeypatch):
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    chosen = group_norm_silu_op.choose("auto", x, 2)
+    with Watch():
+        assert group_norm_silu_op.choose("auto", x, 2) == "reference"
+        assert "Watch is active, a TorchFunctionMode" in group_norm_silu_op.explain(x, 2)
+        if chosen != "reference":  # who asks for a backend gets it
+            assert group_norm_silu_op.choose(chosen, x, 2) == chosen
+    with torch.device("cpu"):
+        assert group_norm_silu_op.choose("auto", x, 2) == chosen
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: x)
+    assert group_norm_silu_op.choose("auto", x, 2) == "reference"
+    assert "torch.nn.functional.silu was replaced" in group_norm_silu_op.explain(x, 2)

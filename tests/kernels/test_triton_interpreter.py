@@ -1,0 +1,68 @@
+"""Runs the Triton kernels on the CPU, in Triton's interpreter, which has to be chosen before Triton loads."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffusion.kernels import _triton
+from helpers.paths import ROOT
+
+OPS = ROOT / "tests" / "kernels" / "ops"
+pytestmark = pytest.mark.skipif(
+    _triton.MISSING is not None or _triton.INTERPRETED, reason="no Triton, or already in its interpreter"
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "selection"),
+    [
+        (["test_triton.py"], ""),
+        (["test_philox.py"], "triton and not millions and not Distribution and not imagenet64"),
+        (["test_reverse_step.py", "test_reverse_step_in_place.py"], "triton and not imagenet64 and not many"),
+    ],
+    ids=["norm_attention", "philox", "reverse_step"],
+)
+def test_in_the_interpreter(files, selection):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [*command, "-k", selection, *(str(OPS / file) for file in files)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout
+
+
+def test_the_package_works_without_triton(tmp_path):
+    """As on macOS and Windows: the reason is given, and nothing tries to import it."""
+    assert importlib.util.find_spec("triton")
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch
+sys.modules["triton"] = None
+from diffusion import kernels
+x = torch.randn(2, 4, 3)
+kernels.group_norm_silu(x, 2)
+kernels.philox_normal((2, 3), seed=1)
+print(kernels.explain("group_norm_silu", x, 2))
+print(kernels.explain("philox_normal", (2, 3), seed=1))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not triton: the package triton is not installed") == 2
+
+
+def test_importing_the_package_does_not_import_triton():
+    program = "import sys, diffusion; sys.exit('triton.language' in sys.modules)"
+    before = "import sys, torch; sys.exit('triton.language' in sys.modules)"
+    if subprocess.run([sys.executable, "-c", before]).returncode:
+        pytest.skip("torch imports triton itself")
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

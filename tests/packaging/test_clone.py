@@ -1,0 +1,69 @@
+"""A clone that is run as it is: with the libraries of an installation, if they are of the same sources."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from diffusion.kernels import _native
+from diffusion.kernels._sources import digest_of_sources
+from helpers.native import requires_native
+from helpers.paths import ROOT
+
+pytestmark = requires_native
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The package's sources, without libraries, and an installation's folder that has them."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for name in ("diffusion", "kernels", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "weights")
+        shutil.copytree(ROOT / name, clone / name, ignore=ignored)
+    installed = site / "diffusion" / "kernels"
+    installed.mkdir(parents=True)
+    shutil.copy(_native.FOLDER / "_cpp.so", installed)
+    record = {"sources": digest_of_sources(ROOT / "csrc"), "cpp": {}}
+    (installed / "_build.json").write_text(json.dumps(record))
+    information = site / "fused_diffusion-0.1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fused-diffusion\nVersion: 0.1.0\n")
+    return clone, site
+
+
+def info(clone, site, before="") -> str:
+    """What the clone says of its kernels; `before` is run first."""
+    script = "from diffusion import kernels; print(kernels.build_info())"
+    words = [sys.executable, "-S", "-c", before + script]
+    path = os.pathsep.join([str(site), *(entry for entry in sys.path if entry.endswith("site-packages"))])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(
+        words, cwd=clone, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_installation_serves(clone):
+    found = info(*clone)
+    assert "'cpp': 'loaded'" in found
+    assert str(clone[1] / "diffusion" / "kernels") in found
+
+
+def test_other_sources(clone):
+    (clone[0] / "csrc" / "convolution" / "args.h").write_text("// changed\n")
+    assert "are not of this clone's sources; run: pip install ." in info(*clone)
+
+
+def test_no_installation(clone):
+    none = "import importlib.metadata; importlib.metadata.distributions = lambda **_: []; "
+    assert "this clone is not installed; run: pip install ." in info(*clone, before=none)
+
+
+def test_an_installation_without_libraries(clone):
+    record = clone[1] / "diffusion" / "kernels" / "_build.json"
+    reason = {"cpp": {"reason": "there is no C++ compiler g++ or clang++"}}
+    record.write_text(json.dumps(json.loads(record.read_text()) | reason))
+    (record.parent / "_cpp.so").unlink()
+    assert "the cpp library was not built: there is no C++ compiler" in info(*clone)

@@ -1,0 +1,55 @@
+"""Every public name has a docstring and a place in the reference; every link of the pages leads somewhere.
+
+`mkdocs build --strict` (.ci/run) checks the site itself.
+"""
+
+import inspect
+import re
+from operator import attrgetter
+
+import pytest
+
+import diffusion
+import diffusion.training.loop
+from helpers.paths import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
+SAMPLERS = [function.__name__ for function in diffusion.steps.SAMPLERS.values()]
+PUBLIC = {
+    "diffusion": [name for name in diffusion.__all__ if name not in ("kernels", "steps")],
+    "diffusion.kernels": diffusion.kernels.__all__,
+    "diffusion.steps": [*SAMPLERS, "SpacingWarning"],
+    "diffusion.training.recipe": ["Recipe"],
+    "diffusion.training.trainer": ["Trainer"],
+    "diffusion.training.loop": ["train"],
+}
+NAMES = [f"{module}.{name}" for module, names in PUBLIC.items() for name in names]
+
+
+def members(cls: type) -> list:
+    """The public methods and properties that a class defines itself."""
+    kinds = (property, classmethod, staticmethod)
+    return [
+        member
+        for name, member in vars(cls).items()
+        if not name.startswith("_") and (isinstance(member, kinds) or inspect.isfunction(member))
+    ]
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_public_name_is_documented(path):
+    value = attrgetter(path.removeprefix("diffusion."))(diffusion)
+    assert value.__doc__, f"{path} has no docstring"
+    if inspect.isclass(value):
+        assert not value.__doc__.startswith(f"{value.__name__}("), f"{path} has only Python's own docstring"
+        for member in members(value):
+            assert member.__doc__, f"a member of {path} has no docstring: {member}"
+    reference = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    assert re.search(rf"^::: {re.escape(path)}$", reference, re.MULTILINE), f"{path} is not in docs/reference"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"

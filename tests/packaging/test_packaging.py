@@ -1,0 +1,149 @@
+"""What an installation contains, with a compiler and without one.
+
+The default run builds pure Python from a source distribution; `-m slow` compiles, and installs editable.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.kernels import _native
+from helpers.native import requires_native
+from helpers.paths import ROOT
+
+TREE = ["csrc", "diffusion", "kernels", "tests", "setup.py", "pyproject.toml", "MANIFEST.in"]
+TREE += ["README.md", "LICENSE.txt"]
+SETTINGS = ("DIFFUSION_NO_NATIVE", "DIFFUSION_NO_CUDA", "CXX", "CXXFLAGS", "PYTHONPATH")
+
+
+def run(command, folder, **settings) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution of a tree that also holds what a build leaves behind."""
+    tree = tmp_path_factory.mktemp("tree")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "_build.json")
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=ignore)
+        else:
+            shutil.copy(source, tree / name)
+    for name in ("_cpp.so", "_build.json"):
+        (tree / "kernels" / name).write_text("left behind")
+    run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"], tree)
+    return next(tree.glob("dist/*.tar.gz"))
+
+
+def build_wheel(sdist: Path, folder: Path, **settings) -> tuple[Path, str]:
+    """The wheel built from the source distribution alone, and what pip printed."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    output = run([*command, "--wheel-dir", str(folder), str(sdist)], folder, **settings)
+    return next(folder.glob("*.whl")), output
+
+
+def test_sdist_holds_the_sources_and_nothing_built(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    weights = "diffusion/weights/**/*.safetensors"
+    for pattern in ("csrc/**/*.*", "kernels/**/*.py", "diffusion/**/*.py", weights):
+        expected = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
+        assert expected <= names
+    assert not [name for name in names if name.endswith((".so", "_build.json"))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(DIFFUSION_NO_NATIVE="1"), "DIFFUSION_NO_NATIVE=1 was set"),
+        (dict(CXX="/nonexistent/g++"), "there is no C++ compiler /nonexistent/g++"),
+        (dict(CXX=f"{sys.executable} -c raise(SystemExit(1))"), "failed: status 1"),
+    ],
+    ids=["asked_for", "no_compiler", "compiler_fails"],
+)
+def test_pure_python_wheel(sdist, tmp_path, settings, reason):
+    wheel, output = build_wheel(sdist, tmp_path, **settings)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert output.count("fused-diffusion: installing pure Python: ") == 1
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"diffusion", "fused_diffusion"}
+    for folder, package in (("diffusion", "diffusion"), ("kernels", "diffusion/kernels")):
+        modules = {f"{package}/{p.relative_to(ROOT / folder)}" for p in ROOT.glob(f"{folder}/**/*.py")}
+        assert modules <= set(names)
+    weights = [
+        p for p in ROOT.glob("diffusion/weights/**/*") if p.suffix in (".json", ".safetensors", ".npz")
+    ]
+    assert {str(p.relative_to(ROOT)) for p in weights} <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "from diffusion import kernels as k; print(k.build_info()); print(k.philox_normal((1, 1), seed=0))"
+    )
+    said = run([sys.executable, "-c", program], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "the cpp library was not built: " in said
+    assert reason in said
+    assert "tensor([[" in said
+
+
+@requires_native
+def test_the_cpp_library_depends_on_no_python():
+    """So that one wheel serves every Python."""
+    binary = (_native.FOLDER / "_cpp.so").read_bytes()
+    assert b"fused_diffusion_simd_best" in binary
+    for symbol in (b"_Py_", b"PyObject", b"libpython", b"libtorch_python", b"_ZN2at6"):
+        assert symbol not in binary
+
+
+@pytest.mark.slow
+def test_native_wheel(sdist, tmp_path):
+    wheel, _ = build_wheel(sdist, tmp_path)
+    assert "-py3-none-linux_" in wheel.name or "-py3-none-macosx" in wheel.name
+    archive = zipfile.ZipFile(wheel)
+    record = json.loads(archive.read("diffusion/kernels/_build.json"))
+    assert "reason" not in record["cpp"]
+    assert "diffusion/kernels/_cpp.so" in archive.namelist()
+    assert ("diffusion/kernels/_cuda.so" in archive.namelist()) == ("archs" in record["cuda"])
+    archive.extractall(tmp_path / "site")
+    program = "from diffusion import kernels; print(kernels.explain('philox_normal', (2, 3), seed=0))"
+    assert "philox_normal: cpp" in run(
+        [sys.executable, "-c", program], tmp_path, PYTHONPATH=str(tmp_path / "site")
+    )
+
+
+@pytest.mark.slow
+def test_editable_installation(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    tree = next(path for path in tmp_path.iterdir() if path.is_dir())
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv/bin/python")
+    site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).strip()
+    Path(site, "outer.pth").write_text(str(Path(torch.__file__).parents[1]))
+    run([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools"], tmp_path)  # the outer one is newer
+    install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--editable", str(tree)]
+    run(install, tmp_path, DIFFUSION_NO_CUDA="1")
+    program = (
+        "from diffusion import kernels as k; print(k.__file__, k.explain('philox_normal', (2, 3), seed=0))"
+    )
+    said = run([python, "-c", program], tmp_path)
+    assert str(tree / "kernels" / "__init__.py") in said
+    assert "philox_normal: cpp" in said
+    assert (tree / "kernels/_cpp.so").exists()
+    run(install, tmp_path, DIFFUSION_NO_NATIVE="1")
+    assert not (tree / "kernels/_cpp.so").exists()
+    assert "philox_normal: reference" in run([python, "-c", program], tmp_path)

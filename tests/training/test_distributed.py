@@ -1,0 +1,100 @@
+"""Training by several ranks: the same run as by one, ranks that disagree, and ranks that die."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.training.state import read_state
+from diffusion.utils.ranks import Ranks
+from helpers.ranks import PATIENCE, finish, start
+from helpers.training import DATA, PLAIN, make_trainer, run, torchvision_works
+
+
+def state_of(out) -> dict[str, torch.Tensor]:
+    return load_file(out / "state.safetensors")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_train_what_one_would(world_size, tmp_path):
+    """8 images are shared by 3 ranks as 2, 3 and 3."""
+    run(tmp_path / "one", make_trainer(PLAIN))
+    options = "micro_batch=2" if world_size == 3 else ""
+    ended = finish(start(tmp_path / "many", world_size, options=options))
+    assert [code for code, _ in ended] == [0] * world_size, ended
+    assert not any("Warning" in text for _, text in ended), ended
+    one, many = state_of(tmp_path / "one"), state_of(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-3, atol=3e-5)
+    lines = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "many")]
+    assert len(lines[0]) == len(lines[1]) == 7
+    for row, same in zip(*(line[1:] for line in lines), strict=True):
+        assert float(same.split(",")[1]) == pytest.approx(float(row.split(",")[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [
+        ("replace(PLAIN, seed=ranks.rank)", "", "rank 1 differs from rank 0 in its recipe"),
+        ("PLAIN", "micro_batch=1 + ranks.rank", "rank 1 differs from rank 0 in its micro batch"),
+    ],
+)
+def test_ranks_that_disagree_all_stop(recipe, options, expected, tmp_path):
+    for code, text in finish(start(tmp_path, recipe=recipe, options=options)):
+        assert code == 2
+        assert expected in text.splitlines()[-1]
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_a_killed_rank_stops_the_others_and_the_run_resumes(tmp_path):
+    assert [code for code, _ in finish(start(tmp_path / "whole"))] == [0, 0]
+    out = tmp_path / "cut"
+    dies = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGKILL)"
+    (left, text), (killed, _) = finish(start(out, before=dies, save_every=1))
+    assert killed == -signal.SIGKILL
+    assert left == 2
+    assert "lost another rank" in text.splitlines()[-1]
+    assert [code for code, _ in finish(start(out, resume=True))] == [0, 0]
+    whole, cut = state_of(tmp_path / "whole"), state_of(out)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
+    told = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGTERM)"
+    ended = finish(start(tmp_path, before=told))
+    assert all("KeyboardInterrupt" in text for _, text in ended), ended
+    assert read_state(tmp_path / "state.safetensors")["step"] == 4
+    assert [code for code, _ in finish(start(tmp_path, resume=True))] == [0, 0]
+
+
+def test_a_step_of_several_ranks_shares_its_gradients():
+    trainer = make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=2, local_rank=0))
+    with pytest.raises(RuntimeError, match=r"within parallel\.shared_gradients"):
+        trainer.train_step()
+
+
+def test_a_batch_smaller_than_the_ranks():
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 9 ranks"):
+        make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=9, local_rank=0))
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
+def test_the_command_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command += ["-m", "diffusion", "train", "--data", "mnist", "--data-dir", str(DATA)]
+    command += ["--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "run"), "--set"]
+    command += ["unet.channel_mult=[1]", "unet.attention_levels=[]"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("2 steps in") == 1  # the first rank speaks for all
+    assert "2 ranks" in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()

@@ -1,0 +1,110 @@
+"""What the optimisers do to the weights, beside torch.optim on a model that is trained by hand."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scipy.stats import norm
+
+from diffusion import NoiseSchedule
+from diffusion.process.forward import lognormal_timesteps, random_timesteps
+from helpers.training import RECIPE, assert_same_run, make_trainer, run, run_until
+
+MUON = replace(
+    RECIPE, optimizer="muon", unet=RECIPE.unet | {"attention_levels": [1], "dropout": 0.0}, weight_decay=0.1
+)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last):
+    """Orthogonalisation does not see the order of a matrix's columns, so a filter may be flattened in any."""
+    trainer, reference = (make_trainer(MUON, channels_last=channels_last) for _ in range(2))
+    parameters = dict(reference.model.unet.named_parameters())
+    matrices = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.ndim > 1 and name.startswith(("down", "mid", "up"))
+    }
+    assert {p.ndim for p in matrices.values()} == {2, 4}  # attention has linear maps
+    rest = [parameter for name, parameter in parameters.items() if name not in matrices]
+    flat = [parameter.detach().flatten(1).clone().requires_grad_() for parameter in matrices.values()]
+    options = {"lr": 1.0, "weight_decay": 0.1}
+    muon = torch.optim.Muon(flat, adjust_lr_fn="match_rms_adamw", momentum=0.95, **options)
+    adam = torch.optim.Adam(rest, **options)
+    for step in range(3):
+        x, labels, t, noise = reference._share()
+        reference.model.unet.zero_grad()
+        reference.model.loss(x, labels, t=t, noise=noise).backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), MUON.gradient_clip)
+        for weight, parameter in zip(flat, matrices.values(), strict=True):
+            weight.grad = parameter.grad.flatten(1)
+        for optimizer in (muon, adam):
+            optimizer.param_groups[0]["lr"] = MUON.learning_rate_at(step)
+            optimizer.step()
+        with torch.no_grad():
+            for weight, parameter in zip(flat, matrices.values(), strict=True):
+                parameter.copy_(weight.view_as(parameter))
+        reference.step += 1
+        trainer.train_step()
+    for name, parameter in trainer.model.unet.named_parameters():
+        # The iteration runs in bfloat16, where the order of sums shows.
+        atol = 3e-4 if name in matrices else 1e-4
+        torch.testing.assert_close(parameter, parameters[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_muon_resumes_as_if_it_had_not_stopped(channels_last, tmp_path):
+    run(tmp_path / "whole", make_trainer(MUON, channels_last=channels_last))
+    run_until(7, tmp_path / "broken", make_trainer(MUON, channels_last=channels_last))
+    run(tmp_path / "broken", make_trainer(MUON, channels_last=channels_last), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_state_without_the_fields_that_came_since_resumes(tmp_path):
+    """As version 0.1.0 wrote it: no noise levels in the recipe."""
+    run(tmp_path / "whole")
+    run_until(7, tmp_path / "old")
+    path = tmp_path / "old" / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["training"])
+    for name in ("timestep_sampling", "noise_mean", "noise_std"):
+        del about["recipe"][name]
+    save_file(load_file(path), path, metadata={"training": json.dumps(about)})
+    run(tmp_path / "old", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "old")
+
+
+def test_lognormal_noise_levels():
+    """Each timestep has the probability of its noise levels under N(-1.2, 1.2^2), and is drawn so often."""
+    schedule = NoiseSchedule.cosine()
+    level = 0.5 * torch.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
+    cumulative = lognormal_timesteps(schedule, -1.2, 1.2)
+    edges = (level[1:] + level[:-1]) / 2
+    assert cumulative[:-1].numpy() == pytest.approx(norm.cdf(edges.numpy(), -1.2, 1.2), abs=1e-12)
+    assert cumulative[-1] == 1
+    torch.manual_seed(0)
+    drawn = torch.cat([random_timesteps(1000, 1000, cumulative=cumulative) for _ in range(20)])
+    levels = level[drawn]
+    assert levels.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert levels.std().item() == pytest.approx(1.2, abs=0.03)
+    counts = torch.bincount(drawn, minlength=1000).double().cumsum(0) / len(drawn)
+    assert (counts - cumulative).abs().max() < 1.5e-3  # 1000 draws are evenly spread: 1 / 1000, and rounding
+
+
+def test_a_schedule_of_zero_snr_has_lognormal_levels_too():
+    cumulative = lognormal_timesteps(NoiseSchedule.linear().rescale_zero_terminal_snr(), -1.2, 1.2)
+    assert cumulative.isfinite().all()
+    assert (cumulative.diff() >= 0).all()
+    assert cumulative[-1] == 1
+
+
+def test_the_trainer_draws_them():
+    recipe = replace(RECIPE, timestep_sampling="lognormal", noise_mean=-3.0, noise_std=0.01)
+    trainer = make_trainer(recipe)
+    schedule = trainer.model.schedule
+    level = 0.5 * torch.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
+    t = trainer._share()[2]
+    assert (level[t] + 3).abs().max() < 0.1
