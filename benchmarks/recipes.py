@@ -24,7 +24,7 @@ from diffusion.data import load_dataset, to_float
 from diffusion.data.image_folder import ImageSet
 from diffusion.evaluation.features import Features, load_features
 from diffusion.evaluation.fid import frechet_distance, moments
-from diffusion.process.forward import x0_coefficients
+from diffusion.process.prediction import x0_coefficients
 from diffusion.storage.atomic import check_writable, replacing
 from diffusion.storage.images import to_uint8
 from diffusion.utils.device import multiplies_bfloat16

@@ -18,7 +18,9 @@ from .inference import loop
 from .inference.backbone import NetworkCache, explain, mixed_dtypes, own_dtype
 from .models.structure import config_of
 from .models.unet import UNet
-from .process.forward import check_prediction_type, loss_weight, q_sample, random_timesteps, target
+from .process.forward import q_sample
+from .process.objective import loss_weight, random_timesteps, target
+from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
 from .samplers.guidance import drop_labels
 from .samplers.table import SAMPLERS, VARIANCES, StepTable
@@ -120,7 +122,7 @@ class DDPM(nn.Module):
         x0: images [B, C, H, W], floats in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
         label_dropout is replaced by the null label. t: int64 [B], by default drawn by `random_timesteps`;
         noise: like x0, by default drawn, both from PyTorch's global generators. weighting, min_snr_gamma: see
-        `forward.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
+        `objective.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
         bits per dimension, T times the mean of its terms, of which only the variance gets a gradient (Nichol
         & Dhariwal 2021, arXiv 2102.09672, section 3.1). network: called instead of the UNet, which it wraps.
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..inference.backbone import make_network
 from ..kernels import philox_normal
 from ..models.structure import config_of
-from ..process.forward import at_timesteps, predict_x0, q_sample
+from ..process.forward import at_timesteps, q_sample
+from ..process.prediction import predict_x0
 from ..process.schedule import NoiseSchedule
 from ..samplers.table import VARIANCES
 from ..utils.validation import choice, whole_number

@@ -9,7 +9,7 @@ import torch
 
 from ..models.config import MOST_CHANNELS
 from ..models.unet import UNet, UNetConfig
-from ..process.forward import PREDICTION_TYPES
+from ..process.prediction import PREDICTION_TYPES
 from ..process.schedule import NoiseSchedule
 from ..storage.reading import load_weights, read_json, read_safetensors, read_torch
 from ..utils.validation import number, refuse, shown, whole_numbers

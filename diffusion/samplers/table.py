@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 
 from ..kernels import Row
-from ..process.forward import check_x0_determined, epsilon_coefficients, x0_coefficients
+from ..process.prediction import check_x0_determined, epsilon_coefficients, x0_coefficients
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, number, switch
 from .guidance import guidance_scales

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..models.config import UNetConfig
-from ..process.forward import check_loss_weighting, check_x0_determined
+from ..process.objective import check_loss_weighting
+from ..process.prediction import check_x0_determined
 from ..process.schedule import NoiseSchedule
 from ..storage.reading import read_json
 from ..utils.validation import choice, known_names, refuse, shown, typed
@@ -42,7 +43,7 @@ class Recipe:
 
     unet, schedule: configurations of `UNetConfig` and `NoiseSchedule`. A UNet with twice as many output as
     input channels learns its variance, by the hybrid loss with vlb_weight (Nichol & Dhariwal 2021, arXiv
-    2102.09672, eq. 16). loss_weighting: see `forward.loss_weight`; min_snr_gamma is its gamma.
+    2102.09672, eq. 16). loss_weighting: see `objective.loss_weight`; min_snr_gamma is its gamma.
 
     steps: optimiser steps of batch_size images, on however many devices. learning_rate: reached after
     warmup_steps, then falling linearly to zero or, learning_rate_decay "constant", staying. optimizer:

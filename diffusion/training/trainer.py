@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data import to_float
 from ..ddpm import DDPM
 from ..models.unet import UNet, UNetConfig
-from ..process.forward import lognormal_timesteps, random_timesteps
+from ..process.objective import lognormal_timesteps, random_timesteps
 from ..process.schedule import NoiseSchedule
 from ..samplers.guidance import drop_labels
 from ..utils.memory import check_fits, keep_freed_memory

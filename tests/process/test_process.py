@@ -5,14 +5,9 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion.process.forward import (
-    PREDICTION_TYPES,
-    loss_weight,
-    predict_epsilon,
-    predict_x0,
-    q_sample,
-    target,
-)
+from diffusion.process.forward import q_sample
+from diffusion.process.objective import loss_weight, target
+from diffusion.process.prediction import PREDICTION_TYPES, predict_epsilon, predict_x0
 from diffusion.process.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()

@@ -8,7 +8,7 @@ import torch
 
 from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig
 from diffusion.models.config import RESAMPLING
-from diffusion.process.forward import PREDICTION_TYPES
+from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.samplers.timesteps import SPACINGS
 
 CASES = 150

@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 
 from diffusion.kernels import reverse_step
-from diffusion.process.forward import PREDICTION_TYPES
+from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers.table import SAMPLERS, VARIANCES, StepTable, ddim
 from diffusion.samplers.thresholding import thresholded_step

@@ -15,7 +15,7 @@ import torch
 
 from diffusion.inference import loop
 from diffusion.kernels import Row
-from diffusion.process.forward import PREDICTION_TYPES
+from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers.table import SAMPLERS, VARIANCES, StepTable
 from diffusion.samplers.thresholding import thresholded_step

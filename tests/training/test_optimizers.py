@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
 from diffusion import NoiseSchedule
-from diffusion.process.forward import lognormal_timesteps, random_timesteps
+from diffusion.process.objective import lognormal_timesteps, random_timesteps
 from helpers.training import RECIPE, assert_same_run, make_trainer, run, run_until
 
 MUON = replace(

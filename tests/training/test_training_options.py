@@ -7,7 +7,7 @@ import torch
 
 import diffusion
 from diffusion import NoiseSchedule
-from diffusion.process.forward import LOSS_WEIGHTINGS, loss_weight
+from diffusion.process.objective import LOSS_WEIGHTINGS, loss_weight
 from helpers.training import PLAIN, RECIPE, make_trainer, run, run_until
 
 
