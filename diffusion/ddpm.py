@@ -13,17 +13,17 @@ from torch import nn
 from tqdm import tqdm
 
 from . import kernels
-from .evaluation.likelihood import variational_bound_terms
 from .inference import loop
 from .inference.backbone import NetworkCache, explain, mixed_dtypes, own_dtype
 from .models.structure import config_of
 from .models.unet import UNet
+from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
 from .process.objective import loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
 from .samplers.guidance import drop_labels
-from .samplers.table import SAMPLERS, VARIANCES, StepTable
+from .samplers.table import SAMPLERS, StepTable
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
 from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype

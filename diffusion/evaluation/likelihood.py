@@ -1,13 +1,5 @@
-"""The variational bound on the negative log-likelihood, in bits per dimension.
+"""The variational bound of a model on images, in bits per dimension: the sum of `process.bound`'s terms."""
 
-Ho et al. 2020, arXiv 2006.11239, eq. 5, and Nichol & Dhariwal 2021, arXiv 2102.09672, section 2: the KL
-divergence between q(x_{t-1} | x_t, x_0) and the model's p(x_{t-1} | x_t) for each t > 0, the negative
-log-likelihood of the 8-bit image under p(x_0 | x_1) at t = 0, and the KL divergence of q(x_T | x_0) from the
-standard normal distribution. All are means over an image's numbers, divided by log 2, as improved-diffusion
-reports them.
-"""
-
-import math
 from typing import Any
 
 import torch
@@ -16,93 +8,9 @@ from tqdm import tqdm
 from ..inference.backbone import make_network
 from ..kernels import philox_normal
 from ..models.structure import config_of
-from ..process.forward import at_timesteps, q_sample
-from ..process.prediction import predict_x0
-from ..process.schedule import NoiseSchedule
-from ..samplers.table import VARIANCES
-from ..utils.validation import choice, whole_number
-
-BITS = 1 / math.log(2)
-LEAST = 1e-12  # mass of an 8-bit value
-
-
-def variational_bound_terms(
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    variance: str,
-    x0: torch.Tensor,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    model_output: torch.Tensor,
-    clip: float | None = 1.0,
-) -> torch.Tensor:
-    """The bound's term of each image at its timestep t, float [B], in bits per dimension; differentiable.
-
-    x0, x_t: [B, C, H, W], x0 in [-1, 1]; t: int64 [B]; model_output: [B, C, H, W], or [B, 2 C, H, W] for
-    variance "learned_range" (Nichol & Dhariwal 2021, eq. 15); "fixed_small" is the posterior's variance,
-    "fixed_large" beta_t, and the posterior's of t = 1 at t = 0. clip: predicted images are held to
-    [-clip, clip], or not for None. ValueError for another variance or number of channels.
-    """
-    learned = choice("variance", variance, VARIANCES) == "learned_range"
-    if model_output.shape[1] != x0.shape[1] * (2 if learned else 1):
-        raise ValueError(f"variance {variance!r} does not go with an output of {list(model_output.shape)}")
-    prediction, share = model_output.chunk(2, dim=1) if learned else (model_output, None)
-    predicted = predict_x0(schedule, prediction_type, x_t, t, prediction)
-    if clip is not None:
-        predicted = predicted.clamp(-clip, clip)
-
-    betas, bar = schedule.betas, schedule.alphas_cumprod
-    before = torch.cat([bar.new_ones(1), bar[:-1]])
-    # q(x_{t-1} | x_t, x_0) is normal with this mean and variance (Ho et al. 2020, eq. 6 and 7).
-    of_x0 = at_timesteps(before.sqrt() * betas / (1 - bar), t, x0)
-    of_x_t = at_timesteps((1 - betas).sqrt() * (1 - before) / (1 - bar), t, x0)
-    posterior = betas * (1 - before) / (1 - bar)
-    posterior = torch.cat([posterior[1:2], posterior[1:]])  # it is 0 at t = 0
-    small, large = (at_timesteps(table.log(), t, x0) for table in (posterior, betas))
-    if learned:
-        fraction = (share + 1) / 2
-        log_variance = fraction * large + (1 - fraction) * small
-    elif variance == "fixed_small":
-        log_variance = small
-    else:
-        log_variance = at_timesteps(torch.cat([posterior[1:2], betas[1:]]).log(), t, x0)
-
-    mean = of_x0 * predicted + of_x_t * x_t
-    true_mean = of_x0 * x0 + of_x_t * x_t
-    divergence = (
-        log_variance
-        - small
-        + (small - log_variance).exp()
-        - 1
-        + (true_mean - mean).square() * (-log_variance).exp()
-    ) / 2
-    first = -_log_likelihood(x0, mean, log_variance)
-    terms = torch.where(t.reshape(-1, 1, 1, 1) == 0, first, divergence)
-    return terms.flatten(1).mean(1) * BITS
-
-
-def _log_likelihood(x0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Of 8-bit images: the normal distribution's mass around each of 256 values (Ho et al. 2020, eq. 13).
-
-    A mass below 1e-12 counts as that, as in improved-diffusion, which approximates the distribution by tanh.
-    """
-    deviation = (log_variance / 2).exp()
-    above, below = (x0 - mean + 1 / 255) / deviation, (x0 - mean - 1 / 255) / deviation
-    # The mass between is that between the mirrored bounds; on the left of 0 it has all its digits.
-    above, below = torch.where(below > 0, -below, above), torch.where(below > 0, -above, below)
-    mass = torch.special.ndtr(above) - torch.special.ndtr(below)
-    inside = mass.clamp(min=LEAST).log()
-    lowest = torch.special.log_ndtr((x0 - mean + 1 / 255) / deviation)
-    highest = torch.special.log_ndtr(-(x0 - mean - 1 / 255) / deviation)
-    edges = torch.where(x0 < 0, lowest, highest).clamp(min=math.log(LEAST))
-    return torch.where(x0.abs() > 0.999, edges, inside)
-
-
-def prior_term(schedule: NoiseSchedule, x0: torch.Tensor) -> torch.Tensor:
-    """KL(q(x_T | x_0) || N(0, 1)) of images [B, C, H, W], float [B], in bits per dimension."""
-    last = float(schedule.alphas_cumprod[-1])
-    divergence = ((1 - last) + last * x0.square() - 1 - math.log1p(-last)) / 2
-    return divergence.flatten(1).mean(1) * BITS
+from ..process.bound import prior_term, variational_bound_terms
+from ..process.forward import q_sample
+from ..utils.validation import whole_number
 
 
 @torch.no_grad()

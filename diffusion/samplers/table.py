@@ -26,13 +26,13 @@ from functools import cached_property
 import torch
 
 from ..kernels import Row
+from ..process.bound import VARIANCES
 from ..process.prediction import check_x0_determined, epsilon_coefficients, x0_coefficients
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, number, switch
 from .guidance import guidance_scales
 from .timesteps import spaced_timesteps
 
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 # sqrt(alphas_cumprod) where sampling starts, beyond that at T - 1. Above it, 2 % of the pixels in the bundled
 # model's background are grey; at 0.7, nearly all.
 MOST_SIGNAL = 0.2

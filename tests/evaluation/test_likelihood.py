@@ -9,8 +9,9 @@ import torch
 from scipy.stats import norm
 
 from diffusion import NoiseSchedule
-from diffusion.evaluation.likelihood import bits_per_dimension, prior_term, variational_bound_terms
+from diffusion.evaluation.likelihood import bits_per_dimension
 from diffusion.kernels import philox_normal
+from diffusion.process.bound import prior_term, variational_bound_terms
 from diffusion.process.forward import q_sample
 from helpers.models import make_model
 from helpers.paths import FIXTURES

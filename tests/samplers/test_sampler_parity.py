@@ -9,9 +9,10 @@ import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 
 from diffusion.kernels import reverse_step
+from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.samplers.table import SAMPLERS, VARIANCES, StepTable, ddim
+from diffusion.samplers.table import SAMPLERS, StepTable, ddim
 from diffusion.samplers.thresholding import thresholded_step
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 

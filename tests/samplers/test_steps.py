@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from diffusion.kernels import Row, reverse_step
+from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.samplers.table import SAMPLERS, VARIANCES, SpacingWarning, StepTable, ddim, ddpm, dpmpp_2m
+from diffusion.samplers.table import SAMPLERS, SpacingWarning, StepTable, ddim, ddpm, dpmpp_2m
 from diffusion.samplers.timesteps import SPACINGS
 
 SHAPE = (2, 2, 2, 2)
