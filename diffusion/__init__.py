@@ -11,7 +11,7 @@ from . import samplers as steps
 from .ddpm import DDPM, load
 from .models.unet import UNet, UNetConfig
 from .process.schedule import NoiseSchedule
-from .samplers.table import StepTable
+from .samplers import StepTable
 from .storage.images import save_gif, save_grid
 
 __version__ = "0.1.0"

@@ -22,8 +22,8 @@ from .process.forward import q_sample
 from .process.objective import loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
+from .samplers import SAMPLERS, StepTable
 from .samplers.guidance import drop_labels
-from .samplers.table import SAMPLERS, StepTable
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
 from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype

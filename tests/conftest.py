@@ -23,7 +23,7 @@ def simd(request):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """The warning about spacings is not given: most tests take few steps, wherever those start."""
-    monkeypatch.setattr("diffusion.samplers.table._warned", True)
+    monkeypatch.setattr("diffusion.samplers.timesteps._warned", True)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from ..ddpm import DDPM, Interrupted, load
 from ..evaluation.shards import report, sample_shards
-from ..samplers.table import SAMPLERS
+from ..samplers import SAMPLERS
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz
 from ..utils.device import resolve_device

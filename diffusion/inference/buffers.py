@@ -11,8 +11,8 @@ import torch
 from .. import kernels
 from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
 from ..models.unet import UNet
+from ..samplers import StepTable
 from ..samplers.guidance import rescale_guidance
-from ..samplers.table import StepTable
 from ..utils.validation import check_dense
 
 STEPS_EMBEDDED = 64  # at a time

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..samplers.table import StepTable
+from ..samplers import StepTable
 from .buffers import Batch, Network, Noise, Threshold, injected
 
 __all__ = ["Batch", "Callback", "Network", "Noise", "run"]

@@ -36,7 +36,7 @@ def test_sample_writes_a_grid(capsys):
 
 
 def test_a_warning_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("diffusion.samplers.table._warned", False)
+    monkeypatch.setattr("diffusion.samplers.timesteps._warned", False)
     run("sample", "--model", "digits", "--labels", "3", "--sampler", "ddim", "--steps", 501, "--out", "a.png")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert line.startswith("diffusion: warning: spacing 'leading' with steps=501 starts at timestep 500")

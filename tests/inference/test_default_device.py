@@ -22,8 +22,8 @@ from diffusion.evaluation.likelihood import bits_per_dimension
 from diffusion.evaluation.shards import sample_shards
 from diffusion.kernels import philox_normal, step_counter
 from diffusion.process.bound import VARIANCES
+from diffusion.samplers import SAMPLERS
 from diffusion.samplers.guidance import drop_labels
-from diffusion.samplers.table import SAMPLERS
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 from diffusion.training.state import load_state, save_state
 from helpers.models import make_model

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from diffusion import NoiseSchedule, UNetConfig, load
 from diffusion.cli import main
-from diffusion.samplers.table import SAMPLERS
+from diffusion.samplers import SAMPLERS
 from diffusion.training.recipe import Recipe, changed, load_recipe, recipe_from
 from helpers.models import make_model
 

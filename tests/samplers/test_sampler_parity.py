@@ -12,7 +12,7 @@ from diffusion.kernels import reverse_step
 from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.samplers.table import SAMPLERS, StepTable, ddim
+from diffusion.samplers import SAMPLERS, StepTable, ddim
 from diffusion.samplers.thresholding import thresholded_step
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 

@@ -11,7 +11,7 @@ from diffusion.kernels import Row, reverse_step
 from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.samplers.table import SAMPLERS, SpacingWarning, StepTable, ddim, ddpm, dpmpp_2m
+from diffusion.samplers import SAMPLERS, SpacingWarning, StepTable, ddim, ddpm, dpmpp_2m
 from diffusion.samplers.timesteps import SPACINGS
 
 SHAPE = (2, 2, 2, 2)
@@ -227,7 +227,7 @@ def test_coefficients_that_float32_cannot_hold():
 @pytest.fixture
 def warned(monkeypatch):
     """The messages about spacings so far, in a process that has not been warned."""
-    monkeypatch.setattr("diffusion.samplers.table._warned", False)
+    monkeypatch.setattr("diffusion.samplers.timesteps._warned", False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lambda: [str(warning.message) for warning in caught if warning.category is SpacingWarning]

@@ -18,7 +18,7 @@ from diffusion.kernels import Row
 from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
-from diffusion.samplers.table import SAMPLERS, StepTable
+from diffusion.samplers import SAMPLERS, StepTable
 from diffusion.samplers.thresholding import thresholded_step
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 

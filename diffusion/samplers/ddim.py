@@ -1,0 +1,59 @@
+"""DDIM."""
+
+from ..process.prediction import epsilon_coefficients
+from ..process.schedule import NoiseSchedule
+from ..utils.validation import number, switch
+from .table import StepTable, make_table, next_alphas_cumprod
+from .timesteps import visited_timesteps
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    prediction_type: str = "epsilon",
+    spacing: str = "leading",
+    clip: float | None = 1.0,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+) -> StepTable:
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). eta: 0 is deterministic, 1 is ancestral.
+
+    use_clipped_model_output: whether the noise prediction follows from the clipped x_0, as in
+    guided-diffusion, or is the model's own, as in diffusers unless told otherwise. Under guidance the
+    difference is large: where x_0 is clipped and the noise prediction is not, the two no longer make up x,
+    and images fall apart.
+
+    Every step leads to the next timestep visited, the paper's tau_{i-1}. diffusers' DDIMScheduler leads from
+    t to t - T // steps instead. That is the same timestep with leading, and with trailing where steps divides
+    T. Elsewhere it is another one, and images of diffusers keep noise. ValueError for an eta that is negative
+    or so large that some step would add more noise than its timestep has.
+    """
+    eta = number("eta", eta, 0)
+    switch("use_clipped_model_output", use_clipped_model_output)
+    timesteps = visited_timesteps(schedule, steps, spacing)
+    current = schedule.alphas_cumprod[timesteps]
+    following = next_alphas_cumprod(current)
+    s = eta * ((1 - following) / (1 - current) * (1 - current / following)).sqrt()
+    remaining = 1 - following - s**2
+    if (remaining < -1e-12).any():
+        raise ValueError(f"eta {eta} is too large: a step would add more noise than its timestep has; try 1")
+    direction = remaining.clamp(min=0).sqrt()
+    if use_clipped_model_output:  # eps = (x - alpha x_0) / sigma
+        a = direction / (1 - current).sqrt()
+        columns = {"a": a, "b": following.sqrt() - a * current.sqrt()}
+    else:
+        q_x, q_o = epsilon_coefficients(prediction_type, current)
+        columns = {"a": direction * q_x, "b": following.sqrt(), "e": direction * q_o}
+    return make_table(
+        timesteps,
+        current,
+        prediction_type,
+        clip,
+        guidance_scale,
+        guidance_interval,
+        s=s,
+        **columns,
+    )
