@@ -6,7 +6,7 @@ import torch
 
 
 class Case(NamedTuple):
-    """shape: of x, [N, C, H, W]. channels: K. side: of the kernel; the padding is half of it.
+    """shape: of x, [N, C, H, W]. channels: K. side: of the kernel. padding: half of the side, if not given.
 
     layout: "contiguous", "channels_last" or "slice", some of the channels of a wider channels_last tensor.
     """
@@ -16,6 +16,8 @@ class Case(NamedTuple):
     side: int = 3
     bias: bool = True
     layout: str = "channels_last"
+    stride: int = 1
+    padding: int | None = None
 
     def inputs(self, dtype: torch.dtype, device="cpu", seed: int = 0) -> tuple[tuple, dict[str, Any]]:
         """Arguments of a call, of order one; the weight has the variance that keeps the output so."""
@@ -34,10 +36,11 @@ class Case(NamedTuple):
             if self.bias
             else None
         )
-        return (x[:, :c], weight, bias), {"padding": self.side // 2}
+        options = {"stride": self.stride, "padding": self.side // 2 if self.padding is None else self.padding}
+        return (x[:, :c], weight, bias), options
 
 
-# Of DDPM's CIFAR-10 network, as it is trained.
+# Of DDPM's CIFAR-10 network, and of one with pixel-unshuffled inputs, as they are trained.
 BENCHMARKED = {
     "ddpm_32": Case((16, 128, 32, 32), 128),
     "ddpm_16": Case((16, 256, 16, 16), 256),
@@ -46,6 +49,11 @@ BENCHMARKED = {
     "ddpm_up_32": Case((16, 256, 32, 32), 256),
     "ddpm_skip_32": Case((16, 384, 32, 32), 128, side=1),
     "ddpm_skip_8": Case((16, 512, 8, 8), 256, side=1),
+    "ddpm_down_32": Case((16, 128, 32, 32), 128, stride=2),
+    "unshuffled_16": Case((128, 96, 16, 16), 96),
+    "unshuffled_8": Case((128, 192, 8, 8), 192),
+    "unshuffled_up_16": Case((128, 288, 16, 16), 96),
+    "unshuffled_skip_8": Case((128, 384, 8, 8), 192, side=1),
 }
 
 CASES = {
@@ -66,4 +74,16 @@ CASES = {
     "many_groups": Case((5, 96, 40, 33), 96),
     "wide": Case((1, 8, 5, 300), 8),
     "many_pixels": Case((1, 16, 90, 310), 16),
+    "many_images": Case((32, 24, 5, 6), 40),
+    "bunches": Case((65, 33, 9, 4), 70),
+    "bunch_of_one": Case((33, 16, 3, 3), 16),
+    "many_one_by_one": Case((34, 40, 5, 6), 48, side=1),
+    "unpadded": Case((34, 40, 6, 5), 24, padding=0),
+    "widely_padded": Case((40, 16, 4, 5), 24, padding=2),
+    "strided": Case((35, 40, 9, 8), 24, stride=2),
+    "strided_even": Case((3, 40, 8, 10), 70, stride=2),
+    "strided_unpadded": Case((34, 24, 9, 7), 40, stride=2, padding=0),
+    "strided_one_by_one": Case((34, 24, 6, 7), 40, side=1, stride=2),
+    "strided_one_pixel": Case((40, 16, 1, 1), 24, stride=2, padding=2),
+    "strided_slice": Case((32, 32, 8, 8), 32, layout="slice", stride=2),
 }

@@ -61,15 +61,16 @@ def test_gradients_of_float32_weights_under_autocast_are_not_rounded(case):
 
 
 @requires_amx
+@pytest.mark.parametrize("images", [6, 40])
 @pytest.mark.parametrize("side", [1, 3])
-def test_the_number_of_threads_does_not_matter(side):
-    grad = torch.randn(6, 96, 33, 20).bfloat16().contiguous(memory_format=torch.channels_last)
-    x = torch.randn(6, 160, 33, 20).bfloat16().contiguous(memory_format=torch.channels_last)
+def test_the_number_of_threads_does_not_matter(side, images):
+    grad = torch.randn(images, 96, 33, 20).bfloat16().contiguous(memory_format=torch.channels_last)
+    x = torch.randn(images, 160, 33, 20).bfloat16().contiguous(memory_format=torch.channels_last)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(convolution_weight_gradient(grad, x, side))
+            results.append(convolution_weight_gradient(grad, x, side, 1, side // 2))
     finally:
         torch.set_num_threads(threads)
     for others in results[1:]:
@@ -128,7 +129,9 @@ def test_opcheck():
     grad = torch.randn(2, 24, 6, 5).bfloat16().contiguous(memory_format=torch.channels_last)
     x = torch.randn(2, 40, 6, 5).bfloat16().contiguous(memory_format=torch.channels_last)
     for side in (1, 3):
-        torch.library.opcheck(convolution_weight_gradient.default, (grad, x, side))
+        torch.library.opcheck(convolution_weight_gradient.default, (grad, x, side, 1, side // 2))
+    grad = grad[:, :, :3, :3].contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(convolution_weight_gradient.default, (grad, x, 3, 2, 1))
 
 
 @requires_amx
@@ -137,17 +140,23 @@ def test_opcheck():
     [
         ({"grad": torch.zeros(2, 4, 3, 3)}, "must be bfloat16"),
         ({"grad": torch.zeros(1, 4, 3, 3).bfloat16()}, "grad must be"),
-        ({"grad": torch.zeros(2, 4, 3, 4).bfloat16()}, "grad must be"),
+        ({"grad": torch.zeros(2, 4, 3, 4).bfloat16()}, "grad must have the size"),
         ({"grad": torch.zeros(2, 4, 3).bfloat16()}, "grad must be"),
         ({"x": torch.zeros(2, 4, 3, 3).bfloat16()}, "x must be channels_last"),
         ({"x": freed()}, "must have memory"),
         ({"side": 2}, "the kernel must be"),
+        ({"stride": 3}, "the stride must be"),
+        ({"padding": 3}, "the stride must be"),
+        ({"padding": -1}, "the stride must be"),
+        ({"stride": 2}, "grad must have the size"),
+        ({"padding": 0}, "grad must have the size"),
     ],
 )
 def test_the_operator_refuses(change, message):
     images = torch.zeros(2, 4, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    whole = {"grad": images, "x": images, "side": 3, "stride": 1, "padding": 1}
     with pytest.raises(RuntimeError, match=message):
-        convolution_weight_gradient(**{"grad": images, "x": images, "side": 3} | change)
+        convolution_weight_gradient(**whole | change)
 
 
 @requires_amx
@@ -156,7 +165,7 @@ def test_nothing_has_a_gradient_of_zero(shapes):
     grad, x = (
         torch.zeros(shape).bfloat16().contiguous(memory_format=torch.channels_last) for shape in shapes
     )
-    weight, bias = convolution_weight_gradient(grad, x, 3)
+    weight, bias = convolution_weight_gradient(grad, x, 3, 1, 1)
     assert torch.equal(weight, torch.zeros(4, 3, 3, 6))
     assert torch.equal(bias, torch.zeros(4))
 
@@ -209,8 +218,8 @@ def test_what_runs_where(simd):
     with torch.autocast("cpu", torch.bfloat16):
         serving = explain(conv2d, x, weight, bias, **options).splitlines()
         assert serving[0] == ("conv2d: cpp" if simd == "amx" else "conv2d: reference")
-        strided = explain(conv2d, x, weight, bias, stride=2, padding=1)
-        assert strided.startswith("conv2d: reference")
+        for change in ({"stride": 3, "padding": 1}, {"padding": 3}):
+            assert explain(conv2d, x, weight, bias, **change).startswith("conv2d: reference")
     with torch.autocast("cpu", torch.float16):
         assert explain(conv2d, x, weight, bias, **options).startswith("conv2d: reference")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
