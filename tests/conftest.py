@@ -7,9 +7,15 @@ from diffusion import DDPM
 from diffusion.kernels import _native
 from helpers.models import make_model
 from helpers.native import TESTED
+from helpers.thinning import mark_exhaustive
 
 # The models here are too small for more: on a busy machine, threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
+def pytest_collection_modifyitems(items):
+    mark_exhaustive(items)
 
 
 @pytest.fixture(params=TESTED)

@@ -299,6 +299,7 @@ def test_links_that_would_be_read_twice_or_lead_nowhere(tmp_path):
         read_images(path)
 
 
+@pytest.mark.thinned
 @both
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))

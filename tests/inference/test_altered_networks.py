@@ -38,6 +38,7 @@ from helpers.native import requires_native
 pytestmark = requires_native
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_samples_are_those_of_the_modules(name, after):
@@ -48,6 +49,7 @@ def test_samples_are_those_of_the_modules(name, after):
         assert (sample(model) - expected).abs().max() <= 5e-4
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "after", [pytest.param(False, marks=pytest.mark.slow), True], ids=["before", "after"]
 )

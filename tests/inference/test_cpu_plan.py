@@ -37,6 +37,7 @@ def evaluate(unet, dtype, x, t, labels):
         return actual, copy.deepcopy(unet).double()(x.double(), t, labels)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_unet(name, simd):
     unet = randomized(VARIANTS[name])
@@ -45,6 +46,7 @@ def test_equals_the_unet(name, simd):
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_in_sixteen_bits(name, dtype):
@@ -60,6 +62,7 @@ def test_in_sixteen_bits(name, dtype):
     assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("size", [(8, 8), (4, 6), (26, 14), (34, 34)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_other_sizes(size, batch):
@@ -69,6 +72,7 @@ def test_other_sizes(size, batch):
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["tiny", "heads", "resblock", "scale_shift"])
 def test_an_image_does_not_depend_on_its_batch(name, dtype):

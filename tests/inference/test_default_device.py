@@ -56,6 +56,7 @@ def unchanged():
     torch.set_default_device(None)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("make", ["linear", "scaled_linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_schedules(unchanged, make, zero_snr):
@@ -69,6 +70,7 @@ def test_schedules(unchanged, make, zero_snr):
     unchanged(compute)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize(("sampler", "options"), TABLES, ids=str)
 def test_tables(unchanged, sampler, options, spacing):

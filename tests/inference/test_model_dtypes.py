@@ -18,6 +18,7 @@ def only_in_float64(model):
         model.unet.output_conv.weight.mul_(1e60)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("altered", [False, True], ids=["plain", "altered"])
 @pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"dtype": "float64"}], ids=str)
 def test_float64(options, altered):
@@ -48,6 +49,7 @@ def test_float64_is_explained():
     assert model.explain() == f"unet: modules\n  not fused: {reason}"
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("learned_variance", [False, True], ids=["fixed", "learned"])
 def test_samplers_in_float64(sampler, learned_variance):
@@ -77,6 +79,7 @@ def test_float64_by_default():
     assert torch.equal(sample(make()), expected)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("part", ["time_mlp", "mid", "output_conv", "norms"])
 def test_several_dtypes(part, narrow):

@@ -63,6 +63,7 @@ def diffusers_chain(model, scheduler, noise, steps, **step_options):
     return x
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("steps", [50, 20])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -14,6 +14,7 @@ from diffusion.utils import memory
 from helpers.unets import CONDITIONAL, TINY, VARIANTS, inputs, randomized
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shapes_and_gradients(name):
     """Every architecture puts out its channels, and every parameter has a say in them."""
@@ -35,6 +36,7 @@ def test_config_round_trip(name):
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", VARIANTS)
 def test_layouts_agree(name):
     config = VARIANTS[name]

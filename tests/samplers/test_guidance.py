@@ -119,6 +119,7 @@ def test_wrong_probability(p):
         drop_labels(torch.arange(3), p, 10)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.995, 1.0])
 @pytest.mark.parametrize("max_value", [1.0, 1.5, 100.0])
 @pytest.mark.parametrize("shape", [(3, 3, 7, 5), (3, 1, 1, 1), (2, 1, 32, 32)])

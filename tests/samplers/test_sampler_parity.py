@@ -200,6 +200,7 @@ VARIANTS = [
 variants = pytest.mark.parametrize(("sampler", "options"), VARIANTS, ids=str)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("spacing", DIFFUSERS_SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @variants
@@ -223,6 +224,7 @@ def strides_are_whole(spacing: str, steps: int, T: int = 1000) -> bool:
     return all(a - b == T // steps for a, b in pairwise(timesteps)) and timesteps[-1] < T // steps
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("spacing", DIFFUSERS_SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -253,6 +255,7 @@ def test_ddim_of_diffusers_leads_elsewhere_where_a_stride_is_not_whole(spacing):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @variants
 def test_full_chain_parity(sampler, options, prediction_type):
@@ -261,6 +264,7 @@ def test_full_chain_parity(sampler, options, prediction_type):
     assert error < TOLERANCE
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("steps", [None, 20, 7])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(("sampler", "options"), VARIANTS[:6], ids=str)
@@ -272,6 +276,7 @@ def test_parity_is_exact_in_float64(sampler, options, prediction_type, steps):
     assert difference(*pair.run(torch.float64)) < 1e-10
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @variants
 def test_float32_stays_close_to_float64(sampler, options, prediction_type):
@@ -286,6 +291,7 @@ def test_float32_stays_close_to_float64(sampler, options, prediction_type):
     assert difference(ours, exact) < TOLERANCE / 10
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("steps", [99, 33, 14, 15, 2])
 @pytest.mark.parametrize("spacing", DIFFUSERS_SPACINGS)
 @pytest.mark.parametrize("sde", [False, True])
@@ -293,6 +299,7 @@ def test_dpmpp_parity_at_the_ends_of_its_grids(sde, spacing, steps):
     assert parity("dpm++", T=100, steps=steps, spacing=spacing, sde=sde) < TOLERANCE
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("schedule", "T", "steps"),
     [
@@ -327,6 +334,7 @@ def test_parity_for_sigmoid_betas(sampler, options):
     assert parity(sampler, schedule="sigmoid", steps=25, spacing="trailing", **options) < TOLERANCE
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @variants
@@ -353,6 +361,7 @@ def test_parity_of_clipping(sampler, options, clip):
     assert parity(sampler, steps=20, spacing="trailing", clip=clip, **options) < TOLERANCE
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @variants
 def test_parity_of_dynamic_thresholding(sampler, options, prediction_type):

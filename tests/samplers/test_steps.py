@@ -90,6 +90,7 @@ def test_the_last_step_adds_no_noise(sampler, options, spacing):
         assert torch.equal(*ends)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("T", [2, 10, 1000])
 @pytest.mark.parametrize("zero_snr", [False, True])

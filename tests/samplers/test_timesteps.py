@@ -11,6 +11,7 @@ from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 DIFFUSERS_SPACINGS = SPACINGS[:3]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 100, 1000])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("skip_zero", [False, True])
@@ -23,6 +24,7 @@ def test_grids_are_strictly_decreasing_for_every_number_of_steps(T, spacing, ski
     assert grid == spaced_timesteps(T, None, spacing).tolist() == list(range(T - 1, -1, -1))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("T", [1, 10, 100, 1000])
 @pytest.mark.parametrize("spacing", DIFFUSERS_SPACINGS)
 def test_grids_are_those_of_diffusers(T, spacing):

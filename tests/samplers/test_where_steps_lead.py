@@ -107,6 +107,7 @@ def solvers_deviation(timesteps: list[int], sde: bool) -> float:
     raise AssertionError("a chain ends at x_0")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @variants
@@ -129,6 +130,7 @@ def test_a_true_x0_leads_from_each_timestep_visited_to_the_next(sampler, options
         torch.testing.assert_close(of_epsilon**2 + noise, 1 - there, atol=1e-9, rtol=0, msg=f"{steps} steps")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("spacing", SPACINGS)
 @variants
 def test_the_exact_denoiser_gives_the_papers_deviation(sampler, options, spacing):
@@ -158,6 +160,7 @@ LINEAR = loop.Network(  # the exact denoiser of N(0, 1/10^2), which learned noth
 EPSILON = torch.tensor([optimum(signal, 0.1)[1] for signal in SIGNAL])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize(
     ("way", "steps"), [("plain", 30), ("plain", 101), ("guided", 30), ("thresholded", 30), ("injected", 30)]

@@ -47,6 +47,7 @@ def blocks(request, on_host):  # noqa: F811
     on_host.on_host_device(PROCESSORS[request.param], 227 << 10)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.usefixtures("blocks")
@@ -60,6 +61,7 @@ def test_value(case, dtype):
     assert_close(logsumexp, torch.logsumexp(logits, -1), torch.logsumexp(exact_logits, -1))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL)
 def test_gradient(case, dtype):

@@ -39,6 +39,7 @@ def test_normals(elements):
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", STEP_CASES)
 def test_reverse_step(case, dtype):

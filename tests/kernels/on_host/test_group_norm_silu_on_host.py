@@ -43,6 +43,7 @@ def device(request, on_host):  # noqa: F811
     return request.param
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL)
 def test_value_and_gradient(case, dtype, device):

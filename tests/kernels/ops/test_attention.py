@@ -27,6 +27,7 @@ BACKENDS = [(backend, device) for device in DEVICES for backend in serving(devic
 ON_CPU = serving("cpu")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -57,6 +58,7 @@ def test_reference_gradient(case):
     assert torch.autograd.gradcheck(lambda *a: attention(*a, **kwargs), args, fast_mode=True)
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["mnist_coarse", "many_tiles", "odd_misaligned", "reversed", "one_column"])
@@ -75,6 +77,7 @@ def test_instruction_sets_and_threads(case, dtype):
             assert_close(one, other, truth)
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["cifar10", "many_tiles", "peaked", "one_position"])
@@ -177,6 +180,7 @@ def test_properties(backend, data):
     torch.testing.assert_close(ones, torch.ones_like(v))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("case", ["mnist", "odd"])
 def test_compiles_into_one_graph(backend, case):
@@ -189,6 +193,7 @@ def test_compiles_into_one_graph(backend, case):
     torch.testing.assert_close(with_gradients(compiled, args), with_gradients(function, args))
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["mnist_coarse", "odd_misaligned", "contiguous"])

@@ -29,6 +29,7 @@ def expected_of(q, k, v, scale):
     return (q.double() @ k.double().mT * scale).softmax(-1) @ v.double()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -39,6 +39,7 @@ def complaint(actual, args, options, packed) -> str | None:
     return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("tile", [0, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,6 +53,7 @@ def test_parity(case, dtype, tile, simd):
     assert complaint(actual, args, options, packed) is None
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("packing", PACKINGS[3:], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,6 +86,7 @@ def composed(x, weight, bias, *, num_groups, norm_weight, norm_bias, add, scale,
     return F.conv2d(h, weight, bias, padding=1) + residual
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("shape", [(2, 6, 0, 5), (2, 6, 5, 0), (0, 6, 0, 0), (0, 6, 4, 4)], ids=str)
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("num_groups", [None, 2])
@@ -103,6 +106,7 @@ def test_maps_without_pixels(shape, upsample, num_groups, layout, backend):
     assert not any(t.grad.any() for t in leaves)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,6 +138,7 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(actual, composed(*args, **options), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("case", ["odd", "many_blocks", "four_pixels", "upsampled"])
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
@@ -170,6 +175,7 @@ def channels_last(*shape, seed=0, dtype=torch.float32):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalised", [False, True])
@@ -259,6 +265,7 @@ def runnable(simd, packings=PACKINGS):
     return [p for p in packings if (not p.parts or simd == "amx") and (not p.pairs or pairs)]
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("row", "column"), [(9, 9), (0, 16), (4, 3)])
@@ -278,6 +285,7 @@ def test_what_is_not_finite_spoils_what_reads_it(row, column, value, simd):
         assert error <= 2e-5 + packed.accuracy, packing
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -303,6 +311,7 @@ def test_large_numbers_whose_sums_are_finite(size, dtype, scale, simd):
             assert error <= 2e-5 + packed.accuracy + torch.finfo(dtype).eps / 2, packing
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_a_weight_that_is_not_finite_or_all_but_infinite(value, simd):
@@ -319,6 +328,7 @@ def test_a_weight_that_is_not_finite_or_all_but_infinite(value, simd):
         assert error <= 2e-5 + packed.accuracy, packing
 
 
+@pytest.mark.thinned
 @requires_native
 @requires_amx
 @pytest.mark.parametrize(
@@ -342,6 +352,7 @@ def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale
     torch.testing.assert_close(out[out.isfinite()], expected[expected.isfinite()], rtol=0, atol=1e-4)
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(2, 24, 9, 31), (1, 70, 1, 1), (3, 16, 40, 4)], ids=str)
@@ -618,6 +629,7 @@ def test_pairs_by_one_pixel(dtype):
     assert wrong(out, peer, expected, accuracy=packed.accuracy) is None
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("value", [-100.0, -1e4, -1e30, -1e38])

@@ -36,6 +36,7 @@ BACKENDS = [(backend, device) for device in DEVICES for backend in serving(devic
 ON_CPU = serving("cpu")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -81,6 +82,7 @@ SETS = [
 ]
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SETS)
@@ -100,6 +102,7 @@ def test_instruction_sets_and_threads(case, dtype):
 
 @pytest.mark.parametrize("backend", ON_CPU)
 class TestMeaning:
+    @pytest.mark.thinned
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("case", ["cifar10_coarse", "odd_channels_last"])
     def test_strided_and_misaligned_inputs(self, backend, case, dtype):
@@ -188,6 +191,7 @@ class TestMeaning:
         out = group_norm_silu(x, 1, eps=0.75, activation="none", backend=backend)  # 1.25 + 0.75 = sqrt(2)**2
         torch.testing.assert_close(out, torch.tensor([[-1.5, -0.5, 0.5, 1.5]]) / 2**0.5)
 
+    @pytest.mark.thinned
     @pytest.mark.parametrize("case", ["adm_channels_last", "no_affine"])
     def test_compiles_into_one_graph(self, backend, case):
         args, kwargs = CASES[case].inputs()
@@ -262,6 +266,7 @@ def test_what_is_added_to_a_channel_alone_in_its_group_has_no_gradient(backend, 
         assert not add.any()
 
 
+@pytest.mark.thinned
 @requires_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["no_affine", "odd_channels_last", "one_dimension", "empty_batch"])

@@ -63,6 +63,7 @@ def test_box_muller_at_the_ends():
     assert box_muller(words)[0, 0] == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-6)  # u1 = 2^-33
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_agree(backend, case):

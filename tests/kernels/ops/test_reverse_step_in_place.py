@@ -42,6 +42,7 @@ def backends():
 BACKENDS = backends()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -84,6 +85,7 @@ def test_a_chain_is_that_of_single_steps(backend, dtype, channels_last, learned)
         assert counter.tolist() == [i + 1, 7, 4, 0]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_case(backend, case):
@@ -108,6 +110,7 @@ def test_every_case(backend, case):
         assert torch.equal(one, other)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 0)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", BACKENDS)

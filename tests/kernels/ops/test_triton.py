@@ -78,6 +78,7 @@ def check(op, args, kwargs, dtype):
     return actual
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", NORM_CASES)
 def test_norm(case, dtype):
@@ -95,6 +96,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(norm_impl, "PARTIAL_TILE", 64)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SPLIT_CASES)
 def test_norm_with_a_split_reduction(case, dtype, small_tiles):
@@ -105,6 +107,7 @@ def test_norm_with_a_split_reduction(case, dtype, small_tiles):
     check(group_norm_silu, args, kwargs, dtype)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("index", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_norm_with_every_tiling(channels_last, index, monkeypatch):
@@ -151,6 +154,7 @@ def test_norm_runs_twice_alike():
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention(case, dtype):
@@ -166,6 +170,7 @@ def test_attention_reads_strided_heads_and_writes_them_merged():
     assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_with_every_tiling(dtype, index, monkeypatch):

@@ -15,6 +15,7 @@ def channels_last(*shape, dtype=torch.float32):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "shape", [(2, 20, 3, 5), (1, 1, 1, 1), (3, 64, 40, 33), (2, 7, 1, 6), (0, 3, 2, 2)], ids=str
