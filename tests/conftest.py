@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from diffusion import DDPM
 from diffusion.kernels import _native
@@ -11,6 +12,15 @@ from helpers.thinning import mark_exhaustive
 
 # The models here are too small for more: on a busy machine, threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+settings.register_profile("default", deadline=None, max_examples=10)
+settings.register_profile("exhaustive", deadline=None, max_examples=60)
+
+
+def pytest_configure(config):
+    """Hypothesis tries more examples where the exhaustive tests are not left out."""
+    settings.load_profile("default" if "not exhaustive" in config.option.markexpr else "exhaustive")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects

@@ -131,10 +131,12 @@ def test_a_loop_with_another_loss_is_not_timed(monkeypatch):
     assert rows["wrong"]["reason"]
 
 
+@pytest.mark.exhaustive
 def test_scaling_counts_images_a_second():
     assert scaling.rate(2, 6, ["--steps", "2", "--shard-size", "2"]) > 0
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_in_a_process_of_its_own():
     words = ["--peers", "exact", "diffusers", "--seconds", "0.2", "--compare", "mnist", 1, 2.0]
     found = timing.in_a_process(*words)

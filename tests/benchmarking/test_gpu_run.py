@@ -265,6 +265,7 @@ def gpu_sh(out, *words, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_goes_through_all_parts(tmp_path):
     pytest.importorskip("diffusers")
     result = gpu_sh(tmp_path / "out", "--dry-run")

@@ -100,7 +100,10 @@ def test_shards_hold_the_images_of_their_ids(whole, folder, tmp_path):
             assert shard["images"].std() > 10
 
 
-@pytest.mark.parametrize(("world_size", "threads"), [(1, 2), (2, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "threads"),
+    [(2, 3), *(pytest.param(*counts, marks=pytest.mark.exhaustive) for counts in ((1, 2), (2, 1), (4, 1)))],
+)
 def test_any_ranks_and_threads_make_the_same_bytes(world_size, threads, whole, folder, tmp_path):
     out = tmp_path / "out"
     processes = [start(folder, out, rank, world_size, threads, asks=True) for rank in range(world_size)]
@@ -134,7 +137,7 @@ def test_one_of_ranks_that_end_together_tells_of_all(tmp_path):
             path.unlink()
 
 
-@pytest.mark.parametrize("now", [1, 3])
+@pytest.mark.parametrize("now", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
     out = tmp_path / "out"
     dying = start(folder, out, 0, 2, asks=True)

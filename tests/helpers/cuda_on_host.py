@@ -16,7 +16,6 @@ import torch
 from helpers.paths import ROOT
 
 CSRC = ROOT / "csrc"
-SOURCES = sorted(CSRC.rglob("*.cu"))
 TORCH = Path(torch.__file__).parent
 CXX = next(filter(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"]), None)
 SANITIZER = "-fsanitize=alignment"  # a device refuses accesses that are not aligned; a host would not mind
@@ -40,17 +39,18 @@ def run(*command: str) -> None:
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
-    """Registers every CUDA operator as fused_diffusion::on_host_<name>, for CPU tensors.
+def load(op: str) -> ctypes.CDLL:
+    """Registers the CUDA operators of csrc/<op> as fused_diffusion::on_host_<name>, for CPU tensors.
 
     `on_host_device(processors, shared_bytes)` sets what the kernels are told of the device.
     """
+    sources = sorted((CSRC / op).glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder:
-        objects = [str(Path(folder, source.stem + ".o")) for source in SOURCES]
+        objects = [str(Path(folder, source.stem + ".o")) for source in sources]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             commands = [
                 (CXX, *FLAGS, *INCLUDE, "-x", "c++", "-c", str(source), "-o", target)
-                for source, target in zip(SOURCES, objects, strict=True)
+                for source, target in zip(sources, objects, strict=True)
             ]
             list(pool.map(lambda command: run(*command), commands))
         library = str(Path(folder, "on_host.so"))
@@ -60,13 +60,21 @@ def load() -> ctypes.CDLL:
 
 
 @pytest.fixture
-def on_host(capfd):
-    """The loaded library; memory that a kernel does not write is NaN, and its accesses are aligned."""
-    library = load()
-    library.on_host_device(132, 227 << 10)
+def on_host(capfd, request):
+    """Loads the ops that the module names in ON_HOST; a function that sets the device that kernels see.
+
+    Memory that a kernel does not write is NaN, and its accesses are aligned.
+    """
+    libraries = [load(op) for op in request.module.ON_HOST]
+
+    def set_device(processors: int, shared_bytes: int) -> None:
+        for library in libraries:
+            library.on_host_device(processors, shared_bytes)
+
+    set_device(132, 227 << 10)
     torch.use_deterministic_algorithms(True)  # which also fills what torch.empty gives
     try:
-        yield library
+        yield set_device
     finally:
         torch.use_deterministic_algorithms(False)
     assert "runtime error" not in capfd.readouterr().err

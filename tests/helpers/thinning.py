@@ -1,9 +1,9 @@
 """Chooses which parametrisations of a test run by default; .ci/run and `pytest -m ""` run all of them.
 
-A test marked `thinned` runs by default with a covering array of its parameters: every value of every parameter,
-or with `thinned(2)` every pair of values of two parameters. The parametrisations
-that add nothing are marked `exhaustive`. The choice is greedy and depends on the parameters alone, so all
-workers of pytest-xdist make the same one.
+A test marked `thinned` runs by default with a covering array of its parameters: every value of every
+parameter, or with `thinned(2)` every pair of values of two parameters. The parametrisations that add nothing
+are marked `exhaustive`. The choice is greedy and depends on the parameters alone, so all workers of
+pytest-xdist make the same one.
 """
 
 from collections.abc import Hashable, Sequence
@@ -15,8 +15,8 @@ import pytest
 def covering(rows: Sequence[tuple[Hashable, ...]], strength: int) -> list[int]:
     """Indices of rows, in order, that together hold every combination of `strength` columns' values.
 
-    rows: a value for each parameter (column). Only combinations that some row holds are asked for. Among rows that
-    add as many, the one is taken that adds most combinations of one column more.
+    rows: a value for each parameter (column). Only combinations that some row holds are asked for. Among rows
+    that add as many, the one is taken that adds most combinations of one column more.
     """
 
     def held(size: int) -> list[set[tuple[tuple[int, Hashable], ...]]]:
@@ -40,7 +40,7 @@ def _represents(item: pytest.Item) -> bool:
 
 
 def _factors(item: pytest.Item) -> tuple[tuple[int, ...], ...]:
-    """The identity of each factor's value; arguments of one `parametrize` are one factor, as is each fixture."""
+    """The identity of each factor's value: the arguments of one `parametrize` together, or a fixture's."""
     values = dict(item.callspec.params)
     factors = []
     for mark in item.iter_markers("parametrize"):

@@ -362,6 +362,7 @@ def half(model):
     model.half()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("alter", [compiled, compiled_in_place, wrapped, another_unet, half])
 def test_another_network_after_samples(alter, precision):

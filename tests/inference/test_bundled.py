@@ -44,13 +44,14 @@ def test_every_file_is_the_one_of_its_digest(folder):
     assert "weights_sha256" in digests
 
 
-def test_its_digits_are_those_asked_for(mnist):
+@pytest.mark.parametrize(("count", "right"), [(30, 28), pytest.param(100, 96, marks=pytest.mark.exhaustive)])
+def test_its_digits_are_those_asked_for(count, right, mnist):
     """A tenth of what `diffusion evaluate` measures, where 98 % of 1,000 is the target."""
-    labels = [i % 10 for i in range(100)]
+    labels = [i % 10 for i in range(count)]
     x = mnist.sample(labels, guidance_scale=2.0, sampler="ddim", steps=50)
     classifier, _ = load_classifier()
     _, digits = classify(classifier, to_uint8(x))
-    assert (digits == torch.tensor(labels)).sum() >= 96
+    assert (digits == torch.tensor(labels)).sum() >= right
 
 
 def test_the_first_lines_of_the_readme(mnist, tmp_path):

@@ -27,8 +27,17 @@ def compile_device_code(source: Path, output: Path, *flags: str) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("source", sorted(CSRC.rglob("*.cu")), ids=lambda path: path.stem)
+def exhaustive(values, but):
+    """Parameters of which the default run compiles one alone: each takes up to half a minute."""
+    return [pytest.param(value, marks=() if value == but else pytest.mark.exhaustive) for value in values]
+
+
+@pytest.mark.parametrize("arch", exhaustive(["sm_80", "sm_90a"], but="sm_90a"))
+@pytest.mark.parametrize(
+    "source",
+    exhaustive(sorted(CSRC.rglob("*.cu")), but=CSRC / "reverse_step" / "reverse_step.cu"),
+    ids=lambda path: path.stem,
+)
 def test_register_spills(source, arch, tmp_path):
     report = compile_device_code(source, tmp_path / "x.cubin", "-cubin", f"-arch={arch}", "-Xptxas", "-v")
     assert "Used" in report

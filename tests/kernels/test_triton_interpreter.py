@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("marks", [None, pytest.param("exhaustive", marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize(
     ("files", "selection"),
     [
@@ -25,8 +26,10 @@ pytestmark = pytest.mark.skipif(
     ],
     ids=["norm_attention", "philox", "reverse_step"],
 )
-def test_in_the_interpreter(files, selection):
+def test_in_the_interpreter(files, selection, marks):
+    """The parametrisations that run by default, or those that are left for .ci/run."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    command += [] if marks is None else ["-m", marks]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
         [*command, "-k", selection, *(str(OPS / file) for file in files)],

@@ -56,11 +56,13 @@ def test_other_sources(clone):
     assert "are not of this clone's sources; run: pip install ." in info(*clone)
 
 
+@pytest.mark.exhaustive
 def test_no_installation(clone):
     none = "import importlib.metadata; importlib.metadata.distributions = lambda **_: []; "
     assert "this clone is not installed; run: pip install ." in info(*clone, before=none)
 
 
+@pytest.mark.exhaustive
 def test_an_installation_without_libraries(clone):
     record = clone[1] / "diffusion" / "kernels" / "_build.json"
     reason = {"cpp": {"reason": "there is no C++ compiler g++ or clang++"}}

@@ -1,5 +1,6 @@
 """The notebooks run, and what is stored in them is what they put out."""
 
+import ast
 import json
 import re
 import sys
@@ -61,6 +62,7 @@ def test_there_are_notebooks():
     assert [path.name for path in NOTEBOOKS] == ["1-ddpm-and-guidance.ipynb", "2-train-and-sample.ipynb"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not torchvision_works(), reason="the digits are read by torchvision")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_puts_out_what_is_stored(path, tmp_path):
@@ -77,6 +79,17 @@ def test_a_notebook_runs_and_puts_out_what_is_stored(path, tmp_path):
         assert kinds(before) == kinds(after), after.source
         assert words(before) == words(after)
     assert [entry.name for entry in (tmp_path / "notebooks").iterdir()] == []
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="a notebook imports it")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path):
+    """By default in the place of running it, which takes long."""
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(read(path))))
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert any("diffusion" in ast.unparse(node) for node in imports)
+    for node in imports:
+        exec(ast.unparse(node), {})
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -69,11 +69,18 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (dict(DIFFUSION_NO_NATIVE="1"), "DIFFUSION_NO_NATIVE=1 was set"),
-        (dict(CXX="/nonexistent/g++"), "there is no C++ compiler /nonexistent/g++"),
-        (dict(CXX=f"{sys.executable} -c raise(SystemExit(1))"), "failed: status 1"),
+        pytest.param(
+            *(dict(DIFFUSION_NO_NATIVE="1"), "DIFFUSION_NO_NATIVE=1 was set"),
+            **{"id": "asked_for", "marks": pytest.mark.exhaustive},
+        ),
+        pytest.param(
+            *(dict(CXX="/nonexistent/g++"), "there is no C++ compiler /nonexistent/g++"), id="no_compiler"
+        ),
+        pytest.param(
+            *(dict(CXX=f"{sys.executable} -c raise(SystemExit(1))"), "failed: status 1"),
+            **{"id": "compiler_fails", "marks": pytest.mark.exhaustive},
+        ),
     ],
-    ids=["asked_for", "no_compiler", "compiler_fails"],
 )
 def test_pure_python_wheel(sdist, tmp_path, settings, reason):
     wheel, output = build_wheel(sdist, tmp_path, **settings)

@@ -124,7 +124,7 @@ def run_paper(pair, model, noise: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     """Largest difference at any step of the chain."""
-    assert all(x.isfinite().all() for x in ours)
+    assert all(x.isfinite().all() for x in (*ours, *theirs))
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 

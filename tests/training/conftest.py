@@ -5,7 +5,7 @@ import pytest
 from helpers.training import run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
     """A run that nothing stopped."""
     out = tmp_path_factory.mktemp("unbroken")

@@ -249,6 +249,7 @@ def test_a_run_holds_its_folder_to_its_end(tmp_path):
     assert ".lock" not in os.listdir(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_all_ranks_end_where_the_first_is_refused(tmp_path):
     with locked(tmp_path / ".lock"):
         for code, text in finish(start_ranks(tmp_path)):

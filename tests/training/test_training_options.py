@@ -1,6 +1,7 @@
 """What a recipe and the ways to compute it change about a step, and what they do not."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -51,7 +52,10 @@ def test_checkpointing_keeps_less():
     assert kept(True) < 0.6 * kept(False)
 
 
-def test_compiled_steps_are_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+def test_compiled_steps_are_the_same(backend, monkeypatch):
+    """What is traced is by default run without code generation, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.testing.assert_close(weights_after(2, compile=True), weights_after(2), rtol=0, atol=3e-5)
 
 

@@ -12,7 +12,9 @@ from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradien
 from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
 from helpers.tolerance import assert_close
 
-pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
+# Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.
+pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures("on_host")]
+ON_HOST = ("attention",)
 
 library.define("on_host_attention")
 OPS = torch.ops.fused_diffusion
@@ -44,10 +46,9 @@ def attention(q, k, v, *, scale=None):
 
 @pytest.fixture(params=PROCESSORS)
 def blocks(request, on_host):  # noqa: F811
-    on_host.on_host_device(PROCESSORS[request.param], 227 << 10)
+    on_host(PROCESSORS[request.param], 227 << 10)
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.usefixtures("blocks")
@@ -61,7 +62,6 @@ def test_value(case, dtype):
     assert_close(logsumexp, torch.logsumexp(logits, -1), torch.logsumexp(exact_logits, -1))
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL)
 def test_gradient(case, dtype):

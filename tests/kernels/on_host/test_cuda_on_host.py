@@ -15,6 +15,7 @@ from helpers.reverse_step import cast, formula
 from helpers.tolerance import assert_close
 
 pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
+ON_HOST = ("philox", "reverse_step")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = torch.ops.fused_diffusion

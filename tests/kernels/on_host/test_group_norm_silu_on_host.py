@@ -9,7 +9,9 @@ from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
 from helpers.group_norm_silu import DTYPES, SMALL, assert_all_close, cast, formula, torch_ops, with_gradients
 from helpers.tolerance import assert_close
 
-pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
+# Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.
+pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures("on_host")]
+ON_HOST = ("group_norm_silu",)
 
 library.define("on_host_group_norm_silu")
 OPS = torch.ops.fused_diffusion
@@ -39,11 +41,10 @@ def group_norm_silu(
 
 @pytest.fixture(params=DEVICES)
 def device(request, on_host):  # noqa: F811
-    on_host.on_host_device(*DEVICES[request.param])
+    on_host(*DEVICES[request.param])
     return request.param
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL)
 def test_value_and_gradient(case, dtype, device):

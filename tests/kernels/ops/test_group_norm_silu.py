@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diffusion.kernels import explain, group_norm_silu
@@ -221,7 +221,6 @@ def test_gradients_of_small_groups_off_centre(seed):
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
 def test_properties(backend, data):
     """Any shape, layout, dtype and modulation: close to the formula, in value and in every gradient.
 

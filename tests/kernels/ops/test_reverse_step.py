@@ -49,7 +49,7 @@ def test_value(backend, case, dtype):
 def test_reference_in_float64(case):
     args, kwargs = cast(torch.float64, *call(case))
     for one, truth in zip(reverse_step(*args, **kwargs), formula(*args, **kwargs), strict=True):
-        assert_close(one, one, truth)
+        assert_close(one, None, truth)
 
 
 @requires_native
@@ -143,13 +143,14 @@ class TestMeaning:
         for form in (list(row), torch.tensor(row, dtype=torch.float64)):
             assert all(map(torch.equal, reverse_step(x, out, form, backend=backend, **kwargs), expected))
 
-    def test_compiles_into_one_graph(self, backend):
+    @pytest.mark.thinned
+    @pytest.mark.parametrize("case", ["mnist", "learned_guided", "multistep_sde", "last_step"])
+    def test_compiles_into_one_graph(self, backend, case):
         compiled = torch.compile(reverse_step, fullgraph=True, backend="aot_eager")
-        for case in ("mnist", "learned_guided", "multistep_sde", "last_step"):
-            args, kwargs = call(case)
-            expected = reverse_step(*args, backend=backend, **kwargs)
-            for one, other in zip(compiled(*args, backend=backend, **kwargs), expected, strict=True):
-                torch.testing.assert_close(one, other)
+        args, kwargs = call(case)
+        expected = reverse_step(*args, backend=backend, **kwargs)
+        for one, other in zip(compiled(*args, backend=backend, **kwargs), expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
