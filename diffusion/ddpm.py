@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import kernels
+from . import importers, kernels
 from .inference import loop
 from .inference.backbone import NetworkCache, explain, mixed_dtypes, own_dtype
 from .models.structure import config_of
@@ -409,7 +409,7 @@ def load(name: str | os.PathLike, device: str | torch.device | None = None, *, v
     missing, damaged or no model.
     """
     device = resolve_device("cpu" if device is None else device)
-    unet, schedule, conventions = checkpoint.read(name, verify)
+    unet, schedule, conventions = importers.read(name, verify)
     try:
         model = DDPM(unet, schedule, **conventions)
     except ValueError as error:

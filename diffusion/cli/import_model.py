@@ -3,9 +3,9 @@
 import argparse
 import ast
 
+from .. import importers
 from ..ddpm import DDPM
 from ..importers import guided_diffusion
-from ..storage import checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.flag:
         raise ValueError("--flag is for .pt files; other checkpoints say themselves how they were trained")
     else:
-        unet, schedule, conventions = checkpoint.read(args.source)
+        unet, schedule, conventions = importers.read(args.source)
     model = DDPM(unet, schedule, **conventions)
     model.save(args.out, source=args.source)
     parameters = sum(parameter.numel() for parameter in unet.parameters())

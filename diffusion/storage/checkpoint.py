@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..importers import diffusers
 from ..models.structure import config_of, configured
 from ..models.unet import UNet, UNetConfig
 from ..process.schedule import NoiseSchedule
@@ -99,19 +98,13 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} is none")
 
 
-def read(name: str | os.PathLike, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
-    """Reads a model: its UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
+def read(folder: Path, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
+    """Reads a model folder: its UNet in float32 on the CPU, its noise schedule, and its conventions.
 
-    name: a bundled model's name, a model folder, a diffusers folder, or "hf:owner/name" for either on the
-    Hugging Face hub (needs huggingface_hub). The conventions are those arguments of `DDPM` which
-    the checkpoint has. verify: refuse weights that are not those of the SHA-256 in config.json, where it
-    holds one. ValueError, in one line, for anything that is missing, damaged, or not a model.
+    The conventions are those arguments of `DDPM` which config.json has. verify: refuse weights that are not
+    those of the SHA-256 in config.json, where it holds one. ValueError, in one line, for anything that is
+    missing, damaged, or not a model.
     """
-    if not str(name):
-        raise ValueError("the name of a model must not be empty")
-    folder = _locate(str(name))
-    if not is_model(folder) and diffusers.is_diffusers(folder):
-        return diffusers.load(folder)
     try:
         return _read(folder, verify)
     except WrongDigest:  # another process may be saving, and may have replaced one of the two files
@@ -143,7 +136,14 @@ def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
     return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
 
 
-def _locate(name: str) -> Path:
+def locate(name: str | os.PathLike) -> Path:
+    """The folder of a model: a bundled name, a folder, or "hf:owner/name", which is downloaded.
+
+    ValueError where there is none, or huggingface_hub is missing for a model of the hub.
+    """
+    name = str(name)
+    if not name:
+        raise ValueError("the name of a model must not be empty")
     if name.startswith("hf:"):
         return _download(name[3:])
     if name in bundled_models():
