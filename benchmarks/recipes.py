@@ -64,7 +64,9 @@ def held_out_errors(
                 continue
             signal = torch.special.expit(torch.tensor(-2 * level, dtype=torch.float64))
             alpha, sigma = signal.sqrt().item(), (1 - signal).sqrt().item()
-            p_x, p_o = (value.item() for value in x0_coefficients(model.prediction_type, signal))
+            x0_from_x, x0_from_output = (
+                value.item() for value in x0_coefficients(model.prediction_type, signal)
+            )
             total = 0.0
             for start in range(0, len(images), BATCH):
                 x0 = to_float(images[start : start + BATCH])
@@ -73,7 +75,15 @@ def held_out_errors(
                 x = alpha * x0 + sigma * noise
                 given = labels[start : start + BATCH] if labels is not None and model.num_classes else None
                 output = model.unet(x, torch.full((len(x),), t), given).float()[:, : x.shape[1]]
-                total += (p_x * x + p_o * output - x0).square().flatten(1).mean(1).double().sum().item()
+                total += (
+                    (x0_from_x * x + x0_from_output * output - x0)
+                    .square()
+                    .flatten(1)
+                    .mean(1)
+                    .double()
+                    .sum()
+                    .item()
+                )
             error = total / len(images)
             rows.append({"level": level, "x0": error, "v": error / sigma**2})
     return rows

@@ -16,11 +16,11 @@ from .ops.convolution.conv2d import conv2d
 from .ops.convolution.conv3x3 import conv3x3, pack_conv3x3
 from .ops.group_norm_silu import group_norm_silu
 from .ops.philox import philox_normal
-from .ops.reverse_step import Row, in_place, reverse_step
+from .ops.reverse_step import StepCoefficients, in_place, reverse_step
 from .ops.reverse_step.in_place import reverse_step_, step_counter
 
 __all__ = [
-    "Row",
+    "StepCoefficients",
     "attention",
     "benchmark_table",
     "build_info",

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.kernels import attention, group_norm_silu, reverse_step_, step_counter
 from diffusion.kernels._tolerance import wrong
-from diffusion.kernels.ops.reverse_step import Row
+from diffusion.kernels.ops.reverse_step import StepCoefficients
 
 from . import device
 from .part import Finding, Job, Run
@@ -29,7 +29,18 @@ NORMS = (
     (128, 32), (128, 16), (256, 16), (256, 8), (256, 4), (512, 4), (512, 8), (512, 16), (384, 16), (384, 32),
     (256, 32),
 )  # fmt: skip
-ROW = Row(500, 3.0, 3.5791, -3.4365, 1.0, a=0.9949, b=0.0051, d=0.0, e=0.0, s=0.1003)
+ROW = StepCoefficients(
+    500,
+    3.0,
+    3.5791,
+    -3.4365,
+    1.0,
+    coef_x=0.9949,
+    coef_x0=0.0051,
+    coef_x0_prev=0.0,
+    coef_output=0.0,
+    sigma=0.1003,
+)
 ROWS = 64  # of a call's table: more than it is replayed
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -144,8 +155,8 @@ def step(batch: int, side: int = 32) -> Problem:
     def peer(x, conditional, table, counter, *, sample_ids, model_output_uncond, unet_input):
         uncond = model_output_uncond.float()
         out = uncond + ROW.guidance_scale * (conditional.float() - uncond)
-        x0 = (ROW.p_x * x + ROW.p_o * out).clamp(-ROW.clip, ROW.clip)
-        x.copy_(ROW.a * x + ROW.b * x0 + ROW.s * torch.randn_like(x))
+        x0 = (ROW.x0_from_x * x + ROW.x0_from_output * out).clamp(-ROW.clip_x0, ROW.clip_x0)
+        x.copy_(ROW.coef_x * x + ROW.coef_x0 * x0 + ROW.sigma * torch.randn_like(x))
         unet_input.unflatten(0, (2, -1)).copy_(x)
 
     shape, nbytes = (batch, 3, side, side), 16 * batch * 3 * side * side

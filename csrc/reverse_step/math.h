@@ -6,15 +6,16 @@
 
 namespace fused_diffusion {
 
-constexpr int64_t kRowLength = 12;
+constexpr int64_t kRowLength = 12;  // numbers in a row of a step table, StepCoefficients of Python
 
-struct Row {
-  float guidance_scale, p_x, p_o, clip, a, b, d, e, s, log_var_min, log_var_max;
+// A row without its timestep, which the arithmetic does not need.
+struct StepCoefficients {
+  float guidance_scale, x0_from_x, x0_from_output, clip_x0;
+  float coef_x, coef_x0, coef_x0_prev, coef_output, sigma, log_var_min, log_var_max;
 };
 
-// One row of the float64 table; entry 0 is the timestep, which the arithmetic does not need. A step outside
-// of the table cannot raise on a device, so it gives NaN.
-FD_HD Row load_row(const double* table, int64_t rows, int64_t step) {
+// One row of the float64 table. A step outside of the table cannot raise on a device, so it gives NaN.
+FD_HD StepCoefficients load_row(const double* table, int64_t rows, int64_t step) {
   const bool inside = step >= 0 && step < rows;
   const double* r = table + (inside ? step * kRowLength : 0);
   float v[kRowLength];
@@ -40,25 +41,25 @@ FD_HD float exponential(float x) {
   return y * bit_cast<float>((half + 127) << 23) * bit_cast<float>((exponent - half + 127) << 23);
 }
 
-FD_HD float guide(float cond, float uncond, const Row& row) {
+FD_HD float guide(float cond, float uncond, const StepCoefficients& row) {
   return uncond + row.guidance_scale * (cond - uncond);
 }
 
-FD_HD float predict_x0(float x, float out, const Row& row) {
-  const float x0 = row.p_x * x + row.p_o * out;
-  return x0 < -row.clip ? -row.clip : x0 > row.clip ? row.clip : x0;  // NaN stays NaN
+FD_HD float predict_x0(float x, float out, const StepCoefficients& row) {
+  const float x0 = row.x0_from_x * x + row.x0_from_output * out;
+  return x0 < -row.clip_x0 ? -row.clip_x0 : x0 > row.clip_x0 ? row.clip_x0 : x0;  // NaN stays NaN
 }
 
-FD_HD float drift(float x, float x0, float out, const Row& row) {
-  return row.a * x + row.b * x0 + row.e * out;
+FD_HD float drift(float x, float x0, float out, const StepCoefficients& row) {
+  return row.coef_x * x + row.coef_x0 * x0 + row.coef_output * out;
 }
 
 // sigma where the model predicts v, its place between two log-variances.
 template <class M>
-FD_HD float learned_sigma(float v, const Row& row) {
+FD_HD float learned_sigma(float v, const StepCoefficients& row) {
   const float fraction = (v + 1.0f) * 0.5f;
   const float log_variance = fraction * row.log_var_max + (1.0f - fraction) * row.log_var_min;
-  return row.s * exponential<M>(0.5f * log_variance);
+  return row.sigma * exponential<M>(0.5f * log_variance);
 }
 
 }  // namespace fused_diffusion

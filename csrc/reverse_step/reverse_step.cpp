@@ -26,7 +26,7 @@ FD_HD void each_stretch(const Tile& tile, int64_t positions, const Layout& layou
 
 struct ReverseStep {
   StepArguments args;
-  Row row;
+  StepCoefficients row;
   uint64_t seed;
   uint32_t stream;
 
@@ -50,11 +50,11 @@ struct ReverseStep {
       x0[i] = predict_x0(x[i], out[i], row);
       x[i] = drift(x[i], x0[i], out[i], row);
     }
-    if (row.d != 0.0f) {
+    if (row.coef_x0_prev != 0.0f) {
       const float* __restrict x0_prev = args.x0_prev + at;
-      for (int64_t i = 0; i < size; ++i) x[i] += row.d * x0_prev[i];
+      for (int64_t i = 0; i < size; ++i) x[i] += row.coef_x0_prev * x0_prev[i];
     }
-    if (row.s != 0.0f) add_noise<M>(tile, x, at);
+    if (row.sigma != 0.0f) add_noise<M>(tile, x, at);
     memcpy(args.x_next + at, x, size * sizeof(float));
     if (args.x0 != nullptr) memcpy(args.x0 + at, x0, size * sizeof(float));
     if (args.unet_input != nullptr) store_input(x, tile);
@@ -73,7 +73,7 @@ struct ReverseStep {
       load(v, args.cond, tile, args.channels * args.output.channel);
       for (int64_t i = 0; i < tile.size; ++i) x[i] += learned_sigma<M>(v[i], row) * z[i];
     } else {
-      for (int64_t i = 0; i < tile.size; ++i) x[i] += row.s * z[i];
+      for (int64_t i = 0; i < tile.size; ++i) x[i] += row.sigma * z[i];
     }
   }
 
@@ -121,8 +121,9 @@ struct Launch {
   void operator()(const StepArguments& args) const {
     const int64_t step = args.counter[0], elements = args.channels * args.positions;
     STD_TORCH_CHECK(step >= 0 && step < args.rows, "step ", step, " is outside of the table's ", args.rows);
-    const Row row = load_row(args.table, args.rows, step);
-    STD_TORCH_CHECK(row.d == 0.0f || args.has_x0_prev, "row.d is not 0, so the previous x0 is needed");
+    const StepCoefficients row = load_row(args.table, args.rows, step);
+    STD_TORCH_CHECK(row.coef_x0_prev == 0.0f || args.has_x0_prev,
+                    "row.coef_x0_prev is not 0, so the previous x0 is needed");
     const ReverseStep kernel{args, row, static_cast<uint64_t>(args.counter[1]),
                              static_cast<uint32_t>(args.counter[2] + step)};
     run_tiles(kernel, args.batch * tiles_per_sample(elements));

@@ -71,8 +71,8 @@ struct Vectors {
 };
 
 template <class T>
-__device__ __forceinline__ void step_block(const StepArguments& args, const Row& row, uint64_t seed,
-                                           uint32_t stream, int64_t sample, int64_t block,
+__device__ __forceinline__ void step_block(const StepArguments& args, const StepCoefficients& row,
+                                           uint64_t seed, uint32_t stream, int64_t sample, int64_t block,
                                            const Vectors& vectors) {
   const int64_t elements = args.channels * args.positions, first = 4 * block, left = elements - first;
   const int64_t at = sample * elements + first;
@@ -90,12 +90,12 @@ __device__ __forceinline__ void step_block(const StepArguments& args, const Row&
     x0[i] = predict_x0(x[i], out[i], row);
     next[i] = drift(x[i], x0[i], out[i], row);
   }
-  if (row.d != 0.0f) {
+  if (row.coef_x0_prev != 0.0f) {
     float x0_prev[4] = {__builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf("")};
     if (args.x0_prev != nullptr) load4(x0_prev, args.x0_prev + at, left, vectors.images);
-    for (int i = 0; i < 4; ++i) next[i] += row.d * x0_prev[i];
+    for (int i = 0; i < 4; ++i) next[i] += row.coef_x0_prev * x0_prev[i];
   }
-  if (row.s != 0.0f) {
+  if (row.sigma != 0.0f) {
     float z[4];
     if (args.noise != nullptr) {
       load4(z, args.noise + at, left, vectors.images);
@@ -108,7 +108,7 @@ __device__ __forceinline__ void step_block(const StepArguments& args, const Row&
       load_output(v, cond + args.channels * args.output.channel, place, args.output, vectors.output);
       for (int i = 0; i < 4; ++i) next[i] += learned_sigma<HardwareFma>(v[i], row) * z[i];
     } else {
-      for (int i = 0; i < 4; ++i) next[i] += row.s * z[i];
+      for (int i = 0; i < 4; ++i) next[i] += row.sigma * z[i];
     }
   }
   store4(args.x_next + at, next, left, vectors.images);
@@ -138,7 +138,7 @@ __device__ __forceinline__ void advance(int64_t* counter, int64_t step) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) reverse_step_kernel(const StepArguments args, Vectors vectors) {
   const int64_t step = *static_cast<volatile int64_t*>(args.counter);
-  const Row row = load_row(args.table, args.rows, step);
+  const StepCoefficients row = load_row(args.table, args.rows, step);
   const uint64_t seed = static_cast<uint64_t>(args.counter[1]);
   const uint32_t stream = static_cast<uint32_t>(args.counter[2] + step);
   const int64_t blocks = (args.channels * args.positions + 3) / 4;

@@ -40,7 +40,7 @@ def explanations(device: str) -> list[str]:
     """For each op, the backend that a float32 call on this device gets, and why not the others."""
     x = torch.zeros(2, 32, 8, 8, device=device)
     tokens = torch.zeros(2, 1, 64, 32, device=device)
-    row = kernels.Row(*[0.0] * 12)
+    row = kernels.StepCoefficients(*[0.0] * len(kernels.StepCoefficients._fields))
     return [
         kernels.explain("group_norm_silu", x, 32),
         kernels.explain("attention", tokens, tokens, tokens),

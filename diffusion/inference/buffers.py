@@ -18,7 +18,9 @@ from ..utils.validation import check_dense
 STEPS_EMBEDDED = 64  # at a time
 
 Noise = Callable[[int], torch.Tensor]
-Threshold = Callable[..., tuple[kernels.Row, torch.Tensor, torch.Tensor]]  # thresholding.thresholded_step
+Threshold = Callable[
+    ..., tuple[kernels.StepCoefficients, torch.Tensor, torch.Tensor]
+]  # thresholding.thresholded_step
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ class Chain:
         self.noise = torch.zeros_like(self.x) if injected else None
         inputs = torch.zeros(2 * count, *shape, device=device, dtype=network.dtype)
         self.inputs = inputs.contiguous(memory_format=torch.channels_last)
-        self.rows = torch.zeros(steps, len(kernels.Row._fields), dtype=torch.float64, device=device)
+        self.rows = torch.zeros(
+            steps, len(kernels.StepCoefficients._fields), dtype=torch.float64, device=device
+        )
         self.counter = kernels.step_counter(0, device=device)
         self.ids = torch.zeros(count, dtype=torch.int64, device=device)
         self.positions = torch.zeros(2 * count, dtype=torch.int64, device=device)
@@ -157,7 +161,7 @@ class Chain:
         self.rows.copy_(table.table)
         self.counter.copy_(kernels.step_counter(batch.seed, stream=1))
         self.ids.copy_(batch.sample_ids)
-        self.timesteps = table.table[:, kernels.Row._fields.index("timestep")].float()
+        self.timesteps = table.table[:, kernels.StepCoefficients._fields.index("timestep")].float()
         self.integral = bool((self.timesteps == self.timesteps.round()).all())
         self.labels: list[int | None] = [None]
         self.image_labels = batch.labels
@@ -224,7 +228,7 @@ class Chain:
 
     def _forward(self, images: int) -> torch.Tensor:
         """By a network that is called whole, with tensors that it may keep."""
-        timesteps = self.rows[:, kernels.Row._fields.index("timestep")]
+        timesteps = self.rows[:, kernels.StepCoefficients._fields.index("timestep")]
         timesteps = timesteps.index_select(0, self.counter[:1]).expand(images).clone()
         timesteps = timesteps.long() if self.integral else timesteps.float()
         labels = None if self.image_labels is None else self.image_labels[:images].clone()
@@ -254,7 +258,7 @@ class Chain:
 
     def advance_modified(
         self,
-        row: kernels.Row,
+        row: kernels.StepCoefficients,
         now: bool,
         following: bool | None,
         noisy: bool,
@@ -271,7 +275,7 @@ class Chain:
             output = combined(output, unconditional, row.guidance_scale, rescale, self.channels)
         if threshold is None:
             return self._reverse(output, None, following, noisy)
-        before = self.x0 if row.d else None
+        before = self.x0 if row.coef_x0_prev else None
         row, before, predicted = threshold(row, self.x, output[:, : self.channels].float(), before)
         x, _ = kernels.reverse_step(
             self.x,

@@ -31,7 +31,7 @@ def run(
     step i; its tensors are its own. progress() follows each step. On a CUDA device the host runs ahead of it.
     """
     guided = [batch.labels is not None and scale != 1 for scale in table.column("guidance_scale")]
-    noisy = [batch.noise is not None and deviation != 0 for deviation in table.column("s")]
+    noisy = [batch.noise is not None and deviation != 0 for deviation in table.column("sigma")]
     labels = 1 if batch.labels is None else len(batch.labels.unique()) + any(guided)
     keeps_x0 = table.needs_x0_prev or callback is not None or threshold is not None
     count = len(batch.sample_ids)

@@ -28,10 +28,11 @@ def check_x0_determined(prediction_type: str, alphas_cumprod: torch.Tensor) -> N
 
 
 def x0_coefficients(prediction_type: str, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p_x, p_o) such that x_0 = p_x * x_t + p_o * model_output, in the shape and dtype of alphas_cumprod.
+    """(x0_from_x, x0_from_output), such that x_0 = x0_from_x * x_t + x0_from_output * model_output.
 
-    "epsilon": Ho et al. 2020, arXiv 2006.11239, eq. 15; "v_prediction": Salimans & Ho 2022, arXiv 2202.00512,
-    appendix D. ValueError for epsilon where alphas_cumprod is 0.
+    Both have the shape and dtype of alphas_cumprod. "epsilon": Ho et al. 2020, arXiv 2006.11239, eq. 15;
+    "v_prediction": Salimans & Ho 2022, arXiv 2202.00512, appendix D. ValueError for epsilon where
+    alphas_cumprod is 0.
     """
     check_prediction_type(prediction_type)
     alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
@@ -46,7 +47,10 @@ def x0_coefficients(prediction_type: str, alphas_cumprod: torch.Tensor) -> tuple
 def epsilon_coefficients(
     prediction_type: str, alphas_cumprod: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q_x, q_o) such that eps = q_x * x_t + q_o * model_output, in the shape and dtype of alphas_cumprod."""
+    """(eps_from_x, eps_from_output), such that eps = eps_from_x * x_t + eps_from_output * model_output.
+
+    Both have the shape and dtype of alphas_cumprod.
+    """
     check_prediction_type(prediction_type)
     alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     if prediction_type == "epsilon":
@@ -68,8 +72,8 @@ def predict_x0(
     ValueError for epsilon prediction with a schedule of zero terminal SNR, whatever t.
     """
     check_same_shape(x, model_output, "model_output")
-    p_x, p_o = x0_coefficients(prediction_type, schedule.alphas_cumprod)
-    return at_timesteps(p_x, t, x) * x + at_timesteps(p_o, t, x) * model_output
+    x0_from_x, x0_from_output = x0_coefficients(prediction_type, schedule.alphas_cumprod)
+    return at_timesteps(x0_from_x, t, x) * x + at_timesteps(x0_from_output, t, x) * model_output
 
 
 def predict_epsilon(
@@ -81,5 +85,5 @@ def predict_epsilon(
 ) -> torch.Tensor:
     """The noise in x_t as the model sees it; shapes as in `predict_x0`."""
     check_same_shape(x, model_output, "model_output")
-    q_x, q_o = epsilon_coefficients(prediction_type, schedule.alphas_cumprod)
-    return at_timesteps(q_x, t, x) * x + at_timesteps(q_o, t, x) * model_output
+    eps_from_x, eps_from_output = epsilon_coefficients(prediction_type, schedule.alphas_cumprod)
+    return at_timesteps(eps_from_x, t, x) * x + at_timesteps(eps_from_output, t, x) * model_output

@@ -1,12 +1,12 @@
 """The samplers: each is a function that writes a reverse process down as one row of numbers a step.
 
-A row (`kernels.reverse_step`) is
+A row, `kernels.StepCoefficients`, holds the numbers of
 
     out    = uncond + guidance_scale * (cond - uncond)
-    x0     = clip(p_x * x + p_o * out)
-    x_next = a * x + b * x0 + d * x0_prev + e * out + s * z,   z ~ N(0, I)
+    x0     = clamp(x0_from_x * x + x0_from_output * out, -clip_x0, clip_x0)
+    x_next = coef_x * x + coef_x0 * x0 + coef_x0_prev * x0_prev + coef_output * out + sigma * z
 
-and everything here is float64. All samplers take the same first arguments:
+with z ~ N(0, I), and everything here is float64. All samplers take the same first arguments:
 
 schedule: the model's NoiseSchedule. steps: number of steps, 1..T; None is the full chain. prediction_type:
 "epsilon", "sample" (x_0) or "v_prediction". spacing: see `timesteps.spaced_timesteps`. clip: x_0 is clipped

@@ -35,14 +35,14 @@ def ddpm(
     beta = 1 - alpha
     posterior_variance = (1 - following) / (1 - current) * beta
     if variance == "learned_range":
-        # The posterior variance of the last step is 0, and its logarithm is clipped; s is 0 there.
+        # The posterior variance of the last step is 0, and its logarithm is clipped; sigma is 0 there.
         noise = {
-            "s": torch.ones_like(beta),
+            "sigma": torch.ones_like(beta),
             "log_var_min": posterior_variance.clamp(min=1e-20).log(),
             "log_var_max": beta.log(),
         }
     else:
-        noise = {"s": (posterior_variance if variance == "fixed_small" else beta).sqrt()}
+        noise = {"sigma": (posterior_variance if variance == "fixed_small" else beta).sqrt()}
     return make_table(
         timesteps,
         current,
@@ -51,7 +51,7 @@ def ddpm(
         guidance_scale,
         guidance_interval,
         learned_variance=variance == "learned_range",
-        a=alpha.sqrt() * (1 - following) / (1 - current),
-        b=following.sqrt() * beta / (1 - current),
+        coef_x=alpha.sqrt() * (1 - following) / (1 - current),
+        coef_x0=following.sqrt() * beta / (1 - current),
         **noise,
     )

@@ -36,17 +36,21 @@ def ddim(
     timesteps = visited_timesteps(schedule, steps, spacing)
     current = schedule.alphas_cumprod[timesteps]
     following = next_alphas_cumprod(current)
-    s = eta * ((1 - following) / (1 - current) * (1 - current / following)).sqrt()
-    remaining = 1 - following - s**2
+    sigma = eta * ((1 - following) / (1 - current) * (1 - current / following)).sqrt()
+    remaining = 1 - following - sigma**2
     if (remaining < -1e-12).any():
         raise ValueError(f"eta {eta} is too large: a step would add more noise than its timestep has; try 1")
     direction = remaining.clamp(min=0).sqrt()
-    if use_clipped_model_output:  # eps = (x - alpha x_0) / sigma
-        a = direction / (1 - current).sqrt()
-        columns = {"a": a, "b": following.sqrt() - a * current.sqrt()}
+    if use_clipped_model_output:  # eps = (x - alpha x_0) / sqrt(1 - alpha^2)
+        coef_x = direction / (1 - current).sqrt()
+        columns = {"coef_x": coef_x, "coef_x0": following.sqrt() - coef_x * current.sqrt()}
     else:
-        q_x, q_o = epsilon_coefficients(prediction_type, current)
-        columns = {"a": direction * q_x, "b": following.sqrt(), "e": direction * q_o}
+        eps_from_x, eps_from_output = epsilon_coefficients(prediction_type, current)
+        columns = {
+            "coef_x": direction * eps_from_x,
+            "coef_x0": following.sqrt(),
+            "coef_output": direction * eps_from_output,
+        }
     return make_table(
         timesteps,
         current,
@@ -54,6 +58,6 @@ def ddim(
         clip,
         guidance_scale,
         guidance_interval,
-        s=s,
+        sigma=sigma,
         **columns,
     )

@@ -39,11 +39,11 @@ def dpmpp_2m(
     log_snr_half = 0.5 * torch.log(current / (1 - current))
     h = torch.cat([log_snr_half[1:], log_snr_half.new_full((1,), math.inf)]) - log_snr_half
     gain = -torch.expm1(-2 * h if sde else -h)
-    b = following.sqrt() * gain
+    coef_x0 = following.sqrt() * gain
     # D = x0 + (x0 - x0_prev) / (2 r), r = h_prev / h; without the second term in the first and last step.
     extrapolation = torch.zeros_like(h)
     extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
-    a = ((1 - following) / (1 - current)).sqrt()
+    coef_x = ((1 - following) / (1 - current)).sqrt()
     return make_table(
         timesteps,
         current,
@@ -51,8 +51,8 @@ def dpmpp_2m(
         clip,
         guidance_scale,
         guidance_interval,
-        a=a * torch.exp(-h) if sde else a,
-        b=b * (1 + extrapolation),
-        d=-b * extrapolation,
-        s=((1 - following) * gain).sqrt() if sde else torch.zeros_like(h),
+        coef_x=coef_x * torch.exp(-h) if sde else coef_x,
+        coef_x0=coef_x0 * (1 + extrapolation),
+        coef_x0_prev=-coef_x0 * extrapolation,
+        sigma=((1 - following) * gain).sqrt() if sde else torch.zeros_like(h),
     )

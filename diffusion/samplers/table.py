@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from ..kernels import Row
+from ..kernels import StepCoefficients
 from ..process.prediction import x0_coefficients
 from ..utils.validation import number
 from .guidance import guidance_scales
@@ -17,7 +17,7 @@ from .guidance import guidance_scales
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """A sampler's steps. table: float64 [n, 12], one `Row` a step in the order in which they are taken.
+    """A sampler's steps. table: float64 [n, 12], the `StepCoefficients` of each step, in order.
 
     learned_variance: the variance of each step is the model's (its output has 2C channels).
     """
@@ -28,7 +28,7 @@ class StepTable:
     def __post_init__(self) -> None:
         # The steps run in float32; only the clip may be infinite.
         numbers = self.table.clone()
-        numbers[:, Row._fields.index("clip")] = 0
+        numbers[:, StepCoefficients._fields.index("clip_x0")] = 0
         if not (numbers.abs() <= torch.finfo(torch.float32).max).all():
             raise ValueError(
                 "the schedule or an option is too extreme: a step's coefficients overflow float32"
@@ -40,20 +40,20 @@ class StepTable:
     @cached_property
     def timesteps(self) -> torch.Tensor:
         """int64 [n], strictly decreasing."""
-        return self.table[:, Row._fields.index("timestep")].to(torch.int64)
+        return self.table[:, StepCoefficients._fields.index("timestep")].to(torch.int64)
 
     @cached_property
     def needs_x0_prev(self) -> bool:
         """Whether a step uses the x_0 of the step before."""
-        return bool((self.table[:, Row._fields.index("d")] != 0).any())
+        return bool((self.table[:, StepCoefficients._fields.index("coef_x0_prev")] != 0).any())
 
     def column(self, name: str) -> list[float]:
-        """One field of `kernels.Row` for all steps."""
-        return self.table[:, Row._fields.index(name)].tolist()
+        """One field of `kernels.StepCoefficients` for all steps."""
+        return self.table[:, StepCoefficients._fields.index(name)].tolist()
 
-    def row(self, i: int) -> Row:
+    def row(self, i: int) -> StepCoefficients:
         """Step i, as Python floats."""
-        return Row(*self.table[i].tolist())
+        return StepCoefficients(*self.table[i].tolist())
 
 
 def make_table(
@@ -66,16 +66,16 @@ def make_table(
     learned_variance: bool = False,
     **columns: torch.Tensor,
 ) -> StepTable:
-    """The table with the columns that all samplers share, and a sampler's own: a, b, and those not 0."""
+    """The table with the columns that all samplers share, and a sampler's own, those that are not 0."""
     clip = math.inf if clip is None else number("clip", clip, 0, infinite=True)
     columns["timestep"] = timesteps
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)
-    columns["p_x"], columns["p_o"] = x0_coefficients(prediction_type, alphas_cumprod)
-    columns["clip"] = torch.full_like(alphas_cumprod, clip)
-    table = alphas_cumprod.new_zeros(len(timesteps), len(Row._fields))
+    columns["x0_from_x"], columns["x0_from_output"] = x0_coefficients(prediction_type, alphas_cumprod)
+    columns["clip_x0"] = torch.full_like(alphas_cumprod, clip)
+    table = alphas_cumprod.new_zeros(len(timesteps), len(StepCoefficients._fields))
     for name, column in columns.items():
-        table[:, Row._fields.index(name)] = column
-    table[-1, Row._fields.index("s")] = 0
+        table[:, StepCoefficients._fields.index(name)] = column
+    table[-1, StepCoefficients._fields.index("sigma")] = 0
     return StepTable(table, learned_variance)
 
 

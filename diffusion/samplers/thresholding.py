@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..kernels import Row
+from ..kernels import StepCoefficients
 from ..utils.validation import number
 
 
@@ -29,26 +29,28 @@ def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float =
 
 
 def thresholded_step(
-    row: Row,
+    row: StepCoefficients,
     x: torch.Tensor,
     out: torch.Tensor,
     x0_prev: torch.Tensor | None = None,
     *,
     ratio: float = 0.995,
     max_value: float = 1.0,
-) -> tuple[Row, torch.Tensor, torch.Tensor]:
+) -> tuple[StepCoefficients, torch.Tensor, torch.Tensor]:
     """(row', x0_prev', x0): the step `row` with a dynamically thresholded x_0 as arguments for reverse_step.
 
     x: x_t; out: the guided model output without variance channels, like x; x0_prev: the x0 that the previous
-    step's call returned here, needed where row.d is not 0. The step's x_0 goes in through row's term
-    d * x0_prev, as x0_prev' = b x_0 + d x0_prev; reverse_step(x, model_output, row', x0_prev=x0_prev', ...)
-    then gives the right x_next, and 0 for its own x_0. The noise prediction in the step (DDIM) is that from
-    before the thresholding.
+    step's call returned here, needed where row.coef_x0_prev is not 0.
+
+    The thresholded x_0 takes the place of the previous one: x0_prev' = coef_x0 x_0 + coef_x0_prev x0_prev,
+    and row' has coef_x0 = 0 and coef_x0_prev = 1. reverse_step(x, model_output, row', x0_prev=x0_prev', ...)
+    then gives the right x_next, and 0 for its own x_0. DDIM's noise prediction is that from before the
+    thresholding.
     """
-    x0 = dynamic_threshold(row.p_x * x + row.p_o * out, ratio, max_value)
-    carried = row.b * x0
-    if row.d != 0:
+    x0 = dynamic_threshold(row.x0_from_x * x + row.x0_from_output * out, ratio, max_value)
+    carried = row.coef_x0 * x0
+    if row.coef_x0_prev != 0:
         if x0_prev is None:
             raise ValueError("this step needs x0_prev, the thresholded x0 of the step before")
-        carried = carried + row.d * x0_prev
-    return row._replace(p_x=0.0, p_o=0.0, b=0.0, d=1.0), carried, x0
+        carried = carried + row.coef_x0_prev * x0_prev
+    return row._replace(x0_from_x=0.0, x0_from_output=0.0, coef_x0=0.0, coef_x0_prev=1.0), carried, x0

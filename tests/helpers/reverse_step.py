@@ -7,21 +7,20 @@ from diffusion.kernels import philox_normal
 
 def formula(x, out, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream):
     """The documented equations, in the dtype of the arguments."""
-    _timestep, g, p_x, p_o, clip, a, b, d, e, s, log_min, log_max = row
     channels = x.shape[1]
-    sigma = torch.tensor(s, dtype=x.dtype)
+    sigma = torch.tensor(row.sigma, dtype=x.dtype)
     if out.shape[1] == 2 * channels:
         fraction = (out[:, channels:] + 1) / 2
-        sigma = s * torch.exp(0.5 * (fraction * log_max + (1 - fraction) * log_min))
+        sigma = row.sigma * torch.exp(0.5 * (fraction * row.log_var_max + (1 - fraction) * row.log_var_min))
     cond = out[:, :channels]
     if model_output_uncond is not None:
         uncond = model_output_uncond[:, :channels]
-        cond = uncond + g * (cond - uncond)
-    x0 = (p_x * x + p_o * cond).clamp(-clip, clip)
-    x_next = a * x + b * x0 + e * cond
-    if d != 0:
-        x_next = x_next + d * x0_prev
-    if s != 0:
+        cond = uncond + row.guidance_scale * (cond - uncond)
+    x0 = (row.x0_from_x * x + row.x0_from_output * cond).clamp(-row.clip_x0, row.clip_x0)
+    x_next = row.coef_x * x + row.coef_x0 * x0 + row.coef_output * cond
+    if row.coef_x0_prev != 0:
+        x_next = x_next + row.coef_x0_prev * x0_prev
+    if row.sigma != 0:
         z = noise
         if z is None:
             z = philox_normal(

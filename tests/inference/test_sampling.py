@@ -197,9 +197,9 @@ def test_guided_step_rescale_and_threshold(conditional, sampler):
         with torch.no_grad():
             cond, null = unet(x.float(), t, labels).double(), unet(x.float(), t, None).double()
         out = rescale_guidance(null + 4.0 * (cond - null), cond, 0.7)
-        x0 = dynamic_threshold(row.p_x * x + row.p_o * out, 0.9, 2.0)
-        x = row.a * x + row.b * x0 + row.e * out + row.s * noise(i + 1)
-        x = x + row.d * previous if row.d else x
+        x0 = dynamic_threshold(row.x0_from_x * x + row.x0_from_output * out, 0.9, 2.0)
+        x = row.coef_x * x + row.coef_x0 * x0 + row.coef_output * out + row.sigma * noise(i + 1)
+        x = x + row.coef_x0_prev * previous if row.coef_x0_prev else x
         previous = x0
     sample = conditional.sample(
         [3, 4],
@@ -232,7 +232,7 @@ def test_the_last_step_adds_no_noise(model, sampler, options):
 
     model.sample(sampler=sampler, steps=6, noise=recorded, **options)
     assert asked == [0, 1, 2, 3, 4, 5]  # 6 would be the noise of the last step
-    assert model.steps(sampler, 6, **options).row(5).s == 0
+    assert model.steps(sampler, 6, **options).row(5).sigma == 0
 
 
 def test_injected_noise_equals_the_packages_own(model):

@@ -129,7 +129,11 @@ def test_normals(backend):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_a_captured_step_is_a_sampler(channels_last):
     """One graph of `reverse_step_`, replayed: rows and streams follow the counter, as in the plain chain."""
-    rows = [EPSILON._replace(guidance_scale=2.5), EPSILON._replace(d=-0.1, s=0.2), EPSILON._replace(s=0.0)]
+    rows = [
+        EPSILON._replace(guidance_scale=2.5),
+        EPSILON._replace(coef_x0_prev=-0.1, sigma=0.2),
+        EPSILON._replace(sigma=0.0),
+    ]
     table = torch.tensor(rows, dtype=torch.float64, device="cuda")
     x, both = torch.randn(3, 3, 16, 16), torch.randn(6, 3, 16, 16)
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -38,11 +38,11 @@ def test_eps(eps):
         group_norm_silu(torch.ones(1, 2, 3), 1, eps=eps)
 
 
-@pytest.mark.parametrize("change", [{"clip": -1.0}, {"a": float("nan")}])
+@pytest.mark.parametrize("change", [{"clip_x0": -1.0}, {"coef_x": float("nan")}])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows(backend, change):
     x = torch.zeros(1, 1, 2)
-    with pytest.raises(ValueError, match=r"clip must not be negative|holds NaN"):
+    with pytest.raises(ValueError, match=r"clip_x0 must not be negative|holds NaN"):
         reverse_step(x, x, EPSILON._replace(**change), backend=backend)
 
 
@@ -146,7 +146,7 @@ def test_steps_outside_of_the_table(step, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_needs_the_former_x0(backend):
-    x, table = torch.zeros(1, 1, 4), torch.tensor([EPSILON._replace(d=1.0)], dtype=torch.float64)
+    x, table = torch.zeros(1, 1, 4), torch.tensor([EPSILON._replace(coef_x0_prev=1.0)], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="the previous x0 is needed"):
         reverse_step_(x, x.clone(), table, step_counter(0), sample_ids=torch.arange(1), backend=backend)
 
@@ -180,7 +180,7 @@ X = torch.zeros(2, 4, 3)
         (lambda: philox_normal((2, 3), seed=1, stream=0.5), "stream must be an integer, not 0.5"),
         (lambda: philox_normal((2, 3), seed=1, sample_ids=[0.5, 1]), "a sample id must be an integer"),
         (lambda: philox_normal((2, 3), seed=torch.tensor(1)), "seed must be an integer"),
-        (lambda: reverse_step(X, X, None), "row must be the 12 numbers of a Row, not None"),
+        (lambda: reverse_step(X, X, None), "row must be the 12 numbers of StepCoefficients, not None"),
         (lambda: reverse_step(X, X, torch.tensor(1.0)), "row must be the 12 numbers"),
         (lambda: reverse_step(X, X, ["1"] * 12), "an entry of row must be a number"),
         (lambda: reverse_step(X, X, EPSILON, noise=1), "noise must be a tensor or None, not int"),

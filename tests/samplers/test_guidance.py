@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from diffusion.kernels import Row, reverse_step
+from diffusion.kernels import StepCoefficients, reverse_step
 from diffusion.samplers.guidance import drop_labels, guidance_scales, rescale_guidance
 from diffusion.samplers.thresholding import dynamic_threshold, thresholded_step
 
@@ -158,7 +158,18 @@ def test_wrong_thresholds():
             dynamic_threshold(x0, 0.9, max_value)
 
 
-ROW = Row(timestep=5, guidance_scale=2, p_x=1.5, p_o=-2.5, clip=math.inf, a=0.5, b=0.7, d=-0.2, e=0.3, s=0.1)
+ROW = StepCoefficients(
+    timestep=5,
+    guidance_scale=2,
+    x0_from_x=1.5,
+    x0_from_output=-2.5,
+    clip_x0=math.inf,
+    coef_x=0.5,
+    coef_x0=0.7,
+    coef_x0_prev=-0.2,
+    coef_output=0.3,
+    sigma=0.1,
+)
 
 
 def test_a_thresholded_step_is_the_step_with_another_x0():
@@ -176,4 +187,4 @@ def test_a_multistep_needs_the_x0_before():
     x = randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match="x0_prev"):
         thresholded_step(ROW, x, x)
-    thresholded_step(ROW._replace(d=0.0), x, x)
+    thresholded_step(ROW._replace(coef_x0_prev=0.0), x, x)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.kernels import Row, reverse_step
+from diffusion.kernels import StepCoefficients, reverse_step
 from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
@@ -26,7 +26,7 @@ variants = pytest.mark.parametrize(("sampler", "options"), VARIANTS, ids=str)
 def drift(table: StepTable, i: int) -> tuple[float, float]:
     """Coefficients of x and of out in x_next, where nothing is clipped."""
     row = table.row(i)
-    return row.a + row.b * row.p_x, row.e + row.b * row.p_o
+    return row.coef_x + row.coef_x0 * row.x0_from_x, row.coef_output + row.coef_x0 * row.x0_from_output
 
 
 @pytest.mark.parametrize(
@@ -44,33 +44,33 @@ def test_the_samplers_are_one_another_where_theory_says_so(schedule, prediction_
     stochastic = ddim(schedule, 20, eta=1.0, **options)
     for i in range(20):
         assert drift(stochastic, i) == pytest.approx(drift(ancestral, i), abs=1e-9)
-        assert stochastic.row(i).s == pytest.approx(ancestral.row(i).s, abs=1e-9)
+        assert stochastic.row(i).sigma == pytest.approx(ancestral.row(i).sigma, abs=1e-9)
     # DPM-Solver++ of first order is DDIM, its SDE form ancestral (Lu et al. 2022, section 5 and eq. 19).
     # For its first step, zero SNR is not quite zero.
     deterministic = ddim(schedule, 20, **options)
     for sde, other in ((False, deterministic), (True, ancestral)):
         table = dpmpp_2m(schedule, 20, sde=sde, **options)
         for i in (0, 19) if schedule.alphas_cumprod[-1] > 0 else (19,):
-            assert table.row(i).d == 0
+            assert table.row(i).coef_x0_prev == 0
             assert drift(table, i) == pytest.approx(drift(other, i), abs=1e-9)
-            assert table.row(i).s == pytest.approx(other.row(i).s, abs=1e-9)
+            assert table.row(i).sigma == pytest.approx(other.row(i).sigma, abs=1e-9)
 
 
 def test_a_row_of_ddpm_is_the_posterior_of_the_paper():
     # Ho et al. 2020, eq. 7, for t = 2 of three timesteps with betas 1/10, 2/10, 1/2.
     row = ddpm(NoiseSchedule.from_betas([0.1, 0.2, 0.5])).row(0)
     signal, before = 0.9 * 0.8 * 0.5, 0.9 * 0.8
-    expected = Row(
+    expected = StepCoefficients(
         timestep=2,
         guidance_scale=1,
-        p_x=1 / math.sqrt(signal),
-        p_o=-math.sqrt(1 / signal - 1),
-        clip=1,
-        a=math.sqrt(0.5) * (1 - before) / (1 - signal),
-        b=math.sqrt(before) * 0.5 / (1 - signal),
-        d=0,
-        e=0,
-        s=math.sqrt((1 - before) / (1 - signal) * 0.5),
+        x0_from_x=1 / math.sqrt(signal),
+        x0_from_output=-math.sqrt(1 / signal - 1),
+        clip_x0=1,
+        coef_x=math.sqrt(0.5) * (1 - before) / (1 - signal),
+        coef_x0=math.sqrt(before) * 0.5 / (1 - signal),
+        coef_x0_prev=0,
+        coef_output=0,
+        sigma=math.sqrt((1 - before) / (1 - signal) * 0.5),
     )
     assert tuple(row) == pytest.approx(tuple(expected), rel=1e-12)
 
@@ -81,7 +81,7 @@ def test_the_last_step_adds_no_noise(sampler, options, spacing):
     for steps in (1, 2, 7, 300, None):
         table = SAMPLERS[sampler](NoiseSchedule.linear(), steps, spacing=spacing, **options)
         last = table.row(len(table) - 1)
-        assert last.s == 0
+        assert last.sigma == 0
         x, output = torch.ones(SHAPE), torch.ones(2, 2 * (1 + table.learned_variance), 2, 2)
         ends = [
             reverse_step(x, output, last, noise=noise, backend="reference")[0]
@@ -108,8 +108,10 @@ def test_tables_are_finite(sampler, options, zero_snr, T, spacing):
                 schedule, steps, spacing=spacing, prediction_type="v_prediction", clip=None, **options
             )
             finite = table.table.isfinite()
-            assert finite.sum(dim=0).tolist() == [0 if name == "clip" else len(table) for name in Row._fields]
-            assert (table.table[:, Row._fields.index("s")] >= 0).all()
+            assert finite.sum(dim=0).tolist() == [
+                0 if name == "clip_x0" else len(table) for name in StepCoefficients._fields
+            ]
+            assert (table.table[:, StepCoefficients._fields.index("sigma")] >= 0).all()
 
 
 @pytest.mark.parametrize("sde", [False, True])
@@ -118,10 +120,10 @@ def test_dpmpp_where_the_signal_fades_below_its_substitute_for_zero(sde):
     schedule = NoiseSchedule.cosine(10_000).rescale_zero_terminal_snr()
     assert 0 < schedule.alphas_cumprod[-2] < 2**-24
     table = dpmpp_2m(schedule, prediction_type="v_prediction", sde=sde)
-    p_x = table.table[:, Row._fields.index("p_x")]  # alpha
-    assert (p_x > 0).all()
-    assert (p_x.diff() > 0).all()
-    assert (table.table[:, Row._fields.index("a")] <= 1).all()
+    alpha = table.table[:, StepCoefficients._fields.index("x0_from_x")]
+    assert (alpha > 0).all()
+    assert (alpha.diff() > 0).all()
+    assert (table.table[:, StepCoefficients._fields.index("coef_x")] <= 1).all()
 
 
 def test_the_table():
@@ -131,9 +133,9 @@ def test_the_table():
     assert table.table.shape == (3, 12)
     assert table.timesteps.tolist() == [999, 666, 332]
     assert table.timesteps.dtype == torch.int64
-    assert table.row(1) == Row(*table.table[1].tolist())
+    assert table.row(1) == StepCoefficients(*table.table[1].tolist())
     assert all(type(value) is float for value in table.row(1))
-    assert table.row(1).clip == math.inf
+    assert table.row(1).clip_x0 == math.inf
     assert table.needs_x0_prev
     assert not table.learned_variance
     assert not ddpm(NoiseSchedule.linear(), 3).needs_x0_prev
@@ -146,9 +148,9 @@ def test_learned_range_is_between_the_clipped_posterior_and_beta():
     learned = ddpm(schedule, 10, variance="learned_range")
     small, large = (ddpm(schedule, 10, variance=name) for name in ("fixed_small", "fixed_large"))
     for i in range(9):
-        assert learned.row(i).s == 1
-        assert math.exp(learned.row(i).log_var_min / 2) == pytest.approx(small.row(i).s, rel=1e-12)
-        assert math.exp(learned.row(i).log_var_max / 2) == pytest.approx(large.row(i).s, rel=1e-12)
+        assert learned.row(i).sigma == 1
+        assert math.exp(learned.row(i).log_var_min / 2) == pytest.approx(small.row(i).sigma, rel=1e-12)
+        assert math.exp(learned.row(i).log_var_max / 2) == pytest.approx(large.row(i).sigma, rel=1e-12)
 
 
 @pytest.mark.parametrize(

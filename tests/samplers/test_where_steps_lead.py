@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusion.inference import loop
-from diffusion.kernels import Row
+from diffusion.kernels import StepCoefficients
 from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
@@ -62,11 +62,11 @@ def deviations_of(table: StepTable, prediction_type: str, deviation: float = DEV
         signal = SIGNAL[int(row.timestep)]
         alpha, sigma = math.sqrt(signal), math.sqrt(1 - signal)
         out = output_of(prediction_type, alpha, sigma, *optimum(signal, deviation))
-        x0 = row.p_x + row.p_o * out
-        x = row.a + row.b * x0 + row.e * out
-        noise = math.exp(row.log_var_min) * (row.s > 0) if table.learned_variance else row.s**2
-        following = x * x * xx + 2 * x * row.d * xy + row.d**2 * yy + noise
-        xx, xy, yy = following, x0 * (x * xx + row.d * xy), x0 * x0 * xx
+        x0 = row.x0_from_x + row.x0_from_output * out
+        x = row.coef_x + row.coef_x0 * x0 + row.coef_output * out
+        noise = math.exp(row.log_var_min) * (row.sigma > 0) if table.learned_variance else row.sigma**2
+        following = x * x * xx + 2 * x * row.coef_x0_prev * xy + row.coef_x0_prev**2 * yy + noise
+        xx, xy, yy = following, x0 * (x * xx + row.coef_x0_prev * xy), x0 * x0 * xx
         found.append(math.sqrt(xx))
     return found
 
@@ -117,13 +117,18 @@ def test_a_true_x0_leads_from_each_timestep_visited_to_the_next(sampler, options
         table = SAMPLERS[sampler](
             SCHEDULE, steps, spacing=spacing, prediction_type=prediction_type, clip=None, **options
         )
-        row = Row(*table.table.unbind(1))
+        row = StepCoefficients(*table.table.unbind(1))
         signals = torch.tensor(levels(table.timesteps.tolist()), dtype=torch.float64)
         here, there = signals[:-1], signals[1:]
         alpha, sigma = here.sqrt(), (1 - here).sqrt()
-        of_x0 = row.a * alpha + row.b + row.d + row.e * output_of(prediction_type, alpha, sigma, 1, 0)
-        of_epsilon = row.a * sigma + row.e * output_of(prediction_type, alpha, sigma, 0, 1)
-        noise = row.log_var_min.exp() * (row.s > 0) if table.learned_variance else row.s**2
+        of_x0 = (
+            row.coef_x * alpha
+            + row.coef_x0
+            + row.coef_x0_prev
+            + row.coef_output * output_of(prediction_type, alpha, sigma, 1, 0)
+        )
+        of_epsilon = row.coef_x * sigma + row.coef_output * output_of(prediction_type, alpha, sigma, 0, 1)
+        noise = row.log_var_min.exp() * (row.sigma > 0) if table.learned_variance else row.sigma**2
         if options.get("variance") == "fixed_large":  # beta, which is more than the posterior has
             noise[:-1] -= ((1 - here / there) ** 2 * there / (1 - here))[:-1]
         torch.testing.assert_close(of_x0, there.sqrt(), atol=1e-9, rtol=0, msg=f"{steps} steps")

@@ -9,9 +9,9 @@ from ..._arguments import check_tensors
 from ..._dispatch import Backend, Op, always
 from ..philox import validate_counters
 from . import native_impl, reference, triton_impl
-from .row import Row, as_row
+from .coefficients import ROW_LENGTH, StepCoefficients, as_coefficients
 
-__all__ = ["Row", "as_row", "op", "reverse_step"]
+__all__ = ["ROW_LENGTH", "StepCoefficients", "as_coefficients", "op", "reverse_step"]
 
 
 def _same(shape, other) -> bool:
@@ -49,8 +49,8 @@ def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed
             raise ValueError(f"{name} is on {tensor.device}, not on x's {x.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, not floating-point")
-    if as_row(row).d != 0 and x0_prev is None:
-        raise ValueError("row.d is not 0, so x0_prev (the previous step's x0) is needed")
+    if as_coefficients(row).coef_x0_prev != 0 and x0_prev is None:
+        raise ValueError("row.coef_x0_prev is not 0, so x0_prev (the previous step's x0) is needed")
     validate_counters(x.shape, seed=seed, sample_ids=sample_ids, stream=stream)
 
 
@@ -69,7 +69,7 @@ op = Op(
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
-    row: Row | Sequence[float] | Tensor,
+    row: StepCoefficients | Sequence[float] | Tensor,
     *,
     model_output_uncond: Tensor | None = None,
     x0_prev: Tensor | None = None,
@@ -82,21 +82,21 @@ def reverse_step(
     """(x_next, x0), both of x's shape and dtype: from x_t to x_{t-1} by one row of a step table.
 
         out    = uncond + guidance_scale * (cond - uncond)      or model_output, where there is no uncond
-        x0     = clamp(p_x * x + p_o * out, -clip, clip)
-        x_next = a * x + b * x0 + d * x0_prev + e * out + sigma * z,     z ~ N(0, 1)
+        x0     = clamp(x0_from_x * x + x0_from_output * out, -clip_x0, clip_x0)
+        x_next = coef_x * x + coef_x0 * x0 + coef_x0_prev * x0_prev + coef_output * out + sigma * z
 
     DDPM (Ho et al. 2020, eq. 11), DDIM (Song et al. 2021, eq. 12) and DPM-Solver++(2M) (Lu et al. 2022,
-    algorithm 2) are rows of this form. sigma is s; where the model learns its variance (Nichol & Dhariwal
-    2021, eq. 15), model_output has 2C channels, the second half v of the conditional output is in [-1, 1],
-    and sigma = s * exp((f * log_var_max + (1 - f) * log_var_min) / 2) with f = (v + 1) / 2.
+    algorithm 2) are rows of this form, and z ~ N(0, I). Where the model learns its variance (Nichol &
+    Dhariwal 2021, eq. 15), model_output has 2C channels, the second half v of the conditional output is in
+    [-1, 1], and sigma is multiplied by exp((f * log_var_max + (1 - f) * log_var_min) / 2), f = (v + 1) / 2.
 
     x: x_t, float32 [B, C, ...]; the reference backend also takes float64 and then computes in it.
     model_output: [B, C, ...] or [B, 2C, ...], floating-point; all arithmetic is in x's dtype.
-    row: a Row, or its 12 numbers.
+    row: StepCoefficients, or their 12 numbers.
     model_output_uncond: the unconditional output for classifier-free guidance, of model_output's shape.
-    x0_prev: the previous step's x0, of x's shape; needed where row.d is not 0.
+    x0_prev: the previous step's x0, of x's shape; needed where row.coef_x0_prev is not 0.
     noise: z, of x's shape; by default philox_normal(x.shape, seed, sample_ids, stream).
-    seed, sample_ids, stream: see `philox_normal`. Nothing is drawn where row.s is 0.
+    seed, sample_ids, stream: see `philox_normal`. Nothing is drawn where row.sigma is 0.
     backend: "auto", "cuda", "cpp", "triton" or "reference"; only the reference is differentiable.
 
     ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.

@@ -5,21 +5,22 @@ from typing import NamedTuple
 
 import torch
 
+from .coefficients import StepCoefficients
 from .native_impl import step_counter
-from .row import Row
 
 # DDPM's step t = 500 of the linear schedule, T = 1000, for each prediction type: out's share in x0.
-POSTERIOR = dict(a=0.9949, b=0.0051, d=0.0, e=0.0, s=0.1003)
-EPSILON = Row(500, 1.0, 3.5791, -3.4365, 1.0, **POSTERIOR)
-SAMPLE = Row(500, 1.0, 0.0, 1.0, 1.0, **POSTERIOR)
-V_PREDICTION = Row(500, 1.0, 0.2794, -0.9602, 1.0, **POSTERIOR)
+POSTERIOR = dict(coef_x=0.9949, coef_x0=0.0051, coef_x0_prev=0.0, coef_output=0.0, sigma=0.1003)
+EPSILON = StepCoefficients(500, 1.0, 3.5791, -3.4365, 1.0, **POSTERIOR)
+SAMPLE = StepCoefficients(500, 1.0, 0.0, 1.0, 1.0, **POSTERIOR)
+V_PREDICTION = StepCoefficients(500, 1.0, 0.2794, -0.9602, 1.0, **POSTERIOR)
+MULTISTEP = EPSILON._replace(coef_x=0.9, coef_x0=0.4, coef_x0_prev=-0.13)
 
 
 class Case(NamedTuple):
     """Normal tensors of this shape and spread; with `learned`, model_output has 2C channels."""
 
     shape: tuple[int, ...]
-    row: Row
+    row: StepCoefficients
     guided: bool = False
     learned: bool = False
     x0_prev: bool = False
@@ -59,21 +60,21 @@ CASES = {
     "imagenet64_guided": Case((8, 3, 64, 64), EPSILON._replace(guidance_scale=1.5), guided=True),
     "sample": Case((2, 3, 8, 8), SAMPLE),
     "v_prediction": Case((2, 3, 8, 8), V_PREDICTION, guided=True),
-    "unclipped": Case((2, 3, 8, 8), EPSILON._replace(clip=math.inf)),
-    "last_step": Case((4, 3, 8, 8), EPSILON._replace(timestep=0.0, s=0.0), noise=True),
-    "ddim": Case((2, 3, 8, 8), EPSILON._replace(a=0.0, b=0.31, e=0.95, s=0.0)),
-    "multistep": Case((2, 3, 8, 8), EPSILON._replace(a=0.9, b=0.4, d=-0.13, s=0.0), x0_prev=True),
-    "multistep_sde": Case((3, 1, 9, 9), EPSILON._replace(a=0.9, b=0.4, d=-0.13), x0_prev=True, noise=True),
-    "learned_variance": Case((4, 3, 16, 16), EPSILON._replace(s=1.0, log_var_min=-4.7, log_var_max=-4.5),
+    "unclipped": Case((2, 3, 8, 8), EPSILON._replace(clip_x0=math.inf)),
+    "last_step": Case((4, 3, 8, 8), EPSILON._replace(timestep=0.0, sigma=0.0), noise=True),
+    "ddim": Case((2, 3, 8, 8), EPSILON._replace(coef_x=0.0, coef_x0=0.31, coef_output=0.95, sigma=0.0)),
+    "multistep": Case((2, 3, 8, 8), MULTISTEP._replace(sigma=0.0), x0_prev=True),
+    "multistep_sde": Case((3, 1, 9, 9), MULTISTEP, x0_prev=True, noise=True),
+    "learned_variance": Case((4, 3, 16, 16), EPSILON._replace(sigma=1.0, log_var_min=-4.7, log_var_max=-4.5),
                              learned=True),
-    "learned_guided": Case((3, 3, 5, 7), EPSILON._replace(s=1.0, guidance_scale=2.5, log_var_min=-46.0,
+    "learned_guided": Case((3, 3, 5, 7), EPSILON._replace(sigma=1.0, guidance_scale=2.5, log_var_min=-46.0,
                                                           log_var_max=-9.2), guided=True, learned=True),
     "unguided_scale": Case((2, 3, 8, 8), EPSILON._replace(guidance_scale=0.0), guided=True),
     "odd": Case((3, 5, 7, 11), EPSILON, noise=True),
     "one_element": Case((3, 1), EPSILON),
     "sequence": Case((2, 4, 129), EPSILON),
     "many_tiles": Case((2, 3, 65, 65), EPSILON, sample_ids=(5, 9)),
-    "large_values": Case((2, 3, 16, 16), EPSILON._replace(clip=math.inf), spread=1e3),
+    "large_values": Case((2, 3, 16, 16), EPSILON._replace(clip_x0=math.inf), spread=1e3),
     "large_ids": Case((2, 1, 6, 6), EPSILON, sample_ids=(2**32, 2**63 - 1), seed=2**64 - 1, stream=2**32 - 1),
     "empty_batch": Case((0, 3, 8, 8), EPSILON),
     "empty_sample": Case((2, 3, 0, 8), EPSILON),

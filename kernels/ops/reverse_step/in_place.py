@@ -7,6 +7,7 @@ from ..._arguments import check_tensors
 from ..._dispatch import Backend, Op, always
 from ..philox import validate_counters
 from . import native_impl, reference, triton_impl
+from .coefficients import ROW_LENGTH
 
 
 def step_counter(seed: int, *, stream: int = 1, device: torch.device | str = "cpu") -> Tensor:
@@ -43,7 +44,7 @@ def _validate(x, model_output, table, counter, *, sample_ids, model_output_uncon
         ("x0", x0, x.shape, ()),
         ("noise", noise, x.shape, ()),
         ("unet_input", unet_input, x.shape, (2, 1)),
-        ("table", table, (*table.shape[:1], 12), ()),
+        ("table", table, (*table.shape[:1], ROW_LENGTH), ()),
         ("counter", counter, (4,), ()),
         ("sample_ids", sample_ids, (batch,), ()),
     ):
@@ -106,10 +107,10 @@ def reverse_step_(
 
     x: x_t on entry, x_{t-1} on return; contiguous float32 [B, C, ...] (the reference: or float64).
     model_output, model_output_uncond: as in `reverse_step`; contiguous or channels_last, and alike.
-    table: float64 [rows, 12], a Row in each.
+    table: float64 [rows, 12], StepCoefficients in each row.
     counter: see `step_counter`. Step i draws from the noise stream of step 0 plus i.
     sample_ids: int64 [B].
-    x0: the previous step's x0 on entry, which matters where row.d is not 0; this step's on return.
+    x0: the previous step's x0 on entry, which matters where row.coef_x0_prev is not 0; this step's on return.
     noise: z of this step, instead of the counter-based noise.
     unet_input: is overwritten with x_{t-1}, in its dtype and layout: [B, C, ...], or [2B, C, ...] for
         x_{t-1} twice, as guidance needs it.

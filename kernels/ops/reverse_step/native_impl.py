@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _native
 from ..philox.native_impl import sample_ids_tensor, signed
-from .row import Row, as_row
+from .coefficients import StepCoefficients, as_coefficients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the UNet's input and output
 
@@ -110,7 +110,7 @@ def step_counter(seed: int, stream: int, device) -> Tensor:
 def arguments(
     x: Tensor,
     model_output: Tensor,
-    row: Row,
+    row: StepCoefficients,
     *,
     model_output_uncond: Tensor | None,
     x0_prev: Tensor | None,
@@ -120,13 +120,13 @@ def arguments(
     stream: int,
 ) -> tuple:
     """The operator's arguments, from those of the public function."""
-    table = torch.tensor([as_row(row)], dtype=torch.float64, device=x.device)
+    table = torch.tensor([as_coefficients(row)], dtype=torch.float64, device=x.device)
     counter = step_counter(seed, stream, x.device)
     ids = sample_ids_tensor(sample_ids, x.shape[0], x.device)
     return x, model_output, model_output_uncond, x0_prev, noise, table, counter, ids
 
 
-def reverse_step(x: Tensor, model_output: Tensor, row: Row, **options) -> tuple[Tensor, Tensor]:
+def reverse_step(x: Tensor, model_output: Tensor, row: StepCoefficients, **options) -> tuple[Tensor, Tensor]:
     return torch.ops.fused_diffusion.reverse_step(*arguments(x, model_output, row, **options))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..philox.reference import philox_normal
-from .row import Row, as_row
+from .coefficients import StepCoefficients, as_coefficients
 
 
 def reverse_step(
@@ -19,20 +19,20 @@ def reverse_step(
     sample_ids=None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    row = as_row(row)
+    row = as_coefficients(row)
     channels = x.shape[1]
     out = model_output[:, :channels].to(x.dtype)
     if model_output_uncond is not None:
         uncond = model_output_uncond[:, :channels].to(x.dtype)
         out = uncond + row.guidance_scale * (out - uncond)
-    x0 = torch.clamp(row.p_x * x + row.p_o * out, -row.clip, row.clip)
-    x_next = row.a * x + row.b * x0 + row.e * out
-    if row.d != 0:
-        x_next = x_next + row.d * x0_prev
-    if row.s != 0:
+    x0 = torch.clamp(row.x0_from_x * x + row.x0_from_output * out, -row.clip_x0, row.clip_x0)
+    x_next = row.coef_x * x + row.coef_x0 * x0 + row.coef_output * out
+    if row.coef_x0_prev != 0:
+        x_next = x_next + row.coef_x0_prev * x0_prev
+    if row.sigma != 0:
         if noise is None:
             noise = philox_normal(x.shape, seed=seed, sample_ids=sample_ids, stream=stream, device=x.device)
-        sigma = row.s
+        sigma = row.sigma
         if model_output.shape[1] != channels:
             fraction = (model_output[:, channels:].to(x.dtype) + 1) / 2
             sigma = sigma * torch.exp(0.5 * (fraction * row.log_var_max + (1 - fraction) * row.log_var_min))
@@ -46,8 +46,8 @@ def reverse_step_(
     step, seed, stream, _ = counter.tolist()
     if not 0 <= step < len(table):
         raise RuntimeError(f"step {step} is outside of the table's {len(table)}")
-    if table[step, Row._fields.index("d")] != 0 and x0 is None:
-        raise RuntimeError("row.d is not 0, so the previous x0 is needed")
+    if table[step, StepCoefficients._fields.index("coef_x0_prev")] != 0 and x0 is None:
+        raise RuntimeError("row.coef_x0_prev is not 0, so the previous x0 is needed")
     x_next, predicted = reverse_step(
         x,
         model_output,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..._triton_math import cast, fma
 from ..philox.triton_kernels import floats, normals, polynomial
+from .coefficients import ROW_LENGTH, StepCoefficients
 
 # exp(x) = 2^n exp(r): log2(e), ln2 in two parts, and the polynomial of csrc/reverse_step/math.h.
 _LOG2_E = floats("0x1.715476p+0")
@@ -31,10 +32,25 @@ def _exponential(x):
     return y * _power_of_two(half) * _power_of_two(exponent - half)
 
 
+# Columns of a step table.
+_ROW_LENGTH = tl.constexpr(ROW_LENGTH)
+_GUIDANCE_SCALE = tl.constexpr(StepCoefficients._fields.index("guidance_scale"))
+_X0_FROM_X = tl.constexpr(StepCoefficients._fields.index("x0_from_x"))
+_X0_FROM_OUTPUT = tl.constexpr(StepCoefficients._fields.index("x0_from_output"))
+_CLIP_X0 = tl.constexpr(StepCoefficients._fields.index("clip_x0"))
+_COEF_X = tl.constexpr(StepCoefficients._fields.index("coef_x"))
+_COEF_X0 = tl.constexpr(StepCoefficients._fields.index("coef_x0"))
+_COEF_X0_PREV = tl.constexpr(StepCoefficients._fields.index("coef_x0_prev"))
+_COEF_OUTPUT = tl.constexpr(StepCoefficients._fields.index("coef_output"))
+_SIGMA = tl.constexpr(StepCoefficients._fields.index("sigma"))
+_LOG_VAR_MIN = tl.constexpr(StepCoefficients._fields.index("log_var_min"))
+_LOG_VAR_MAX = tl.constexpr(StepCoefficients._fields.index("log_var_max"))
+
+
 @triton.jit
-def _entry(table, step, inside, index: tl.constexpr):
+def _entry(table, step, inside, column: tl.constexpr):
     """One number of the row; a step outside of the table cannot raise on a device, so it gives NaN."""
-    return tl.load(table + step * 12 + index, mask=inside, other=float("nan")).to(tl.float32)
+    return tl.load(table + step * _ROW_LENGTH + column, mask=inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -63,15 +79,15 @@ def reverse_step_kernel(
     seed = tl.load(counter + 1)
     stream = tl.load(counter + 2) + step
     inside = (step >= 0) & (step < rows)
-    guidance_scale = _entry(table, step, inside, 1)
-    p_x = _entry(table, step, inside, 2)
-    p_o = _entry(table, step, inside, 3)
-    clip = _entry(table, step, inside, 4)
-    a = _entry(table, step, inside, 5)
-    b = _entry(table, step, inside, 6)
-    d = _entry(table, step, inside, 7)
-    e = _entry(table, step, inside, 8)
-    s = _entry(table, step, inside, 9)
+    guidance_scale = _entry(table, step, inside, _GUIDANCE_SCALE)
+    x0_from_x = _entry(table, step, inside, _X0_FROM_X)
+    x0_from_output = _entry(table, step, inside, _X0_FROM_OUTPUT)
+    clip = _entry(table, step, inside, _CLIP_X0)
+    coef_x = _entry(table, step, inside, _COEF_X)
+    coef_x0 = _entry(table, step, inside, _COEF_X0)
+    coef_x0_prev = _entry(table, step, inside, _COEF_X0_PREV)
+    coef_output = _entry(table, step, inside, _COEF_OUTPUT)
+    sigma = _entry(table, step, inside, _SIGMA)
 
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -87,30 +103,30 @@ def reverse_step_kernel(
     if uncond is not None:
         unguided = tl.load(uncond + out_at, mask=mask).to(tl.float32)
         out = unguided + guidance_scale * (out - unguided)
-    clean = p_x * x_t + p_o * out
+    clean = x0_from_x * x_t + x0_from_output * out
     clean = tl.where(clean < -clip, -clip, tl.where(clean > clip, clip, clean))
-    value = a * x_t + b * clean + e * out
-    if d != 0.0:
+    value = coef_x * x_t + coef_x0 * clean + coef_output * out
+    if coef_x0_prev != 0.0:
         if x0_prev is not None:
-            value += d * tl.load(x0_prev + at, mask=mask)
+            value += coef_x0_prev * tl.load(x0_prev + at, mask=mask)
         else:
             value += float("nan")
-    if s != 0.0:
+    if sigma != 0.0:
         if noise is not None:
             z = tl.load(noise + at, mask=mask)
         else:
             blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
             z = normals(blocks, stream, tl.load(sample_ids + sample), seed)
         if LEARNED:
-            log_var_min = _entry(table, step, inside, 10)
-            log_var_max = _entry(table, step, inside, 11)
+            log_var_min = _entry(table, step, inside, _LOG_VAR_MIN)
+            log_var_max = _entry(table, step, inside, _LOG_VAR_MAX)
             variance_at = _place(sample, within + elements, positions, out_n, out_c, out_p, OUT_LINEAR)
             v = tl.load(cond + variance_at, mask=mask).to(tl.float32)
             fraction = (v + 1.0) * 0.5
             log_variance = fraction * log_var_max + (1.0 - fraction) * log_var_min
-            value += s * _exponential(0.5 * log_variance) * z
+            value += sigma * _exponential(0.5 * log_variance) * z
         else:
-            value += s * z
+            value += sigma * z
     tl.store(x_next + at, value, mask=mask)
     if x0 is not None:
         tl.store(x0 + at, clean, mask=mask)

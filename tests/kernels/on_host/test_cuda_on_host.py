@@ -59,7 +59,7 @@ def test_reverse_step_in_place(channels_last, dtype):
     """A chain of steps that follows the counter, and the UNet's next input."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     table = torch.tensor(
-        [EPSILON._replace(guidance_scale=2.5), EPSILON._replace(d=-0.1)], dtype=torch.float64
+        [EPSILON._replace(guidance_scale=2.5), EPSILON._replace(coef_x0_prev=-0.1)], dtype=torch.float64
     )
     generator = torch.Generator().manual_seed(0)
     cond, uncond = (

@@ -1,13 +1,15 @@
 """One reverse step against its equations in float64, on every backend."""
 
 import math
+import re
 
 import pytest
 import torch
 
-from diffusion.kernels import Row, philox_normal, reverse_step
+from diffusion.kernels import StepCoefficients, philox_normal, reverse_step
+from diffusion.kernels._native import SOURCES
 from diffusion.kernels.ops.philox import native_impl as philox_native
-from diffusion.kernels.ops.reverse_step import op
+from diffusion.kernels.ops.reverse_step import ROW_LENGTH, op
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from helpers.native import every_variant, requires_native
 from helpers.reverse_step import cast, formula
@@ -62,11 +64,16 @@ def test_instruction_sets_and_threads_give_the_same_bits(case):
         assert all(map(torch.equal, actual, expected)), variant
 
 
+def test_rows_are_as_long_in_cpp():
+    found = re.findall(r"kRowLength = (\d+);", (SOURCES / "reverse_step" / "math.h").read_text())
+    assert found == [str(ROW_LENGTH)]
+
+
 @requires_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number_converts_exactly(dtype):
     out = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 1, -1)
-    row = Row(0, 1.0, 0.0, 1.0, math.inf, 0.0, 1.0, 0.0, 0.0, 0.0)
+    row = StepCoefficients(0, 1.0, 0.0, 1.0, math.inf, 0.0, 1.0, 0.0, 0.0, 0.0)
     for _ in every_variant():
         _, x0 = reverse_step(torch.zeros(out.shape), out, row, backend="cpp")
         torch.testing.assert_close(x0, out.float(), rtol=0, atol=0, equal_nan=True)
@@ -78,7 +85,7 @@ def test_learned_sigma_over_the_range_of_exp():
     v = torch.linspace(-1, 1, 400_001).reshape(1, 1, -1)
     x = torch.zeros(v.shape)
     out = torch.cat([x, v], 1)
-    row = Row(0, 1.0, 1.0, 0.0, math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, -172.0, 176.0)
+    row = StepCoefficients(0, 1.0, 1.0, 0.0, math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, -172.0, 176.0)
     sigma, _ = reverse_step(x, out, row, noise=torch.ones(v.shape), backend="cpp")
     fraction = (v + 1) * 0.5
     log_variance = fraction * 176.0 + (1 - fraction) * -172.0  # the float32 operations before exp
@@ -164,7 +171,7 @@ class TestMeaning:
         (dict(x0_prev=torch.zeros(1, 3)), "x0_prev has shape"),
         (dict(noise=torch.zeros(2, 4)), "noise has shape"),
         (dict(noise=torch.zeros(2, 3, device="meta")), "noise is on meta, not on x's cpu"),
-        (dict(row=EPSILON._replace(d=0.5)), "x0_prev .* is needed"),
+        (dict(row=EPSILON._replace(coef_x0_prev=0.5)), "x0_prev .* is needed"),
         (dict(row=[1.0] * 11), "row has 11 entries"),
         (dict(row=torch.zeros(2, 12)), "row has 2 entries"),
         (dict(row=[math.nan] * 12), "row holds NaN"),
@@ -201,7 +208,7 @@ def test_the_cpp_backend_declines_with_a_reason(change, reason):
 
 def test_the_reference_is_differentiable():
     (x, out, row), kwargs = cast(torch.float64, *call("learned_guided"))
-    row = row._replace(clip=math.inf)
+    row = row._replace(clip_x0=math.inf)
     x, out = x[:1, :1, :2, :2].clone(), out[:1, :2, :2, :2].clone()
     kwargs |= {"model_output_uncond": out.flip(1), "sample_ids": [4]}
     inputs = (x.requires_grad_(), out.requires_grad_())
@@ -246,7 +253,11 @@ def test_the_op_takes_its_row_and_stream_from_the_counter(case):
         (5, torch.zeros(3, 11, dtype=torch.float64), "table must be"),
         (5, torch.zeros(0, 12, dtype=torch.float64), "table must be"),
         (5, torch.zeros(1, 12, dtype=torch.float64), "step 1 is outside of the table's 1"),
-        (5, torch.ones(3, 12, dtype=torch.float64), "row.d is not 0, so the previous x0 is needed"),
+        (
+            5,
+            torch.ones(3, 12, dtype=torch.float64),
+            "row.coef_x0_prev is not 0, so the previous x0 is needed",
+        ),
         (6, torch.tensor([-1, 0, 0, 0]), "step -1 is outside"),
         (6, torch.zeros(3, dtype=torch.int64), "counter must be"),
         (7, torch.zeros(15, dtype=torch.int64), "sample_ids must be"),

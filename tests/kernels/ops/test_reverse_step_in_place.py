@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from diffusion.kernels import Row, explain, philox_normal, reverse_step, reverse_step_, step_counter
+from diffusion.kernels import (
+    StepCoefficients,
+    explain,
+    philox_normal,
+    reverse_step,
+    reverse_step_,
+    step_counter,
+)
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from diffusion.kernels.ops.reverse_step.in_place import op
 from helpers.native import every_variant, requires_native
@@ -13,8 +20,8 @@ from helpers.native import every_variant, requires_native
 SHAPE = (3, 3, 5, 7)
 ROWS = [
     EPSILON._replace(guidance_scale=2.5),
-    EPSILON._replace(a=0.9, b=0.4, d=-0.13, s=0.2, guidance_scale=1.5),
-    EPSILON._replace(s=0.0, e=0.3, guidance_scale=0.5),
+    EPSILON._replace(coef_x=0.9, coef_x0=0.4, coef_x0_prev=-0.13, sigma=0.2, guidance_scale=1.5),
+    EPSILON._replace(sigma=0.0, coef_output=0.3, guidance_scale=0.5),
 ]
 NAN = [math.nan] * 12
 
@@ -91,7 +98,7 @@ def test_a_chain_is_that_of_single_steps(backend, dtype, channels_last, learned)
 def test_every_case(backend, case):
     (x, out, row), kwargs = CASES[case].inputs(torch.bfloat16)
     expected = reverse_step(x, out, row, backend=backend, **kwargs)
-    x0 = kwargs["x0_prev"] if row.d else torch.full_like(x, math.nan)
+    x0 = kwargs["x0_prev"] if row.coef_x0_prev else torch.full_like(x, math.nan)
     ids = torch.arange(len(x)) if kwargs["sample_ids"] is None else kwargs["sample_ids"]
     unet_input = torch.full_like(x, math.nan)
     reverse_step_(
@@ -155,7 +162,7 @@ def test_the_input_is_rounded_as_pytorch_rounds(dtype):
     near = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float().view(torch.int32)
     bits = torch.stack([near + step for step in (-1, 0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001)])
     x = bits.view(torch.float32).reshape(1, 1, -1)
-    identity = Row(0, 1.0, 1.0, 0.0, math.inf, 1.0, 0.0, 0.0, 0.0, 0.0)
+    identity = StepCoefficients(0, 1.0, 1.0, 0.0, math.inf, 1.0, 0.0, 0.0, 0.0, 0.0)
     table = torch.tensor([identity], dtype=torch.float64)
     for variant in every_variant():
         unet_input, out = torch.zeros(x.shape, dtype=dtype), torch.zeros(x.shape)
@@ -178,7 +185,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_follows_the_counter(backend):
-    row = EPSILON._replace(p_x=0.0, p_o=0.0, a=0.0, b=0.0, s=1.0)
+    row = EPSILON._replace(x0_from_x=0.0, x0_from_output=0.0, coef_x=0.0, coef_x0=0.0, sigma=1.0)
     table, counter = torch.tensor([NAN, row], dtype=torch.float64), step_counter(2**64 - 1, stream=11)
     counter[0] = 1
     x = torch.zeros(2, 1, 4, 4)
