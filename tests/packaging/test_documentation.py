@@ -8,6 +8,7 @@ import re
 from operator import attrgetter
 
 import pytest
+from PIL import Image
 
 import diffusion
 import diffusion.training.loop
@@ -53,3 +54,11 @@ def test_a_public_name_is_documented(path):
 def test_the_links_of_a_page(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    exec(compile(example, "README.md", "exec"), {})
+    with Image.open("pi.png") as picture:
+        assert picture.width > picture.height  # three digits in a row
