@@ -21,21 +21,15 @@ from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.evaluation.likelihood import bits_per_dimension
 from diffusion.evaluation.shards import sample_shards
 from diffusion.kernels import philox_normal, step_counter
-from diffusion.process.bound import VARIANCES
 from diffusion.samplers import SAMPLERS
 from diffusion.samplers.guidance import drop_labels
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 from diffusion.training.state import load_state, save_state
 from helpers.models import make_model
+from helpers.samplers import CLIPPED_OUTPUT, VARIANTS
 from helpers.training import RECIPE, make_trainer
 
 ROOT = Path(diffusion.__file__).parent.parent
-TABLES = [
-    *(("ddpm", {"variance": variance}) for variance in VARIANCES),
-    ("ddim", {"eta": 0.5}),
-    ("ddim", {"use_clipped_model_output": True}),
-    *(("dpm++", {"sde": sde}) for sde in (False, True)),
-]
 
 
 @pytest.fixture
@@ -72,7 +66,7 @@ def test_schedules(unchanged, make, zero_snr):
 
 @pytest.mark.thinned
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(("sampler", "options"), TABLES, ids=str)
+@pytest.mark.parametrize(("sampler", "options"), [*VARIANTS, CLIPPED_OUTPUT], ids=str)
 def test_tables(unchanged, sampler, options, spacing):
     unchanged(lambda: spaced_timesteps(1000, 7, spacing))
     for steps in (1, 7, None):

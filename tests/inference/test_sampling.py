@@ -20,30 +20,12 @@ from diffusion.samplers.thresholding import dynamic_threshold
 from diffusion.utils import memory
 from diffusion.utils.device import multiplies_bfloat16
 from helpers.models import make_model
+from helpers.samplers import CLIPPED_OUTPUT, TESTED, VARIANTS, peer_of
 
 
 def fixed_noise(count: int, shape=(2, 8, 8)):
     """k -> standard normals that depend on k alone."""
     return lambda k: torch.randn(count, *shape, generator=torch.Generator().manual_seed(1000 + k))
-
-
-SCHEDULERS = {
-    "ddpm": (diffusers.DDPMScheduler, {"variance_type": "fixed_small"}, {}),
-    "ddpm, fixed_large": (
-        diffusers.DDPMScheduler,
-        {"variance_type": "fixed_large"},
-        {"variance": "fixed_large"},
-    ),
-    "ddim": (diffusers.DDIMScheduler, {}, {}),
-    "ddim, eta 1": (diffusers.DDIMScheduler, {}, {"eta": 1.0}),
-    "ddim, clipped": (diffusers.DDIMScheduler, {}, {"use_clipped_model_output": True}),
-    "dpm++": (diffusers.DPMSolverMultistepScheduler, {}, {"clip": None}),
-    "dpm++, sde": (
-        diffusers.DPMSolverMultistepScheduler,
-        {"algorithm_type": "sde-dpmsolver++"},
-        {"clip": None, "sde": True},
-    ),
-}
 
 
 def diffusers_chain(model, scheduler, noise, steps, **step_options):
@@ -66,24 +48,27 @@ def diffusers_chain(model, scheduler, noise, steps, **step_options):
 @pytest.mark.thinned
 @pytest.mark.parametrize("steps", [50, 20])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_sample_equals_diffusers(name, prediction_type, steps):
-    cls, theirs, ours = SCHEDULERS[name]
-    sampler = name.partition(",")[0]
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [v for v in (*VARIANTS, CLIPPED_OUTPUT) if v[1].get("variance") != "learned_range"],  # the next but one
+    ids=str,
+)
+def test_sample_equals_diffusers(sampler, options, prediction_type, steps):
     model, noise = make_model(prediction_type=prediction_type), fixed_noise(3)
-    scheduler = cls(
+    scheduler, step_options = peer_of(
+        sampler,
+        options,
         beta_start=1e-4,
         beta_end=0.02,
         prediction_type=prediction_type,
         timestep_spacing="leading",
-        **theirs,
     )
-    options = ours if sampler == "ddim" else {}
-    peer = diffusers_chain(model, scheduler, noise, steps, **options)
+    peer = diffusers_chain(model, scheduler, noise, steps, **step_options)
     double = copy.deepcopy(model)
     double.unet.double()
-    expected = diffusers_chain(double, scheduler, lambda k: noise(k).double(), steps, **options)
-    x = model.sample(num_samples=3, sampler=sampler, steps=steps, noise=noise, **ours)
+    expected = diffusers_chain(double, scheduler, lambda k: noise(k).double(), steps, **step_options)
+    clip = {} if TESTED[sampler].clips else {"clip": None}
+    x = model.sample(num_samples=3, sampler=sampler, steps=steps, noise=noise, **clip, **options)
     assert expected.abs().max() > 0.1
     assert wrong(x, peer, expected, accuracy=1e-4) is None  # some chains make much of the peer's own rounding
 

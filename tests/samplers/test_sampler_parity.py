@@ -1,20 +1,20 @@
 """Every sampler's trajectory against the scheduler of that name in diffusers, with injected noise."""
 
+import importlib
 import math
 from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 
 from diffusion.kernels import reverse_step
-from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers import SAMPLERS, StepTable, ddim
 from diffusion.samplers.thresholding import thresholded_step
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
+from helpers.samplers import TESTED, VARIANTS, peer_of, variants
 
 TOLERANCE = 1e-4
 SHAPE = (2, 2, 2, 2)
@@ -91,8 +91,8 @@ def run_diffusers(
     x, trajectory, timesteps = noise[0], [], scheduler.timesteps.tolist()
     drawn = [*noise[1:-1], torch.zeros_like(x)]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (scheduling_ddpm, scheduling_ddim, scheduling_dpmsolver_multistep):
-            patch.setattr(module, "randn_tensor", lambda *args, **kwargs: drawn[len(trajectory)])
+        module = importlib.import_module(type(scheduler).__module__)
+        patch.setattr(module, "randn_tensor", lambda *args, **kwargs: drawn[len(trajectory)])
         for t in timesteps:
             last = len(trajectory) == len(timesteps) - 1
             options = {} if eta is None else {"eta": 0.0 if last else eta}
@@ -159,16 +159,11 @@ class Pair:
                 "dynamic_thresholding_ratio": thresholding["ratio"],
                 "sample_max_value": thresholding["max_value"],
             }
-        if sampler == "dpm++":
-            clip = None  # diffusers' has no static clipping
-            algorithm = "sde-dpmsolver++" if options["sde"] else "dpmsolver++"
-            self.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type=algorithm, **config)
-        else:
+        if TESTED[sampler].clips:
             config |= {"clip_sample": clip is not None, "clip_sample_range": clip}
-            if sampler == "ddpm":
-                self.scheduler = diffusers.DDPMScheduler(variance_type=options["variance"], **config)
-            else:
-                self.scheduler = diffusers.DDIMScheduler(**config)
+        else:
+            clip = None
+        self.scheduler, _ = peer_of(sampler, options, **config)
         self.eta = options.get("eta")
         self.thresholding = thresholding
         self.prediction_type = prediction_type
@@ -190,14 +185,6 @@ class Pair:
 def parity(sampler: str, **options) -> float:
     """Largest difference between the trajectories of this package and of diffusers, in float32."""
     return difference(*Pair(sampler, **options).run())
-
-
-VARIANTS = [
-    *(("ddpm", {"variance": variance}) for variance in VARIANCES),
-    *(("ddim", {"eta": eta}) for eta in (0.0, 0.5, 1.0)),
-    *(("dpm++", {"sde": sde}) for sde in (False, True)),
-]
-variants = pytest.mark.parametrize(("sampler", "options"), VARIANTS, ids=str)
 
 
 @pytest.mark.thinned(2)
@@ -267,7 +254,9 @@ def test_full_chain_parity(sampler, options, prediction_type):
 @pytest.mark.thinned
 @pytest.mark.parametrize("steps", [None, 20, 7])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize(("sampler", "options"), VARIANTS[:6], ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "options"), [variant for variant in VARIANTS if TESTED[variant[0]].float64], ids=str
+)
 def test_parity_is_exact_in_float64(sampler, options, prediction_type, steps):
     # With float64 tables, diffusers has no rounding left to differ by. DPM-Solver++ is missing: it casts
     # its samples to float32.
@@ -328,10 +317,10 @@ def test_parity_for_other_schedules(sampler, options, schedule, T, steps):
         assert error < (5 if imprecise else 1) * TOLERANCE, prediction_type
 
 
-@pytest.mark.parametrize(("sampler", "options"), VARIANTS[:3], ids=str)
-def test_parity_for_sigmoid_betas(sampler, options):
+@pytest.mark.parametrize("options", TESTED["ddpm"].options, ids=str)
+def test_parity_for_sigmoid_betas(options):
     # which diffusers has in DDPMScheduler only
-    assert parity(sampler, schedule="sigmoid", steps=25, spacing="trailing", **options) < TOLERANCE
+    assert parity("ddpm", schedule="sigmoid", steps=25, spacing="trailing", **options) < TOLERANCE
 
 
 @pytest.mark.thinned(2)
@@ -356,7 +345,9 @@ def test_parity_at_zero_terminal_snr(sampler, options, schedule, prediction_type
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize(("sampler", "options"), VARIANTS[:6], ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "options"), [variant for variant in VARIANTS if TESTED[variant[0]].clips], ids=str
+)
 def test_parity_of_clipping(sampler, options, clip):
     assert parity(sampler, steps=20, spacing="trailing", clip=clip, **options) < TOLERANCE
 

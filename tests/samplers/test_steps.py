@@ -8,19 +8,17 @@ import pytest
 import torch
 
 from diffusion.kernels import StepCoefficients, reverse_step
-from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers import SAMPLERS, SpacingWarning, StepTable, ddim, ddpm, dpmpp_2m
 from diffusion.samplers.timesteps import SPACINGS
+from helpers.samplers import TESTED, variants
 
 SHAPE = (2, 2, 2, 2)
-VARIANTS = [
-    *(("ddpm", {"variance": variance}) for variance in VARIANCES),
-    *(("ddim", {"eta": eta}) for eta in (0.0, 0.5, 1.0)),
-    *(("dpm++", {"sde": sde}) for sde in (False, True)),
-]
-variants = pytest.mark.parametrize(("sampler", "options"), VARIANTS, ids=str)
+
+
+def test_every_sampler_is_tested():
+    assert TESTED.keys() == SAMPLERS.keys()
 
 
 def drift(table: StepTable, i: int) -> tuple[float, float]:

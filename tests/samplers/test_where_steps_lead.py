@@ -15,12 +15,12 @@ import torch
 
 from diffusion.inference import loop
 from diffusion.kernels import StepCoefficients
-from diffusion.process.bound import VARIANCES
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers import SAMPLERS, StepTable
 from diffusion.samplers.thresholding import thresholded_step
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
+from helpers.samplers import CLIPPED_OUTPUT, VARIANTS
 
 DEVIATION = 0.5
 SCHEDULE = NoiseSchedule.linear()
@@ -28,13 +28,7 @@ SIGNAL = SCHEDULE.alphas_cumprod.tolist()
 # Divisors of 1000 and their neighbours, primes, and what lies above 500, where T // steps is 1.
 COUNTS = [*range(1, 12), 13, 15, 17, 19, 20, 21, 24, 25, 26, 30, 37, 40, 49, 50, 51, 60, 99, 100, 101]
 COUNTS += [149, 250, 251, 333, 334, 500, 501, 600, 750, 999]
-VARIANTS = [
-    *(("ddpm", {"variance": variance}) for variance in VARIANCES),
-    *(("ddim", {"eta": eta}) for eta in (0.0, 0.5, 1.0)),
-    ("ddim", {"eta": 0.5, "use_clipped_model_output": True}),
-    *(("dpm++", {"sde": sde}) for sde in (False, True)),
-]
-variants = pytest.mark.parametrize(("sampler", "options"), VARIANTS, ids=str)
+variants = pytest.mark.parametrize(("sampler", "options"), [*VARIANTS, CLIPPED_OUTPUT], ids=str)
 
 
 def levels(timesteps: list[int]) -> list[float]:
