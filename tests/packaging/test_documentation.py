@@ -16,6 +16,7 @@ from helpers.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md")])
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
+FILE = re.compile(r"`((?:\.ci|benchmarks|csrc|diffusion|docs|kernels|notebooks|tests)/[\w<>./-]*)`")
 SAMPLERS = [function.__name__ for function in diffusion.steps.SAMPLERS.values()]
 PUBLIC = {
     "diffusion": [name for name in diffusion.__all__ if name not in ("kernels", "steps")],
@@ -62,3 +63,14 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
     exec(compile(example, "README.md", "exec"), {})
     with Image.open("pi.png") as picture:
         assert picture.width > picture.height  # three digits in a row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_names(page):
+    if page.name == "CHANGELOG.md":  # it speaks of older versions too
+        return
+    for name in FILE.findall(page.read_text()):
+        built = name.endswith((".so", "_build.json"))
+        assert built or list(ROOT.glob(name.replace("<op>", "*"))), (
+            f"{page.name} names {name}, which does not exist"
+        )
