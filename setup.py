@@ -1,8 +1,9 @@
 """Builds the C++ and the CUDA library, each where its compiler is found; installs pure Python otherwise.
 
-Both use LibTorch's stable ABI and no symbol of Python, so a wheel serves every Python and torch that the
-metadata allows. Environment: DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO_CUDA=1 only the first; CXX,
-CXXFLAGS and CUDA_HOME are honoured. What was built, or why not, is recorded in kernels/_build.json.
+Both use LibTorch's stable ABI, so a wheel serves every torch that the metadata allows. The C++ library is
+also a Python module, by pybind11, so there is a wheel for each version of Python. Environment:
+DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO_CUDA=1 only the first; CXX, CXXFLAGS and CUDA_HOME are
+honoured. What was built, or why not, is recorded in kernels/_build.json.
 """
 
 import importlib.util
@@ -28,6 +29,7 @@ except ImportError:
     raise SystemExit("fused-diffusion is built with setuptools>=77; run: pip install -U setuptools") from None
 
 TORCH_MINIMUM = (2, 10)
+PYBIND11_MINIMUM = (3, 0)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Every processor is to compute the same bits, so nothing is contracted or reassociated.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", STABLE_ABI]
@@ -36,6 +38,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", STABLE_ABI]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}  # the last is PTX
 
+MODULE = "csrc/runtime/module.cpp"  # the only source that includes Python's headers
 SOURCES = {
     "diffusion.kernels._cpp": [
         "csrc/attention/attention.cpp",
@@ -48,8 +51,9 @@ SOURCES = {
         "csrc/philox/philox_avx2.cpp",
         "csrc/philox/philox_avx512.cpp",
         "csrc/reverse_step/reverse_step.cpp",
-        "csrc/runtime/module.cpp",
-        "csrc/runtime/program.cpp",
+        MODULE,
+        "csrc/runtime/recorded_calls.cpp",
+        "csrc/simd/instruction_sets.cpp",
     ],
     "diffusion.kernels._cuda": [
         "csrc/attention/attention.cu",
@@ -81,6 +85,20 @@ def find_torch() -> Path | None:
         if match and (int(match[1]), int(match[2])) >= TORCH_MINIMUM:
             return folder
     return None
+
+
+def python_headers() -> list[str]:
+    """The compiler's options for a source that defines a Python module."""
+    try:
+        import pybind11
+    except ImportError:
+        raise CannotBuild("there is no pybind11 to build with; run: pip install pybind11") from None
+    if pybind11.version_info[:2] < PYBIND11_MINIMUM:
+        raise CannotBuild(f"pybind11 {pybind11.__version__} is too old; run: pip install -U pybind11")
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+    if not any(Path(folder, "Python.h").exists() for folder in folders):
+        raise CannotBuild(f"there is no Python.h in {folders[0]}; Debian and Ubuntu have it in python3-dev")
+    return [option for folder in [*folders, pybind11.get_include()] for option in ("-isystem", folder)]
 
 
 def find_compiler() -> list[str]:
@@ -133,6 +151,8 @@ class BuildLibraries(build_ext):
     """Compiles the two libraries; one that cannot be built is left out, with one line that says why."""
 
     def get_ext_filename(self, fullname):
+        if fullname.endswith("_cpp"):
+            return super().get_ext_filename(fullname)  # with the tag of this Python and platform
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extensions(self):
@@ -175,7 +195,7 @@ class BuildLibraries(build_ext):
         temporary.mkdir(parents=True, exist_ok=True)
         objects = [str(temporary / (source.replace("/", "_") + ".o")) for source in extension.sources]
         commands = [
-            [*compile_command, "-c", source, "-o", o]
+            [*compile_command, *(self.module_options() if source == MODULE else []), "-c", source, "-o", o]
             for source, o in zip(extension.sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -190,18 +210,27 @@ class BuildLibraries(build_ext):
         partial.rename(target)
         return {"archs": " ".join(CUDA_ARCHS)} if cuda else {}
 
+    def module_options(self) -> list[str]:
+        """For MODULE: Python's and pybind11's headers, and what the module says of its build."""
+        said = {"FD_VERSION": self.distribution.get_version(), "FD_SOURCES": digest_of_sources()}
+        return [*python_headers(), *(f'-D{name}="{value}"' for name, value in said.items())]
+
     def copy_extensions_to_source(self):
-        """For an editable installation: the libraries and the record go beside kernels/_native.py."""
+        """For an editable installation: the libraries and the record go beside kernels/_native.py.
+
+        Modules of other Pythons stay: kernels/_native.py refuses one that was built from other sources.
+        """
         built = Path(self.build_lib, "diffusion", "kernels")
         folder = Path(self.get_finalized_command("build_py").get_package_dir("diffusion.kernels"))
-        for name in ("_cpp.so", "_cuda.so", "_build.json"):
+        files = (Path(self.get_ext_filename(extension.name)).name for extension in self.extensions)
+        for name in (*files, "_build.json"):
             (folder / name).unlink(missing_ok=True)
             if (built / name).exists():
                 shutil.copyfile(built / name, folder / name)
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel by what is in it: any Python, and this platform only where a library was built."""
+    """Tags the wheel by what is in it: this Python and platform where a library was built, else any."""
 
     def run(self):
         build = self.get_finalized_command("build")
@@ -213,10 +242,6 @@ class Wheel(bdist_wheel):
             self.root_is_pure = True
         super().run()
 
-    def get_tag(self):
-        platform = "any" if self.root_is_pure else super().get_tag()[2]
-        return "py3", "none", platform
-
 
 setup(
     packages=[
@@ -225,7 +250,10 @@ setup(
         *(f"diffusion.kernels.{op}" for op in find_packages("kernels")),
     ],
     package_dir={"diffusion": "diffusion", "diffusion.kernels": "kernels"},
-    package_data={"diffusion": ["recipes/*.json", "weights/**/*.json", "weights/**/*.safetensors"]},
+    package_data={
+        "diffusion": ["recipes/*.json", "weights/**/*.json", "weights/**/*.safetensors"],
+        "diffusion.kernels": ["*.pyi"],
+    },
     ext_modules=[Extension(name, sources, optional=True) for name, sources in SOURCES.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
     setup_requires=torch_to_build_with(),

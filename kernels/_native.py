@@ -1,7 +1,9 @@
 """Loads the compiled libraries once, and keeps the reason where one is missing.
 
-`_cpp.so` and `_cuda.so` register their kernels with the dispatcher for the ops that the op folders define.
-They use LibTorch's stable ABI and no symbol of Python, so one build serves every torch from 2.10 on.
+The C++ library is a Python module, csrc/runtime/module.cpp, whose file name holds the version of Python and
+the platform. `_cuda.so` is a plain library. Loading either registers its kernels with PyTorch's dispatcher
+for the ops that the op folders define. Both use LibTorch's stable ABI, so that one build serves every torch
+from 2.10 on.
 
 In a clone, whose sources Python prefers to an installation, there may be no libraries beside this file. Those
 of the installation serve then, if they were built from the same csrc/.
@@ -10,17 +12,23 @@ The environment variable DIFFUSION_SIMD names the widest instruction set that ma
 do what a lesser one does.
 """
 
-import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import os
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
+from . import _limits
 from ._sources import digest_of_sources
 
 RECORD = "_build.json"  # what setup.py built, or why not
+CPP_FILE = "_cpp" + EXTENSION_SUFFIXES[0]  # such as _cpp.cpython-311-x86_64-linux-gnu.so
+CUDA_FILE = "_cuda.so"
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
 VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")  # instruction sets, each with those before it
@@ -56,52 +64,81 @@ def _find() -> tuple[Path, dict[str, dict[str, str]], str]:
     return folder, record, ""
 
 
-def _load(name: str, path: Path) -> tuple[ctypes.CDLL | None, str | None]:
-    """The loaded library, or the reason why there is none, as a short sentence."""
+def _not_built(name: str) -> str:
+    return f"the {name} library was not built: {_record.get(name, {}).get('reason', _missing)}"
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> str:
+    return f"the {name} library cannot be loaded: {' '.join(str(error).split())}"
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its last table, as a broken copy does: the loader would crash on it."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return False
+    offset = int.from_bytes(header[40:48], "little")  # e_shoff
+    size, count = (int.from_bytes(header[at : at + 2], "little") for at in (58, 60))  # e_shentsize, e_shnum
+    return offset + size * count > path.stat().st_size
+
+
+def _load_cpp(path: Path) -> tuple[ModuleType | None, str | None]:
+    """The imported module, or the reason why there is none, as a short sentence."""
     if not path.exists():
-        reason = _record.get(name, {}).get("reason", _missing)
-        return None, f"the {name} library was not built: {reason}"
+        others = ", ".join(sorted(other.name for other in path.parent.glob("_cpp*.so")))
+        if others and "reason" not in _record.get("cpp", {}):
+            return None, f"the cpp library is {others}, and this Python needs {path.name}; run: pip install ."
+        return None, _not_built("cpp")
+    name = f"{__package__}._cpp"
+    try:
+        if _is_cut_short(path):
+            return None, f"the cpp library is damaged: {path} is cut short; run: pip install ."
+        loader = ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_loader(name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except (ImportError, OSError, SystemError) as error:
+        return None, _cannot_be_loaded("cpp", error)
+    lacking = [part for part in _PARTS if not hasattr(module, part)]
+    if lacking:
+        return None, f"the cpp library is not of this version: it has no {lacking[0]}; run: pip install ."
+    for limit, value in module.LIMITS.items():
+        expected = getattr(_limits, limit, None)
+        if value != expected:
+            return None, f"the cpp library is not of this version: its {limit} is {value}, not {expected}"
+    if module.BUILD["sources"] != _record.get("sources"):
+        return None, f"the cpp library was built from other sources than {RECORD} says; run: pip install ."
+    sys.modules[name] = module
+    return module, None
+
+
+def _load_cuda(path: Path) -> str | None:
+    """Loads the library. The reason why there is none, as a short sentence, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if not path.exists():
+        return _not_built("cuda")
     try:
         torch.ops.load_library(str(path))
-        return ctypes.CDLL(str(path)), None
     except OSError as error:
-        return None, f"the {name} library cannot be loaded: {' '.join(str(error).split())}"
+        return _cannot_be_loaded("cuda", error)
+    return None
 
 
-def _load_cpp(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
-    library, reason = _load("cpp", path)
-    if library is None:
-        return None, reason
-    try:
-        for function in ("simd_best", "simd_in_use", "compiler"):
-            getattr(library, f"fused_diffusion_{function}").restype = ctypes.c_char_p
-        library.fused_diffusion_simd_use.argtypes = [ctypes.c_char_p]
-        library.fused_diffusion_program_begin.restype = ctypes.c_void_p
-        library.fused_diffusion_program_size.restype = ctypes.c_int64
-        library.fused_diffusion_program_run.restype = ctypes.c_char_p
-        for function in ("end", "size", "run", "delete"):
-            getattr(library, f"fused_diffusion_program_{function}").argtypes = [ctypes.c_void_p]
-    except AttributeError as error:
-        return None, f"the cpp library is not of this version: {error}"
-    return library, None
-
-
-def _load_cuda(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
-    if torch.version.cuda is None:
-        return None, f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return None, "torch finds no CUDA device"
-    return _load("cuda", path)
-
-
+# Everything that Python asks the module for; `_cpp.pyi` describes it.
+_PARTS = ("BUILD", "LIMITS", "SIMD_VARIANTS", "RecordedCalls", "best_simd", "simd_in_use", "use_simd")
 FOLDER, _record, _missing = _find()
-_cpp, CPP_MISSING = _load_cpp(FOLDER / "_cpp.so")
-_cuda, CUDA_MISSING = _load_cuda(FOLDER / "_cuda.so")
-_found = "" if _cpp is None else _cpp.fused_diffusion_simd_best().decode()
+_cpp, CPP_MISSING = _load_cpp(FOLDER / CPP_FILE)
+CUDA_MISSING = _load_cuda(FOLDER / CUDA_FILE)
+_found = "" if _cpp is None else _cpp.best_simd()
 
 
-def library() -> ctypes.CDLL:
-    """The loaded library of the C++ ops. RuntimeError: there is none."""
+def library() -> ModuleType:
+    """The module of the C++ ops. RuntimeError: there is none."""
     if _cpp is None:
         raise RuntimeError(CPP_MISSING)
     return _cpp
@@ -134,7 +171,7 @@ def use_simd(variant: str) -> None:
         forbidden = name in VARIANTS and not allows(name)
         reason = f"DIFFUSION_SIMD={CAP} allows no" if forbidden else "this processor has no"
         raise ValueError(f"{reason} {variant!r}; choose from: {', '.join(choices)}, best")
-    _cpp.fused_diffusion_simd_use(name.encode())
+    _cpp.use_simd(name)
     _simd = name
 
 
@@ -165,7 +202,8 @@ def build_info() -> dict[str, str]:
     cuda = _record.get("cuda", {})
     info = {"cpp": CPP_MISSING or "loaded", "cuda": CUDA_MISSING or "loaded"}
     if _cpp is not None:
-        info["compiler"] = _cpp.fused_diffusion_compiler().decode()
+        info["compiler"] = _cpp.BUILD["compiler"]
+        info["bindings"] = f"pybind11 {_cpp.BUILD['pybind11']}, for Python {_cpp.BUILD['python']}"
         info["simd"] = simd_in_use()
         if CAP is not None:
             lesser = VARIANTS.index(_found) < VARIANTS.index(CAP)

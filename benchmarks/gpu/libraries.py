@@ -22,7 +22,7 @@ def state() -> dict[str, Any]:
     record = _native._read_record(_native.FOLDER)
     return {
         "build": _native.build_info(),
-        "of_these_sources": record.get("sources") == _native._digest(_native.SOURCES),
+        "of_these_sources": record.get("sources") == _native.digest_of_sources(_native.SOURCES),
     }
 
 

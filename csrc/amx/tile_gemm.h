@@ -23,8 +23,6 @@ FD_HD void store_parts(char* to, int64_t part_step, Vec first, Vec second) {
   }
 }
 
-constexpr float kLargestDigit = 127;  // the first; and nearly half of its unit more fits
-
 // 64 numbers times their factors, less `zero` units of the first digit, as digits: the first digit of all, `step` bytes on the second, then the third.
 // Within a row, numbers 16 j + 4 i + k are at 16 i + 4 j + k, for j, i and k up to 3.
 FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {

@@ -19,6 +19,11 @@ namespace fused_diffusion {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMaxAmxPositions = 1 << 10;   // with a gradient: 2 MB of weights for a head
+constexpr int64_t kMaxCudaWidth = 256;          // of a head
+constexpr int64_t kWideHead = 128;              // wider heads take more shared memory than every device has:
+constexpr int64_t kWideSharedMemory = 149'760;  // bytes of a block
+
 // A [B, H, S, D] tensor with a contiguous last dimension; strides in elements.
 template <class Void>
 struct Strided {

@@ -12,6 +12,7 @@
 
 #include "attention/args.h"
 #include "attention/attention_amx.h"
+#include "common/parallel.h"
 #include "simd/dispatch.h"
 #include "common/targets.h"
 
@@ -121,7 +122,7 @@ Kernels kernels() {
 
 template <class Run>
 void share(int64_t items, int64_t work_per_item, const Run& run) {
-  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / work_per_item), run);
+  parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / work_per_item), run);
 }
 
 struct Forward {

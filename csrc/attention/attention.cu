@@ -181,6 +181,7 @@ struct Launch {
   template <class T, int kWidth, int kKeyWarps>
   void run(const AttentionArguments& g) const {
     using S = Shape<T, kWidth, kKeyWarps>;
+    static_assert(S::kSharedBytes <= kWideSharedMemory, "kernels.attention asks for so much");
     const auto packed = [&](const Input& t) {
       return in_packs(t, g.batch, g.heads, g.positions, g.width * sizeof(T), sizeof(T));
     };

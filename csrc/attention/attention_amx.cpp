@@ -13,8 +13,9 @@
 
 #include "attention/args.h"
 #include "attention/attention_amx.h"
+#include "common/parallel.h"
 #include "simd/dispatch.h"
-#include "runtime/program.h"
+#include "runtime/recorded_calls.h"
 #include "common/scratch.h"
 #include "common/targets.h"
 
@@ -26,7 +27,6 @@ namespace fused_diffusion {
 namespace {
 
 constexpr int64_t kBlock = 32;                 // queries, keys or numbers of a head that are multiplied together
-constexpr int64_t kMostPositions = 1 << 10;    // with a gradient: 2 MB of weights for a head
 constexpr int64_t kPackedBytes = 1 << 20;      // for each thread: of keys and values at a time
 constexpr int64_t kWorkPerThread = 1 << 13;    // of kBlock * kBlock numbers to pack, or products of such blocks
 
@@ -348,7 +348,7 @@ void run(const AttentionArguments& g) {
   for (packed.first = 0; packed.first < heads; packed.first += most) {
     packed.heads = std::min(most, heads - packed.first);
     const auto share = [](int64_t items, int64_t work, const auto& part) {
-      torch::stable::parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / work), part);
+      parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / work), part);
     };
     share(packed.heads * packed.keys, packed.width * 512,
           [&](int64_t begin, int64_t end) { amx::pack_blocks<T, kParts>(g, packed, begin, end); });
@@ -361,12 +361,12 @@ void run(const AttentionArguments& g) {
 }  // namespace
 
 #if FD_AMX
-bool amx_attends(int64_t positions) { return simd_in_use() == Simd::amx && positions <= kMostPositions; }
+bool amx_attends(int64_t positions) { return simd_in_use() == Simd::amx && positions <= kMaxAmxPositions; }
 
 void amx_attention(const AttentionArguments& g) { run<BFloat16, 1>(g); }
 
 void amx_attention_gradient(const AttentionGradientArguments& g) {
-  torch::stable::parallel_for(0, g.batch * g.heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, g.batch * g.heads, 1, [&](int64_t begin, int64_t end) {
     amx::differentiate_heads(g, begin, end);
   });
 }
@@ -391,8 +391,8 @@ void attention_amx_(const Tensor& q, const Tensor& k, const Tensor& v, double sc
 #if FD_AMX
   const auto with = [&](auto* type) {
     typedef std::remove_pointer_t<decltype(type)> T;
-    if (parts == 1) run_or_write([=] { run<T, 1>(g); });
-    else run_or_write([=] { run<T, 3>(g); });
+    if (parts == 1) run_or_record([=] { run<T, 1>(g); }, q, k, v, out);
+    else run_or_record([=] { run<T, 3>(g); }, q, k, v, out);
   };
   switch (q.scalar_type()) {
     case ScalarType::Float: return with(static_cast<float*>(nullptr));

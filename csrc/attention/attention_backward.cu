@@ -159,6 +159,7 @@ struct Launch {
     };
     with_width(g.width, [&](auto width) {
       using S = Shape<T, decltype(width)::value>;
+      static_assert(S::kSharedBytes <= kWideSharedMemory, "kernels.attention asks for so much");
       const dim3 grid = grid_of(heads * divide_up(g.positions, S::kRows), 3);
       launch(gradient_kernel<T, decltype(width)::value>, grid, kBlock, S::kSharedBytes, current_stream(q), g,
              static_cast<const float*>(delta), packed(g.q) && packed(g.k) && packed(g.v) && packed(g.grad));

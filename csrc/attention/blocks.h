@@ -9,7 +9,6 @@
 namespace fused_diffusion {
 
 constexpr int kWarps = 4, kBlock = 32 * kWarps;
-constexpr int kMostWidth = 256;
 
 // For so many blocks on a multiprocessor the registers are to suffice: asked for more, the compiler would spill.
 template <int kWidth>
@@ -131,7 +130,7 @@ inline bool in_packs(const Input& t, int64_t batch, int64_t heads, int64_t posit
 // Calls `run` with the padded width, of the few that are compiled, as a constant.
 template <class Run>
 void with_width(int64_t width, const Run& run) {
-  STD_TORCH_CHECK(width <= kMostWidth, "the width of a head is ", width, ", more than ", kMostWidth);
+  STD_TORCH_CHECK(width <= kMaxCudaWidth, "the width of a head is ", width, ", more than ", kMaxCudaWidth);
   if (width <= 64) {
     run(std::integral_constant<int, 64>{});
   } else if (width <= 128) {

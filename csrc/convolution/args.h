@@ -7,8 +7,15 @@
 
 namespace fused_diffusion {
 
-constexpr int64_t kPanel = 64;     // columns of the right factor that lie together
-constexpr int32_t kZero = 96;      // AMX's first digit of 0 in a map that is mostly above it
+// How packed weights look; kernels/_limits.py says the same, and docs/packed-weights.md shows it.
+constexpr int64_t kPanel = 64;        // columns of the right factor that lie together
+constexpr int64_t kPackedLanes = 16;  // output channels are padded to a multiple
+constexpr int kPairChunk = 32;        // channels of bfloat16 that AMX multiplies together
+constexpr int kByteChunk = 64;        // channels in bytes that are
+constexpr int32_t kZero = 96;         // AMX's first digit of 0 in a map that is mostly above it
+constexpr float kLargestDigit = 127;  // AMX's first digit; the digits after it add up to nearly half of its unit
+// Products of bytes to a sum of 32 bits.
+constexpr int64_t kMaxProducts = ((int64_t{1} << 31) - 1) / (128 * (3 * 128 + kZero));
 constexpr int64_t kMostRows = 48;  // of the left factor at a time: their addresses are kept in a list
 
 FD_HD int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -40,7 +47,7 @@ struct Convolution {
   FD_HD int64_t in_height() const { return height * scale; }
   FD_HD int64_t in_width() const { return width * scale; }
   FD_HD int64_t panels() const { return (out_channels + kPanel - 1) / kPanel; }
-  FD_HD int64_t padded_out() const { return round_up(out_channels, 16); }
+  FD_HD int64_t padded_out() const { return round_up(out_channels, kPackedLanes); }
   FD_HD int64_t panel_width(int64_t panel) const {
     const int64_t left = padded_out() - panel * kPanel;
     return left < kPanel ? left : kPanel;

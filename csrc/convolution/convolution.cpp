@@ -15,10 +15,11 @@
 #endif
 
 #include "convolution/args.h"
+#include "common/parallel.h"
 #include "simd/dispatch.h"
 #include "group_norm_silu/math.h"
 #include "common/channels_last.h"
-#include "runtime/program.h"
+#include "runtime/recorded_calls.h"
 #include "common/scratch.h"
 #include "common/targets.h"
 
@@ -30,7 +31,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockWords = 1 << 20;  // of both buffers of a Winograd block, or the inputs of a direct one
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs, in half of its cache
-constexpr int64_t kMostProducts = ((int64_t{1} << 31) - 1) / (128 * (3 * 128 + kZero));  // of bytes to a sum
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // that stay in a thread's cache besides
 constexpr int64_t kWorkPerThread = 1 << 14;  // vector operations, some five microseconds
 
@@ -184,7 +184,7 @@ AmxKernels amx_kernels(ScalarType type, int64_t parts) {
 
 template <class Run>
 void share(int64_t items, int64_t work_per_item, const Run& run) {
-  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item)),
+  parallel_for(0, items, std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item)),
                               run);
 }
 
@@ -337,7 +337,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     by_parts = amx_kernels(type, parts);
     packed &= weight_type == (parts == 1 ? ScalarType::BFloat16 : ScalarType::Char) &&
               weight.numel() * weight.element_size() == by_parts.weight_bytes(g);
-    STD_TORCH_CHECK(parts == 1 || factors * g.channels <= kMostProducts, "the sums of bytes would be too large");
+    STD_TORCH_CHECK(parts == 1 || factors * g.channels <= kMaxProducts, "the sums of bytes would be too large");
   } else {
     packed &= (halves || weight_type == ScalarType::Float) &&
               weight.numel() == factors * round_up(g.channels, halves ? 2 : 1) * g.padded_out();
@@ -374,10 +374,11 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.residual_pixel = pixel_distance(*residual, "residual");
   }
   if (out.numel() == 0) return;
-  if (parts > 0) return run_or_write([=] { by_amx(g, by_parts); });
+  const auto run = [&](const auto& call) { run_or_record(call, x, weight, bias, map, residual, out); };
+  if (parts > 0) return run([=] { by_amx(g, by_parts); });
   const Kernels set = kernels(type, halves);
-  if (tile == 0) run_or_write([=] { direct(g, set, halves ? 2 : 1, type); });
-  else run_or_write([=] { winograd(g, set, tile, halves ? 2 : 1); });
+  if (tile == 0) run([=] { direct(g, set, halves ? 2 : 1, type); });
+  else run([=] { winograd(g, set, tile, halves ? 2 : 1); });
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // ---- Numbers as AMX multiplies them: kCopies rows of 64 bytes for kChunk channels of a pixel.
 
 struct Halved {
-  static constexpr int kCopies = 1, kChunk = 32, kOutputs = 32, kSums = 1;
+  static constexpr int kCopies = 1, kChunk = kPairChunk, kOutputs = 32, kSums = 1;
   static constexpr int64_t kHeadBytes = 0;  // before the weights of a panel
   static constexpr bool kMerges = false;    // or NaN would reach beyond the filter, where a weight is 0
 
@@ -28,7 +28,7 @@ struct Halved {
 };
 
 struct Digits {
-  static constexpr int kCopies = 3, kChunk = 64, kOutputs = 16, kSums = 3;
+  static constexpr int kCopies = 3, kChunk = kByteChunk, kOutputs = 16, kSums = 3;
   static constexpr int64_t kHeadBytes = 256;  // for each output a scale, and what its sums start from where 0 is kZero
   static constexpr bool kMerges = true;
 

@@ -6,8 +6,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/parallel.h"
 #include "common/channels_last.h"
-#include "runtime/program.h"
+#include "runtime/recorded_calls.h"
 
 namespace fused_diffusion {
 namespace {
@@ -40,12 +41,13 @@ void upsample_nearest2x_(const Tensor& x, Tensor out) {
   const int64_t rows = x.size(0) * x.size(2), width = x.size(3);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  run_or_write([=] {
+  const auto call = [=] {
     const int64_t least = std::max<int64_t>(1, kBytesPerThread / (4 * width * size));
-    torch::stable::parallel_for(0, rows, least, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, least, [&](int64_t begin, int64_t end) {
       double_rows(from, x_pixel, to, out_pixel, width, size, begin, end);
     });
-  });
+  };
+  run_or_record(call, x, out);
 }
 
 }  // namespace

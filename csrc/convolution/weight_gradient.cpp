@@ -16,6 +16,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "common/parallel.h"
 #include "simd/dispatch.h"
 #include "common/floats.h"
 #include "common/channels_last.h"
@@ -382,7 +383,7 @@ void run(const Gradient& g, const Tensor& like) {
   const int64_t parts = std::min(blocks, divide_up(threads, groups));
   Tensor sums = torch::stable::new_empty(like, {groups == 1 ? 0 : groups * size}, ScalarType::Float);
   float* of_groups = groups == 1 ? nullptr : static_cast<float*>(sums.mutable_data_ptr());
-  torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / parts, i = item % parts;
       float* to = groups == 1 ? g.weight : of_groups + group * size;
@@ -391,7 +392,7 @@ void run(const Gradient& g, const Tensor& like) {
     }
   });
   if (groups == 1) return;
-  torch::stable::parallel_for(0, size, kAddsPerThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, size, kAddsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float sum = of_groups[i];
       for (int64_t group = 1; group < groups; ++group) sum += of_groups[group * size + i];

@@ -15,6 +15,8 @@ namespace fused_diffusion {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMaxCudaGroupSize = 1024;  // channels whose numbers fit in shared memory on every device
+
 // A vector [C] or matrix [N, C] of any floating-point type, read as float32; without data it is `otherwise`.
 struct Parameter {
   const void* data;

@@ -10,10 +10,11 @@
 #include <immintrin.h>
 #endif
 
+#include "common/parallel.h"
 #include "simd/dispatch.h"
 #include "common/channels_last.h"
 #include "group_norm_silu/args.h"
-#include "runtime/program.h"
+#include "runtime/recorded_calls.h"
 #include "common/targets.h"
 
 namespace fused_diffusion {
@@ -104,7 +105,7 @@ void each_block(const NormArguments& args, const Run& run) {
   const int64_t groups = groups_per_block(args), blocks = args.samples * divide_up(args.groups, groups);
   const int64_t width = groups * args.group_size();
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (width * args.positions));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<double[]> scratch(new double[kChannelDoubles * width]);
     run(groups, scratch.get(), begin, end);
   });
@@ -151,11 +152,12 @@ void group_norm_affine_(const Tensor& x, int64_t num_groups, std::optional<Tenso
   args.bounded = map.size(0) == 4;
   float* to = static_cast<float*>(map.mutable_data_ptr());
   const auto maps = kernels(args.type).maps;
-  run_or_write([=] {
+  const auto call = [=] {
     each_block(args, [&](int64_t groups, double* scratch, int64_t begin, int64_t end) {
       maps(args, to, groups, scratch, begin, end);
     });
-  });
+  };
+  run_or_record(call, x, weight, bias, add, scale, shift, map);
 }
 
 }  // namespace

@@ -270,7 +270,6 @@ constexpr int64_t kChunkBytes = 16 << 10;      // worth a block
 constexpr int64_t kSectorBytes = 32;           // what memory moves at least
 constexpr int64_t kLeastWidth = 16;            // channels to a block in channels_last
 constexpr int64_t kMostChunks = 256;
-constexpr int64_t kMostGroupSize = 1024;       // channels whose numbers fit in shared memory on every device
 
 // What a tile's room in shared memory depends on; packs: all of them.
 template <class T>
@@ -362,8 +361,8 @@ Division divide(const NormArguments& args, int64_t element, int most_threads, co
 }
 
 inline void check_group_size(const NormArguments& args) {
-  STD_TORCH_CHECK(args.group_size() <= kMostGroupSize, "a group has ", args.group_size(), " channels, more than ",
-                  kMostGroupSize);
+  STD_TORCH_CHECK(args.group_size() <= kMaxCudaGroupSize, "a group has ", args.group_size(), " channels, more than ",
+                  kMaxCudaGroupSize);
 }
 
 inline unsigned grid_of(int64_t blocks) {

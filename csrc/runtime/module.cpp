@@ -1,88 +1,95 @@
-// What is no tensor op: which instruction sets this processor has and which one runs.
-#include <atomic>
-#include <cstring>
+// The Python module diffusion.kernels._cpp: everything that is no tensor op. Tensor ops are registered with PyTorch's
+// dispatcher when this library is loaded. The only source that knows Python, so that the others build without it.
+#include <pybind11/pybind11.h>
 
-#include "simd/dispatch.h"
-#include "runtime/export.h"
-#include "common/targets.h"
+#include <iterator>
+#include <memory>
+#include <string>
 
-#if FD_AMX
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "attention/args.h"
+#include "convolution/args.h"
+#include "group_norm_silu/args.h"
+#include "reverse_step/math.h"
+#include "runtime/recorded_calls.h"
+#include "simd/instruction_sets.h"
+
+namespace py = pybind11;
 
 namespace fused_diffusion {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+std::string name_of(Simd simd) { return kSimdNames[static_cast<int>(simd)]; }
 
-// Whether there is AMX for bfloat16 and bytes, and the system lets this process have its registers.
-bool has_amx() {
-#if FD_AMX
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 24 & 1) != 0, products = (d >> 22 & 1) != 0 && (d >> 25 & 1) != 0;
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return tiles && products && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-Simd find_best() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Simd::baseline;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (!__builtin_cpu_supports("avx512bf16")) return Simd::avx512;
-    return has_amx() ? Simd::amx : Simd::avx512_bf16;
+void use_simd_by_name(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
+    if (name == kSimdNames[i]) return use_simd(static_cast<Simd>(i));
   }
-  return Simd::avx2;
+  throw py::value_error("this processor has no " + name);
+}
+
+// What packed weights look like, and the sizes up to which kernels serve. kernels/_native.py refuses this library where
+// kernels/_limits.py says otherwise.
+py::dict limits() {
+  py::dict limits;
+  limits["PANEL"] = kPanel;
+  limits["LANES"] = kPackedLanes;
+  limits["CHUNK"] = kPairChunk;
+  limits["BYTE_CHUNK"] = kByteChunk;
+  limits["LARGEST_DIGIT"] = static_cast<int>(kLargestDigit);
+  limits["ZERO"] = kZero;
+  limits["MAX_PRODUCTS"] = kMaxProducts;
+  limits["MAX_AMX_POSITIONS"] = kMaxAmxPositions;
+  limits["MAX_CUDA_WIDTH"] = kMaxCudaWidth;
+  limits["WIDE_HEAD"] = kWideHead;
+  limits["WIDE_SHARED_MEMORY"] = kWideSharedMemory;
+  limits["MAX_CUDA_GROUP_SIZE"] = kMaxCudaGroupSize;
+  limits["ROW_LENGTH"] = kRowLength;
+  return limits;
+}
+
+py::dict build() {
+  py::dict build;
+#if defined(__clang__)
+  build["compiler"] = "clang " __clang_version__;
 #else
-  return Simd::baseline;
+  build["compiler"] = "gcc " __VERSION__;
 #endif
+  build["python"] = PY_VERSION;
+  build["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR) "."
+      PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
+  build["version"] = FD_VERSION;
+  build["sources"] = FD_SOURCES;
+  return build;
 }
-
-Simd best() {
-  static const Simd found = find_best();
-  return found;
-}
-
-std::atomic<Simd> in_use{best()};
 
 }  // namespace
-
-Simd simd_in_use() { return in_use.load(std::memory_order_relaxed); }
-
 }  // namespace fused_diffusion
 
-// The widest instruction set that both this library and the processor have.
-FD_EXPORT const char* fused_diffusion_simd_best() {
-  return fused_diffusion::kNames[static_cast<int>(fused_diffusion::best())];
-}
-
-FD_EXPORT const char* fused_diffusion_simd_in_use() {
-  return fused_diffusion::kNames[static_cast<int>(fused_diffusion::simd_in_use())];
-}
-
-// Runs everything from now on with the named set; 0 if the processor does not have it.
-FD_EXPORT int fused_diffusion_simd_use(const char* name) {
+// Not declared: several interpreters, in which PyTorch does not work either, and running without the GIL, which is not
+// tested. A free-threaded Python turns its GIL on when it imports this module.
+PYBIND11_MODULE(_cpp, m) {
   using namespace fused_diffusion;
-  for (int i = 0; i <= static_cast<int>(best()); ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) {
-      in_use.store(static_cast<Simd>(i), std::memory_order_relaxed);
-      return 1;
-    }
-  }
-  return 0;
-}
+  m.doc() = "Recorded calls, instruction sets, limits and build information of the C++ ops.";
+  py::tuple names(std::size(kSimdNames));
+  for (size_t i = 0; i < names.size(); ++i) names[i] = kSimdNames[i];
+  m.attr("SIMD_VARIANTS") = names;
+  m.attr("LIMITS") = limits();
+  m.attr("BUILD") = build();
+  m.def("best_simd", [] { return name_of(best_simd()); });
+  m.def("simd_in_use", [] { return name_of(simd_in_use()); });
+  m.def("use_simd", use_simd_by_name, py::arg("name"));
 
-FD_EXPORT const char* fused_diffusion_compiler() {
-#if defined(__clang__)
-  return "clang " __clang_version__;
-#else
-  return "gcc " __VERSION__;
-#endif
+  // Every method releases the GIL, so that none waits for another thread's run while it holds the GIL.
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::class_<RecordedCalls, std::shared_ptr<RecordedCalls>>(m, "RecordedCalls", py::module_local())
+      .def(py::init<>())
+      .def("__enter__", [](std::shared_ptr<RecordedCalls> self) {
+        self->begin();
+        return self;
+      })
+      .def("__exit__", [](RecordedCalls& self, const py::object& type, const py::object&, const py::object&) {
+        self.end(!type.is_none());
+      })
+      .def("__len__", &RecordedCalls::size, Released())
+      .def("run", &RecordedCalls::run, Released());
 }

@@ -4,19 +4,15 @@
 // that it calls is always inlined, so the compiler vectorises the same lines once for each instruction set.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
+#include "common/parallel.h"
 #include "philox/math.h"
+#include "simd/instruction_sets.h"
 
 namespace fused_diffusion {
 
 constexpr int64_t kTileBlocks = 64;
 constexpr int64_t kTile = 4 * kTileBlocks;
 constexpr int64_t kTilesPerThread = 128;  // 32768 elements, like PyTorch: a smaller share is not worth a thread
-
-enum class Simd { baseline, avx2, avx512, avx512_bf16, amx };
-
-Simd simd_in_use();  // runtime/module.cpp
 
 // What a kernel calls as M: arithmetic, and the words of a tile of noise.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -78,7 +74,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void run_
 template <class Kernel>
 void run_tiles(const Kernel& kernel, int64_t tiles) {
   const Simd simd = simd_in_use();
-  torch::stable::parallel_for(0, tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
     if (simd >= Simd::avx512) return run_avx512(kernel, begin, end);
     if (simd == Simd::avx2) return run_avx2(kernel, begin, end);

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..kernels import _native
-from ..kernels._program import Program
+from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_amx_
 from ..kernels.ops.convolution import conv3x3_native as convolutions
 from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
@@ -30,7 +30,7 @@ from ..utils.device import DTYPES
 from ..utils.memory import total_memory
 
 _Call = tuple[Callable, tuple]
-_WRITTEN = {  # operators that know programs, and their kinds
+_RECORDABLE = {  # operators whose calls can be recorded, by category
     group_norm_affine_: "norm",
     convolutions.convolution_: "convolution",
     attention_amx_: "attention",
@@ -357,15 +357,18 @@ class _Plan:
 
 
 def _kind(function: Callable) -> str:
-    return _WRITTEN.get(function, "attention" if function is _attention_into else "rest")
+    return _RECORDABLE.get(function, "attention" if function is _attention_into else "rest")
 
 
 def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
-    """What runs the calls, those of compiled operators as programs."""
+    """Functions that run the calls, those of neighbouring compiled operators as one recording."""
     bound: list[Callable[[], None]] = []
-    for written, group in itertools.groupby(calls, lambda call: call[0] in _WRITTEN):
-        if written:
-            bound.append(Program(list(group)).run)
+    for recordable, group in itertools.groupby(calls, lambda call: call[0] in _RECORDABLE):
+        if recordable:
+            with recording() as recorded:
+                for function, arguments in group:
+                    function(*arguments)
+            bound.append(recorded.run)
         else:
             bound += [partial(function, *arguments) for function, arguments in group]
     return bound

@@ -12,7 +12,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import diffusion
-from diffusion.kernels import _native, build_info, explain, philox_normal, reverse_step
+from diffusion.kernels import (
+    StepCoefficients,
+    _limits,
+    _native,
+    build_info,
+    explain,
+    philox_normal,
+    reverse_step,
+)
 from diffusion.kernels._dispatch import Backend, Op, always
 from diffusion.kernels.ops.group_norm_silu import op as group_norm_silu_op
 from diffusion.kernels.ops.reverse_step.cases import CASES
@@ -99,7 +107,7 @@ def test_build_info_says_what_is_there():
 
 
 def test_a_broken_library_gives_a_reason(tmp_path):
-    path = tmp_path / "_cpp.so"
+    path = tmp_path / _native.CPP_FILE
     library, reason = _native._load_cpp(path)
     assert library is None
     assert reason.startswith("the cpp library was not built")
@@ -110,13 +118,90 @@ def test_a_broken_library_gives_a_reason(tmp_path):
     assert "\n" not in reason
 
 
-def test_a_library_of_another_version_gives_a_reason(tmp_path):
-    """Any other shared library loads but lacks the functions."""
-    path = tmp_path / "_cpp.so"
+def load_in_a_process(path: Path, before: str = "") -> str:
+    """Why a file does not serve as the C++ library; `before` runs first. A crash ends that process alone."""
+    code = f"import pathlib; from diffusion.kernels import _limits, _native; {before}"
+    code += f"print(_native._load_cpp(pathlib.Path({str(path)!r}))[1])"
+    done = run_capped("", "-c", code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_library_that_is_no_such_module_gives_a_reason(tmp_path):
+    """Any other shared library, such as that of an older version, which no Python could import."""
+    path = tmp_path / _native.CPP_FILE
     shutil.copy(torch._C.__file__, path)
-    library, reason = _native._load_cpp(path)
+    reason = load_in_a_process(path)
+    assert reason.startswith("the cpp library cannot be loaded: ")
+    assert "PyInit__cpp" in reason
+
+
+def test_a_library_for_another_python_gives_a_reason(tmp_path):
+    """Its name says so, and the loader is not asked."""
+    (tmp_path / "_cpp.cpython-37m-x86_64-linux-gnu.so").write_bytes(b"for Python 3.7")
+    library, reason = _native._load_cpp(tmp_path / _native.CPP_FILE)
     assert library is None
-    assert "fused_diffusion_simd_best" in reason or "cannot be loaded" in reason
+    wanted = (
+        f"_cpp.cpython-37m-x86_64-linux-gnu.so, and this Python needs {_native.CPP_FILE}; run: pip install ."
+    )
+    if "reason" not in _native._record.get("cpp", {}):
+        assert reason == f"the cpp library is {wanted}"
+
+
+@requires_native
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.9999])
+@pytest.mark.skipif(sys.platform != "linux", reason="is about ELF files")
+def test_a_library_that_is_cut_short_gives_a_reason(tmp_path, share):
+    path = tmp_path / _native.CPP_FILE
+    whole = (_native.FOLDER / _native.CPP_FILE).read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert load_in_a_process(path).startswith(f"the cpp library is damaged: {path} is cut short")
+
+
+@requires_native
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("_limits.PANEL = 32; ", "the cpp library is not of this version: its PANEL is 64, not 32"),
+        ("del _limits.ZERO; ", "the cpp library is not of this version: its ZERO is 96, not None"),
+        ("_native._PARTS += ('tea',); ", "the cpp library is not of this version: it has no tea"),
+        (
+            "_native._record['sources'] = ''; ",
+            "the cpp library was built from other sources than _build.json says",
+        ),
+    ],
+)
+def test_a_library_that_python_does_not_agree_with_gives_a_reason(before, reason):
+    assert load_in_a_process(_native.FOLDER / _native.CPP_FILE, before).startswith(reason)
+
+
+@requires_native
+def test_python_and_the_library_agree():
+    """On all limits and on the instruction sets; the module says how it was built."""
+    module = _native.library()
+    limits = {name: value for name, value in vars(_limits).items() if name.isupper()}
+    assert limits == module.LIMITS
+    assert len(StepCoefficients._fields) == _limits.ROW_LENGTH
+    assert _native.VARIANTS == module.SIMD_VARIANTS
+    assert module.BUILD["python"].rpartition(".")[0] == "{}.{}".format(*sys.version_info)
+    assert set(module.BUILD) == {"compiler", "python", "pybind11", "version", "sources"}
+    with pytest.raises(ValueError, match="this processor has no mmx"):
+        module.use_simd("mmx")
+
+
+@requires_native
+def test_the_module_is_loaded_once():
+    """Loaded again it is the same module, and no kernel is registered twice, of which PyTorch would warn."""
+    code = """if True:
+        from diffusion.kernels import _native, philox_normal
+        import diffusion.kernels._cpp as imported
+        again, reason = _native._load_cpp(_native.FOLDER / _native.CPP_FILE)
+        assert reason is None and imported is _native.library()
+        assert again.RecordedCalls is imported.RecordedCalls
+        print(philox_normal((2, 3), seed=0, backend="cpp").shape)
+    """
+    done = run_capped("", "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "torch.Size([2, 3])\n", "")
 
 
 def test_instruction_sets_can_be_chosen_by_name():
@@ -158,9 +243,7 @@ def test_the_environment_caps_the_instruction_sets(cap):
     done = run_capped(cap, "-c", code)
     assert done.returncode == 0, done.stderr
     info, (_, pairs, parts), multiplies, autocast, refusal = json.loads(done.stdout)
-    own = _native.VARIANTS[
-        : _native.VARIANTS.index(_native.library().fused_diffusion_simd_best().decode()) + 1
-    ]
+    own = _native.VARIANTS[: _native.VARIANTS.index(_native.library().best_simd()) + 1]
     best = cap if cap in own else own[-1]
     assert info["simd"] == best
     assert info["simd variants"] == ", ".join(own[: own.index(best) + 1])

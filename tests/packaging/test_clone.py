@@ -25,7 +25,7 @@ def clone(tmp_path):
         shutil.copytree(ROOT / name, clone / name, ignore=ignored)
     installed = site / "diffusion" / "kernels"
     installed.mkdir(parents=True)
-    shutil.copy(_native.FOLDER / "_cpp.so", installed)
+    shutil.copy(_native.FOLDER / _native.CPP_FILE, installed)
     record = {"sources": digest_of_sources(ROOT / "csrc"), "cpp": {}}
     (installed / "_build.json").write_text(json.dumps(record))
     information = site / "fused_diffusion-0.1.0.dist-info"
@@ -67,5 +67,5 @@ def test_an_installation_without_libraries(clone):
     record = clone[1] / "diffusion" / "kernels" / "_build.json"
     reason = {"cpp": {"reason": "there is no C++ compiler g++ or clang++"}}
     record.write_text(json.dumps(json.loads(record.read_text()) | reason))
-    (record.parent / "_cpp.so").unlink()
+    (record.parent / _native.CPP_FILE).unlink()
     assert "the cpp library was not built: there is no C++ compiler" in info(*clone)

@@ -43,7 +43,7 @@ def sdist(tmp_path_factory) -> Path:
             shutil.copytree(source, tree / name, ignore=ignore)
         else:
             shutil.copy(source, tree / name)
-    for name in ("_cpp.so", "_build.json"):
+    for name in (_native.CPP_FILE, "_build.json"):
         (tree / "kernels" / name).write_text("left behind")
     run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')"], tree)
     return next(tree.glob("dist/*.tar.gz"))
@@ -80,9 +80,23 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
             *(dict(CXX=f"{sys.executable} -c raise(SystemExit(1))"), "failed: status 1"),
             **{"id": "compiler_fails", "marks": pytest.mark.exhaustive},
         ),
+        pytest.param(
+            *(dict(PYTHONPATH="without"), "there is no pybind11 to build with; run: pip install pybind11"),
+            **{"id": "no_pybind11", "marks": pytest.mark.exhaustive},
+        ),
+        pytest.param(
+            *(dict(PYTHONPATH="old"), "pybind11 2.13.6 is too old; run: pip install -U pybind11"),
+            **{"id": "old_pybind11", "marks": pytest.mark.exhaustive},
+        ),
     ],
 )
 def test_pure_python_wheel(sdist, tmp_path, settings, reason):
+    if "PYTHONPATH" in settings:  # a pybind11 before the installed one
+        folder = tmp_path / settings["PYTHONPATH"]
+        folder.mkdir()
+        old = "version_info, __version__ = (2, 13, 6), '2.13.6'"
+        (folder / "pybind11.py").write_text(old if folder.name == "old" else "raise ImportError")
+        settings = {"PYTHONPATH": str(folder)}
     wheel, output = build_wheel(sdist, tmp_path, **settings)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert output.count("fused-diffusion: installing pure Python: ") == 1
@@ -108,10 +122,17 @@ def test_pure_python_wheel(sdist, tmp_path, settings, reason):
 
 
 @requires_native
-def test_the_cpp_library_depends_on_no_python():
-    """So that one wheel serves every Python."""
-    binary = (_native.FOLDER / "_cpp.so").read_bytes()
-    assert b"fused_diffusion_simd_best" in binary
+def test_the_cpp_library_depends_on_no_library_of_python():
+    """Its tag names the Python. Neither libpython nor PyTorch's own bindings or unstable C++ are in it."""
+    binary = (_native.FOLDER / _native.CPP_FILE).read_bytes()
+    assert b"PyInit__cpp" in binary
+    for symbol in (b"libpython", b"libtorch_python", b"_ZN2at6"):
+        assert symbol not in binary
+
+
+@pytest.mark.skipif(not (_native.FOLDER / "_cuda.so").exists(), reason="there is no CUDA library")
+def test_the_cuda_library_knows_no_python():
+    binary = (_native.FOLDER / "_cuda.so").read_bytes()
     for symbol in (b"_Py_", b"PyObject", b"libpython", b"libtorch_python", b"_ZN2at6"):
         assert symbol not in binary
 
@@ -119,11 +140,14 @@ def test_the_cpp_library_depends_on_no_python():
 @pytest.mark.slow
 def test_native_wheel(sdist, tmp_path):
     wheel, _ = build_wheel(sdist, tmp_path)
-    assert "-py3-none-linux_" in wheel.name or "-py3-none-macosx" in wheel.name
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert f"-{tag}-{tag}-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
     archive = zipfile.ZipFile(wheel)
     record = json.loads(archive.read("diffusion/kernels/_build.json"))
     assert "reason" not in record["cpp"]
-    assert "diffusion/kernels/_cpp.so" in archive.namelist()
+    assert f"diffusion/kernels/{_native.CPP_FILE}" in archive.namelist()
+    assert "diffusion/kernels/_cpp.pyi" in archive.namelist()
     assert ("diffusion/kernels/_cuda.so" in archive.namelist()) == ("archs" in record["cuda"])
     archive.extractall(tmp_path / "site")
     program = "from diffusion import kernels; print(kernels.explain('philox_normal', (2, 3), seed=0))"
@@ -150,7 +174,68 @@ def test_editable_installation(sdist, tmp_path):
     said = run([python, "-c", program], tmp_path)
     assert str(tree / "kernels" / "__init__.py") in said
     assert "philox_normal: cpp" in said
-    assert (tree / "kernels/_cpp.so").exists()
+    assert (tree / "kernels" / _native.CPP_FILE).exists()
     run(install, tmp_path, DIFFUSION_NO_NATIVE="1")
-    assert not (tree / "kernels/_cpp.so").exists()
+    assert not (tree / "kernels" / _native.CPP_FILE).exists()
     assert "philox_normal: reference" in run([python, "-c", program], tmp_path)
+
+
+def other_python() -> str | None:
+    """An interpreter of another version that has its headers, on PATH or from pyenv; the newest."""
+    found = [shutil.which(f"python3.{minor}") for minor in range(15, 9, -1)]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found += sorted(pyenv.glob("versions/3.1[0-5].*/bin/python3"), reverse=True)
+    ask = "import sys, sysconfig; print(sys.version_info[1], sysconfig.get_path('include') + '/Python.h')"
+    for python in filter(None, found):
+        said = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.split(maxsplit=1)
+        if len(said) == 2 and int(said[0]) != sys.version_info[1] and Path(said[1].strip()).exists():
+            return str(python)
+    return None
+
+
+@pytest.mark.slow
+@requires_native
+def test_a_wheel_for_another_python(sdist, tmp_path):
+    """Built by another Python with the headers of this one's PyTorch. There it loads, and here not."""
+    python = other_python()
+    if python is None:
+        pytest.skip("there is no other Python with headers")
+    outer = str(Path(torch.__file__).parents[1])  # pip, setuptools and pybind11 are the same for every Python
+    command = [
+        python,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+    ]
+    run([*command, str(sdist)], tmp_path, PYTHONPATH=outer, DIFFUSION_NO_CUDA="1")
+    wheel = next(tmp_path.glob("*.whl"))
+    minor = run([python, "-c", "import sys; print(sys.version_info[1])"], tmp_path).strip()
+    assert f"-cp3{minor}-cp3{minor}-" in wheel.name
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    module = next(tmp_path.glob("site/diffusion/kernels/_cpp.*.so"))
+    program = f"""if True:
+        import ctypes, importlib.util
+        ctypes.CDLL({str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")!r})
+        spec = importlib.util.spec_from_file_location("_cpp", {str(module)!r})
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with module.RecordedCalls() as calls:
+            pass
+        calls.run()
+        print(module.best_simd(), module.BUILD["python"].split(".")[1], module.LIMITS["PANEL"])
+    """
+    best = _native.library().best_simd()
+    assert run([python, "-c", program], tmp_path).split() == [best, minor, "64"]
+
+    ask = "import pathlib, sys; from diffusion.kernels import _native; "
+    ask += "print(_native._load_cpp(pathlib.Path(sys.argv[1]))[1])"
+    own = module.with_name(_native.CPP_FILE)
+    said = run([sys.executable, "-c", ask, str(own)], ROOT)
+    assert f"the cpp library is {module.name}, and this Python needs {own.name}" in said
+    shutil.copy(module, own)
+    assert "the cpp library cannot be loaded: " in run([sys.executable, "-c", ask, str(own)], ROOT)

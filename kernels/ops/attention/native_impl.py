@@ -8,11 +8,8 @@ from torch import Tensor
 
 from ... import _native
 from ..._dispatch import constant_in_graphs
+from ..._limits import MAX_AMX_POSITIONS, MAX_CUDA_WIDTH, WIDE_HEAD, WIDE_SHARED_MEMORY
 from . import library as library  # defines the operators that the libraries implement
-
-MAX_CUDA_WIDTH = 256
-MOST_AMX_POSITIONS = 1024  # csrc/attention/attention_amx.cpp
-WIDE, WIDE_SHARED_MEMORY = 128, 149_760  # bytes of a block, for heads wider than WIDE
 
 
 @constant_in_graphs
@@ -45,7 +42,7 @@ def supports_cuda(q, k, v, *, scale=None) -> str | None:
     width = q.shape[-1]
     if width > MAX_CUDA_WIDTH:
         return f"the width of a head is {width}, more than {MAX_CUDA_WIDTH}"
-    if width > WIDE and _shared_memory(q.device.index) < WIDE_SHARED_MEMORY:
+    if width > WIDE_HEAD and _shared_memory(q.device.index) < WIDE_SHARED_MEMORY:
         return f"a head of width {width} needs more shared memory than this device has"
     return _supports(q, k, v)
 
@@ -70,7 +67,7 @@ def slower_cpp(q, k, v, *, scale=None) -> str | None:
         least = 2**14 if gradient else 2**21
     if positions < 4 or batch * heads * positions**2 * width < least:
         return f"{tuple(q.shape)} is so small that calling PyTorch's own op takes less time"
-    if tiles and positions > MOST_AMX_POSITIONS:
+    if tiles and positions > MAX_AMX_POSITIONS:
         return "PyTorch's own op multiplies bfloat16 by AMX, also for so many positions"
     if single and width > 128 and simd == "avx2":
         return f"in float32 with AVX2, PyTorch's own op is faster for a width of {width}"

@@ -14,13 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL = 64  # csrc/convolution/args.h
-LANES = 16
-CHUNK = 32  # channels of bfloat16 that AMX multiplies together
-BYTE_CHUNK = 64
-LARGEST_DIGIT = 127  # csrc/amx/tile_gemm.h
-ZERO = 96  # csrc/convolution/args.h
-MOST_PRODUCTS = (2**31 - 1) // (128 * (3 * 128 + ZERO))  # of bytes to a sum
+from ..._limits import BYTE_CHUNK, CHUNK, LANES, LARGEST_DIGIT, MAX_PRODUCTS, PANEL, ZERO
+
 SMALL_WEIGHT = 1 << 15  # C * K: transformed for m = 4, it takes 4.7 MB
 
 # G of U = G g G^T.
@@ -181,7 +176,7 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     if not known or height != width or height not in (1, 3) or (tile and height != 3):
         raise ValueError(f"a weight {list(weight.shape)} cannot be packed as {packing}")
     plain = weight.detach().cpu()
-    if parts == 3 and plain[:1].numel() > MOST_PRODUCTS:
+    if parts == 3 and plain[:1].numel() > MAX_PRODUCTS:
         raise ValueError(f"a weight {list(weight.shape)} is too large for {packing}")
     if parts == 3 and not plain.isfinite().all():
         packing = Packing()
@@ -209,7 +204,7 @@ def choose_packing(
     halves, few = dtype == torch.bfloat16, shape[1] < 8
     least, small = min(height, width), shape[0] * shape[1] <= SMALL_WEIGHT
     pairs, transformed = halves and simd in ("avx512_bf16", "amx"), winograd and least >= 3
-    if simd == "amx" and not few and (halves or math.prod(shape[1:]) <= MOST_PRODUCTS):
+    if simd == "amx" and not few and (halves or math.prod(shape[1:]) <= MAX_PRODUCTS):
         return Packing(parts=1 if halves else 3)
     if few or not transformed:
         return Packing(pairs=pairs)

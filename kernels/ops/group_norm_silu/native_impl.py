@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..._limits import MAX_CUDA_GROUP_SIZE
 from . import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# csrc/group_norm_silu/norm_cuda.h: what is kept for each channel has to fit in shared memory
-MOST_CUDA_GROUP_SIZE = 1024
 
 
 def _supports(x: Tensor, **parameters: Tensor | None) -> str | None:
@@ -35,8 +34,8 @@ def supports_cuda(
 ) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on CUDA devices, not on {x.device}"
-    if x.shape[1] // num_groups > MOST_CUDA_GROUP_SIZE:
-        return f"a group has {x.shape[1] // num_groups} channels, more than {MOST_CUDA_GROUP_SIZE}"
+    if x.shape[1] // num_groups > MAX_CUDA_GROUP_SIZE:
+        return f"a group has {x.shape[1] // num_groups} channels, more than {MAX_CUDA_GROUP_SIZE}"
     return _native.CUDA_MISSING or _supports(x, weight=weight, bias=bias, add=add, scale=scale, shift=shift)
 
 

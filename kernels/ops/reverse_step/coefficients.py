@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..._arguments import check_number
+from ..._limits import ROW_LENGTH
 
 
 class StepCoefficients(NamedTuple):
@@ -33,9 +34,6 @@ class StepCoefficients(NamedTuple):
     sigma: float
     log_var_min: float = 0.0
     log_var_max: float = 0.0
-
-
-ROW_LENGTH = len(StepCoefficients._fields)  # kRowLength of csrc/reverse_step/math.h
 
 
 def as_coefficients(row: StepCoefficients | Sequence[float] | torch.Tensor) -> StepCoefficients:
