@@ -14,7 +14,7 @@ from .config import UNetConfig
 
 
 def run(module: nn.Module, *inputs: torch.Tensor, backend: str, **modulation: torch.Tensor) -> torch.Tensor:
-    """Calls a part of the network, or a module that someone put in its place.
+    """Calls a part of the network, or a module that a user put in its place.
 
     backend: passed on to modules that take one, unless it is "auto".
     """
@@ -34,19 +34,19 @@ def _has_backend(function: Callable) -> bool:
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    """Whether the module is one of torch.nn, which take one input and no embedding."""
+    """Whether the module is one of torch.nn. Those take one input and no embedding."""
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
-# How torch.nn.Conv2d computes, unless someone replaced it.
+# The methods of torch.nn.Conv2d at import, to notice a later replacement.
 _FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
 
 
 class Conv2d(nn.Conv2d):
-    """`kernels.conv2d` with a square kernel; by PyTorch alone if the other ops of the UNet are.
+    """A convolution by `kernels.conv2d`, with a square kernel. backend: "reference" is plain PyTorch.
 
-    What the op has not, such as dilation, groups and padding modes, is `torch.nn.Conv2d`'s, and so is a
-    convolution whose `_conv_forward` was replaced, as for images that are seamless in one direction.
+    `torch.nn.Conv2d` computes all that the op does not have, such as dilation, groups and padding modes, and
+    a convolution whose `_conv_forward` was replaced, as for images that are seamless in one direction.
     """
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
@@ -68,7 +68,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Norm(nn.Module):
-    """Group normalisation with what follows it in a block; see `kernels.group_norm_silu`."""
+    """Group normalisation with the embedding and activation after it; see `kernels.group_norm_silu`."""
 
     def __init__(self, channels: int, groups: int, eps: float, activation: str = "silu"):
         super().__init__()
@@ -100,7 +100,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by nearest-neighbour, and a convolution if `conv`."""
+    """Doubles the resolution by nearest-neighbour interpolation, and convolves if `conv`."""
 
     def __init__(self, channels: int, conv: bool):
         super().__init__()
@@ -112,12 +112,12 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block (Ho et al. 2020, appendix B), that can change the resolution between its first
+    """Residual block (Ho et al. 2020, appendix B). It can change the resolution between its first
     normalisation and convolution (Song et al. 2021, arXiv 2011.13456, appendix H).
 
     embedding: [B, out], added before the second normalisation, or [B, 2 out], its scale and shift.
-    checkpointing: keep the input only, and compute everything between again for the gradient (Chen et al.
-    2016, arXiv 1604.06174).
+    checkpointing: keep only the input, and compute all activations again in backward (Chen et al. 2016,
+    arXiv 1604.06174).
     """
 
     checkpointing = False
@@ -149,7 +149,7 @@ class ResBlock(nn.Module):
         return h + (x if self.skip is None else run(self.skip, x, backend=backend))
 
     def _modulated(self, h: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
-        """The second normalisation; a module of torch.nn in its place gets the same sum, scale and shift."""
+        """The second normalisation with the embedding, also if a module of torch.nn replaces the norm."""
         if not self.scale_shift:
             if _is_torchs(self.norm2):
                 return self.norm2(h + embedding[:, :, None, None])
@@ -196,10 +196,10 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution on the way down or up, each with attention or without, and what follows.
+    """The blocks of one resolution on the way down or up, with or without attention, and the resampling.
 
-    inputs: the input channels of each block. way: "down" or "up". leave: how the level is left: "conv",
-    "resblock", "plain", or None.
+    inputs: the input channels of each block. way: "down" or "up". leave: the resampling after
+    the blocks: "conv", "resblock", "plain", or None.
     """
 
     def __init__(
@@ -228,14 +228,14 @@ class Level(nn.Module):
             self.resample = Upsample(channels, conv)
 
     def residual_blocks(self) -> list[ResBlock]:
-        """The blocks that take an embedding, in the order in which they do."""
+        """The blocks that take an embedding, in the order of their calls."""
         return [*self.blocks, *([self.resample] if self.leave == "resblock" else [])]
 
     def forward(
         self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
     ) -> torch.Tensor:
-        """On the way down the output of every step is appended to `skips`; on the way up one of them goes
-        into each block."""
+        """Applies the level. Down: appends the output of every block to `skips`. Up: each block takes one
+        from `skips`."""
         down = self.way == "down"
         for i, block in enumerate(self.blocks):
             h = h if down else torch.cat([h, skips.pop()], dim=1)
@@ -254,7 +254,7 @@ class Level(nn.Module):
 
 
 def _residual(block: nn.Module, h: torch.Tensor, part: torch.Tensor, backend: str) -> torch.Tensor:
-    """Calls a residual block, or what stands in its place; a module of torch.nn takes no embedding."""
+    """Calls a residual block, or its replacement; a module of torch.nn takes no embedding."""
     return run(block, *((h,) if _is_torchs(block) else (h, part)), backend=backend)
 
 
@@ -269,7 +269,7 @@ class Middle(nn.Module):
         )
 
     def residual_blocks(self) -> list[ResBlock]:
-        """The blocks that take an embedding, in the order in which they do."""
+        """The blocks that take an embedding, in the order of their calls."""
         return list(self.blocks)
 
     def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str = "auto") -> torch.Tensor:

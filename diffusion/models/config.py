@@ -11,7 +11,7 @@ MOST_CHANNELS = 65536
 MOST_LEVELS = 16
 MOST_PARAMETERS = 2**34  # 64 GiB in float32; the largest published UNets of pixels have 2 billion
 
-# Where the numbers of a field may lie; those of the others lie in 1..MOST_CHANNELS.
+# The range of each numeric field; the fields not listed have 1..MOST_CHANNELS.
 _BOUNDS: dict[str, dict[str, float]] = {
     "channels": {"least": 4, "most": MOST_CHANNELS},
     "channel_mult": {"above": 0, "most": 1024},
@@ -31,39 +31,41 @@ _BOUNDS: dict[str, dict[str, float]] = {
 class UNetConfig:
     """The architecture of a UNet. The defaults are DDPM's for 32x32 images (Ho et al. 2020, appendix B).
 
-    Level i of the network works on feature maps of sample_size / patch_size / 2**i and channels *
-    channel_mult[i] channels, and there is one change of resolution between each level and the next.
+    Level i works on feature maps with sides of sample_size / patch_size / 2**i and channels * channel_mult[i]
+    channels. The resolution changes once between each level and the next.
 
     sample_size: height and width of the images, or one integer for both; divisible by patch_size *
         2**(levels - 1).
-    patch_size: pixels along each side of the squares that the network takes for one position, by
-        torch.nn.PixelUnshuffle before its first convolution and PixelShuffle after its last (Shi et al. 2016,
-        arXiv 1609.05158); 1 for none.
-    in_channels, out_channels: of the images and of the output; out_channels = 2 * in_channels means a
-        learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1).
+    patch_size: side, in pixels, of the square patches that are one position of the network: PixelUnshuffle
+        before the first convolution and PixelShuffle after the last (Shi et al. 2016, arXiv 1609.05158); 1
+        for none.
+    in_channels, out_channels: channels of the images and of the output; out_channels = 2 * in_channels
+        means a learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1).
     channels, channel_mult: the base width, and its multiple at each level.
-    num_res_blocks: on the way down, at each level, or one integer for all; one more on the way up.
-    attention_levels: the levels whose blocks are followed by attention: for 32x32 images, 1 is DDPM's
-        attention at 16x16, and guided diffusion's attention at downsampling factor 4 is level 2.
-    mid_attention: attention between the two blocks in the middle. mid_attention_groups: of its
-        normalisation; None for norm_groups, 0 for no normalisation.
-    num_heads, head_channels: attention heads, or, where head_channels is given, the width of each.
+    num_res_blocks: number of residual blocks at each level on the way down, or one integer for all levels;
+        the way up has one more.
+    attention_levels: levels with attention after each block. For 32x32 images, level 1 is DDPM's attention at
+        16x16; guided diffusion's attention at downsampling factor 4 is level 2.
+    mid_attention: attention between the two middle blocks.
+    mid_attention_groups: groups of its normalisation; None for norm_groups, 0 for no normalisation.
+    num_heads, head_channels: number of attention heads, or, if head_channels is given, the width of each.
     time_embed_dim: width of the time embedding, 4 * channels by default.
     scale_shift: the embedding scales and shifts the second normalisation of each block (adaptive group norm,
         Dhariwal & Nichol 2021, arXiv 2105.05233, section 3.1), instead of being added before it.
     flip_sin_to_cos, freq_shift: the sinusoidal embedding has its cosines first, and frequencies
         10000 ** (-i / (channels / 2 - freq_shift)): False and 1 in DDPM, True and 0 in guided diffusion.
-    timestep_scale: the timesteps are multiplied by it first; improved DDPM's models of 4000 steps take 0.25.
+    timestep_scale: factor of the timesteps before the embedding; 0.25 for improved DDPM's 4000 timesteps.
     downsample, upsample: "conv" (3x3, with stride 2 or after nearest-neighbour), "resblock" (inside one more
         residual block, Song et al. 2021, arXiv 2011.13456, appendix H) or "plain" (average pooling,
         nearest-neighbour); or one of them for each change of resolution, from the finest on.
-    downsample_padding: of the strided convolution: "asymmetric" (right and bottom, as in DDPM) or
+    downsample_padding: padding of the strided convolution: "asymmetric" (right and bottom, as in DDPM) or
         "symmetric" (as in guided diffusion).
-    norm_groups, norm_eps: of every group normalisation. dropout: in every residual block.
-    num_classes: K, or None for an unconditional model. has_null_label: row K of the label embedding stands
-        for no label (Ho & Salimans 2022, arXiv 2207.12598).
+    norm_groups, norm_eps: groups and epsilon of every group normalisation.
+    dropout: probability in every residual block.
+    num_classes: number K of classes, or None for an unconditional model.
+    has_null_label: row K of the label embedding stands for no label (Ho & Salimans 2022, arXiv 2207.12598).
 
-    ValueError: a value of a wrong type or out of range, or more than 2**34 parameters.
+    ValueError for a value of a wrong type or out of range, or more than 2**34 parameters.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -155,12 +157,12 @@ class UNetConfig:
 
     @property
     def level_downsample(self) -> tuple[str | None, ...]:
-        """How each level is left on the way down; None for the coarsest."""
+        """Downsampling after each level; None for the coarsest."""
         return (*self._per_change(self.downsample), None)
 
     @property
     def level_upsample(self) -> tuple[str | None, ...]:
-        """How each level is left on the way up; None for the finest."""
+        """Upsampling after each level; None for the finest."""
         return (None, *self._per_change(self.upsample))
 
     @property
@@ -175,7 +177,7 @@ class UNetConfig:
 
     @cached_property
     def num_parameters(self) -> int:
-        """How many numbers the weights of such a UNet are, without building it."""
+        """Number of parameters of such a UNet, computed without building it."""
         embed, widths = self.time_embed_dim or 4 * self.channels, self.level_channels
 
         def residual(inputs: int, outputs: int) -> int:

@@ -1,7 +1,7 @@
-"""Whether a UNet is as its configuration builds it, and whether it is still what it was.
+"""Compares a UNet with the one that its configuration builds, and with its own earlier state.
 
-Only then can fused code, a copy or a captured graph stand for it. Anything else, such as a hook, a replaced
-method, another module or another attribute, asks for the modules themselves.
+Fused code, a copy or a captured graph may replace a UNet only while both comparisons hold. A hook, a
+replaced method, another module or another attribute means that the modules themselves must run.
 """
 
 import functools
@@ -17,7 +17,7 @@ from ..kernels._dispatch import intercepted
 from . import blocks
 from .unet import UNet, UNetConfig
 
-# Attributes that change nothing of a network's output in eval mode without gradients.
+# Attributes that do not affect the output in eval mode without gradients.
 _INTERNAL = {*vars(nn.Module()), "checkpointing", "dropout"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OWN = (
@@ -33,7 +33,7 @@ _OWN = (
 )
 _OTHERS = (nn.Conv2d, nn.Embedding, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU)
 _CALLING = ("__call__", "_call_impl", "_conv_forward", "_wrapped_call_impl", "forward")
-CHUNK = 1024  # numbers of a weight that `_projections` sums
+CHUNK = 1024  # numbers of a weight in one sum of `_projections`
 
 
 def _methods() -> Iterator[tuple[type, str, Callable]]:
@@ -49,7 +49,7 @@ _METHODS = list(_methods())
 
 
 def altered(unet: nn.Module) -> str | None:
-    """What makes a network another one than `UNet(unet.config)` is, weights aside; None if nothing does."""
+    """The first difference from `UNet(unet.config)`, weights aside, as a sentence; None if there is none."""
     reason = _altered_everywhere()
     if reason is None and type(unet) is not UNet:
         reason = f"it is {_called(unet)}, not UNet of {__package__}"
@@ -57,7 +57,7 @@ def altered(unet: nn.Module) -> str | None:
 
 
 def config_of(unet: nn.Module | None) -> UNetConfig:
-    """The configuration of a model's network; ValueError for what is no UNet and does not stand for one."""
+    """The configuration of a model's network; ValueError unless it is a UNet or has a UNet's `config`."""
     config = getattr(unet, "config", None)
     if not isinstance(config, UNetConfig):
         inner = getattr(getattr(unet, "module", None), "config", None)
@@ -71,7 +71,7 @@ def config_of(unet: nn.Module | None) -> UNetConfig:
 
 
 def missing(unet: nn.Module) -> str | None:
-    """The name of a module that is None and that the network cannot do without, or None."""
+    """The name of a necessary module that was set to None; None if there is none."""
     if not isinstance(unet, UNet):
         return None
     for name, built in configured(config_of(unet)).named_modules():
@@ -88,7 +88,7 @@ def _can_go(module: nn.Module, name: str) -> bool:
 
 
 def _altered_everywhere() -> str | None:
-    """What concerns all modules of the process."""
+    """An alteration that affects all modules of the process, as a sentence, or None."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "a forward hook is registered for all modules"
     if torch._C._len_torch_dispatch_stack():
@@ -101,13 +101,13 @@ def _altered_everywhere() -> str | None:
 
 @functools.lru_cache(8)
 def configured(config: UNetConfig) -> UNet:
-    """A UNet without values, as its configuration builds it."""
+    """The UNet of a configuration, on the meta device (without values)."""
     with torch.inference_mode(False), torch.device("meta"):
         return UNet(config)
 
 
 def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | None:
-    """Of a module and what is in it, as a sentence."""
+    """The first difference between a module, with its children, and the one built anew, as a sentence."""
     called = name or "it"
     if type(module) is not type(built):
         return f"{called} is {_called(module)}, not {_called(built)}"
@@ -123,7 +123,7 @@ def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | 
 
 
 def _called(module: nn.Module | None) -> str:
-    """What a module is, with the package that it is from: torch.nn has a Conv2d, too."""
+    """The module's class with its package, because torch.nn has a Conv2d, too."""
     if module is None:
         return "None"
     cls = type(module)
@@ -181,7 +181,7 @@ def _different_child(prefix: str, own: dict, expected: dict) -> str | None:
 
 
 class Snapshot:
-    """What an unaltered UNet was at a time, with its weights, to be compared with what it is later."""
+    """The state of an unaltered UNet at one time, with its weights, for a later comparison."""
 
     def __init__(self, unet: UNet):
         self._modules = list(unet.modules())
@@ -209,7 +209,7 @@ class Snapshot:
         try:
             same = self._types == list(map(type, self._modules)) and self._attributes == self._values
             return same and self._lists == self._items and self._children == self._held
-        except RuntimeError:  # a tensor is not equal to another in one way
+        except RuntimeError:  # comparing two tensors with == has no single answer
             return False
 
     def _same_weights(self) -> bool:
@@ -232,9 +232,9 @@ def _versions(parameters: list[nn.Parameter]) -> list[tuple]:
 
 
 def _projections(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Of the weights' values: writing through `.data` and in inference mode changes no version.
+    """Checksums of the weights, because writing through `.data` or in inference mode changes no version.
 
-    The sums of each CHUNK of numbers, times numbers of their places, so that the order counts.
+    Each CHUNK of numbers is multiplied with fixed random numbers and summed, so that the order counts.
     """
     places: dict[tuple, Tensor] = {}
     sums: dict[tuple, list[Tensor]] = {}
@@ -256,7 +256,7 @@ def _projections(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 
 def _flat(weight: Tensor) -> Tensor:
-    """The numbers of a weight, in memory's order where that needs no copy."""
+    """The numbers of a weight as one vector, in memory order if that avoids a copy."""
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.permute(0, 2, 3, 1)
     return weight.reshape(-1)

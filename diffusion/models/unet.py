@@ -32,8 +32,8 @@ def timestep_embedding(
 class UNet(nn.Module):
     """The UNet of DDPM, improved DDPM and guided diffusion, by `UNetConfig`.
 
-    `forward` is `denoise(x, embed(timesteps, labels))`: all that depends on timestep and label alone is in
-    `embed`, so that a sampler can compute it once for all steps.
+    `forward` is `denoise(x, embed(timesteps, labels))`: `embed` holds all that depends on
+    timestep and label alone, so that a sampler can compute it once for all steps.
     """
 
     def __init__(self, config: UNetConfig):
@@ -78,12 +78,12 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """As DDPM: Glorot-uniform weights, zero biases; zero weights where a branch or the network ends."""
+        """DDPM's: Glorot-uniform weights, zero biases; zero weights at the end of branches and network."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # Where one matrix holds several, each has the fan-out of its own.
+        # A matrix that holds several weights: each gets its own fan-out.
         several = [m.qkv.weight.chunk(3) for m in self.modules() if isinstance(m, Attention)]
         for weights in (*several, self.embedding_projection.weight.split(self.embedding_sizes)):
             for weight in weights:
@@ -97,10 +97,10 @@ class UNet(nn.Module):
             nn.init.zeros_(module.weight)
 
     def embed(self, timesteps: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """All that the network draws from timesteps and labels, [B, E], for `denoise`.
+        """The embedding of timesteps and labels for all blocks, [B, E], for `denoise`.
 
         timesteps: [B], integer or floating point, 0..T-1. labels: int64 [B] in 0..K-1, or K for no label;
-        None for no label in the whole batch. ValueError: labels that the model does not know.
+        None for no label in the whole batch. ValueError for labels outside of these.
         """
         config = self.config
         if timesteps.ndim != 1:
@@ -135,13 +135,11 @@ class UNet(nn.Module):
                 f"labels must be integers of shape {list(timesteps.shape)}, "
                 f"not {labels.dtype} {list(labels.shape)}"
             )
-        # Looking at the values waits for the device, which neither a compiled nor a captured model can do.
+        # Reading the values waits for the device; a compiled or captured model cannot wait.
         if torch.compiler.is_compiling():
             return
         while torch._C._functorch.is_functorch_wrapped_tensor(labels):
-            labels = torch._C._functorch.get_unwrapped(
-                labels
-            )  # of the whole batch, where vmap takes one each
+            labels = torch._C._functorch.get_unwrapped(labels)  # vmap passes one label; this is the batch
         if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         rows = self.config.num_classes + self.config.has_null_label
@@ -152,14 +150,17 @@ class UNet(nn.Module):
     def denoise(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The network's output [B, out_channels, H, W] for x [B, in_channels, H, W] and `embed`'s [B, E].
 
-        x is cast to the parameters' dtype, which is the output's. backend: of the kernels. ValueError: a
-        shape that does not fit, or a backend that cannot serve.
+        x is cast to the parameters' dtype, and the output has that dtype. backend: of the kernels. ValueError
+        for a wrong shape, or a backend that cannot serve.
         """
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(f"x must have shape [B, {self.config.in_channels}, H, W], not {list(x.shape)}")
         self.config.check_size(x.shape[2:])
         if embedding.shape != (x.shape[0], sum(self.embedding_sizes)):
-            raise ValueError(f"{len(x)} images cannot go with timesteps embedded as {list(embedding.shape)}")
+            expected = [x.shape[0], sum(self.embedding_sizes)]
+            raise ValueError(
+                f"embedding must have shape {expected} for {len(x)} images, not {list(embedding.shape)}"
+            )
         parts = iter(embedding.split(self.embedding_sizes, dim=1))
         x = x.to(_dtype_of(self.input_conv, x.dtype))
         h = self.input_conv(pixel_unshuffle(x, self.config.patch_size))
@@ -173,7 +174,7 @@ class UNet(nn.Module):
         return pixel_shuffle(output, self.config.patch_size)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Trains in less memory and a third more time: blocks keep their inputs only."""
+        """Trades time for memory in training: blocks keep only their inputs; a step takes a third longer."""
         for module in self.modules():
             if isinstance(module, ResBlock | Attention):
                 module.checkpointing = enabled
@@ -188,14 +189,14 @@ class UNet(nn.Module):
         """The prediction [B, out_channels, H, W] for noisy images x [B, in_channels, H, W].
 
         timesteps: [B], integer or floating point. labels: int64 [B] in 0..K-1, or K for no label; None for no
-        label in the whole batch, and always for an unconditional model. backend: of the kernels. ValueError:
-        anything that does not fit the configuration.
+        label in the whole batch, and always for an unconditional model. backend: of the kernels. ValueError
+        for arguments that do not fit the configuration.
         """
         embedding = self.embed(timesteps, labels)
         return self.denoise(x, embedding) if backend == "auto" else self.denoise(x, embedding, backend)
 
 
 def _dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
-    """That of the module's parameters."""
+    """The dtype of the module's parameters; `otherwise` for a module without any."""
     parameter = next(module.parameters(), None)
     return otherwise if parameter is None else parameter.dtype

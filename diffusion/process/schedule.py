@@ -1,4 +1,4 @@
-"""The noise schedule: how much noise is in x_t, for every timestep, in float64."""
+"""The noise schedule: the variances of signal and noise in x_t, for every timestep, in float64."""
 
 import math
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class NoiseSchedule:
     arXiv 2006.11239, eq. 4).
 
     Made by `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_config`. The tables are
-    float64 on the CPU, each [T]; whoever computes with them casts the final coefficients, not the tables.
+    float64 on the CPU, each [T]. Callers compute coefficients in float64 and cast only the results.
 
     betas: float64 [T] such that alphas_cumprod falls strictly, starts below 1 and stays above 0, but for
     the last, which may be 0 (zero terminal SNR). ValueError otherwise, and for a T above a million.
@@ -119,7 +119,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Any) -> "NoiseSchedule":
-        """A schedule from T numbers, a sequence, array or tensor; the class says what they must satisfy."""
+        """A schedule from T numbers: a sequence, array or tensor, with the conditions of the class."""
         betas = numbers("betas", betas)
         return cls(betas, {"kind": "betas", "betas": betas.tolist()})
 
@@ -152,7 +152,7 @@ class NoiseSchedule:
 
         Lin et al. 2023, arXiv 2305.08891, algorithm 1. ValueError when T is 1.
 
-        Only x0- and v-prediction say anything at the last timestep of such a schedule.
+        Epsilon prediction does not determine x_0 at the last timestep of such a schedule.
         """
         if self.T == 1:
             raise ValueError("zero terminal SNR needs T of at least 2")

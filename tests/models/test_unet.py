@@ -353,7 +353,7 @@ def test_architectures_that_do_not_divide(options, message):
         (TINY, lambda u, x, t: u(x[:, :, :7], t), "7x8 cannot be halved 1 times"),
         (TINY, lambda u, x, t: u(x[:, :1], t), r"x must have shape \[B, 2, H, W\], not \[2, 1, 8, 8\]"),
         (TINY, lambda u, x, t: u(x[0], t), "x must have shape"),
-        (TINY, lambda u, x, t: u(x, t[:1]), "2 images cannot go with timesteps"),
+        (TINY, lambda u, x, t: u(x, t[:1]), "embedding must have shape"),
         (TINY, lambda u, x, t: u(x, t[0]), r"timesteps must have shape \[B\]"),
         (TINY, lambda u, x, t: u(x, t, t), "unconditional"),
         (
