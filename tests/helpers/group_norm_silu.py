@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.kernels.ops.group_norm_silu.cases import CASES
+from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,13 +46,6 @@ def upstream(out):
     numbers = torch.arange(out.numel(), device=out.device) * 7 % 31 - 15
     gradient = torch.empty_like(out)
     return gradient.copy_((numbers / 16).reshape(out.shape))
-
-
-def cast(args, kwargs, dtype):
-    def one(t):
-        return t.to(dtype) if isinstance(t, torch.Tensor) else t
-
-    return tuple(map(one, args)), {name: one(t) for name, t in kwargs.items()}
 
 
 def with_gradients(function, args, kwargs, **options):

@@ -28,10 +28,3 @@ def formula(x, out, row, *, model_output_uncond, x0_prev, noise, seed, sample_id
             ).to(x.dtype)
         x_next = x_next + sigma * z
     return x_next, x0
-
-
-def cast(dtype, args, kwargs):
-    def to(t):
-        return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-
-    return tuple(map(to, args)), {name: to(t) for name, t in kwargs.items()}

@@ -6,7 +6,7 @@ are marked `exhaustive`. The choice is greedy and depends on the parameters alon
 pytest-xdist make the same one.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from itertools import combinations
 
 import pytest
@@ -31,6 +31,11 @@ def covering(rows: Sequence[tuple[Hashable, ...]], strength: int) -> list[int]:
         missing -= asked[best]
         unseen -= larger[best]
     return sorted(chosen)
+
+
+def exhaustive_but(values: Iterable, default: Container) -> list:
+    """Parameters of which those in `default` run by default; for tests that take long."""
+    return [pytest.param(value, marks=() if value in default else pytest.mark.exhaustive) for value in values]
 
 
 def _represents(item: pytest.Item) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
+from helpers.thinning import exhaustive_but
 
 CSRC = ROOT / "csrc"
 NVCC = shutil.which(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
@@ -27,15 +28,10 @@ def compile_device_code(source: Path, output: Path, *flags: str) -> str:
     return result.stderr
 
 
-def exhaustive(values, but):
-    """Parameters of which the default run compiles one alone: each takes up to half a minute."""
-    return [pytest.param(value, marks=() if value == but else pytest.mark.exhaustive) for value in values]
-
-
-@pytest.mark.parametrize("arch", exhaustive(["sm_80", "sm_90a"], but="sm_90a"))
+@pytest.mark.parametrize("arch", exhaustive_but(["sm_80", "sm_90a"], default=["sm_90a"]))
 @pytest.mark.parametrize(
     "source",
-    exhaustive(sorted(CSRC.rglob("*.cu")), but=CSRC / "reverse_step" / "reverse_step.cu"),
+    exhaustive_but(sorted(CSRC.rglob("*.cu")), default=[CSRC / "reverse_step" / "reverse_step.cu"]),
     ids=lambda path: path.stem,
 )
 def test_register_spills(source, arch, tmp_path):

@@ -22,6 +22,7 @@ from diffusion.kernels.ops.philox import op as philox_op
 from diffusion.kernels.ops.reverse_step import op as step_op
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
+from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -31,17 +32,6 @@ OPS = {"group_norm_silu": (norm_op, NORM_CASES), "attention": (attention_op, ATT
 BACKENDS = ("cuda", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [(name, case) for name, (_, cases) in OPS.items() for case in cases]
-
-
-def cast(value, dtype=None, device=None):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-
-
-def converted(call, **to):
-    args, kwargs = call
-    return tuple(cast(a, **to) for a in args), {name: cast(v, **to) for name, v in kwargs.items()}
 
 
 def served(op, backend, args, kwargs):
@@ -60,13 +50,13 @@ def served(op, backend, args, kwargs):
 def test_value(backend, name, case, dtype):
     op, cases = OPS[name]
     call = cases[case].inputs(dtype)
-    args, kwargs = converted(call, device="cuda")
+    args, kwargs = cast(*call, device="cuda")
     served(op, backend, args, kwargs)
     out = FUNCTIONS[name](*args, backend=backend, **kwargs)
     assert (
         out.stride() == FUNCTIONS[name](*args, backend="reference", **kwargs).stride() or name == "attention"
     )
-    exact_args, exact_kwargs = converted(call, dtype=torch.float64)
+    exact_args, exact_kwargs = cast(*call, dtype=torch.float64)
     expected = FUNCTIONS[name](*exact_args, backend="reference", **exact_kwargs)
     peer = FUNCTIONS[name](*call[0], backend="reference", **call[1])
     assert_close(out.cpu(), peer, expected)
@@ -79,11 +69,11 @@ def test_gradient(backend, name, case, dtype):
     """Every tensor's gradient under a random weighting of the output."""
     op, cases = OPS[name]
     call = cases[case].inputs(dtype)
-    served(op, backend, *converted(call, device="cuda"))
+    served(op, backend, *cast(*call, device="cuda"))
     weights = torch.randn(call[0][0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def gradients(backend, **to):
-        args, kwargs = converted(call, **to)
+        args, kwargs = cast(*call, **to)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         for tensor in tensors:
             tensor.requires_grad_()
@@ -103,10 +93,10 @@ def test_gradient(backend, name, case, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reverse_step(backend, dtype, case):
     call = STEP_CASES[case].inputs(dtype)
-    args, kwargs = converted(call, device="cuda")
+    args, kwargs = cast(*call, device="cuda")
     served(step_op, backend, args, kwargs)
     actual = reverse_step(*args, backend=backend, **kwargs)
-    exact = converted(call, dtype=torch.float64)
+    exact = cast(*call, dtype=torch.float64)
     expected = reverse_step(*exact[0], backend="reference", **exact[1])
     peer = reverse_step(*call[0], backend="reference", **call[1])
     for one, other, truth in zip(actual, peer, expected, strict=True):
@@ -195,7 +185,7 @@ def test_a_captured_step_is_a_sampler(channels_last):
 def test_capture_and_replay(backend, name):
     op, cases = OPS[name]
     case = "cifar10" if "cifar10" in cases else next(iter(cases))
-    args, kwargs = converted(cases[case].inputs(torch.bfloat16), device="cuda")
+    args, kwargs = cast(*cases[case].inputs(torch.bfloat16), device="cuda")
     served(op, backend, args, kwargs)
     expected = FUNCTIONS[name](*args, backend=backend, **kwargs)  # also tunes and compiles
     torch.cuda.synchronize()

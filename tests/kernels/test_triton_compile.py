@@ -16,6 +16,7 @@ if _triton.MISSING is not None or _triton.INTERPRETED:
 
 from triton.backends.compiler import GPUTarget
 
+from helpers.thinning import exhaustive_but
 from helpers.triton_compile import SHARED_MEMORY, recorded_launches, usage
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in SHARED_MEMORY}
@@ -90,17 +91,12 @@ def step_launches():
 LAUNCHES = [*noise_launches(), *step_launches(), *norm_launches(), *attention_launches()]
 
 
-def exhaustive(values, but):
-    """Parameters of which the default run compiles these alone."""
-    return [pytest.param(value, marks=() if value in but else pytest.mark.exhaustive) for value in values]
-
-
 ONE_OF_EACH_KERNEL = list({launch.kernel: launch for launch in reversed(LAUNCHES)}.values())
 
 
-@pytest.mark.parametrize("target", exhaustive(TARGETS, but=["sm_90"]))
+@pytest.mark.parametrize("target", exhaustive_but(TARGETS, default=["sm_90"]))
 @pytest.mark.parametrize(
-    "launch", exhaustive(LAUNCHES, but=ONE_OF_EACH_KERNEL), ids=lambda launch: launch.name
+    "launch", exhaustive_but(LAUNCHES, default=ONE_OF_EACH_KERNEL), ids=lambda launch: launch.name
 )
 def test_fits_the_device(launch, target, tmp_path, record_property):
     used = usage(launch.compile(TARGETS[target]), tmp_path)
@@ -145,7 +141,7 @@ VECTORS = [
 ]
 
 
-@pytest.mark.parametrize("index", exhaustive(range(len(VECTORS)), but=[0]))
+@pytest.mark.parametrize("index", exhaustive_but(range(len(VECTORS)), default=[0]))
 def test_memory_is_read_and_written_in_whole_vectors(index):
     ptx = VECTORS[index].compile(TARGETS["sm_90"]).asm["ptx"]
     assert "ld.global.v4.b32" in ptx

@@ -7,16 +7,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffusion.training.state import read_state
 from diffusion.utils.ranks import Ranks
 from helpers.ranks import PATIENCE, finish, start
-from helpers.training import DATA, PLAIN, make_trainer, run, torchvision_works
-
-
-def state_of(out) -> dict[str, torch.Tensor]:
-    return load_file(out / "state.safetensors")
+from helpers.training import DATA, PLAIN, make_trainer, run, state_of, torchvision_works
 
 
 @pytest.fixture(scope="module")

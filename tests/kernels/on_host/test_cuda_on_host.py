@@ -11,7 +11,8 @@ from diffusion.kernels.ops.reverse_step import native_impl as step
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
 from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
-from helpers.reverse_step import cast, formula
+from helpers.reverse_step import formula
+from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
 pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
@@ -45,8 +46,9 @@ def test_normals(elements):
 @pytest.mark.parametrize("case", STEP_CASES)
 def test_reverse_step(case, dtype):
     args, kwargs = STEP_CASES[case].inputs(dtype)
-    expected = formula(*cast(torch.float64, args, kwargs)[0], **cast(torch.float64, args, kwargs)[1])
-    peer = formula(*cast(torch.float32, args, kwargs)[0], **cast(torch.float32, args, kwargs)[1])
+    exact_args, exact_kwargs = cast(args, kwargs, torch.float64)
+    peer_args, peer_kwargs = cast(args, kwargs, torch.float32)
+    expected, peer = formula(*exact_args, **exact_kwargs), formula(*peer_args, **peer_kwargs)
     aligned = step.arguments(*args, **kwargs)
     for arguments in (aligned, tuple(map(misaligned, aligned))):
         for one, other, truth in zip(OPS.on_host_reverse_step(*arguments), peer, expected, strict=True):

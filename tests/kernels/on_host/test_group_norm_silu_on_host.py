@@ -6,7 +6,8 @@ import torch
 from diffusion.kernels.ops.group_norm_silu import library
 from diffusion.kernels.ops.group_norm_silu.cases import CASES, Case
 from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
-from helpers.group_norm_silu import DTYPES, SMALL, assert_all_close, cast, formula, torch_ops, with_gradients
+from helpers.group_norm_silu import DTYPES, SMALL, assert_all_close, formula, torch_ops, with_gradients
+from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
 # Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.

@@ -14,6 +14,7 @@ from diffusion.kernels.ops.convolution.conv3x3_native import convolution_, multi
 from diffusion.kernels.ops.convolution.packing import PANEL, Packing, choose_packing, pack
 from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 from helpers.native import requires_amx, requires_native
+from helpers.tensors import channels_last
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
@@ -168,11 +169,6 @@ def bounded(map, x, silu=False):
     z = (x.double() - centre) * gain + offset
     z = F.silu(-math.log(2) * z) if silu else z
     return torch.cat([map, 1.001 * z.abs().amax((2, 3)).float()[None]])
-
-
-def channels_last(*shape, seed=0, dtype=torch.float32):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.thinned

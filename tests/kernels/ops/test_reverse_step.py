@@ -12,7 +12,8 @@ from diffusion.kernels.ops.philox import native_impl as philox_native
 from diffusion.kernels.ops.reverse_step import ROW_LENGTH, op
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from helpers.native import every_variant, requires_native
-from helpers.reverse_step import cast, formula
+from helpers.reverse_step import formula
+from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,8 +39,8 @@ BACKENDS = backends()
 def test_value(backend, case, dtype):
     args, kwargs = call(case, dtype)
     actual = reverse_step(*args, backend=backend, **kwargs)
-    exact_args, exact_kwargs = cast(torch.float64, args, kwargs)
-    peer_args, peer_kwargs = cast(torch.float32, args, kwargs)
+    exact_args, exact_kwargs = cast(args, kwargs, torch.float64)
+    peer_args, peer_kwargs = cast(args, kwargs, torch.float32)
     expected = formula(*exact_args, **exact_kwargs)
     peer = formula(*peer_args, **peer_kwargs)
     for one, other, truth in zip(actual, peer, expected, strict=True):
@@ -49,7 +50,7 @@ def test_value(backend, case, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_in_float64(case):
-    args, kwargs = cast(torch.float64, *call(case))
+    args, kwargs = cast(*call(case), torch.float64)
     for one, truth in zip(reverse_step(*args, **kwargs), formula(*args, **kwargs), strict=True):
         assert_close(one, None, truth)
 
@@ -207,7 +208,7 @@ def test_the_cpp_backend_declines_with_a_reason(change, reason):
 
 
 def test_the_reference_is_differentiable():
-    (x, out, row), kwargs = cast(torch.float64, *call("learned_guided"))
+    (x, out, row), kwargs = cast(*call("learned_guided"), torch.float64)
     row = row._replace(clip_x0=math.inf)
     x, out = x[:1, :1, :2, :2].clone(), out[:1, :2, :2, :2].clone()
     kwargs |= {"model_output_uncond": out.flip(1), "sample_ids": [4]}

@@ -6,13 +6,9 @@ import torch.nn.functional as F
 
 from diffusion.kernels.ops.convolution.upsample import upsample_nearest2x_
 from helpers.native import requires_native
+from helpers.tensors import channels_last
 
 pytestmark = requires_native
-
-
-def channels_last(*shape, dtype=torch.float32):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.thinned
