@@ -47,6 +47,7 @@ SOURCES = {
         "csrc/convolution/upsample.cpp",
         "csrc/convolution/weight_gradient.cpp",
         "csrc/group_norm_silu/group_norm_silu.cpp",
+        "csrc/newton_schulz/newton_schulz.cpp",
         "csrc/philox/philox.cpp",
         "csrc/philox/philox_avx2.cpp",
         "csrc/philox/philox_avx512.cpp",
