@@ -9,7 +9,7 @@ from diffusion.kernels import benchmarking
 
 @pytest.fixture(scope="session")
 def comparison():
-    """comparison(op, case name, dtype, device, backward=, peers=): kept while its runs are timed in turn."""
+    """comparison(op, case name, dtype, device, backward=, peers=): one object for all runs timed in turn."""
     kept = {}
 
     def get(name, case, dtype, device, backward=False, peers=None):
@@ -26,7 +26,7 @@ def comparison():
 
 @pytest.fixture
 def timed(benchmark, comparison):
-    """timed(run, op, case name, dtype, device, ...): times a backend or a peer, unless it is wrong."""
+    """timed(run, op, case name, dtype, device, ...): times a backend or a peer if its result is right."""
 
     def time(run, name, case, dtype, device, **options):
         compared = comparison(name, case, dtype, device, **options)
@@ -46,7 +46,7 @@ def timed(benchmark, comparison):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """How many times as fast as each peer what "auto" chose is."""
+    """The speed of the backend chosen by "auto", as a multiple of each peer's."""
     session = getattr(config, "_benchmarksession", None)
     groups = {}
     for timing in session.benchmarks if session else ():

@@ -1,4 +1,4 @@
-"""What each `precision` does to the images of the bundled model: python -m benchmarks.precision.
+"""The effect of each `precision` on the images of the bundled model: python -m benchmarks.precision.
 
 The same images are sampled by plain PyTorch in float32 and in each precision. The result has the
 differences of the images in [-1, 1], the share of digits that an independent classifier reads as asked for,
@@ -23,7 +23,7 @@ WAYS = {"reference": {"backend": "reference"}, "exact": {"precision": "exact"}, 
 
 
 class _Kept:
-    """A model that keeps what it sampled."""
+    """A model that keeps its samples."""
 
     def __init__(self, model: diffusion.DDPM):
         self.model, self.samples = model, []

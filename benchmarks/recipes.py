@@ -91,7 +91,7 @@ def held_out_errors(
 
 @torch.no_grad()
 def gflop_per_image(model: diffusion.DDPM) -> float:
-    """Of one evaluation of the UNet, 1e9 multiplications and additions, by PyTorch's own count."""
+    """GFLOP of one evaluation of the UNet, by PyTorch's own count."""
     config = model.unet.config
     embedding = model.unet.embed(
         torch.zeros(1), None if config.num_classes is None else torch.zeros(1).long()
@@ -149,7 +149,7 @@ def judge(
 
 
 def markdown(rows: list[dict], name: str) -> str:
-    """Two tables: what each average cost and how it is judged, and its errors in v by noise level."""
+    """Two tables: the cost and quality of each average, and its errors in v by noise level."""
 
     def line(cells) -> str:
         return f"| {' | '.join(cells)} |"
@@ -181,14 +181,19 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of `diffusion train`")
     add("--data", required=True, help="held-out images: a folder or zip, with a folder for each class")
-    add("--images", type=int, default=1000, help="of these, for the errors (default: %(default)s)")
+    add(
+        "--images",
+        type=int,
+        default=1000,
+        help="number of held-out images for the errors (default: %(default)s)",
+    )
     add("--reference", required=True, help="images that samples are compared with: a folder or zip")
-    add("--features", required=True, help="as of `diffusion evaluate`, such as a classifier's folder")
+    add("--features", required=True, help="--features of `diffusion evaluate`, such as a classifier's folder")
     add("--num", type=int, default=1000, help="samples of each model; 0: no distance (default: %(default)s)")
     add("--sampler", default="dpm++", help="(default: %(default)s)")
     add("--steps", type=int, default=20, help="(default: %(default)s)")
-    add("--cache", help="folder of decoded images, as of `diffusion train`")
-    add("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add("--cache", help="folder of decoded images, --cache of `diffusion train`")
+    add("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     args = parser.parse_args(arguments)
     try:
         if args.json:

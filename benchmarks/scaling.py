@@ -60,7 +60,7 @@ def main() -> None:
     add("--num", type=int, default=1000)
     add("--shard-size", type=int, default=100)
     add("--steps", type=int, default=20)
-    add("--rounds", type=int, default=3, help="of all counts in turn; the medians are told (default: 3)")
+    add("--rounds", type=int, default=3, help="rounds over all counts; medians are printed (default: 3)")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     options = ["--shard-size", str(args.shard_size), "--steps", str(args.steps)]

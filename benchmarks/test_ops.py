@@ -34,7 +34,7 @@ def diffusers_step(case, x, model_output, row, *, model_output_uncond, **options
 
 
 def diffusers_step_(case, x, model_output, table, counter, *, model_output_uncond, unet_input, **options):
-    """What the next call of a UNet reads is made too, as a pipeline does."""
+    """The step, and the input of the UNet's next call, as a pipeline makes it."""
     x, _ = guided_step(case.case.row, x, model_output, model_output_uncond)
     return torch.cat([x] * (len(unet_input) // len(x)))
 

@@ -1,4 +1,4 @@
-"""Training steps against other loops on the same network, images and batch: python -m benchmarks.training.
+"""Training steps beside other loops on the same network, images and batch: python -m benchmarks.training.
 
 This package's trainer, in float32 and in bfloat16, with one average, as diffusers' loop has; the loop of an
 educational repository, juraam/stable-diffusion-from-scratch (plain PyTorch: no averaged weights, no
@@ -33,7 +33,7 @@ Step = Callable[[], float]  # trains on one batch and returns its loss
 
 
 def batches(pair, size: int):
-    """Images of noise, uint8, and labels: what is timed does not depend on them."""
+    """Images of noise, uint8, and labels; the time does not depend on their values."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8 * size, *pair.shape), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, 10, (len(images),), generator=generator)
@@ -81,7 +81,7 @@ def plain(pair, size: int, device: str) -> Step:
 
 
 def of_diffusers(pair, size: int, device: str, autocast: torch.dtype | None) -> Step:
-    """As diffusers' example for unconditional generation trains, with labels."""
+    """The loop of diffusers' example for unconditional generation, with labels."""
     unet = copy.deepcopy(pair.theirs).to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     average = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True)

@@ -1,4 +1,4 @@
-"""How fast recipes train on one CPU thread, and how near to the processor's rate of matrix products:
+"""Speed of training recipes on one CPU thread, as a share of the processor's rate of matrix products:
 python -m benchmarks.training_speed RECIPE [RECIPE ...] [--set FIELD=VALUE].
 
 Times are CPU seconds of this process, the least of several steps, so that other work on the machine counts
@@ -36,7 +36,7 @@ def cpu_seconds(run: Callable[[], object], times: int) -> float:
 
 
 def matrix_rate(dtype: torch.dtype, times: int = 5) -> float:
-    """FLOP per CPU second of PyTorch's product of two square matrices, of the size at which it is fastest."""
+    """FLOP per CPU second of PyTorch's product of two square matrices, of the size with the highest rate."""
     rates = []
     for size in SIZES:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -45,7 +45,7 @@ def matrix_rate(dtype: torch.dtype, times: int = 5) -> float:
 
 
 def trainer_of(name: str, changes: list[str], autocast: torch.dtype | None) -> Trainer:
-    """A run of a recipe by name or file, on images of noise: the time does not depend on them."""
+    """A run of a recipe by name or file, on noise, because the time does not depend on the images."""
     recipe = changed(load_recipe(name), changes)
     config, count = recipe.unet, BATCHES * recipe.batch_size
     size = config["sample_size"]
@@ -57,7 +57,7 @@ def trainer_of(name: str, changes: list[str], autocast: torch.dtype | None) -> T
 
 
 def measure(name: str, changes: list[str], autocast: torch.dtype | None, steps: int) -> dict[str, float]:
-    """Of a step: its CPU seconds, images per CPU second, FLOP of an image, and FLOP per CPU second."""
+    """The CPU seconds of a step, images per CPU second, FLOP of an image, and FLOP per CPU second."""
     trainer = trainer_of(name, changes, autocast)
     for _ in range(WARM_UP):
         trainer.train_step()
@@ -74,7 +74,12 @@ def main() -> None:
     add(
         "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the processor multiplies it"
     )
-    add("--steps", type=int, default=10, help="that are timed, the least counting (default: %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=10,
+        help="number of timed steps; the fastest counts (default: %(default)s)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     default = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"

@@ -33,10 +33,14 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
-    parser.add_argument("--seconds", type=float, default=520.0, help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=520.0, help="limit of the whole run (default: %(default)s)"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of wheels to use, such as diffusers 0.42.1's")
     parser.add_argument("--parts", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
-    parser.add_argument("--dry-run", action="store_true", help="small, on the CPU, to test the script itself")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run all parts small and on the CPU, to test the script itself"
+    )
     args = parser.parse_args(words)
     if not args.seconds > 0:
         parser.error(f"argument --seconds: {args.seconds} is not a time; give seconds above 0")

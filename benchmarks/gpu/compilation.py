@@ -18,7 +18,7 @@ def jobs(run: Run) -> list[Job]:
 
 
 def compiled(run: Run) -> list[tuple[str, int]]:
-    """Modes of torch.compile and batches, the most telling first."""
+    """Modes of torch.compile and batches, the most important first."""
     batches = (2,) if run.dry_run else (512, 1, 64)
     return [(mode, n) for mode in ("default", "max-autotune-no-cudagraphs") for n in batches]
 

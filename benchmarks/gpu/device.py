@@ -16,7 +16,7 @@ MEMORY = 6 << 30  # bytes that the buffers of one comparison may take
 
 
 def calls_beyond_cache(nbytes: int, largest: int = CALLS[1]) -> tuple[int, bool]:
-    """How many calls with buffers of their own, of nbytes each, and whether those exceed the cache twice."""
+    """Number of calls with own buffers of nbytes each, and whether they exceed twice the cache."""
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     wanted = math.ceil(2 * cache / nbytes) + 1
     count = max(1, min(max(CALLS[0], wanted), largest, MEMORY // nbytes))
@@ -24,7 +24,7 @@ def calls_beyond_cache(nbytes: int, largest: int = CALLS[1]) -> tuple[int, bool]
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A graph of `run`, which has to be capturable: an error here leaves a process that can do no more.
+    """A graph of `run`. An error during capture leaves the process unusable.
 
     What `run` returns is kept until it is captured, so that its parts lie in memory of their own.
     """
@@ -41,7 +41,7 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
-    """Median time of a replay, of several in a row, so that no launch from the host is in it."""
+    """Median time of a replay among several in a row, so that it contains no launch from the host."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 3)]
     for event in events:
         graph.replay()
@@ -56,13 +56,13 @@ def intervals(events: Sequence[torch.cuda.Event]) -> list[float]:
 
 
 def call_seconds(function: Callable[..., Any], calls: Sequence[tuple[tuple, dict]]) -> float:
-    """Time of one call, in a graph of a call on each of these arguments."""
+    """Time of one call, from a graph with one call for each of these arguments."""
     graph = capture(lambda: [function(*args, **kwargs) for args, kwargs in calls])
     return replay_seconds(graph) / len(calls)
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of copies that no cache holds."""
+    """Bytes a second, read and written, of copies larger than the cache."""
     size = 1 << 27 if torch.cuda.mem_get_info()[0] > 16 << 30 else 1 << 20  # float32 numbers
     where = torch.cuda.current_device()
     calls = [(tuple(torch.randn(size, device=where) for _ in range(2)), {}) for _ in range(4)]
@@ -70,21 +70,21 @@ def copy_bandwidth() -> float:
 
 
 class Watched:
-    """The graphs that were captured, and when each replay of them ended."""
+    """The captured graphs, and the end of each of their replays."""
 
     def __init__(self):
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.events: list[torch.cuda.Event] = []
 
     def step_seconds(self) -> float | None:
-        """Median time from the end of one replay to that of the next, where there are three."""
+        """Median time from the end of one replay to that of the next, if there are at least three."""
         if len(self.events) < 3:
             return None
         torch.cuda.synchronize()
         return statistics.median(intervals(self.events))
 
     def nodes(self) -> tuple[list[int], str | None]:
-        """How many nodes each graph has, by the driver; or none, and why."""
+        """The number of nodes of each graph, by the driver; or none, with the reason."""
         try:
             return [node_count(graph) for graph in self.graphs], None
         except (OSError, RuntimeError, AttributeError) as error:
@@ -103,7 +103,7 @@ def node_count(graph: torch.cuda.CUDAGraph) -> int:
 
 @contextmanager
 def watched_graphs() -> Iterator[Watched]:
-    """Watches all graphs that are captured within. They are kept, so that their nodes can be counted."""
+    """Records all graphs captured within the context, and keeps them, so that their nodes can be counted."""
     watched, original = Watched(), torch.cuda.CUDAGraph
 
     class Graph(original):

@@ -1,4 +1,4 @@
-"""What the figures depend on: the device, its clocks, and the versions of what is used."""
+"""The conditions of the figures: the device, its clocks, and the versions of all packages."""
 
 import importlib.metadata
 import importlib.util

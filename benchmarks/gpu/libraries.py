@@ -1,4 +1,4 @@
-"""The compiled libraries: those in kernels/ if they are of these sources and load, else built here."""
+"""The compiled libraries: those in kernels/ if they load and match the sources, else built here."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def jobs(run: Run) -> list[Job]:
 
 
 def state() -> dict[str, Any]:
-    """What is built and loaded, and whether it was built from the sources beside it."""
+    """The libraries that are loaded, and whether they were built from the sources beside them."""
     from diffusion.kernels import _native
 
     record = _native._read_record(_native.FOLDER)
@@ -27,7 +27,7 @@ def state() -> dict[str, Any]:
 
 
 def reason_to_build(found: dict[str, Any]) -> str | None:
-    """Why the libraries must be built here, or None."""
+    """The reason to build the libraries here, or None."""
     if found["build"]["cuda"] != "loaded":
         return found["build"]["cuda"]
     return None if found["of_these_sources"] else "the libraries were built from other sources"
@@ -51,7 +51,7 @@ def load(run: Run) -> None:
 
 
 def _state_in_a_process() -> dict[str, Any]:
-    """What a new process loads; one that cannot even begin has loaded nothing."""
+    """The libraries that a new process loads; none if the process fails to start."""
     result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True)
     print(result.stdout, result.stderr, flush=True)
     if result.returncode:

@@ -84,7 +84,7 @@ def jobs(run: Run) -> list[Job]:
 
 
 def problems(dry_run: bool) -> list[Problem]:
-    """In a dry run one of a kind, but all of them are made once with fake tensors on a CUDA device."""
+    """In a dry run, one case of each kind; all cases are called once with fake tensors on a CUDA device."""
     real = [
         *(step(batch) for batch in STEP_BATCHES),
         *(attend(batch, *sizes) for sizes in ATTENTION for batch in BATCHES),
@@ -98,7 +98,7 @@ def problems(dry_run: bool) -> list[Problem]:
 
 
 def rehearse(problem: Problem) -> None:
-    """Calls it in plain PyTorch on tensors that have a device, shapes and layouts, and no memory."""
+    """Calls the reference on fake tensors: device, shapes and layouts without memory."""
     with FakeTensorMode():
         args, kwargs = problem.call("cuda", torch.bfloat16)
         if problem.op != "reverse_step_":  # the reference reads its row on the host
@@ -137,7 +137,7 @@ def attend(batch: int, positions: int, width: int) -> Problem:
 
 
 def step(batch: int, side: int = 32) -> Problem:
-    """The step that a captured chain takes, guided, on what a network in channels_last puts out."""
+    """The guided step of a captured graph, on the output of a network in channels_last."""
 
     def call(where: Any, dtype: torch.dtype) -> Call:
         def last(count: int) -> torch.Tensor:
@@ -175,7 +175,7 @@ def output_is_wrong(problem: Problem, call: Call, backend: str) -> str | None:
 
 
 def step_is_wrong(problem: Problem, call: Call, backend: str) -> str | None:
-    """The same noise is drawn by every backend, to the last bits."""
+    """Every backend draws the same noise, to the last bits."""
     (x, output, table, _), options = call
     results = []
     for chosen in (backend, "reference"):
@@ -218,7 +218,7 @@ def compare(run: Run, problem: Problem, backend: str) -> None:
 
 
 def _refusal(peer: Callable[..., Any], call: Call) -> str | None:
-    """Why PyTorch has no such kernel for these arguments; asked before anything is captured."""
+    """The reason why PyTorch has no such kernel for these arguments; asked before any capture."""
     try:
         peer(*call[0], **call[1])
     except RuntimeError as error:

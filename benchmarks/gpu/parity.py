@@ -28,7 +28,7 @@ def jobs(run: Run) -> list[Job]:
 
 
 class Reporter:
-    """Of pytest: writes failures as they come, and how many tests passed, were skipped or failed."""
+    """A pytest plugin: writes each failure at once, and the numbers of passed, skipped and failed tests."""
 
     def __init__(self, run: Run):
         self.run, self.counts, self.reasons = run, Counter(), Counter()
@@ -56,7 +56,7 @@ class Reporter:
 
 
 def _reason(report: Any) -> str:
-    """In a line: why a test was skipped, or where and how it failed."""
+    """One line: the reason why a test was skipped, or the place and error of its failure."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])[:300]
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -1,4 +1,4 @@
-"""What the jobs of a part are given, and how they say that something is wrong."""
+"""The arguments of the jobs of a part, and the exception that reports a wrong result."""
 
 import traceback
 from collections.abc import Callable
@@ -11,11 +11,11 @@ Job = tuple[str, Callable[[], None]]
 
 
 class Finding(Exception):
-    """Something is wrong, such as a result, and the device is well."""
+    """A job failed, for example by a wrong result, but the device is still usable."""
 
 
 class Run:
-    """What the jobs of a part are given.
+    """The arguments of the jobs of a part.
 
     device: "cuda", or "cpu" in a dry run, in which everything is small. record: writes a result.
     """
@@ -35,5 +35,5 @@ class Run:
         self.record(error=f"{kind}{lines[0][:300]}")
 
     def results(self, part: str) -> list[dict[str, Any]]:
-        """What a part has written so far."""
+        """The results that a part has written so far."""
         return [row for row in results.read(self.out / "gpu.jsonl") if row.get("part") == part]

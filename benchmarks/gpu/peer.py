@@ -1,4 +1,4 @@
-"""diffusers on the same network in bfloat16, channels_last: as it is, in a CUDA graph, and compiled, in one.
+"""diffusers on the same network in bfloat16, channels_last: eager, in a CUDA graph, and compiled in a graph.
 
 Its sampler, DDIMScheduler, runs as its pipelines run it. Each network is also timed alone.
 """
@@ -67,7 +67,7 @@ def inputs(run: Run, images: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 class Replayed:
-    """A network in a CUDA graph with inputs of its own, which each call overwrites."""
+    """A network in a CUDA graph. Each call overwrites the inputs of the graph."""
 
     def __init__(self, run: Run, evaluate: Evaluate, images: int):
         self.inputs = inputs(run, images)

@@ -1,4 +1,4 @@
-"""Processes that end with all their children, and of whose output the beginning and the end are kept."""
+"""Processes that end with all their children. The beginning and the end of their output are kept."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ MARK = "FUSED_DIFFUSION_PART"  # the environment variable by which a part's proc
 
 
 class Process:
-    """A process in a session of its own. It is read and watched by `poll`, which never waits."""
+    """A process in a session of its own. `poll` reads its output and never waits."""
 
     def __init__(
         self, command: list[str], environment: dict[str, str], folder: Path, main: Callable | None = None
     ):
-        """folder: where it runs. main: is forked and given the command, instead of running the command."""
+        """folder: the working directory. main: called with the command in a fork, instead of running it."""
         self._mark, self._head, self._tail, self.size = uuid.uuid4().hex, b"", b"", 0
         environment = environment | {MARK: self._mark}
         self._output, write = os.pipe()
@@ -44,7 +44,7 @@ class Process:
         self.cpu = 0.0  # seconds, of its children too, once it has ended
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """The exit status, negative for a signal; None while the process runs."""
         self._read()
         if self.status is None:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
@@ -59,14 +59,14 @@ class Process:
         return self.status
 
     def stop(self) -> None:
-        """Kills it and whatever it has started."""
+        """Kills the process and all its descendants."""
         self._kill_group()
         end = time.monotonic() + 10
         while self.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
 
     def output(self) -> str:
-        """What it printed; in the middle of very much, a line says how much is missing."""
+        """Its output; in a very long one, a line in the middle says how much is left out."""
         missing = self.size - len(self._head) - len(self._tail)
         cut = f"\n... {missing} bytes ...\n".encode() if missing else b""
         return (self._head + cut + self._tail).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""JSON lines, appended as results come, so that what was measured outlives whatever comes after it."""
+"""JSON lines, appended one result at a time, so that results survive a later crash."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def append(path: Path, **values: Any) -> None:
-    """One line, in one write, so that processes do not mix theirs."""
+    """Appends one line in one write, so that lines of several processes do not mix."""
     line = json.dumps(values, default=str) + "\n"
     with open(path, "rb+" if path.exists() else "wb+") as file:
         size = file.seek(0, os.SEEK_END)
@@ -22,7 +22,7 @@ def append(path: Path, **values: Any) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; none where there is no file."""
+    """All complete lines; none if there is no file."""
     if not path.exists():
         return []
     rows = []

@@ -38,7 +38,7 @@ class Part:
 
 @dataclass
 class Attempt:
-    """A part that is being run. seconds: that it may take. failures: what went wrong, a line each."""
+    """A part while it runs. seconds: its limit. failures: one line for each failure."""
 
     part: Part
     seconds: float
@@ -156,7 +156,7 @@ class Runner:
         attempt.process = Process(command, self.environment, ROOT, self.fork)
 
     def _finish(self, attempt: Attempt) -> bool:
-        """Watches a part to its end, and writes its status."""
+        """Waits for a part to end, and writes its status."""
         while self._watch(attempt):
             if self.behind is not None and self.behind is not attempt:
                 self._watch(self.behind)
@@ -168,7 +168,7 @@ class Runner:
         return passed
 
     def _watch(self, attempt: Attempt) -> bool:
-        """One look at a part: whether it goes on. After a job that failed it does, with the next one."""
+        """Polls a part once: whether it goes on. After a failed job it does, with the next one."""
         if attempt.over:
             return False
         process, now = attempt.process, time.monotonic()
@@ -210,7 +210,7 @@ class Runner:
             return None
 
     def _take_errors(self, attempt: Attempt) -> None:
-        """What its workers wrote about jobs that failed."""
+        """The messages of its workers about failed jobs."""
         name = attempt.part.name
         rows = [row for row in results.read(self.file) if row.get("part") == name and "error" in row]
         for row in rows[attempt.errors :]:
@@ -218,7 +218,7 @@ class Runner:
         attempt.errors = len(rows)
 
     def _keep(self, attempt: Attempt) -> None:
-        """What its process printed and used."""
+        """The output of its process, and the resources used."""
         attempt.cpu += attempt.process.cpu
         with open(self.log, "a") as file:
             file.write(f"==== {attempt.part.name}, from job {attempt.start}\n{attempt.process.output()}\n")

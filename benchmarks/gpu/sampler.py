@@ -51,7 +51,7 @@ def _sample(model, precision: str, guidance: float, count: int, steps: int) -> t
 
 
 def measure(run: Run, model, precision: str, guidance: float, count: int, steps: int) -> None:
-    """The model lets go of what it kept from the job before when it takes up a single image."""
+    """Measures one configuration; sampling a single image first frees the buffers of the job before."""
     sample = partial(_sample, model, precision, guidance, count, steps)
     _sample(model, precision, 1.0, 1, 1)
     gc.collect()
@@ -78,7 +78,7 @@ def measure(run: Run, model, precision: str, guidance: float, count: int, steps:
 
 
 def kernels(run: Run, model, precision: str, guidance: float, count: int, steps: int) -> None:
-    """What the device ran in a call whose graphs were captured before, by name."""
+    """The kernels that the device ran in a call whose graphs were captured before, by name."""
     sample = partial(_sample, model, precision, guidance, count, steps)
     sample()
     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ backend = "cuda" if device == "cuda" else "auto"
 
 
 def normal(*shape: int, dtype: torch.dtype, last: bool = False) -> torch.Tensor:
-    """Drawn on the host, so that no kernels of PyTorch's are checked for it."""
+    """Random numbers drawn on the host, so that the sanitizer checks no kernels of PyTorch."""
     x = torch.randn(shape).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     return x.to(device).requires_grad_()

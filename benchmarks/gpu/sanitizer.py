@@ -16,7 +16,7 @@ def jobs(run: Run) -> list[Job]:
 
 
 def check(run: Run, tool: str) -> None:
-    """Fails where the tool reports anything, or cannot run here."""
+    """Fails if the tool reports anything, or cannot run here."""
     command = [sys.executable, "-m", "benchmarks.gpu.sanitized", run.device]
     if not run.dry_run:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

@@ -11,7 +11,7 @@ import torch
 
 
 def preload() -> None:
-    """Imports what the parts need, once for all processes that are forked."""
+    """Imports the modules of all parts once, before the processes are forked."""
     import diffusers  # noqa: F401
     import pytest  # noqa: F401
 

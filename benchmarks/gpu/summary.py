@@ -1,4 +1,4 @@
-"""What a run found, in at most 60 lines and 8,000 characters: failures first, then figures."""
+"""The summary of a run, in at most 60 lines and 8,000 characters: failures first, then figures."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def text(rows: list[Row]) -> str:
-    """Of the lines of gpu.jsonl."""
+    """The summary of the lines of gpu.jsonl."""
     parts = {name: [row for row in rows if row.get("part") == name] for name in _names(rows)}
     lines = [_clipped(line) for section in SECTIONS for line in _of(section, parts)]
     if len(lines) > LINES:
@@ -18,7 +18,7 @@ def text(rows: list[Row]) -> str:
 
 
 def _of(section: Callable[[dict[str, list[Row]]], list[str]], parts: dict[str, list[Row]]) -> list[str]:
-    """A section's lines; results that it cannot read cost no other section."""
+    """A section's lines; unreadable results of one section do not affect the others."""
     try:
         return section(parts)
     except Exception as error:
@@ -78,7 +78,7 @@ def _failures(parts: dict[str, list[Row]]) -> list[str]:
 
 
 def _ops(parts: dict[str, list[Row]]) -> list[str]:
-    """A line for each op and shape but the batch: us, share of a copy's bandwidth, and the best peer."""
+    """A line for each op and shape, batches together: us, share of a copy's bandwidth, and the best peer."""
     rows = parts.get("ops", [])
     copies = _with(rows, "bytes_per_second")
     if not copies:

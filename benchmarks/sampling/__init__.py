@@ -1,1 +1,1 @@
-"""Whole chains against what one would use instead: python -m benchmarks.sampling."""
+"""Sampling beside the alternatives of a user: python -m benchmarks.sampling."""

@@ -1,4 +1,4 @@
-"""Times sampling against what one would use instead, and writes JSON and a report with plots.
+"""Times sampling beside the alternatives of a user, and writes JSON and a report with plots.
 
 A peer whose images differ is not timed. Ratios are of medians of runs that take turns in one process, a new
 one for each comparison.
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """One comparison, in a process of its own; on the CPU with what a step of each precision is spent on."""
+    """One comparison, in a process of its own; on the CPU also the parts of a step's time."""
     model, count, guidance = args.compare[0], int(args.compare[1]), float(args.compare[2])
     pair = make(model, args.size)
     rows = timing.compare(pair, count, guidance, args.device, args.peers, args.seconds)
@@ -94,7 +94,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def count_steps(args: argparse.Namespace) -> dict:
-    """How a call's time grows with the steps, for one image."""
+    """The time of a call by its number of steps, for one image."""
     pair = make(args.count_steps)
     times = timing.by_steps(pair, 1, args.device, args.peers, COUNTED_STEPS, args.seconds)
     return {"model": pair.name, "steps": COUNTED_STEPS, "seconds": times}
@@ -118,20 +118,25 @@ def main() -> None:
     add("--device", default=default, choices=["cpu", "cuda"])
     add("--models", nargs="+", default=["cifar10", "mnist"], choices=["cifar10", "mnist"])
     add("--peers", nargs="+", default=list(peers.PEERS), choices=list(peers.PEERS))
-    add("--batches", nargs="+", type=int, help="(default: 1 8, and 64 on a GPU)")
-    add("--growth", nargs="*", type=pair_of_numbers, help="image size x batch, such as 64x4")
+    add("--batches", nargs="+", type=int, help="batch sizes (default: 1 8, and 64 on a GPU)")
+    add(
+        "--growth",
+        nargs="*",
+        type=pair_of_numbers,
+        help="image sizes and batches for the growth of a step, such as 64x4",
+    )
     add("--seconds", type=float, default=60.0, help="for each comparison (default: %(default)s)")
     add(
         "--memory",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="peak memory of the largest batch, in processes of their own",
+        help="measure the peak memory of the largest batch, in processes of their own",
     )
     add(
         "--out",
         type=Path,
         default=Path(__file__).parent.parent / "results",
-        help="folder (default: %(default)s)",
+        help="folder for the results (default: %(default)s)",
     )
     add(
         "--plot",
@@ -140,7 +145,7 @@ def main() -> None:
         metavar=("RESULT.json", "PICTURE"),
         help="measure nothing: draw README's plot from an earlier result",
     )
-    add("--compare", nargs=3, help=argparse.SUPPRESS)  # these four are for processes that this one starts
+    add("--compare", nargs=3, help=argparse.SUPPRESS)  # these four are for the processes that this one starts
     add("--count-steps", help=argparse.SUPPRESS)
     add("--size", type=int, help=argparse.SUPPRESS)
     add("--measure-memory", nargs=4, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""What is timed: each samples `count` images in a number of DDIM steps, from the same initial noise."""
+"""The ways of sampling that are timed: `count` images by DDIM, from the same initial noise."""
 
 import copy
 import tempfile
@@ -36,7 +36,7 @@ def ours(pair: Pair, count: int, guidance: float, device: str, **options) -> Sam
 def looped(
     evaluate: Callable, pair: Pair, count: int, guidance: float, device: str, dtype: torch.dtype
 ) -> Sample:
-    """diffusers' scheduler around evaluate(x, timesteps, labels), as its pipelines do it."""
+    """Samples by evaluate(x, timesteps, labels) and diffusers' scheduler, as its pipelines do."""
     noise = initial_noise(pair, count).to(device)
     wanted, betas = labels(count).to(device), pair.ours.schedule.betas.numpy()
     if guidance != 1:
@@ -63,7 +63,7 @@ def looped(
 
 
 def of_diffusers(pair: Pair, count: int, guidance: float, device: str, best: bool) -> Sample:
-    """As it comes, or at its best: bfloat16, channels_last, torch.compile(mode="max-autotune")."""
+    """diffusers as it comes, or at its best: bfloat16, channels_last, torch.compile(mode="max-autotune")."""
     model, dtype = copy.deepcopy(pair.theirs).to(device), torch.float32
     if best:
         dtype = torch.bfloat16
@@ -87,7 +87,7 @@ class _Exported(torch.nn.Module):
 
 
 def export(pair: Pair, images: int, folder: Path) -> Path:
-    """The network for a fixed number of images, as ONNX."""
+    """Exports the network as ONNX, for a fixed number of images."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{pair.name}-{pair.shape[-1]}-{images}.onnx"
     if not path.exists():

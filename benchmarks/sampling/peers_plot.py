@@ -1,4 +1,4 @@
-"""The plot of README.md: a step's time for each way of sampling, from a result that was measured before."""
+"""The plot of README.md: a step's time for each way of sampling, from an earlier result."""
 
 import json
 from pathlib import Path

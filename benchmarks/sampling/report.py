@@ -1,4 +1,4 @@
-"""What was measured, as tables, Markdown and plots."""
+"""The measurements as tables, Markdown and plots."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def markdown(result: dict, plots: list[Path]) -> str:
 
 
 def draw(result: dict, folder: Path, stem: str) -> list[Path]:
-    """Bars of every comparison, and how a step grows with batch and image size. Needs matplotlib."""
+    """Draws bars of every comparison, and a step's time by batch and image size. Needs matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -158,7 +158,7 @@ def draw(result: dict, folder: Path, stem: str) -> list[Path]:
 
 
 def write(result: dict, folder: Path, device: str) -> list[Path]:
-    """JSON, Markdown and plots, named after the device."""
+    """Writes JSON, Markdown and plots, named after the device."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = (
         f"sampling-{slug(result['device'])}-{result['threads']}"

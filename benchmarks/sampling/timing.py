@@ -1,4 +1,4 @@
-"""Times, interleaved in one process: everything that is compared slows down alike on a busy machine."""
+"""Interleaved timing in one process, so that a busy machine slows all candidates alike."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def matrix_rate(dtype: torch.dtype, device: str, sizes: Sequence[int] = (1024, 2
 def compare(
     pair: Pair, count: int, guidance: float, device: str, names: list[str], budget: float
 ) -> dict[str, dict[str, Any]]:
-    """Each peer's cost of a step and of a call, in seconds; or why it is not timed, under "reason"."""
+    """Seconds of a step and of a call of each peer; or, under "reason", the reason why it is not timed."""
     rows, samples = {}, {}
     expected = peers.of_diffusers(pair, count, guidance, device, best=False)(STEPS[0])
     for name in names:
@@ -98,7 +98,7 @@ def compare(
 
 
 def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int = 7) -> dict[str, float]:
-    """Seconds of one step on the CPU, by what they are spent on; medians of a few rounds.
+    """Seconds of one step on the CPU, by kind of op; medians of a few rounds.
 
     "convolution", "norm", "attention" and "rest" are of the network's calls one by one, "step" of the reverse
     step. "chain" is from one evaluation of the network to the next in a call of `sample`, and "network" what
@@ -133,7 +133,7 @@ def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int =
 
 @contextmanager
 def _timed_evaluations() -> Iterator[list[tuple[float, float]]]:
-    """When each evaluation begins and ends, of the networks that are prepared within, also later."""
+    """Records the begin and end of each evaluation of the networks that are planned within the context."""
     spans, denoise = [], PreparedUNet.denoise
 
     def timed(*args) -> torch.Tensor:
@@ -152,7 +152,7 @@ def _timed_evaluations() -> Iterator[list[tuple[float, float]]]:
 def by_steps(
     pair: Pair, count: int, device: str, names: Sequence[str], steps: Sequence[int], budget: float
 ) -> dict[str, list[float]]:
-    """Seconds of whole calls of each peer, for each number of steps."""
+    """Seconds of a whole call of each peer, for each number of steps."""
     samples = {name: peers.PEERS[name][0](pair, count, 1.0, device) for name in names}
     runs = {(name, n): partial(sample, n) for name, sample in samples.items() for n in steps}
     times = medians(runs, device, budget)
@@ -166,7 +166,7 @@ def _reverse_step(pair: Pair, count: int, table, output) -> Callable[[], None]:
 
 
 def in_a_process(*words: object) -> Any:
-    """What `python -m benchmarks.sampling` prints as JSON; None if it fails.
+    """The JSON that `python -m benchmarks.sampling` prints; None if it fails.
 
     What one comparison leaves behind, such as threads and cut-up memory, slowed the next by up to a half.
     """
@@ -176,7 +176,7 @@ def in_a_process(*words: object) -> Any:
 
 
 def peak_memory() -> int | None:
-    """Bytes, the most that this process has held so far; not what the one held that it was forked from."""
+    """Largest memory of this process so far, in bytes, without that of the process it was forked from."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
