@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.native import requires_native
 from helpers.paths import ROOT
 
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
@@ -65,6 +66,7 @@ def test_cifar10s_network_is_ddpms():
     assert pair.flops == pytest.approx(12.4e9, rel=0.01)  # the network's 12.2e9 and its time embedding
 
 
+@requires_native
 def test_the_parts_of_a_step(pair):
     spent = timing.parts(pair, 2, 2.0, "exact", rounds=3)
     assert set(spent) == {*report.PARTS, "network", "chain"}
