@@ -65,31 +65,31 @@ def markdown(result: dict, plots: list[Path]) -> str:
         f"{result['threads']} threads; {result['build'].get('simd', 'no compiled kernels')}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + f". PyTorch multiplies large matrices at {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
-        f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. A peer's share of that counts the FLOPs of direct "
-        "convolutions, of which Winograd's algorithm needs fewer; with AMX `exact` multiplies numbers of "
-        "three bytes, six products of bytes for one. `exact` is 2x means that it takes half the "
-        "time. A step is one of DDIM; guided steps evaluate the network on twice the images. Made by "
-        "`python -m benchmarks.sampling`.",
+        f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. The shares of these rates count the FLOPs of direct "
+        "convolutions; Winograd's algorithm needs fewer, and with AMX `exact` computes six products of bytes "
+        "instead of one of float32. In the last columns, `2x` means that `exact` or `fast` takes half of the "
+        "row's time. A step is one of DDIM; guided steps evaluate the network on twice the images. "
+        "Made by `python -m benchmarks.sampling`.",
     ]
     keys = dict.fromkeys((row["model"], row["mode"], row["batch"]) for row in result["chains"])
     for key in keys:
         group = [row for row in result["chains"] if (row["model"], row["mode"], row["batch"]) == key]
         lines += ["", f"## {key[0]}, {key[1]}, batch {key[2]}", "", *_chain_table(result, group)]
     if result["parts"]:
-        lines += ["", "## What a step is spent on, in ms", ""]
-        lines += ["| | " + " | ".join(PARTS) + " | network | chain | engine |"]
+        lines += ["", "## Parts of a step, in ms", ""]
+        lines += ["| | " + " | ".join(PARTS) + " | network | interval | outside |"]
         lines += ["|---" * (len(PARTS) + 4) + "|"]
         for row in result["parts"]:
             spent = row["seconds"]
             values = [f"{1e3 * spent.get(part, 0):.2f}" for part in (*PARTS, "network", "chain")]
             name = f"{row['model']}, {row['mode']}, batch {row['batch']}, {row['precision']}"
-            engine = (spent["chain"] - spent["network"]) / spent["chain"]
-            lines.append(f"| {name} | {' | '.join(values)} | {engine:.1%} |")
+            outside = (spent["chain"] - spent["network"]) / spent["chain"]
+            lines.append(f"| {name} | {' | '.join(values)} | {outside:.1%} |")
         lines += [
             "",
-            "The network's calls one by one, and the reverse step; then, within a call of `sample`, an "
-            "evaluation of the network, the time from one to the next, and what of that is not the network: "
-            "the engine's own share.",
+            "The first columns are the network's calls by kind of op and the reverse step, each timed alone. "
+            "The last three are measured within a call of `sample`: one evaluation of the network, the "
+            "interval from one evaluation to the next, and the share of this interval outside the network.",
         ]
     if result["steps"]:
         counted = result["steps"]
