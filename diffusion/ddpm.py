@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from . import importers, kernels
 from .inference import loop
-from .inference.backbone import NetworkCache, explain, mixed_dtypes, own_dtype
+from .inference.buffers import Batch, Noise
+from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype
 from .models.structure import config_of
 from .models.unet import UNet
 from .process.bound import VARIANCES, variational_bound_terms
@@ -93,7 +94,7 @@ class DDPM(nn.Module):
             _check_options(sampler, typed(f"sampler_options[{sampler!r}]", options, dict))
             _check_values(sampler, options)
         self.metadata = dict(typed("metadata", {} if metadata is None else metadata, dict))
-        self._networks = NetworkCache()
+        self._denoisers = DenoiserCache()
 
     @property
     def num_classes(self) -> int | None:
@@ -183,7 +184,7 @@ class DDPM(nn.Module):
         seed: int = 0,
         sample_ids: Sequence[int] | torch.Tensor | None = None,
         batch_size: int | None = None,
-        noise: loop.Noise | None = None,
+        noise: Noise | None = None,
         backend: str = "auto",
         precision: str = "exact",
         dtype: str | torch.dtype | None = None,
@@ -265,7 +266,7 @@ class DDPM(nn.Module):
             with _Progress(len(ids), len(table), progress) as bar:
                 while start < len(ids):
                     part = slice(start, min(start + size, len(ids)))
-                    batch = loop.Batch(
+                    batch = Batch(
                         labels=None if labels is None else labels[part].to(place),
                         sample_ids=ids[part],
                         seed=seed,
@@ -352,7 +353,7 @@ class DDPM(nn.Module):
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
 
-    def _affordable_batch(self, network: loop.Network, guided: bool) -> int:
+    def _affordable_batch(self, network: Denoiser, guided: bool) -> int:
         """MOST_TOGETHER, or as many images as half of the free memory should hold the feature maps of."""
         evaluations, config = 2 if guided else 1, config_of(self.unet)
         most = MOST_TOGETHER.get(network.device.type, MOST_TOGETHER_ELSEWHERE) // evaluations
@@ -385,9 +386,9 @@ class DDPM(nn.Module):
         """
         return explain(self.unet, *self._where(device, dtype, precision), backend)
 
-    def _network(self, device, dtype, precision: str, backend: str) -> loop.Network:
+    def _network(self, device, dtype, precision: str, backend: str) -> Denoiser:
         """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
-        return self._networks.of(self.unet, *self._where(device, dtype, precision), backend)
+        return self._denoisers.get(self.unet, *self._where(device, dtype, precision), backend)
 
     def _where(self, device, dtype, precision: str) -> tuple[torch.device, torch.dtype]:
         """The device that samples, and the dtype that the UNet has there."""
@@ -457,7 +458,7 @@ def _check_images(x0: torch.Tensor) -> None:
         )
 
 
-def _sliced(noise: loop.Noise, part: slice, count: int, shape: tuple[int, ...]) -> loop.Noise:
+def _sliced(noise: Noise, part: slice, count: int, shape: tuple[int, ...]) -> Noise:
     """The rows `part` of an injected noise; ValueError unless it is [count, *shape]."""
 
     def rows(k: int) -> torch.Tensor:

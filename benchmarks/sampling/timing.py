@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffusion import kernels
-from diffusion.inference.cpu_plan import PreparedUNet
+from diffusion.inference.cpu_plan import PlannedUNet
 from diffusion.utils.device import multiplies_bfloat16
 
 from . import peers
@@ -105,7 +105,7 @@ def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int =
     the evaluation takes of it: what is beyond is the engine's own.
     """
     fast = precision == "fast" and multiplies_bfloat16(torch.device("cpu"))
-    network = PreparedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
+    network = PlannedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
     images = count if guidance == 1 else 2 * count
     x, t = torch.randn(images, *pair.shape), torch.full((images,), 500)
     table = pair.ours.steps("ddim", 1, guidance_scale=guidance)
@@ -115,7 +115,7 @@ def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int =
         embedding = pair.ours.unet.embed(t, peers.labels(images))
         network.denoise(x, embedding)
         with _timed_evaluations() as spans:
-            sample(STEPS[0])  # which prepares the network
+            sample(STEPS[0])  # which plans the network
         for _ in range(rounds):
             spent = defaultdict(float)
             for name, call in network.calls():
@@ -134,7 +134,7 @@ def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int =
 @contextmanager
 def _timed_evaluations() -> Iterator[list[tuple[float, float]]]:
     """Records the begin and end of each evaluation of the networks that are planned within the context."""
-    spans, denoise = [], PreparedUNet.denoise
+    spans, denoise = [], PlannedUNet.denoise
 
     def timed(*args) -> torch.Tensor:
         start = time.perf_counter()
@@ -142,11 +142,11 @@ def _timed_evaluations() -> Iterator[list[tuple[float, float]]]:
         spans.append((start, time.perf_counter()))
         return output
 
-    PreparedUNet.denoise = timed
+    PlannedUNet.denoise = timed
     try:
         yield spans
     finally:
-        PreparedUNet.denoise = denoise
+        PlannedUNet.denoise = denoise
 
 
 def by_steps(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..inference.backbone import make_network
+from ..inference.denoiser import make_denoiser
 from ..kernels import philox_normal
 from ..models.structure import config_of
 from ..process.bound import prior_term, variational_bound_terms
@@ -39,7 +39,7 @@ def bits_per_dimension(
     seed = whole_number("seed", seed, 0, 2**64 - 1)
     batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
     own = next(model.unet.parameters())
-    network = make_network(model.unet, own.device, torch.float32, "auto")
+    network = make_denoiser(model.unet, own.device, torch.float32, "auto")
     bar = tqdm(total=len(images) * schedule.T, unit=" evaluations", unit_scale=True, disable=not progress)
     terms = torch.zeros(schedule.T, dtype=torch.float64, device="cpu")
     totals, priors = [], []

@@ -1,9 +1,8 @@
-"""A UNet made ready for sampling on a CPU: its weights packed, its buffers laid out, its steps fused.
+"""A UNet planned for sampling on a CPU: packed weights, a fixed layout of buffers, fused operators.
 
-What `UNet.denoise` computes, in a fixed list of calls of compiled operators. Normalisation, modulation and
-SiLU are part of the convolution that follows, bias and residual of the one before; skip connections are
-written where the way up reads them, so that nothing is concatenated; and every buffer is used again in the
-next evaluation.
+The plan computes `UNet.denoise` as a fixed list of calls of compiled operators. A convolution applies the
+normalisation, modulation and SiLU before it, and adds its bias and the residual. Skip connections are written
+where the decoder reads them, so that nothing is concatenated. Each evaluation uses the same buffers.
 """
 
 import copy
@@ -23,70 +22,74 @@ from ..kernels.ops.convolution import conv3x3_native as convolutions
 from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
 from ..kernels.ops.convolution.upsample import upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
-from ..models.blocks import Attention, Downsample, Level, Norm, ResBlock, Upsample
-from ..models.structure import altered
+from ..models.blocks import Attention, Downsample, Norm, Resample, ResBlock, Upsample
 from ..models.unet import UNet
 from ..utils.device import DTYPES
 from ..utils.memory import total_memory
 
 _Call = tuple[Callable, tuple]
+ChannelAffine = tuple[Tensor | None, bool]  # [affine_rows, N, C] of a norm, or None; whether SiLU follows
 _RECORDABLE = {  # operators whose calls can be recorded, by category
     group_norm_affine_: "norm",
     convolutions.convolution_: "convolution",
     attention_amx_: "attention",
     upsample_nearest2x_: "rest",
 }
-SHARE_OF_MEMORY = 1 / 4  # that packed weights may take
-MOST_POSITIONS = 2048  # of attention by AMX, which keeps all logits of some queries
+MAX_SHARE_OF_MEMORY = 1 / 4  # of all memory, for packed weights
+MAX_AMX_POSITIONS = 2048  # in attention by AMX, which holds the logits of some queries at all positions
 
 
-class PreparedUNet:
-    """`denoise(x, embedding)` of a UNet on the CPU, faster; the UNet's weights as they are now.
+class PlannedUNet:
+    """`UNet.denoise` on the CPU, by a plan for each size of input, with the UNet's weights as they are now.
 
-    dtype: of the feature maps, float32, bfloat16 or float16. In bfloat16, processors that can multiply in it
-    do; elsewhere the arithmetic is in float32. An image's result does not depend on the others of its batch.
+    dtype: of the feature maps, float32, bfloat16 or float16. In bfloat16, processors that multiply in it do
+    so; elsewhere the arithmetic is in float32. The result of an image does not depend on its batch.
     ValueError: `unsupported` gives a reason.
+
+    The UNet must not be altered (`models.structure.altered`), since the plan follows its configuration.
     """
 
     def __init__(self, unet: UNet, dtype: torch.dtype):
         reason = unsupported(unet, dtype)
         if reason is not None:
-            raise ValueError(f"this UNet cannot be prepared: {reason}")
+            raise ValueError(f"this UNet cannot be planned for the CPU: {reason}")
         self.unet, self.dtype = unet, dtype
         self.simd = _native.simd_in_use()
         self._largest_tile = self._affordable_tile()
-        in_bytes = self.simd == "amx" and dtype != torch.bfloat16  # needs bounds of what is multiplied
-        self.map_rows = 4 if in_bytes else 3
+        # Products in int8 limbs need a fourth row, a bound on the magnitude of each channel.
+        uses_limbs = self.simd == "amx" and dtype != torch.bfloat16
+        self.affine_rows = 4 if uses_limbs else 3
         self._weights: dict[tuple[nn.Module, Packing], PackedWeight] = {}
         self._vectors: dict[nn.Parameter, Tensor] = {}
         self._norms: dict[Norm, Norm] = {}
-        self._own = threading.local()  # each thread has buffers of its own
+        self._thread_local = threading.local()  # the plan of each thread, with its buffers
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """As `UNet.denoise`. The result lies in a buffer, which the thread's next call overwrites."""
-        plan = getattr(self._own, "plan", None)
+        """As `UNet.denoise`. The result is a buffer, which the thread's next call overwrites."""
+        plan: _Plan | None = getattr(self._thread_local, "plan", None)
         if plan is None or plan.input.shape != x.shape:
-            self._own.plan = plan = None  # buffers for one size at a time
+            self._thread_local.plan = plan = None  # frees the buffers of another size first
             with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
-                self._own.plan = plan = _Plan(self, *x.shape)
+                self._thread_local.plan = plan = _Plan(self, *x.shape)
         return plan.run(x, embedding)
 
     def calls(self) -> list[tuple[str, Callable[[], None]]]:
-        """What the last evaluation called, in order, to be timed one by one.
+        """The calls of the last evaluation, in order, each with its kind, to be timed one by one.
 
-        Each with its kind: "convolution", "norm", "attention" or "rest".
+        The kinds are "convolution", "norm", "attention" and "rest".
         """
-        return [(_kind(call[0]), *_bound([call])) for call in self._own.plan.calls]
+        return [(_kind(call[0]), *_bound([call])) for call in self._thread_local.plan.calls]
 
     def _affordable_tile(self) -> int:
+        """The largest Winograd tile whose packed weights fit MAX_SHARE_OF_MEMORY; 0 for none."""
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else 4
         numbers = sum(m.weight.numel() for m in convs) * size
-        budget = SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
+        budget = MAX_SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
         return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)
 
     def weight(self, module: nn.Conv2d | nn.Linear, height: int, width: int, winograd: bool) -> PackedWeight:
-        """The module's weight, packed for a map of this size; a linear map is a convolution by 1 x 1."""
+        """The module's weight, packed for a feature map of this size; a linear layer is a convolution."""
         weight = module.weight.detach()
         weight = weight if weight.ndim == 4 else weight[:, :, None, None]
         packing = choose_packing(weight.shape, height, width, self.dtype, self.simd, winograd)
@@ -96,13 +99,13 @@ class PreparedUNet:
         return self._weights[module, packing]
 
     def norm(self, norm: Norm) -> Norm:
-        """A copy."""
+        """A copy of a norm, with its weights as they are now."""
         if norm not in self._norms:
             self._norms[norm] = copy.deepcopy(norm)
         return self._norms[norm]
 
     def vector(self, parameter: nn.Parameter | None) -> Tensor | None:
-        """A bias, or a norm's weight, in float32."""
+        """A bias, or the weight of a norm, as float32; None for None."""
         if parameter is None:
             return None
         if parameter not in self._vectors:
@@ -111,12 +114,7 @@ class PreparedUNet:
 
 
 def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why a network cannot be prepared, or None."""
-    return altered(unet) or unfused(unet, dtype)
-
-
-def unfused(unet: UNet, dtype: torch.dtype) -> str | None:
-    """Why a UNet that is as its configuration says cannot be prepared, or None."""
+    """The reason why an unaltered UNet cannot be planned, or None."""
     first = next(unet.parameters())
     if first.device.type != "cpu":
         return f"it is on {first.device}, not on the CPU"
@@ -134,19 +132,19 @@ def unfused(unet: UNet, dtype: torch.dtype) -> str | None:
 
 
 class _Plan:
-    """The calls for one batch size and one size of the images, bound to their buffers."""
+    """The calls for x of one shape, bound to their buffers."""
 
-    def __init__(self, prepared: PreparedUNet, batch: int, channels: int, height: int, width: int):
-        unet = prepared.unet
-        self.prepared, self.batch = prepared, batch
+    def __init__(self, planned: PlannedUNet, batch: int, channels: int, height: int, width: int):
+        unet = planned.unet
+        self.planned, self.batch = planned, batch
         self.calls: list[_Call] = []
         self._buffers: dict[tuple, Tensor] = {}
         self.input = self._image(channels, height, width)
         patch = unet.config.patch_size
         height, width = height // patch, width // patch
         self.embedding = torch.empty(batch, sum(unet.embedding_sizes), dtype=torch.float32, device="cpu")
-        parts = iter(self.embedding.split(unet.embedding_sizes, dim=1))
-        self._lay_out(unet, parts, height, width)
+        embeddings = iter(self.embedding.split(unet.embedding_sizes, dim=1))  # one for each ResBlock
+        self._lay_out(unet, embeddings, height, width)
         self._bound = _bound(self.calls)
 
     def run(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -160,10 +158,10 @@ class _Plan:
 
     def _image(self, channels: int, height: int, width: int) -> Tensor:
         shape = (self.batch, channels, height, width)
-        return torch.empty(shape, dtype=self.prepared.dtype, device="cpu", memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=self.planned.dtype, device="cpu", memory_format=torch.channels_last)
 
     def _scratch(self, use: str, channels: int, height: int, width: int) -> Tensor:
-        """The same buffer for every use of the same name and shape: none of them is needed for long."""
+        """A feature map that lives until the next call with the same `use` and shape."""
         key = (use, channels, height, width)
         if key not in self._buffers:
             self._buffers[key] = self._image(channels, height, width)
@@ -174,16 +172,18 @@ class _Plan:
     def _call(self, function: Callable, *arguments) -> None:
         self.calls.append((function, arguments))
 
-    def _map(self, norm: Norm, x: Tensor, **modulation: Tensor) -> tuple[Tensor, bool]:
-        """What a norm does to each channel of x, and whether SiLU follows."""
-        key = ("map", x.shape[1])
+    def _norm_affine(self, norm: Norm, x: Tensor, **modulation: Tensor) -> ChannelAffine:
+        """The affine map of each channel that a norm is for this x, and whether SiLU follows."""
+        key = ("affine", x.shape[1])
         if key not in self._buffers:
-            self._buffers[key] = x.new_empty(self.prepared.map_rows, *x.shape[:2], dtype=torch.float32)
-        map, silu = self._buffers[key], norm.activation == "silu"
-        weight, bias = self.prepared.vector(norm.weight), self.prepared.vector(norm.bias)
-        modulation = [modulation.get(name) for name in ("add", "scale", "shift")]
-        self._call(group_norm_affine_, x, norm.groups, weight, bias, norm.eps, *modulation, silu, map)
-        return map, silu
+            self._buffers[key] = x.new_empty(self.planned.affine_rows, *x.shape[:2], dtype=torch.float32)
+        affine, silu = self._buffers[key], norm.activation == "silu"
+        weight, bias = self.planned.vector(norm.weight), self.planned.vector(norm.bias)
+        add, scale, shift = (modulation.get(name) for name in ("add", "scale", "shift"))
+        self._call(
+            group_norm_affine_, x, norm.groups, weight, bias, norm.eps, add, scale, shift, silu, affine
+        )
+        return affine, silu
 
     def _convolve(
         self,
@@ -191,16 +191,21 @@ class _Plan:
         x: Tensor,
         out: Tensor,
         *,
-        norm: tuple[Tensor, bool] = (None, False),
+        norm: ChannelAffine = (None, False),
         residual: Tensor | None = None,
         stride: int = 1,
         padding: int | None = None,
         scale: int = 1,
     ) -> None:
+        """out = conv(norm(upsampled x)) + bias + residual.
+
+        norm: of `_norm_affine`, with its SiLU. padding: by default half the kernel. scale: 2 for the nearest
+        upsampling of x before the convolution.
+        """
         kernel = module.weight.shape[-1] if module.weight.ndim == 4 else 1
         padding = kernel // 2 if padding is None else padding
-        packed = self.prepared.weight(module, *out.shape[2:], winograd=kernel == 3 and stride == 1)
-        bias = self.prepared.vector(module.bias)
+        packed = self.planned.weight(module, *out.shape[2:], winograd=kernel == 3 and stride == 1)
+        bias = self.planned.vector(module.bias)
         self._call(
             convolutions.convolution_,
             x,
@@ -217,84 +222,91 @@ class _Plan:
             out,
         )
 
-    def _residual_block(self, block: ResBlock, x: Tensor, part: Tensor, out: Tensor) -> None:
-        size = out.shape[2:]
+    def _residual_block(self, block: ResBlock, x: Tensor, embedding: Tensor, out: Tensor) -> None:
+        size = out.shape[2], out.shape[3]
         hidden = self._scratch("hidden", out.shape[1], *size)
         if block.resample is None:
-            self._convolve(block.conv1, x, hidden, norm=self._map(block.norm1, x))
+            self._convolve(block.conv1, x, hidden, norm=self._norm_affine(block.norm1, x))
         elif isinstance(block.resample, Upsample):
-            self._convolve(block.conv1, x, hidden, norm=self._map(block.norm1, x), scale=2)
-            x = self._resample(block.resample, x, "upsampled", size)
+            self._convolve(block.conv1, x, hidden, norm=self._norm_affine(block.norm1, x), scale=2)
+            x = self._resized(block.resample, x, "upsampled", size)
         else:
             normalised = self._scratch("normalised", x.shape[1], *x.shape[2:])
-            self._call(_store, normalised, self.prepared.norm(block.norm1), x)
-            smaller = self._resample(block.resample, normalised, "pooled", size)
+            self._call(_store, normalised, self.planned.norm(block.norm1), x)
+            smaller = self._resized(block.resample, normalised, "pooled", size)
             self._convolve(block.conv1, smaller, hidden)
-            x = self._resample(block.resample, x, "downsampled", size)
+            x = self._resized(block.resample, x, "downsampled", size)
         names = ("scale", "shift") if block.scale_shift else ("add",)
-        modulation = dict(zip(names, part.chunk(len(names), dim=1), strict=True))
+        modulation = dict(zip(names, embedding.chunk(len(names), dim=1), strict=True))
         if block.skip is not None:
             self._convolve(block.skip, x, out)
             x = out
         self._convolve(
-            block.conv2, hidden, out, norm=self._map(block.norm2, hidden, **modulation), residual=x
+            block.conv2, hidden, out, norm=self._norm_affine(block.norm2, hidden, **modulation), residual=x
         )
 
-    def _resample(self, how: Downsample | Upsample, x: Tensor, use: str, size: tuple[int, int]) -> Tensor:
-        """x by a change of resolution without weights."""
+    def _resized(self, resample: Downsample | Upsample, x: Tensor, use: str, size: tuple[int, int]) -> Tensor:
+        """x in another resolution, without weights, in the scratch buffer `use`."""
         out = self._scratch(use, x.shape[1], *size)
-        self._change(how, x, out)
+        self._resize(resample, x, out)
         return out
 
-    def _change(self, how: Downsample | Upsample, x: Tensor, out: Tensor) -> None:
-        if isinstance(how, Upsample):
+    def _resize(self, resample: Downsample | Upsample, x: Tensor, out: Tensor) -> None:
+        if isinstance(resample, Upsample):
             self._call(upsample_nearest2x_, x, out)
         else:
-            self._call(_store, out, how, x)
+            self._call(_store, out, resample, x)
 
     def _attend(self, attention: Attention, x: Tensor, out: Tensor) -> None:
         batch, channels, height, width = x.shape
         qkv = self._scratch("qkv", 3 * channels, height, width)
-        norm = (None, False) if attention.norm is None else self._map(attention.norm, x)
+        norm: ChannelAffine = (None, False)
+        if attention.norm is not None:
+            norm = self._norm_affine(attention.norm, x)
         self._convolve(attention.qkv, x, qkv, norm=norm)
-        parts = qkv.permute(0, 2, 3, 1).view(batch, height * width, 3, attention.heads, -1)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        split = qkv.permute(0, 2, 3, 1).view(batch, height * width, 3, attention.heads, -1)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, H W, channels / heads]
         attended = self._scratch("attended", channels, height, width)
         heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
-        arguments = (q, k, v, q.shape[-1] ** -0.5)
-        if self.prepared.simd == "amx" and height * width <= MOST_POSITIONS:
-            parts = 1 if self.prepared.dtype == torch.bfloat16 else 3
-            self._call(attention_amx_, *arguments, parts, heads)
+        scale = q.shape[-1] ** -0.5
+        if self.planned.simd == "amx" and height * width <= MAX_AMX_POSITIONS:
+            splits = 1 if self.planned.dtype == torch.bfloat16 else 3  # of a float32 into bfloat16
+            self._call(attention_amx_, q, k, v, scale, splits, heads)
         else:
-            self._call(_attention_into, heads, *arguments)
+            self._call(_attention_into, heads, q, k, v, scale)
         self._convolve(attention.proj, attended, out, residual=x)
 
     def _block(
-        self, block: ResBlock, attention: Attention | None, x: Tensor, part: Tensor, out: Tensor
+        self, block: ResBlock, attention: Attention | None, x: Tensor, embedding: Tensor, out: Tensor
     ) -> None:
         before = out if attention is None else self._scratch("block", *out.shape[1:])
-        self._residual_block(block, x, part, before)
+        self._residual_block(block, x, embedding, before)
         if attention is not None:
             self._attend(attention, before, out)
 
-    def _leave(self, level: Level, x: Tensor, parts: Iterator[Tensor], out: Tensor) -> None:
-        how = level.resample
-        if level.leave == "resblock":
-            self._residual_block(how, x, next(parts), out)
-        elif how.conv is None:
-            self._change(how, x, out)
-        elif isinstance(how, Upsample):
-            self._convolve(how.conv, x, out, scale=2)
+    def _resample_level(
+        self, resample: Resample, x: Tensor, embeddings: Iterator[Tensor], out: Tensor
+    ) -> None:
+        """The change of resolution at the end of a level."""
+        if isinstance(resample, ResBlock):
+            self._residual_block(resample, x, next(embeddings), out)
+        elif resample.conv is None:
+            self._resize(resample, x, out)
+        elif isinstance(resample, Upsample):
+            self._convolve(resample.conv, x, out, scale=2)
         else:
-            self._convolve(how.conv, x, out, stride=2, padding=0 if how.asymmetric else 1)
+            self._convolve(resample.conv, x, out, stride=2, padding=0 if resample.asymmetric else 1)
 
     # ---- The network.
 
-    def _lay_out(self, unet: UNet, parts: Iterator[Tensor], height: int, width: int) -> None:
-        joined = self._joined_buffers(unet, height, width)
-        skips = [buffer[:, before:] for buffer, before in reversed(joined)]
-        reads = [buffer for buffer, _ in joined]
-        writes = [buffer[:, :before] for buffer, before in joined]
+    def _lay_out(self, unet: UNet, embeddings: Iterator[Tensor], height: int, width: int) -> None:
+        """Records the calls of `UNet.denoise` for feature maps of height x width at the first level."""
+        decoder_inputs = self._decoder_inputs(unet, height, width)
+        skips = [
+            buffer[:, below:] for buffer, below in reversed(decoder_inputs)
+        ]  # as the encoder writes them
+        reads = [buffer for buffer, _ in decoder_inputs]
+        writes = [buffer[:, :below] for buffer, below in decoder_inputs]
 
         patch, image = unet.config.patch_size, self.input
         if patch > 1:
@@ -306,16 +318,16 @@ class _Plan:
             for i, block in enumerate(level.blocks):
                 out = skips.pop(0)
                 attention = level.attentions[i] if len(level.attentions) else None
-                self._block(block, attention, x, next(parts), out)
+                self._block(block, attention, x, next(embeddings), out)
                 x = out
             if level.resample is not None:
                 out = skips.pop(0)
-                self._leave(level, x, parts, out)
+                self._resample_level(level.resample, x, embeddings, out)
                 x = out
 
         middle = [self._scratch(f"middle {i}", *x.shape[1:]) for i in range(2)]
-        self._block(unet.mid.blocks[0], unet.mid.attention, x, next(parts), middle[0])
-        self._residual_block(unet.mid.blocks[1], middle[0], next(parts), writes.pop(0))
+        self._block(unet.mid.blocks[0], unet.mid.attention, x, next(embeddings), middle[0])
+        self._residual_block(unet.mid.blocks[1], middle[0], next(embeddings), writes.pop(0))
 
         for level in reversed(unet.up):
             for i, block in enumerate(level.blocks):
@@ -326,21 +338,21 @@ class _Plan:
                 if last and level.resample is None and writes:
                     out = writes.pop(0)
                 attention = level.attentions[i] if len(level.attentions) else None
-                self._block(block, attention, x, next(parts), out)
+                self._block(block, attention, x, next(embeddings), out)
                 x = out
             if level.resample is not None:
                 out = writes.pop(0)
-                self._leave(level, x, parts, out)
+                self._resample_level(level.resample, x, embeddings, out)
         self.output = output = self._image(unet.output_conv.weight.shape[0], height, width)
-        self._convolve(unet.output_conv, x, output, norm=self._map(unet.output_norm, x))
+        self._convolve(unet.output_conv, x, output, norm=self._norm_affine(unet.output_norm, x))
         if patch > 1:
             self.output = self._image(unet.config.out_channels, height * patch, width * patch)
             self._call(_store, self.output, partial(pixel_shuffle, upscale_factor=patch), output)
 
-    def _joined_buffers(self, unet: UNet, height: int, width: int) -> list[tuple[Tensor, int]]:
-        """What each block on the way up reads: channels from below, then those of a skip connection.
+    def _decoder_inputs(self, unet: UNet, height: int, width: int) -> list[tuple[Tensor, int]]:
+        """The input of each decoder block, in order, with its number of channels from below.
 
-        With each buffer the number of the former.
+        Its other channels are those of a skip connection, which the encoder writes there.
         """
         skips = [unet.input_conv.weight.shape[0]]
         sizes = []
@@ -348,12 +360,12 @@ class _Plan:
             outputs = [block.conv2.weight.shape[0] for block in level.blocks]
             skips += outputs + outputs[-1:] * (level.resample is not None)
             sizes.append((height >> i, width >> i))
-        joined = []
+        inputs = []
         for i, level in reversed(list(enumerate(unet.up))):
             for block in level.blocks:
                 channels = block.conv1.weight.shape[1]
-                joined.append((self._image(channels, *sizes[i]), channels - skips.pop()))
-        return joined
+                inputs.append((self._image(channels, *sizes[i]), channels - skips.pop()))
+        return inputs
 
 
 def _kind(function: Callable) -> str:
@@ -375,7 +387,7 @@ def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
 
 
 def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """By the same backend for every batch, so that no image depends on how many others there are."""
+    """Always by one operator: "auto" chooses by batch size, and an image must not depend on its batch."""
     out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
 
 

@@ -1,64 +1,230 @@
-"""Runs a StepTable over a network: one evaluation and one reverse step for each row."""
+"""The sampling loop: for each row of a step table, one evaluation of the UNet and one reverse step.
+
+    for step in steps:
+        output, uncond = evaluate(denoiser, buffers, step)
+        x = reverse_step(x, output, uncond)
+
+x, the input of the UNet and all else that a step needs are in `SamplerBuffers`, so that `take_step`, the two
+lines above, can be captured in a CUDA graph.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from ..samplers import StepTable
-from .buffers import Batch, Network, Noise, Threshold, injected
+from .. import kernels
+from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
+from ..samplers.guidance import rescale_guidance
+from ..samplers.table import StepTable
+from .buffers import Batch, BufferSpec, SamplerBuffers, Step, checked_noise
+from .cuda_graph import capture_cuda_graph
+from .denoiser import Denoiser, SplitUNet
 
-__all__ = ["Batch", "Callback", "Network", "Noise", "run"]
-
-Callback = Callable[[int, torch.Tensor, torch.Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], None]
+Threshold = Callable[..., tuple[kernels.StepCoefficients, Tensor, Tensor]]  # thresholding.thresholded_step
 
 
 def run(
-    network: Network,
+    denoiser: Denoiser,
     table: StepTable,
     batch: Batch,
-    shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int],
     *,
     guidance_rescale: float = 0.0,
     threshold: Threshold | None = None,
     callback: Callback | None = None,
     progress: Callable[[], None] | None = None,
-) -> torch.Tensor:
-    """Samples one batch: float32 [B, C, H, W] on the network's device.
+) -> Tensor:
+    """Samples one batch: float32 [B, C, H, W] on the denoiser's device, for image_shape (C, H, W).
 
-    The latent stays in float32. Where a step's guidance scale is 1, or the batch has no labels, the network
-    is evaluated once for each image, elsewhere on the conditional and the unconditional half together. What
-    depends on timestep and label alone is computed once for all steps and images. callback(i, x, x0) follows
-    step i; its tensors are its own. progress() follows each step. On a CUDA device the host runs ahead of it.
+    x stays in float32. Steps whose guidance scale is 1, and batches without labels, evaluate the UNet once
+    for each image; guided steps evaluate the conditional and the unconditional half together.
+
+    guidance_rescale: phi of `rescale_guidance`; 0 for none.
+    threshold: takes the place of a step's clipping, as `thresholding.thresholded_step`.
+    callback: callback(i, x, x0) follows step i, with copies of x_{t-1} and of the predicted x_0.
+    progress: progress() follows each step. On a CUDA device the host runs ahead of it.
     """
-    guided = [batch.labels is not None and scale != 1 for scale in table.column("guidance_scale")]
-    noisy = [batch.noise is not None and deviation != 0 for deviation in table.column("sigma")]
-    labels = 1 if batch.labels is None else len(batch.labels.unique()) + any(guided)
-    keeps_x0 = table.needs_x0_prev or callback is not None or threshold is not None
-    count = len(batch.sample_ids)
-    key = (tuple(shape), count, labels, len(table), table.learned_variance, keeps_x0, batch.noise is not None)
-    plain = torch.autocast(network.device.type, enabled=False)  # the network's dtype is chosen by the caller
-    with network.chain(*key) as chain, plain:
-        chain.begin(table, batch, any(guided))
-        for i in range(len(table)):
-            following = guided[i + 1] if i + 1 < len(table) else None
-            chain.embed(i)
-            if noisy[i]:
-                chain.noise.copy_(injected(batch.noise, i + 1, chain.x.shape))
-            if threshold is not None or (guidance_rescale and guided[i]):
-                chain.advance_modified(
-                    table.row(i),
-                    guided[i],
-                    following,
-                    noisy[i],
-                    guidance_rescale,
-                    threshold,
-                    seed=batch.seed,
-                    stream=i + 1,
-                )
+    steps = plan_steps(table, batch)
+    guided = any(step.guided for step in steps)
+    spec = BufferSpec(
+        image_shape=tuple(image_shape),
+        batch_size=len(batch.sample_ids),
+        num_labels=1 if batch.labels is None else len(batch.labels.unique()) + guided,
+        num_steps=len(table),
+        store_x0=table.needs_x0_prev or callback is not None or threshold is not None,
+        injects_noise=batch.noise is not None,
+    )
+    # Autocast is off, because the caller chose the dtype of the UNet.
+    with denoiser.buffers(spec) as buffers, torch.autocast(denoiser.device.type, enabled=False):
+        buffers.load(batch, table, guided, denoiser.null_label, denoiser.backend)
+        next_step = replay_step if can_capture(denoiser, buffers) else take_step
+        for i, step in enumerate(steps):
+            embed_timesteps(denoiser, buffers, i)
+            if step.injects_noise:
+                assert batch.noise is not None
+                assert buffers.noise is not None
+                buffers.noise.copy_(checked_noise(batch.noise, i + 1, buffers.x.shape))
+            if threshold is not None or (guidance_rescale and step.guided):
+                noise = {"seed": batch.seed, "stream": i + 1}
+                eager_step(denoiser, buffers, step, table.row(i), guidance_rescale, threshold, **noise)
             else:
-                chain.advance(guided[i], following, noisy[i])
+                next_step(denoiser, buffers, step)
             if callback is not None:
-                callback(i, chain.x.clone(), chain.x0.clone())
+                assert buffers.x0 is not None
+                callback(i, buffers.x.clone(), buffers.x0.clone())
             if progress is not None:
                 progress()
-        return chain.x.clone()
+        return buffers.x.clone()
+
+
+def plan_steps(table: StepTable, batch: Batch) -> list[Step]:
+    """How each step of the table runs for this batch."""
+    guided = [batch.labels is not None and scale != 1 for scale in table.column("guidance_scale")]
+    injects_noise = [batch.noise is not None and sigma != 0 for sigma in table.column("sigma")]
+    next_guided = [*guided[1:], None]
+    return [
+        Step(*flags, table.learned_variance) for flags in zip(guided, next_guided, injects_noise, strict=True)
+    ]
+
+
+def take_step(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> None:
+    """x_t to x_{t-1}, in the buffers: one evaluation of the UNet and one reverse step."""
+    output, uncond = evaluate(denoiser, buffers, step)
+    reverse_step(denoiser, buffers, step, output, uncond)
+
+
+def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[Tensor, Tensor | None]:
+    """The UNet's output at x_t, and in a guided step the unconditional output: each [B, C, H, W], or
+    [B, 2 C, H, W] with learned variance."""
+    inputs = buffers.inputs(step.guided)  # [B or 2 B, C, H, W]
+    if isinstance(denoiser.unet, SplitUNet):
+        now = buffers.counter[:1] % len(buffers.embeddings)
+        embedding = buffers.embeddings.index_select(0, now)[0]  # [labels, E]
+        embedding = embedding.index_select(0, buffers.label_index[: len(inputs)])  # [B or 2 B, E]
+        output = denoiser.unet.denoise(inputs, embedding)
+    else:  # code of others may keep or change its arguments, so it gets copies
+        output = denoiser.unet(inputs.clone(), *buffers.timesteps_and_labels(len(inputs)))
+    if not step.learned_variance:  # drops the variance channels of a UNet that has them
+        output = output[:, : buffers.x.shape[1]]
+    return output.chunk(2) if step.guided else (output, None)
+
+
+def reverse_step(
+    denoiser: Denoiser, buffers: SamplerBuffers, step: Step, output: Tensor, uncond: Tensor | None
+) -> None:
+    """x_t to x_{t-1} by row `counter` of the table; writes the UNet's next input, too."""
+    kernels.reverse_step_(
+        buffers.x,
+        output,
+        buffers.table,
+        buffers.counter,
+        sample_ids=buffers.sample_ids,
+        model_output_uncond=uncond,
+        x0=buffers.x0,
+        noise=buffers.noise if step.injects_noise else None,
+        unet_input=None if step.next_guided is None else buffers.inputs(step.next_guided),
+        backend=denoiser.backend,
+    )
+
+
+def eager_step(
+    denoiser: Denoiser,
+    buffers: SamplerBuffers,
+    step: Step,
+    row: kernels.StepCoefficients,
+    rescale: float,
+    threshold: Threshold | None,
+    *,
+    seed: int,
+    stream: int,
+) -> None:
+    """`take_step` with guidance rescale or dynamic thresholding, which StepCoefficients cannot express.
+
+    row: the step's row of the table. seed, stream: of the step's noise, as in `kernels.reverse_step`.
+    """
+    channels = buffers.x.shape[1]
+    output, uncond = evaluate(denoiser, buffers, step)
+    if uncond is not None:
+        output = guide_and_rescale(output, uncond, row.guidance_scale, rescale, channels)
+    if threshold is None:
+        return reverse_step(denoiser, buffers, step, output, None)
+    x0_prev = buffers.x0 if row.coef_x0_prev else None
+    row, x0_prev, x0 = threshold(row, buffers.x, output[:, :channels].float(), x0_prev)
+    x, _ = kernels.reverse_step(
+        buffers.x,
+        output,
+        row,
+        x0_prev=x0_prev,
+        noise=buffers.noise if step.injects_noise else None,
+        seed=seed,
+        sample_ids=buffers.sample_ids,
+        stream=stream,
+        backend=denoiser.backend,
+    )
+    buffers.x.copy_(x)
+    if buffers.x0 is not None:
+        buffers.x0.copy_(x0)
+    buffers.counter[0] += 1
+    if step.next_guided is not None:
+        buffers.inputs(step.next_guided).unflatten(0, (-1, len(x))).copy_(x)
+    return None
+
+
+def guide_and_rescale(output: Tensor, uncond: Tensor, scale: float, phi: float, channels: int) -> Tensor:
+    """The guided output with `rescale_guidance` by phi, float32 [B, C, H, W].
+
+    The channels beyond `channels`, a learned variance, are those of the conditional output.
+    """
+    cond, variance = output[:, :channels].float(), output[:, channels:].float()
+    uncond = uncond[:, :channels].float()
+    guided = uncond + scale * (cond - uncond)
+    return torch.cat([rescale_guidance(guided, cond, phi), variance], dim=1)
+
+
+def embed_timesteps(denoiser: Denoiser, buffers: SamplerBuffers, i: int) -> None:
+    """Before step i: the embeddings of its timestep and the next ones', as many as the buffer holds.
+
+    Each label is embedded on its own, so that no image depends on the others of its batch.
+    """
+    together = len(buffers.embeddings)
+    if i % together == 0 and isinstance(denoiser.unet, SplitUNet):
+        timesteps = buffers.timesteps[i : i + together].to(denoiser.device)
+        for position, label in enumerate(buffers.distinct_labels):
+            labels = None if label is None else torch.full_like(timesteps, label, dtype=torch.int64)
+            embedding = denoiser.unet.embed(timesteps, labels)  # [steps, E]
+            buffers.embeddings[: len(timesteps), position].copy_(embedding)
+
+
+def can_capture(denoiser: Denoiser, buffers: SamplerBuffers) -> bool:
+    """Whether steps run as CUDA graphs, which would not run the hooks and methods of an altered UNet."""
+    return isinstance(denoiser.unet, SplitUNet) and runs_cuda_kernels(denoiser, buffers)
+
+
+def runs_cuda_kernels(denoiser: Denoiser, buffers: SamplerBuffers) -> bool:
+    """Whether the reverse step runs as a CUDA or Triton kernel, which reads its row on the device."""
+    if denoiser.device.type != "cuda":
+        return False
+    backend = reverse_step_op.choose(
+        denoiser.backend,
+        buffers.x,
+        buffers.inputs(False),
+        buffers.table,
+        buffers.counter,
+        sample_ids=buffers.sample_ids,
+        model_output_uncond=None,
+        x0=buffers.x0,
+        noise=buffers.noise,
+        unet_input=buffers.unet_input,
+    )
+    return backend != "reference"
+
+
+def replay_step(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> None:
+    """`take_step` as a CUDA graph, captured the first time and replayed from then on."""
+    if step not in buffers.graphs:
+        function = partial(take_step, denoiser, buffers, step)
+        buffers.graphs[step] = capture_cuda_graph(function, buffers.changed_by_a_step())
+    buffers.graphs[step]()

@@ -123,7 +123,11 @@ class ResBlock(nn.Module):
     checkpointing = False
 
     def __init__(
-        self, config: UNetConfig, in_channels: int, out_channels: int, resample: nn.Module | None = None
+        self,
+        config: UNetConfig,
+        in_channels: int,
+        out_channels: int,
+        resample: Downsample | Upsample | None = None,
     ):
         super().__init__()
         self.scale_shift, self.dropout, self.resample = config.scale_shift, config.dropout, resample
@@ -158,6 +162,9 @@ class ResBlock(nn.Module):
         if _is_torchs(self.norm2):
             return self.norm2(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return run(self.norm2, h, backend=backend, scale=scale, shift=shift)
+
+
+Resample = ResBlock | Downsample | Upsample  # a change of resolution between two levels
 
 
 class Attention(nn.Module):
@@ -196,11 +203,15 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution on the way down or up, with or without attention, and the resampling.
+    """The blocks of one resolution, each with attention or without, and the change of resolution after them.
 
-    inputs: the input channels of each block. way: "down" or "up". leave: the resampling after
-    the blocks: "conv", "resblock", "plain", or None.
+    inputs: the input channels of each block. way: "down" or "up". resampling: the kind of change, "conv",
+    "resblock" or "plain"; None for none.
     """
+
+    blocks: nn.ModuleList
+    attentions: nn.ModuleList
+    resample: Resample | None
 
     def __init__(
         self,
@@ -210,16 +221,17 @@ class Level(nn.Module):
         attend: bool,
         *,
         way: str,
-        leave: str | None,
+        resampling: str | None,
     ):
         super().__init__()
-        self.way, self.leave = way, leave
+        self.way = way
+        self.resamples_by_block = resampling == "resblock"
         self.blocks = nn.ModuleList(ResBlock(config, width, channels) for width in inputs)
         self.attentions = nn.ModuleList(Attention(config, channels) for _ in inputs if attend)
-        conv = leave == "conv"
-        if leave is None:
+        conv = resampling == "conv"
+        if resampling is None:
             self.resample = None
-        elif leave == "resblock":
+        elif resampling == "resblock":
             change = Downsample(channels, conv) if way == "down" else Upsample(channels, conv)
             self.resample = ResBlock(config, channels, channels, change)
         elif way == "down":
@@ -228,14 +240,17 @@ class Level(nn.Module):
             self.resample = Upsample(channels, conv)
 
     def residual_blocks(self) -> list[ResBlock]:
-        """The blocks that take an embedding, in the order of their calls."""
-        return [*self.blocks, *([self.resample] if self.leave == "resblock" else [])]
+        """The blocks that take an embedding, in the order in which `forward` calls them."""
+        return [*self.blocks, *([self.resample] if self.resamples_by_block else [])]
 
     def forward(
         self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
     ) -> torch.Tensor:
-        """Applies the level. Down: appends the output of every block to `skips`. Up: each block takes one
-        from `skips`."""
+        """The features h [B, C, H, W] after this level.
+
+        parts: the part of the embedding for each residual block of the network, in order. skips: on the way
+        down, the output of each block and of the resampling is appended; on the way up, each block takes one.
+        """
         down = self.way == "down"
         for i, block in enumerate(self.blocks):
             h = h if down else torch.cat([h, skips.pop()], dim=1)
@@ -244,22 +259,26 @@ class Level(nn.Module):
                 h = run(self.attentions[i], h, backend=backend)
             if down:
                 skips.append(h)
-        if self.leave == "resblock":
-            h = _residual(self.resample, h, next(parts), backend)
-        elif self.resample is not None:
-            h = run(self.resample, h, backend=backend)
+        if self.resample is not None:
+            if self.resamples_by_block:
+                h = _residual(self.resample, h, next(parts), backend)
+            else:
+                h = run(self.resample, h, backend=backend)
         if down and self.resample is not None:
             skips.append(h)
         return h
 
 
 def _residual(block: nn.Module, h: torch.Tensor, part: torch.Tensor, backend: str) -> torch.Tensor:
-    """Calls a residual block, or its replacement; a module of torch.nn takes no embedding."""
+    """Calls a residual block, or a module that replaced it; modules of torch.nn take no embedding."""
     return run(block, *((h,) if _is_torchs(block) else (h, part)), backend=backend)
 
 
 class Middle(nn.Module):
     """Block, attention, block at the coarsest resolution."""
+
+    blocks: nn.ModuleList
+    attention: Attention | None
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
@@ -269,7 +288,7 @@ class Middle(nn.Module):
         )
 
     def residual_blocks(self) -> list[ResBlock]:
-        """The blocks that take an embedding, in the order of their calls."""
+        """The blocks that take an embedding, in the order in which `forward` calls them."""
         return list(self.blocks)
 
     def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str = "auto") -> torch.Tensor:

@@ -56,7 +56,7 @@ class UNet(nn.Module):
         for i, how in enumerate(config.level_downsample):
             inputs = [width, *[widths[i]] * (config.level_blocks[i] - 1)]
             self.down.append(
-                Level(config, inputs, widths[i], i in config.attention_levels, way="down", leave=how)
+                Level(config, inputs, widths[i], i in config.attention_levels, way="down", resampling=how)
             )
             width = widths[i]
             skips += [width] * (config.level_blocks[i] + (how is not None))
@@ -65,7 +65,9 @@ class UNet(nn.Module):
         for i, how in reversed(list(enumerate(config.level_upsample))):
             outputs = [widths[i]] * (config.level_blocks[i] + 1)
             inputs = [before + skips.pop() for before in (width, *outputs[1:])]
-            up.append(Level(config, inputs, widths[i], i in config.attention_levels, way="up", leave=how))
+            up.append(
+                Level(config, inputs, widths[i], i in config.attention_levels, way="up", resampling=how)
+            )
             width = widths[i]
         self.up = nn.ModuleList(reversed(up))  # up[i] is of the same resolution as down[i]
         self.output_norm = Norm(width, config.norm_groups, config.norm_eps)

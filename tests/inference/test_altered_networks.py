@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import load
 from diffusion.evaluation.likelihood import bits_per_dimension
-from diffusion.inference import buffers
-from diffusion.inference.backbone import explain
+from diffusion.inference import loop as sampling_loop
+from diffusion.inference.denoiser import explain
 from diffusion.models.blocks import Conv2d, Norm, ResBlock
 from helpers.alterations import (
     CHANGES,
@@ -283,15 +283,11 @@ def test_a_function_of_torch_is_replaced(owner, name, monkeypatch):
 def test_steps_are_not_captured(monkeypatch):
     """As they are on a CUDA device; a graph would pass over hooks."""
     model = make()
-    begin = buffers.Chain.begin
-
-    def begin_captured(self, *args):
-        self._captures = True
-        begin(self, *args)
-
     captured = []
-    monkeypatch.setattr(buffers, "captured", lambda function, changed: captured.append(function) or function)
-    monkeypatch.setattr(buffers.Chain, "begin", begin_captured)
+    monkeypatch.setattr(sampling_loop, "runs_cuda_kernels", lambda *args: True)
+    monkeypatch.setattr(
+        sampling_loop, "capture_cuda_graph", lambda function, changed: captured.append(function) or function
+    )
     sample(model)
     assert captured
     captured.clear()

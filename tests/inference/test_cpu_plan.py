@@ -1,4 +1,4 @@
-"""PreparedUNet: what it computes is what the UNet computes, for every architecture, size and dtype."""
+"""PlannedUNet: what it computes is what the UNet computes, for every architecture, size and dtype."""
 
 import copy
 import time
@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from diffusion.inference import cpu_plan
-from diffusion.inference.backbone import NetworkCache
-from diffusion.inference.cpu_plan import PreparedUNet, unsupported
+from diffusion.inference import cpu_plan, denoiser
+from diffusion.inference.cpu_plan import PlannedUNet, unsupported
+from diffusion.inference.denoiser import DenoiserCache
 from diffusion.kernels import _native
+from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
 from helpers.native import requires_native
 from helpers.unets import TINY, VARIANTS, inputs, randomized
@@ -31,9 +32,9 @@ def vectors():
 
 
 def evaluate(unet, dtype, x, t, labels):
-    """The prepared UNet's output, and the UNet's own in float64."""
+    """The planned UNet's output, and the UNet's own in float64."""
     with torch.no_grad():
-        actual = PreparedUNet(unet, dtype).denoise(x, unet.embed(t, labels)).clone()
+        actual = PlannedUNet(unet, dtype).denoise(x, unet.embed(t, labels)).clone()
         return actual, copy.deepcopy(unet).double()(x.double(), t, labels)
 
 
@@ -79,7 +80,7 @@ def test_an_image_does_not_depend_on_its_batch(name, dtype):
     unet = randomized(VARIANTS[name])
     x, t = inputs(unet.config, 5, (16, 16))
     with torch.no_grad():
-        embedding, network = unet.embed(t), PreparedUNet(unet, dtype)
+        embedding, network = unet.embed(t), PlannedUNet(unet, dtype)
         together = network.denoise(x, embedding).clone()
         for i in range(5):
             assert torch.equal(network.denoise(x[i : i + 1], embedding[i : i + 1])[0], together[i])
@@ -92,7 +93,7 @@ def test_the_input_is_left_alone():
     with torch.no_grad():
         embedding = unet.embed(t)
         before = x.clone(), embedding.clone()
-        PreparedUNet(unet, torch.float32).denoise(x, embedding)
+        PlannedUNet(unet, torch.float32).denoise(x, embedding)
     assert torch.equal(x, before[0])
     assert torch.equal(embedding, before[1])
 
@@ -114,28 +115,28 @@ def load_others(unet):
     unet.load_state_dict(randomized(TINY, seed=5).state_dict())
 
 
-def network_of(cache, unet, dtype=torch.float32, backend="auto"):
-    return cache.of(unet, torch.device("cpu"), dtype, backend)
+def denoiser_of(cache, unet, dtype=torch.float32, backend="auto"):
+    return cache.get(unet, torch.device("cpu"), dtype, backend)
 
 
 @pytest.mark.parametrize("change", [change_by_data, change_in_place, replace_parameter, load_others])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_cache_sees_every_change(change, backend):
-    unet, cache = randomized(TINY), NetworkCache()
+    unet, cache = randomized(TINY), DenoiserCache()
     with torch.no_grad():
-        first = network_of(cache, unet, backend=backend)
-        assert network_of(cache, unet, backend=backend) is first
+        first = denoiser_of(cache, unet, backend=backend)
+        assert denoiser_of(cache, unet, backend=backend) is first
         change(unet)
         x, t = inputs(TINY)
-        actual = network_of(cache, unet, backend=backend).denoise(x, unet.embed(t))
+        actual = denoiser_of(cache, unet, backend=backend)(x, t, None)
         torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
-    assert network_of(cache, unet, torch.bfloat16) is not first
+    assert denoiser_of(cache, unet, torch.bfloat16) is not first
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_in_inference_mode_and_out_of_it(first):
     unet = randomized(TINY)
-    network, (x, t) = PreparedUNet(unet, torch.float32), inputs(TINY)
+    network, (x, t) = PlannedUNet(unet, torch.float32), inputs(TINY)
     results = []
     for mode in (first, not first, first):
         with torch.inference_mode(mode), torch.no_grad():
@@ -148,13 +149,13 @@ def test_weights_made_in_inference_mode():
     with torch.inference_mode():
         unet = randomized(TINY)
         x, t = inputs(TINY)
-        actual = network_of(NetworkCache(), unet).denoise(x, unet.embed(t))
+        actual = denoiser_of(DenoiserCache(), unet)(x, t, None)
         torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
 
 
 def test_threads_do_not_share_buffers():
     unet = randomized(TINY)
-    network, t = PreparedUNet(unet, torch.float32), torch.tensor([5, 900])
+    network, t = PlannedUNet(unet, torch.float32), torch.tensor([5, 900])
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(2, 2, 16, 16, generator=generator) for _ in range(8)]
     with torch.no_grad():
@@ -175,10 +176,10 @@ def test_threads_do_not_share_buffers():
             assert all(torch.equal(result, right) for result in results)
 
 
-def test_a_copy_prepares_its_own():
-    unet, cache = randomized(TINY), NetworkCache()
-    first = network_of(cache, unet)
-    assert network_of(copy.deepcopy(cache), unet) is not first
+def test_a_copy_makes_its_own():
+    unet, cache = randomized(TINY), DenoiserCache()
+    first = denoiser_of(cache, unet)
+    assert denoiser_of(copy.deepcopy(cache), unet) is not first
 
 
 def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
@@ -190,9 +191,9 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
     )
     tiles, outputs = [], []
     for share in (4.0, 2.0, 1.0):
-        total = int(4 * numbers * share / cpu_plan.SHARE_OF_MEMORY)
+        total = int(4 * numbers * share / cpu_plan.MAX_SHARE_OF_MEMORY)
         monkeypatch.setattr(cpu_plan, "total_memory", lambda device, total=total: total)
-        network = PreparedUNet(unet, torch.float32)
+        network = PlannedUNet(unet, torch.float32)
         with torch.no_grad():
             outputs.append(network.denoise(x, unet.embed(t)).clone())
         tiles.append({packing.tile for _, packing in network._weights})
@@ -204,19 +205,21 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_attention_over_many_positions(limit, monkeypatch):
     """By AMX, where the processor has it, up to a limit, and without it beyond."""
-    monkeypatch.setattr(cpu_plan, "MOST_POSITIONS", limit)
+    monkeypatch.setattr(cpu_plan, "MAX_AMX_POSITIONS", limit)
     unet = randomized(VARIANTS["heads"])
     x, t = inputs(unet.config, 2, (26, 14))
     actual, expected = evaluate(unet, torch.float32, x, t, None)
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_what_cannot_be_prepared():
+def test_what_cannot_be_planned():
     unet = randomized(TINY)
     assert "float64" in unsupported(unet, torch.float64)
     assert "meta" in unsupported(copy.deepcopy(unet).to("meta"), torch.float32)
-    with pytest.raises(ValueError, match=r"this UNet cannot be prepared: the dtype is torch\.float64"):
-        PreparedUNet(unet, torch.float64)
+    with pytest.raises(
+        ValueError, match=r"this UNet cannot be planned for the CPU: the dtype is torch\.float64"
+    ):
+        PlannedUNet(unet, torch.float64)
     assert unsupported(unet, torch.float32) is None
 
 
@@ -236,31 +239,36 @@ def wrapped(unet):
 
 
 def test_what_others_changed_is_not_passed_over():
-    unet, cache = randomized(TINY), NetworkCache()
-    assert unsupported(unet, torch.float32) is None
+    unet, cache = randomized(TINY), DenoiserCache()
+    assert altered(unet) is None
     halved = Halved(TINY).eval()
     halved.load_state_dict(unet.state_dict())
     x, t = inputs(TINY)
     with torch.no_grad():
-        expected = network_of(cache, unet).denoise(x, unet.embed(t)).clone()
-        found = network_of(NetworkCache(), halved)(x, t, None)
+        expected = denoiser_of(cache, unet)(x, t, None).clone()
+        found = denoiser_of(DenoiserCache(), halved)(x, t, None)
         torch.testing.assert_close(found, expected / 2, rtol=1e-4, atol=1e-4)
         hooked(unet)
-        found = network_of(cache, unet)(x, t, None)
+        found = denoiser_of(cache, unet)(x, t, None)
         torch.testing.assert_close(found, unet(x, t), rtol=1e-4, atol=1e-4)
         assert (found - expected).abs().max() > 0.1
-    assert "mid has a forward hook" in unsupported(unet, torch.float32)
-    assert "it is Halved of test_prepared, not UNet of diffusion" in unsupported(halved, torch.float32)
-    assert "output_conv is ParametrizedConv2d of torch." in unsupported(
-        wrapped(randomized(TINY)), torch.float32
-    )
+    assert "mid has a forward hook" in altered(unet)
+    assert "it is Halved of test_cpu_plan, not UNet of diffusion" in altered(halved)
+    assert "output_conv is ParametrizedConv2d of torch." in altered(wrapped(randomized(TINY)))
+
+
+def test_a_new_denoiser_asks_once_whether_the_unet_was_altered(monkeypatch):
+    asked = []
+    monkeypatch.setattr(denoiser, "altered", lambda unet: asked.append(unet) or altered(unet))
+    denoiser_of(DenoiserCache(), randomized(TINY))
+    assert len(asked) == 1
 
 
 def test_norms_are_copies():
     unet = randomized(VARIANTS["resblock"])
     x, t = inputs(unet.config)
     with torch.no_grad():
-        network, embedding = PreparedUNet(unet, torch.float32), unet.embed(t)
+        network, embedding = PlannedUNet(unet, torch.float32), unet.embed(t)
         expected = network.denoise(x, embedding).clone()
         for parameter in unet.parameters():
             parameter.mul_(2)

@@ -12,7 +12,8 @@ import torch
 from diffusion import ddpm, kernels
 from diffusion.ddpm import Interrupted
 from diffusion.inference import buffers, loop
-from diffusion.inference.cpu_plan import PreparedUNet
+from diffusion.inference.buffers import Batch
+from diffusion.inference.cpu_plan import PlannedUNet
 from diffusion.kernels._tolerance import wrong
 from diffusion.models.unet import UNet
 from diffusion.samplers.guidance import rescale_guidance
@@ -134,7 +135,7 @@ def evaluations(request, monkeypatch):
 
         return run
 
-    for network in (UNet, PreparedUNet):
+    for network in (UNet, PlannedUNet):
         monkeypatch.setattr(network, "denoise", recorded(network.denoise))
     return request.param, seen
 
@@ -425,7 +426,7 @@ def test_an_image_is_the_same_in_every_batch_to_the_bit(conditional):
 
 
 def failing(monkeypatch, when, error):
-    """Has engine.run raise `error` for batches that `when` says; a list of the sizes of all batches."""
+    """Has loop.run raise `error` for batches that `when` says; a list of the sizes of all batches."""
     sizes, run = [], loop.run
 
     def patched(network, table, batch, *args, **options):
@@ -514,9 +515,9 @@ def test_unknown_precision(model):
 @pytest.fixture
 def replayed(monkeypatch):
     """Has steps captured as on a CUDA device, where a graph is their call; a list of what was captured."""
-    seen, begin = [], buffers.Chain.begin
+    seen = []
 
-    def captured(function, changed):
+    def capture(function, changed):
         kept = [tensor.clone() for tensor in changed]
         function()  # to warm up
         for tensor, before in zip(changed, kept, strict=True):
@@ -524,12 +525,8 @@ def replayed(monkeypatch):
         seen.append(function)
         return function
 
-    def begin_captured(self, *args):
-        self._captures = True
-        begin(self, *args)
-
-    monkeypatch.setattr(buffers, "captured", captured)
-    monkeypatch.setattr(buffers.Chain, "begin", begin_captured)
+    monkeypatch.setattr(loop, "runs_cuda_kernels", lambda *args: True)
+    monkeypatch.setattr(loop, "capture_cuda_graph", capture)
     return seen
 
 
@@ -620,10 +617,9 @@ def test_ctrl_c_between_two_batches(model, monkeypatch):
         begun.append(arguments)
         if len(begun) == 2:
             raise KeyboardInterrupt
-        return engine_batch(**arguments)
+        return Batch(**arguments)
 
-    engine_batch = loop.Batch
-    monkeypatch.setattr(ddpm.loop, "Batch", batch)
+    monkeypatch.setattr(ddpm, "Batch", batch)
     with pytest.raises(Interrupted) as caught:
         model.sample(num_samples=5, steps=3, batch_size=2)
     assert torch.equal(caught.value.images, expected)

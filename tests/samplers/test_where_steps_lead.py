@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from diffusion.inference import loop
+from diffusion.inference.buffers import Batch
+from diffusion.inference.denoiser import Denoiser, SplitUNet
 from diffusion.kernels import StepCoefficients
 from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.process.schedule import NoiseSchedule
@@ -146,12 +148,14 @@ def test_the_exact_denoiser_gives_the_papers_deviation(sampler, options, spacing
             assert abs(found - DEVIATION) < 5 / steps, steps
 
 
-LINEAR = loop.Network(  # the exact denoiser of N(0, 1/10^2), which learned nothing about the variance
-    embed=lambda timesteps, labels: timesteps[:, None].clone(),
-    denoise=lambda x, embedding: torch.cat(
-        [x * EPSILON[embedding[:, 0].long()].reshape(-1, 1, 1, 1), torch.full_like(x, -1)], dim=1
+LINEAR = Denoiser(  # the exact denoiser of N(0, 1/10^2), which learned nothing about the variance
+    SplitUNet(
+        embed=lambda timesteps, labels: timesteps[:, None].clone(),
+        denoise=lambda x, embedding: torch.cat(
+            [x * EPSILON[embedding[:, 0].long()].reshape(-1, 1, 1, 1), torch.full_like(x, -1)], dim=1
+        ),
+        embedding_size=1,
     ),
-    embedding_size=1,
     null_label=1,
     device=torch.device("cpu"),
     dtype=torch.float32,
@@ -173,7 +177,7 @@ def test_chains_of_the_engine_have_the_deviation_of_the_table(sampler, options, 
     count, seen = 1024, []
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(count, 1, 4, 4, generator=generator) for _ in range(steps + 1)]
-    batch = loop.Batch(
+    batch = Batch(
         labels=torch.zeros(count, dtype=torch.int64) if way == "guided" else None,
         sample_ids=torch.arange(count),
         seed=0,

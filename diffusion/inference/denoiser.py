@@ -1,0 +1,220 @@
+"""Denoiser: the network that samples.
+
+`make_denoiser` builds the fastest one for a UNet; `DenoiserCache` keeps it until the UNet changes.
+"""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import _native
+from ..models.blocks import takes_backend
+from ..models.structure import Snapshot, altered, missing
+from ..models.unet import UNet
+from ..utils.device import DTYPES
+from .buffers import BufferSpec, SamplerBuffers
+from .cpu_plan import PlannedUNet, unsupported
+
+Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class SplitUNet:
+    """A UNet in two parts: `denoise(x, embed(timesteps, labels))`, as `UNet.embed` and `UNet.denoise`.
+
+    A sampler calls `embed` for many steps at once, and captures `denoise` in CUDA graphs. embedding_size: E,
+    where `embed` returns [B, E].
+    """
+
+    embed: Callable[[Tensor, Tensor | None], Tensor]
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    embedding_size: int
+
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        return self.denoise(x, self.embed(timesteps, labels))
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The network that samples: a UNet in eval mode, on one device and in one dtype.
+
+    unet: called with x [B, C, H, W] in `dtype`, timesteps [B], and labels int64 [B] or None, as UNet.forward.
+        If it is not a SplitUNet, nothing is known of it: it is called as a whole in each step.
+    null_label: the label that stands for no label, or None.
+    backend: of the kernels of the reverse step.
+    """
+
+    unet: SplitUNet | Forward
+    null_label: int | None
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "auto"
+    _thread_local: threading.local = field(default_factory=threading.local)  # the buffers of each thread
+
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """As UNet.forward."""
+        return self.unet(x, timesteps, labels)
+
+    @contextmanager
+    def buffers(self, spec: BufferSpec) -> Iterator[SamplerBuffers]:
+        """Buffers for a batch: those of the thread's last batch, if their sizes fit, with their CUDA graphs.
+
+        Calls of the same thread within the context, such as those of a callback, get other buffers.
+        """
+        cached: tuple[BufferSpec, SamplerBuffers] | None = getattr(self._thread_local, "cached", None)
+        self._thread_local.cached = None
+        if cached is None or cached[0] != spec:
+            cached = None  # frees the memory first
+            embedding_size = self.unet.embedding_size if isinstance(self.unet, SplitUNet) else 0
+            with torch.inference_mode(False):
+                cached = spec, SamplerBuffers(spec, embedding_size, self.device, self.dtype)
+        try:
+            yield cached[1]
+        finally:
+            self._thread_local.cached = cached
+
+
+def make_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
+    """The Denoiser of a UNet: planned for the CPU (`cpu_plan`) where that is possible, else its modules.
+
+    An altered UNet (`models.structure.altered`) is called as a whole in each step. It keeps its own dtype,
+    and autocast narrows it where `dtype` is narrower, so that code of others gets the weights it knows.
+    ValueError: a module that is None, or a backend that cannot be passed on.
+    """
+    return _make_denoiser(unet, device, dtype, backend, altered(unet) is not None)
+
+
+def _make_denoiser(
+    unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, is_altered: bool
+) -> Denoiser:
+    if is_altered:
+        return _altered_denoiser(unet, device, dtype, backend)
+    assert isinstance(unet, UNet)
+    size, null_label = sum(unet.embedding_sizes), unet.config.null_label
+    if _not_planned(unet, device, dtype, backend) is None:
+        split = SplitUNet(unet.embed, PlannedUNet(unet, dtype).denoise, size)
+        return Denoiser(split, null_label, device, dtype, backend)
+    if _training(unet) or any((p.device, p.dtype) != (device, dtype) for p in unet.parameters()):
+        unet = copy.deepcopy(unet).to(device, dtype).eval()
+    split = SplitUNet(unet.embed, functools.partial(unet.denoise, backend=backend), size)
+    parameter = next(unet.parameters())
+    return Denoiser(split, null_label, parameter.device, parameter.dtype, backend)
+
+
+def explain(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> str:
+    """How a UNet samples, "fused" or "modules", and the reasons for nothing faster, a line each."""
+    reason = altered(unet)
+    if reason is None:
+        reason = _not_planned(unet, device, dtype, backend)
+        return "unet: fused" if reason is None else f"unet: modules\n  not fused: {reason}"
+    lines = ["unet: modules, called whole", f"  not fused: {reason}"]
+    if device.type == "cuda":
+        lines.append("  not captured in a CUDA graph: a replay would pass over what was altered")
+    return "\n".join(lines)
+
+
+def _not_planned(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
+    """The reason why an unaltered UNet runs as its modules, or None if it is planned for the CPU."""
+    if backend not in ("auto", "cpp"):
+        return f"the backend is {backend!r}"
+    if device.type != "cpu":
+        return f"it runs on {device}, not on the CPU"
+    return unsupported(unet, dtype)
+
+
+def own_dtype(unet: nn.Module) -> torch.dtype:
+    """The dtype in which a UNet samples unless another is chosen: its own, or the widest of several.
+
+    For an altered UNet with several dtypes, that of its first parameter: its code may need them as they are.
+    ValueError: a dtype in which no UNet can sample.
+    """
+    found = {parameter.dtype for parameter in unet.parameters()}
+    if len(found) > 1 and altered(unet) is not None:
+        found = {next(unet.parameters()).dtype}
+    unknown = sorted(map(str, found - set(DTYPES.values())))
+    if unknown:
+        raise ValueError(
+            f"no UNet can be sampled in its own dtype where that is {unknown[0][6:]}; "
+            'choose dtype="float32", or convert the model by model.float()'
+        )
+    return functools.reduce(torch.promote_types, found)
+
+
+def mixed_dtypes(unet: nn.Module) -> str | None:
+    """An error's text that names the several dtypes of the parameters, and a remedy; None for one dtype."""
+    names: dict[torch.dtype, str] = {}
+    for name, parameter in unet.named_parameters():
+        names.setdefault(parameter.dtype, name)
+    if len(names) == 1:
+        return None
+    kinds = ", ".join(f"{str(dtype)[6:]} ({name})" for dtype, name in names.items())
+    return f"this UNet cannot be sampled in several dtypes: {kinds}; model.float() makes them one"
+
+
+def _training(unet: nn.Module) -> bool:
+    return any(module.training for module in unet.modules())
+
+
+def _altered_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
+    lost = missing(unet)
+    if lost is not None:
+        raise ValueError(f"unet.{lost} is None; nn.Identity() in its place would pass on what it gets")
+    if backend != "auto" and not takes_backend(unet):
+        raise ValueError(f"backend {backend!r} cannot be chosen: the UNet's `forward` takes no backend")
+    own = next(unet.parameters())
+    narrowed = own.device == device and own.dtype == torch.float32 and dtype.itemsize == 2
+    kept = own.dtype if narrowed else dtype
+    if (own.device, own.dtype) != (device, kept) or _training(unet):
+        unet = _copy_with_hooks(unet).to(device, kept).eval()
+    options = {} if backend == "auto" else {"backend": backend}
+
+    def forward(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype if narrowed else None, enabled=narrowed):
+            return unet(x, timesteps, labels, **options)
+
+    return Denoiser(forward, unet.config.null_label, device, kept, backend)
+
+
+def _copy_with_hooks(unet: nn.Module) -> nn.Module:
+    """A deep copy that shares the hooks: one that collects what it sees must collect from the copy, too."""
+    hooks = [
+        hook
+        for module in unet.modules()
+        for registered in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in registered.values()
+    ]
+    return copy.deepcopy(unet, {id(hook): hook for hook in hooks})
+
+
+class DenoiserCache:
+    """The last Denoiser of a UNet, unless the UNet was altered. A copy of the cache begins empty."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple, Snapshot, Denoiser] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "DenoiserCache":
+        return DenoiserCache()
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return DenoiserCache, ()
+
+    def get(self, unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
+        """`make_denoiser`, called again only where a weight or the structure of the UNet has changed."""
+        key = (device, dtype, backend, _native.simd_in_use())
+        with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
+            last = self._last
+            if last is not None and last[0] == key and last[1].holds(unet):
+                return last[2]
+            last = self._last = None  # frees the memory first
+            is_altered = altered(unet) is not None
+            snapshot = None if is_altered else Snapshot(unet)  # before, as another thread may change the UNet
+            denoiser = _make_denoiser(unet, device, dtype, backend, is_altered)
+            if snapshot is not None:
+                self._last = (key, snapshot, denoiser)
+            return denoiser
