@@ -3,6 +3,8 @@
 Notation and precision are those of `forward`.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..utils.validation import choice, number
@@ -54,12 +56,20 @@ def target(
     return alpha * noise - sigma * x0
 
 
-LOSS_WEIGHTINGS = ("uniform", "min_snr", "truncated_snr", "snr_plus_one", "p2")
+# The weight of the error in x_0, as a function of the SNR and of min_snr_gamma. "uniform" is not among them:
+# it is a weight of the error in the model output, 1 whatever the prediction type.
+LOSS_WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "min_snr": lambda snr, gamma: snr.clamp(max=gamma),  # Hang et al. 2023, arXiv 2303.09556, section 3.4
+    "truncated_snr": lambda snr, gamma: snr.clamp(min=1),  # Salimans & Ho 2022, arXiv 2202.00512, section 4
+    "snr_plus_one": lambda snr, gamma: snr + 1,  # the same
+    "p2": lambda snr, gamma: snr / (1 + snr),  # Choi et al. 2022, arXiv 2204.00227, eq. 8 with gamma = k = 1
+}
+TINY_SNR = 1e-300  # stands for 0, so that a weight divided by the SNR has its limit
 
 
 def check_loss_weighting(weighting: str) -> None:
     """ValueError unless `loss_weight` knows it."""
-    choice("loss weighting", weighting, LOSS_WEIGHTINGS)
+    choice("loss weighting", weighting, ("uniform", *LOSS_WEIGHTINGS))
 
 
 def loss_weight(
@@ -71,12 +81,11 @@ def loss_weight(
 ) -> torch.Tensor:
     """Weight of each image's mean squared error in model_output, float32 [B], for t int64 [B].
 
-    "uniform" is 1: Ho et al.'s L_simple when the model predicts epsilon. The others are published as the
-    weight of the error in x_0, with SNR = alphas_cumprod / (1 - alphas_cumprod), and mean the same for every
-    prediction type (the weight in x_0 is divided by SNR for epsilon, by SNR + 1 for v):
-    "min_snr" min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556, section 3.4); "truncated_snr" max(SNR, 1)
-    and "snr_plus_one" SNR + 1 (Salimans & Ho 2022, arXiv 2202.00512, section 4); "p2" SNR / (1 + SNR)
-    (Choi et al. 2022, arXiv 2204.00227, eq. 8 with gamma = k = 1).
+    weighting: "uniform" is 1, Ho et al.'s L_simple when the model predicts epsilon. The others,
+    `LOSS_WEIGHTINGS`, are published as the weight of the error in x_0, with SNR = alphas_cumprod /
+    (1 - alphas_cumprod): min(SNR, gamma) for "min_snr", max(SNR, 1) for "truncated_snr", SNR + 1 for
+    "snr_plus_one", and SNR / (1 + SNR) for "p2". They mean the same for every prediction type, because
+    |error in epsilon|^2 = SNR |error in x_0|^2, and |error in v|^2 = (SNR + 1) |error in x_0|^2.
 
     ValueError for another weighting, gamma <= 0, or a weight that is infinite: epsilon prediction under
     truncated_snr or snr_plus_one where SNR is 0.
@@ -84,24 +93,12 @@ def loss_weight(
     check_prediction_type(prediction_type)
     check_loss_weighting(weighting)
     gamma = number("min-SNR's gamma", gamma, above=0)
-    # With alpha^2 = SNR / (SNR + 1) and sigma^2 = 1 / (SNR + 1) the weight in v is that in x_0 times sigma^2.
     signal = schedule.alphas_cumprod
-    noise = 1 - signal
-    divisor = {"epsilon": signal, "sample": noise, "v_prediction": torch.ones_like(signal)}[prediction_type]
     if weighting == "uniform":
-        weights = torch.ones_like(signal)
-    elif prediction_type == "epsilon" and weighting == "min_snr":  # not 0 / 0 where SNR is 0
-        weights = (gamma * noise / signal).clamp(max=1)
-    elif prediction_type == "epsilon" and weighting == "p2":
-        weights = noise
-    else:
-        in_v = {
-            "min_snr": torch.minimum(signal, gamma * noise),
-            "truncated_snr": torch.maximum(signal, noise),
-            "snr_plus_one": torch.ones_like(signal),
-            "p2": signal * noise,
-        }[weighting]
-        weights = in_v / divisor
+        return at_timesteps(torch.ones_like(signal), t, t.float())
+    snr = (signal / (1 - signal)).clamp(min=TINY_SNR)
+    divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+    weights = (LOSS_WEIGHTINGS[weighting](snr, gamma) / divisor).float()
     if not weights.isfinite().all():
         raise ValueError(f"{weighting} weighs epsilon prediction infinitely where the schedule's SNR is zero")
     return at_timesteps(weights, t, t.float())

@@ -1,9 +1,11 @@
 """The noise schedule: the variances of signal and noise in x_t, for every timestep, in float64."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from inspect import signature
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
@@ -16,32 +18,30 @@ def _linspace(start: float, end: float, T: int) -> torch.Tensor:
     return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
 
 
-def _linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    return _linspace(beta_start, beta_end, T)
+P = ParamSpec("P")
+_KINDS: dict[str, tuple[str, ...]] = {}  # kinds of schedule, each with the keys of its configuration
 
 
-def _scaled_linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    beta_start, beta_end = number("beta_start", beta_start, 0), number("beta_end", beta_end, 0)
-    return _linspace(beta_start**0.5, beta_end**0.5, T) ** 2
+def _kind(
+    make: Callable[Concatenate[Any, P], "NoiseSchedule"],
+) -> Callable[Concatenate[Any, P], "NoiseSchedule"]:
+    """Makes a classmethod of `NoiseSchedule` a kind of schedule, under the name of the method.
 
+    The arguments of the method, T and numbers, are checked here, and are the keys of the configuration.
+    """
+    arguments = signature(make).replace(parameters=list(signature(make).parameters.values())[1:])
 
-def _cosine(T: int, s: float, max_beta: float) -> torch.Tensor:
-    s = number("s", s, above=-1)
-    alphas_cumprod = torch.cos((_linspace(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
+    @wraps(make)
+    def checked(cls: Any, *args: P.args, **kwargs: P.kwargs) -> "NoiseSchedule":
+        bound = arguments.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values: dict[str, Any] = {"T": whole_number("T", bound.arguments.pop("T"), 1, MOST_TIMESTEPS)}
+        values |= {name: number(name, value) for name, value in bound.arguments.items()}
+        schedule = make(cls, **values)
+        return cls(schedule.betas, {"kind": make.__name__, **values})
 
-
-def _sigmoid(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    return torch.sigmoid(_linspace(-6, 6, T)) * (beta_end - beta_start) + beta_start
-
-
-# Each kind of schedule: the function that makes its betas, and the names of its numbers.
-_KINDS = {
-    "linear": (_linear, ("beta_start", "beta_end")),
-    "scaled_linear": (_scaled_linear, ("beta_start", "beta_end")),
-    "cosine": (_cosine, ("s", "max_beta")),
-    "sigmoid": (_sigmoid, ("beta_start", "beta_end")),
-}
+    _KINDS[make.__name__] = tuple(arguments.parameters)
+    return checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +49,16 @@ class NoiseSchedule:
     """x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps for t = 0..T-1 (Ho et al. 2020,
     arXiv 2006.11239, eq. 4).
 
-    Made by `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_config`. The tables are
-    float64 on the CPU, each [T]. Callers compute coefficients in float64 and cast only the results.
+    Made by `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_config`. A new kind is one
+    more classmethod with `@_kind`; configurations and recipes know it by its name and its arguments. The
+    tables are float64 on the CPU, each [T]. Callers compute in float64 and cast only the results.
 
     betas: float64 [T] such that alphas_cumprod falls strictly, starts below 1 and stays above 0, but for
     the last, which may be 0 (zero terminal SNR). ValueError otherwise, and for a T above a million.
     """
 
     betas: torch.Tensor
-    _config: dict[str, Any]
+    _config: dict[str, Any] | None = None  # by default that of `from_betas`
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) == 0:
@@ -92,36 +93,40 @@ class NoiseSchedule:
         return torch.cumprod(self.alphas, dim=0)
 
     @classmethod
+    @_kind
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
         """Betas evenly spaced from beta_start to beta_end, both in (0, 1) (Ho et al. 2020, section 4)."""
-        return cls.from_config({"kind": "linear", "T": T, "beta_start": beta_start, "beta_end": beta_end})
+        return cls(_linspace(beta_start, beta_end, T))
 
     @classmethod
+    @_kind
     def scaled_linear(
         cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> "NoiseSchedule":
         """Square roots of the betas evenly spaced (Rombach et al. 2022, arXiv 2112.10752)."""
-        return cls.from_config(
-            {"kind": "scaled_linear", "T": T, "beta_start": beta_start, "beta_end": beta_end}
-        )
+        beta_start, beta_end = number("beta_start", beta_start, 0), number("beta_end", beta_end, 0)
+        return cls(_linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
 
     @classmethod
+    @_kind
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
         """alphas_cumprod a squared cosine with offset s > -1, betas at most max_beta (Nichol & Dhariwal 2021,
         arXiv 2102.09672, eq. 17)."""
-        return cls.from_config({"kind": "cosine", "T": T, "s": s, "max_beta": max_beta})
+        s = number("s", s, above=-1)
+        alphas_cumprod = torch.cos((_linspace(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
+        return cls((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta))
 
     @classmethod
+    @_kind
     def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
         """Betas on a logistic curve, over [-6, 6], from beta_start to beta_end (Xu et al. 2022, GeoDiff,
         arXiv 2203.02923)."""
-        return cls.from_config({"kind": "sigmoid", "T": T, "beta_start": beta_start, "beta_end": beta_end})
+        return cls(torch.sigmoid(_linspace(-6, 6, T)) * (beta_end - beta_start) + beta_start)
 
     @classmethod
     def from_betas(cls, betas: Any) -> "NoiseSchedule":
         """A schedule from T numbers: a sequence, array or tensor, with the conditions of the class."""
-        betas = numbers("betas", betas)
-        return cls(betas, {"kind": "betas", "betas": betas.tolist()})
+        return cls(numbers("betas", betas))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
@@ -129,23 +134,17 @@ class NoiseSchedule:
         values = dict(typed("a schedule's configuration", config, dict))
         kind = choice("kind of schedule", values.pop("kind", None), (*_KINDS, "betas"))
         zero_terminal_snr = switch("zero_terminal_snr", values.pop("zero_terminal_snr", False))
-        make_betas, names = _KINDS.get(kind, (None, ()))
-        needed = ("betas",) if make_betas is None else ("T", *names)
+        needed = _KINDS.get(kind, ("betas",))
         if set(values) != set(needed):
             raise ValueError(
                 f"a schedule of kind {kind!r} needs the keys {', '.join(needed)}, not {shown(list(values))}"
             )
-        if make_betas is None:
-            schedule = cls.from_betas(values["betas"])
-        else:
-            T = whole_number("T", values.pop("T"), 1, MOST_TIMESTEPS)
-            ends = {name: number(name, value) for name, value in values.items()}
-            schedule = cls(make_betas(T, **ends), {"kind": kind, "T": T, **ends})
+        schedule = cls.from_betas(**values) if kind == "betas" else getattr(cls, kind)(**values)
         return schedule.rescale_zero_terminal_snr() if zero_terminal_snr else schedule
 
     def to_config(self) -> dict[str, Any]:
         """The schedule as a dictionary that JSON can hold; `from_config` makes the same schedule of it."""
-        return dict(self._config)
+        return dict(self._config or {"kind": "betas", "betas": self.betas.tolist()})
 
     def rescale_zero_terminal_snr(self) -> "NoiseSchedule":
         """This schedule shifted and scaled so that alphas_cumprod[T-1] is 0 and alphas_cumprod[0] stays.
@@ -160,4 +159,4 @@ class NoiseSchedule:
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         alphas_cumprod = root**2
         alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
-        return NoiseSchedule(1 - alphas, {**self._config, "zero_terminal_snr": True})
+        return NoiseSchedule(1 - alphas, {**self.to_config(), "zero_terminal_snr": True})

@@ -152,7 +152,7 @@ def test_adamw_decays_weights():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS[1:])
+@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
 def test_weights_mean_the_same_for_every_prediction_type(weighting, prediction_type):
     """From their definitions as weights of the error in x_0, in float64."""
     schedule = NoiseSchedule.linear()
@@ -171,7 +171,7 @@ def test_weights_mean_the_same_for_every_prediction_type(weighting, prediction_t
     torch.testing.assert_close(found.double(), in_x0 / divisor, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+@pytest.mark.parametrize("weighting", ["uniform", *LOSS_WEIGHTINGS])
 def test_weights_where_there_is_no_signal(weighting):
     schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
     t = torch.tensor([999])
