@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import to_float
 from ..kernels import conv2d
+from ..storage.images import to_float
 from ..utils.validation import choice, refuse, whole_number
 
 ARCHITECTURES = ("plain", "residual")

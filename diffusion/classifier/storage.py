@@ -18,6 +18,7 @@ from ..storage.reading import (
     sha256,
     stored_digest,
 )
+from ..utils.errors import one_line
 from .network import Classifier, ClassifierConfig
 from .reference import Reference
 
@@ -53,8 +54,7 @@ def load_classifier(
         real = {name: tuple(stored[name].tolist()) for name in ("real_random", "real_balanced")}
         reference = Reference(mean=stored["mean"], cov=stored["cov"], **real, **card["reference"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} holds no usable classifier: {reason}") from error
+        raise ValueError(f"{folder} holds no usable classifier: {one_line(error)}") from error
     classifier.folder = folder
     return classifier.eval().requires_grad_(False), reference
 

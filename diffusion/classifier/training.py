@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from ..storage.images import to_float
 from ..utils.device import multiplies_bfloat16
 from ..utils.validation import number, whole_number
 from .network import Classifier, ClassifierConfig
@@ -45,7 +46,7 @@ def crop(images: torch.Tensor, shift: int = 2) -> torch.Tensor:
     The pixels that move in are those beside the edge, reflected. From PyTorch's global generator.
     """
     count, _, height, width = images.shape
-    padded = F.pad(images.float() / 127.5 - 1, (shift, shift, shift, shift), mode="reflect")
+    padded = F.pad(to_float(images), (shift, shift, shift, shift), mode="reflect")
     device = images.device
     down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), device=device)
     rows, columns = down + torch.arange(height, device=device), right + torch.arange(width, device=device)

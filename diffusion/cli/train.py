@@ -9,13 +9,13 @@ import torch
 
 from ..data import DATASETS
 from ..ddpm import DDPM, load
-from ..kernels._native import allows
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
 from ..training.loop import train
 from ..training.recipe import RECIPES, Recipe, changed, load_recipe
 from ..training.trainer import Trainer
-from ..utils.device import check_dtype
+from ..utils.device import check_dtype, torch_multiplies_bfloat16
+from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current
 from ..utils.validation import whole_number
@@ -184,8 +184,9 @@ def _suggest_options(device: torch.device) -> Iterator[None]:
             ways = "--micro-batch, --checkpointing, or a smaller network"
             raise ValueError(f"the memory of {device} is not enough; try {ways}") from error
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"torch.compile fails here; train without --compile: {reason}") from error
+            raise ValueError(
+                f"torch.compile fails here; train without --compile: {first_line(error)}"
+            ) from error
         raise
 
 
@@ -214,12 +215,4 @@ def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
         if AUTOCAST[choice] is not None:
             check_dtype(device, AUTOCAST[choice])
         return AUTOCAST[choice]
-    if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # PyTorch's own bfloat16 products; they do not need this package's library
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        faster = device.type == "cpu" and any(
-            capabilities.get(name) and allows(variant)
-            for name, variant in (("avx512_bf16", "avx512_bf16"), ("amx_bf16", "amx"))
-        )
-    return torch.bfloat16 if faster else None
+    return torch.bfloat16 if torch_multiplies_bfloat16(device) else None

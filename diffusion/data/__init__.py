@@ -78,11 +78,6 @@ def load_mnist(
     return images, labels
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 0..255 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str, download: bool):
     """One of torchvision's data sets, which keeps its files in a folder of this name."""
     choice("split", split, ("train", "test"))

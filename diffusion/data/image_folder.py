@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..storage.atomic import remove_leftovers, replacing
 from ..storage.locks import locked
-from ..storage.reading import is_folder, name_of, open_regular, read_bytes
+from ..storage.reading import is_folder, name_of, open_regular, read_bytes, reading_archive
 from ..utils.memory import check_fits
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
@@ -163,13 +163,8 @@ class _Zip(_Files):
         super().__init__(path, stamps, folders)
 
     def read(self, name: str) -> bytes:
-        try:
-            with self.archive.open(name) as file:
-                data = file.read(MOST_BYTES + 1)
-        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"cannot read {self.path}/{name}: {error}") from error
-        except Exception as error:  # zlib.error, lzma.LZMAError and their like have no common base
-            raise ValueError(f"cannot read {self.path}/{name}: {type(error).__name__}: {error}") from error
+        with reading_archive(f"{self.path}/{name}"), self.archive.open(name) as file:
+            data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ValueError(f"cannot read {self.path}/{name}: it is larger than {MOST_BYTES >> 20} MiB")
         return data

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..storage.reading import is_folder, open_regular, read_json
+from ..storage.reading import is_folder, open_regular, read_json, reading_archive
 from ..storage.shard_files import run_digest, was_altered
 from ..utils.validation import whole_numbers
 from . import load_dataset
@@ -50,19 +50,18 @@ def load_images(
 def _read(path: Path) -> ImageSet:
     if not os.path.lexists(path):
         raise ValueError(f"there is no {path}")
-    try:
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
-            pairs = [pair for pair in NAMES if pair[0] in arrays.files]
-            if not pairs:
-                raise ValueError("it holds no array `images` or `arr_0`")
-            names = [name for name in pairs[0] if name in arrays.files]
-            for name in names:
-                _check_size(arrays.zip, name)
-            images, *labels = (arrays[name] for name in names[:2])
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"cannot read {path}: {error}".replace("\n", " ")) from error
-    except Exception as error:  # zlib.error and its like have no common base
-        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    with (
+        reading_archive(path),
+        open_regular(path) as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        pairs = [pair for pair in NAMES if pair[0] in arrays.files]
+        if not pairs:
+            raise ValueError("it holds no array `images` or `arr_0`")
+        names = [name for name in pairs[0] if name in arrays.files]
+        for name in names:
+            _check_size(arrays.zip, name)
+        images, *labels = (arrays[name] for name in names[:2])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(
             f"the images in {path} must be uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..classifier import Classifier, classify, load_classifier
 from ..storage.reading import load_weights, open_regular, read_torch, sha256
+from ..utils.errors import first_line
 
 EFFICIENTNET_SIZE = 224  # pixels a side, of the images that EfficientNet-Lite0 was trained with
 
@@ -91,8 +92,7 @@ def _inception() -> Features:
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         ).eval()
     except Exception as error:  # unpickling refuses in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} does not hold Inception's weights: {reason}") from error
+        raise ValueError(f"{path} does not hold Inception's weights: {first_line(error)}") from error
 
     def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():

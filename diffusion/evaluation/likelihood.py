@@ -10,6 +10,7 @@ from ..kernels import philox_normal
 from ..models.structure import config_of
 from ..process.bound import prior_term, variational_bound_terms
 from ..process.forward import q_sample
+from ..storage.images import to_float
 from ..utils.validation import whole_number
 
 
@@ -45,7 +46,7 @@ def bits_per_dimension(
     totals, priors = [], []
     with bar:
         for start in range(0, len(images), batch_size):
-            x0 = images[start : start + batch_size].to(own.device).float() / 127.5 - 1
+            x0 = to_float(images[start : start + batch_size].to(own.device))
             y = None if labels is None else labels[start : start + batch_size].to(own.device)
             ids = torch.arange(start, start + len(x0), device=own.device)
             total = prior_term(schedule, x0).double()

@@ -23,8 +23,9 @@ from ..storage.atomic import check_writable, replacing
 from ..storage.locks import locked
 from ..storage.reading import add_tensors, read_json
 from ..storage.shard_files import run_digest, what_is_wrong, write_shard
+from ..utils.errors import one_line
 from ..utils.ranks import Ranks
-from ..utils.validation import whole_number, whole_numbers
+from ..utils.validation import plain_number, whole_number, whole_numbers
 
 FORMAT = "fused-diffusion-shards"
 FORMAT_VERSION = 2  # 1: shards without a digest
@@ -121,7 +122,7 @@ def model_digest(model: DDPM) -> str:
 def _agree(folder: Path, settings: dict[str, Any]) -> str:
     """Writes run.json unless it is there, and gives its digest; ValueError if it is of other settings."""
     path = folder / "run.json"
-    settings = json.loads(json.dumps(settings, default=_plain))
+    settings = json.loads(json.dumps(settings, default=_as_json))
     if not path.exists():
         mine = folder / f".run.{uuid.uuid4().hex}.json"  # processes on two machines may have one number
         try:
@@ -130,7 +131,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
             with contextlib.suppress(FileExistsError):  # of ranks that start together, the first one's counts
                 os.link(mine, path)
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+            raise ValueError(f"cannot write {path}: {one_line(error)}") from error
         finally:
             with contextlib.suppress(OSError):
                 mine.unlink()
@@ -160,9 +161,12 @@ def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str | None:
     return next((k for k in every if k not in asked or k not in found or asked[k] != found[k]), None)
 
 
-def _plain(value: Any) -> Any:
-    """What stands in JSON for an option that it has no word for: a number of NumPy or torch, or a dtype."""
-    return value.item() if hasattr(value, "item") else str(value)
+def _as_json(value: object) -> object:
+    """An option that JSON has no type for: a number of NumPy or torch as Python's, anything else as text."""
+    try:
+        return plain_number(value)
+    except TypeError:
+        return str(value)
 
 
 def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:

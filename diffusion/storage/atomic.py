@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..utils.errors import one_line
+
 LEFTOVER = ".partial"  # in the names of files that are not yet whole
 
 
@@ -37,7 +39,7 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
             with contextlib.suppress(OSError):  # some systems cannot sync a folder
                 _sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors' own, when a disk is full
-        raise ValueError(f"cannot write {targets[0]}: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"cannot write {targets[0]}: {one_line(error)}") from error
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
@@ -79,7 +81,7 @@ def check_writable(*targets: str | os.PathLike) -> None:
                     folder.mkdir(parents=True)
                     _temporary(folder, file.name)
         except OSError as error:
-            raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+            raise ValueError(f"cannot write {target}: {one_line(error)}") from error
 
 
 def _temporary(folder: Path, name: str) -> Path:

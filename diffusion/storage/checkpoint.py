@@ -5,13 +5,14 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from ..models.structure import config_of, configured
 from ..models.unet import UNet, UNetConfig
 from ..process.schedule import NoiseSchedule
+from ..utils.errors import first_line
+from ..utils.validation import plain_number
 from .atomic import replacing
 from .reading import (
     WEIGHT_DTYPES,
@@ -67,8 +68,8 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     architecture = configured(config_of(unet))
     unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
     try:
-        text = json.dumps(config, indent=2, default=_plain)
-        json.dumps(config.get("metadata"), allow_nan=False, default=_plain)
+        text = json.dumps(config, indent=2, default=plain_number)
+        json.dumps(config.get("metadata"), allow_nan=False, default=plain_number)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot write {folder}: the metadata are no JSON values: {error}") from error
     state = unet.state_dict()
@@ -89,13 +90,6 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
         save_file(weights, weights_path)
         config = about | {DIGEST: sha256(weights_path), "unet": unet.config.to_dict()} | json.loads(text)
         config_path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _plain(value: object) -> object:
-    """A number of NumPy or torch as JSON has it; TypeError for anything else."""
-    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is none")
 
 
 def read(folder: Path, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
@@ -168,5 +162,4 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # its errors are of many kinds: HTTP, validation, file system
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot fetch hf:{repository}: {reason}") from error
+        raise ValueError(f"cannot fetch hf:{repository}: {first_line(error)}") from error

@@ -14,6 +14,11 @@ from .atomic import replacing
 MOST_PIXELS = 2**28  # of a picture
 
 
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Images uint8 in 0..255, of any shape, to float32 in [-1, 1]: the inverse of `to_uint8`."""
+    return images.float() / 127.5 - 1
+
+
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Images [..., C, H, W] in [-1, 1] to uint8 0..255, rounded to nearest; values outside are clipped.
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..utils.errors import one_line
 from .reading import read_text
 
 try:
@@ -49,7 +50,7 @@ def _take(path: Path, wait: bool) -> tuple[int | None, bool]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+            raise ValueError(f"cannot write {path}: {one_line(error)}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

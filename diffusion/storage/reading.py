@@ -12,10 +12,12 @@ import re
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import one_line
 from ..utils.memory import check_fits, total_memory
 
 MOST_JSON_BYTES = 2**26
@@ -37,7 +39,7 @@ def is_folder(path: str | os.PathLike) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise ValueError(f"cannot read {path}: {_reason(error)}".replace("\0", "\\0")) from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}".replace("\0", "\\0")) from error
 
 
 @contextlib.contextmanager
@@ -61,7 +63,7 @@ def read_bytes(path: str | os.PathLike, most_bytes: float | None = None) -> byte
             parts.append(part)
             left -= len(part)
     except (OSError, MemoryError) as error:
-        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
     finally:
         os.close(handle)
     return b"".join(parts)
@@ -72,7 +74,7 @@ def read_text(path: str | os.PathLike, most_bytes: float | None = None) -> str:
     try:
         return read_bytes(path, most_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {_reason(error)}") from error
+        raise ValueError(f"{path} is no text in UTF-8: {one_line(error)}") from error
 
 
 def name_of(file: BinaryIO, path: str | os.PathLike) -> str:
@@ -91,13 +93,33 @@ def sha256(path: str | os.PathLike) -> str:
         return _digest(file)
 
 
+@contextlib.contextmanager
+def reading_archive(name: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever a damaged zip or .npz raises while it is read into a ValueError that names it."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        BadZipFile,
+    ) as error:
+        raise ValueError(f"cannot read {name}: {one_line(error)}") from error
+    except Exception as error:  # zlib.error, lzma.LZMAError and their like have no common base
+        raise ValueError(f"cannot read {name}: {type(error).__name__}: {one_line(error)}") from error
+
+
 def read_json(path: str | os.PathLike) -> dict:
     """The JSON object in a file; ValueError if it is missing or holds no object."""
     text = read_text(path, MOST_JSON_BYTES)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{path} is not valid JSON: {_reason(error)}") from error
+        raise ValueError(f"{path} is not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
@@ -117,7 +139,7 @@ def read_safetensors(path: str | os.PathLike, digest: str | None = None) -> dict
             with safe_open(name_of(file, path), framework="pt") as tensors:
                 weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
-            raise ValueError(f"{path} is truncated or damaged: {_reason(error)}") from error
+            raise ValueError(f"{path} is truncated or damaged: {one_line(error)}") from error
         if digest is not None and _digest(file) != digest:
             raise WrongDigest(
                 f"{path} is not the file that was saved with the config.json beside it, which has another "
@@ -136,7 +158,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         try:
             value = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
-            reason = _reason(error).split(". ")[0]
+            reason = one_line(error).split(". ")[0]
             raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from error
     named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
@@ -218,7 +240,7 @@ def _open(path: str | os.PathLike, most_bytes: float | None) -> tuple[int, int]:
         raise ValueError(f"{path} is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         socket = isinstance(error, OSError) and error.errno == errno.ENXIO
-        reason = "it is no regular file" if socket else _reason(error)
+        reason = "it is no regular file" if socket else one_line(error)
         raise ValueError(f"cannot read {path}: {reason}".replace("\0", "\\0")) from error
     try:
         status = os.fstat(handle)
@@ -264,8 +286,3 @@ def _amount(size: float) -> str:
             return f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:,.0f} GiB"
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
-    return " ".join(reason.split()) or type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..utils.errors import one_line
 from .images import save_npz, to_uint8
 from .reading import open_regular
 
@@ -29,7 +30,7 @@ def write_shard(
         try:
             os.unlink(path)
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+            raise ValueError(f"cannot write {path}: {one_line(error)}") from error
     save_npz(x, path, labels, sample_ids=arrays["sample_ids"], sha256=_digest(arrays, run))
 
 
@@ -78,7 +79,7 @@ def what_is_wrong(
                 with archive.open(members[name]) as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     except Exception as error:  # those of a damaged archive have no common base
-        return f"it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        return f"it cannot be read ({one_line(error)})"
     for name, (dtype, size) in expected.items():
         if arrays[name].dtype != dtype or arrays[name].shape != size:
             return f"its {name} are of another shape or type"

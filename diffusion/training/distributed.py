@@ -5,7 +5,6 @@ Each holds the whole model (torch.nn.parallel.DistributedDataParallel). They are
 
 import contextlib
 import gc
-import hashlib
 import importlib
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import __version__
+from ..utils.errors import first_line
 from ..utils.ranks import Ranks
 from .trainer import Trainer
 
@@ -39,9 +39,8 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         distributed.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"rank {ranks.rank} of {ranks.world_size} does not find the others: {reason}"
+            f"rank {ranks.rank} of {ranks.world_size} does not find the others: {first_line(error)}"
         ) from error
     try:
         yield
@@ -73,12 +72,10 @@ def agree(trainer: Trainer, problem: ValueError | None = None) -> None:
         if problem is not None:
             raise problem
         return
-    digest = hashlib.sha256(trainer.images.numpy().data)
-    digest.update(b"" if trainer.labels is None else trainer.labels.numpy().data)
     mine = {
         "problem": None if problem is None else str(problem),
         "recipe": trainer.recipe.to_json(),
-        "data": digest.hexdigest(),
+        "data": trainer.data_digest,
         "step": trainer.step,
         "autocast": str(trainer.autocast),
         "micro batch": trainer.micro_batch,
@@ -118,5 +115,5 @@ def losing_a_rank(trainer: Trainer, out: str | os.PathLike) -> Iterator[None]:
             raise
         raise ValueError(
             f"rank {trainer.ranks.rank} lost another rank at step {trainer.step + 1}; start them again with "
-            f"--resume, which goes on from {Path(out) / 'state.safetensors'}: {text.splitlines()[0]}"
+            f"--resume, which goes on from {Path(out) / 'state.safetensors'}: {first_line(error)}"
         ) from error

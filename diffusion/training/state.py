@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ..models.config import UNetConfig
 from ..storage.atomic import replacing
 from ..storage.reading import add_tensors, load_weights, name_of, open_regular, read_safetensors
+from ..utils.errors import one_line
 from ..utils.validation import number, whole_number
 from .recipe import Recipe, recipe_from
 from .trainer import Trainer
@@ -151,4 +152,4 @@ def read_state(path: Path) -> dict:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise ValueError(f"{path} is no training state, or damaged: {error}".replace("\n", " ")) from error
+        raise ValueError(f"{path} is no training state, or damaged: {one_line(error)}") from error

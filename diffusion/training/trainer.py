@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import to_float
 from ..ddpm import DDPM
 from ..models.unet import UNet, UNetConfig
 from ..process.objective import lognormal_timesteps, random_timesteps
 from ..process.schedule import NoiseSchedule
 from ..samplers.guidance import drop_labels
+from ..storage.images import to_float
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
 from ..utils.validation import whole_number

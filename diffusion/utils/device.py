@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from ..kernels._native import allows
 from ..kernels.ops.convolution.conv3x3_native import multiplies_pairs
+from .errors import first_line
 from .validation import choice
 
 DTYPES = {
@@ -20,8 +22,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"there is no device {str(device)!r} here: {reason}") from error
+        raise ValueError(f"there is no device {str(device)!r} here: {first_line(error)}") from error
     if device.type == "meta":
         raise ValueError("the meta device holds no data; choose a real one, such as cpu")
     return torch.empty(0, device=device).device
@@ -40,12 +41,22 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
         x = nn.functional.silu(nn.functional.group_norm(x, 2)).flatten(2)
         nn.functional.scaled_dot_product_attention(x[None], x[None], x[None]) @ x.mT
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {device} lacks dtype {str(dtype)[6:]}: {reason}") from error
+        raise ValueError(f"device {device} lacks dtype {str(dtype)[6:]}: {first_line(error)}") from error
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16, so that computing in it is faster."""
+    """Whether this package's kernels multiply bfloat16 in hardware on the device, so that it is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and multiplies_pairs()
+
+
+def torch_multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether PyTorch multiplies bfloat16 in hardware on the device; this needs no kernel of the package."""
+    if device.type != "cpu":
+        return multiplies_bfloat16(device)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(
+        capabilities.get(name) and allows(variant)
+        for name, variant in (("avx512_bf16", "avx512_bf16"), ("amx_bf16", "amx"))
+    )

@@ -145,6 +145,16 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     refuse(name, "two numbers (low, high) with low <= high", value)
 
 
+def plain_number(value: object) -> object:
+    """A number of NumPy, or an array or tensor without dimensions, as Python's; TypeError for anything else.
+
+    For `json.dumps(..., default=plain_number)`.
+    """
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is none")
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Whether Python can look at a tensor's values: not under torch.compile or torch.func, nor on "meta"."""
     if torch.compiler.is_compiling() or tensor.is_meta:

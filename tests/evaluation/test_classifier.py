@@ -15,8 +15,8 @@ from diffusion.classifier import __main__ as classifier_command
 from diffusion.classifier.network import ClassifierConfig
 from diffusion.classifier.training import MUON_RATE, _muon_and_adamw
 from diffusion.cli import main
-from diffusion.data import load_dataset, to_float
-from diffusion.storage.images import save_npz
+from diffusion.data import load_dataset
+from diffusion.storage.images import save_npz, to_float
 from helpers.models import make_model
 
 SIZE = 12

@@ -1,0 +1,20 @@
+"""The text of an exception, for messages that must fit into one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text with its line breaks replaced by spaces.
+
+    An OSError gives the system's own words, such as "Permission denied", without number and path. An
+    exception without text gives the name of its type.
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or the name of its type where it has none.
+
+    For libraries that append advice or a stack trace to the reason, such as CUDA errors of PyTorch.
+    """
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
