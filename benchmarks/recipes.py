@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 import diffusion
 from diffusion.classifier import balanced_labels
-from diffusion.data import load_dataset
-from diffusion.data.image_folder import ImageSet
+from diffusion.data import ImageSet, load_dataset
 from diffusion.evaluation.features import Features, load_features
 from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.process.prediction import x0_coefficients

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..cli import Parser, take_any_name
-from ..data import DATASETS, load_dataset
+from ..data import NAMED_SETS, load_dataset
 from ..storage.atomic import check_writable
 from .network import ARCHITECTURES, ClassifierConfig
 from .reference import draw_samples, measure_reference
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     take_any_name()
     parser = Parser(prog="python -m diffusion.classifier", description=main.__doc__)
     add = parser.add_argument
-    add("--data", default="mnist", help=f"{', '.join(DATASETS)}, or a folder or zip (default: mnist)")
+    add("--data", default="mnist", help=f"{', '.join(NAMED_SETS)}, or a folder or zip (default: mnist)")
     add("--test-data", help="folder or zip of test images; needed unless --data is a data set")
     add("--data-dir", help="torchvision's folder of mnist or cifar10: DIR, if the files are in DIR/MNIST/raw")
     add("--out", required=True, help="folder to write")
@@ -86,7 +86,7 @@ def _config(options: argparse.Namespace, channels: int, size: int, classes: int)
 
 def _load(options: argparse.Namespace):
     """The images to train on and those to test with, both labelled with the same classes."""
-    if options.data in DATASETS:
+    if options.data in NAMED_SETS:
         sets = [
             load_dataset(options.data, split=split, data_dir=options.data_dir) for split in ("train", "test")
         ]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.image_folder import ImageSet
+from ..data import ImageSet
 from ..evaluation.fid import frechet_distance, moments
 from ..utils.validation import number, numbers, refuse, typed, whole_number
 from .network import Classifier, classify

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data.image_folder import ImageSet
+from ..data import ImageSet
 from ..data.npz import load_images
 from ..ddpm import DDPM, load
 from ..evaluation.accuracy import ema_decay, evaluate, format_report

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from ..data import DATASETS
+from ..data import NAMED_SETS
 from ..ddpm import DDPM, load
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        help=f"{', '.join(DATASETS)}, or a folder or zip of images named class/name.png (default: the "
+        help=f"{', '.join(NAMED_SETS)}, or a folder or zip of images named class/name.png (default: the "
         "recipe's data set, or mnist)",
     )
     add("--data-dir", help="torchvision's folder of mnist or cifar10: DIR, if the files are in DIR/MNIST/raw")
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
     if args.accept_changes and not args.resume:
         raise ValueError("--accept-changes is for --resume")
-    if args.data in DATASETS and not args.data_dir:
+    if args.data in NAMED_SETS and not args.data_dir:
         raise ValueError(f"--data-dir is missing: the folder that holds {args.data}")
     ranks = current()
     device = choose_device(args.device, ranks)
@@ -192,7 +192,7 @@ def _suggest_options(device: torch.device) -> Iterator[None]:
 
 def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
     """The recipe, with the changes that the options make to it. init: the model of --init."""
-    name = args.recipe or (args.data if args.data in DATASETS else None)
+    name = args.recipe or (args.data if args.data in NAMED_SETS and args.data in RECIPES else None)
     if name is None:
         raise ValueError(
             f"--recipe is missing: {args.data} has none of its own; "

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..data import DATASETS, ImageSet, load_dataset
+from ..data import NAMED_SETS, ImageSet, load_dataset
 from ..data.image_folder import channels_of
 from ..models.config import UNetConfig
 from ..training.loop import STATE
 from ..training.recipe import RECIPES, Recipe, load_recipe
 from ..training.state import read_state
 
-CHANNELS_OF = {"mnist": 1, "cifar10": 3}
 VALIDATION_IMAGES = 1000
 MAX_NAMED = 10  # classes named in a message
 
@@ -37,16 +36,17 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> TrainingData:
     unconditional. The image size is never taken from the data: if it differs, a ValueError names the option
     to use.
     """
-    named = {"data_dir": args.data_dir, "download": args.download} if args.data in DATASETS else {}
+    named = {"data_dir": args.data_dir, "download": args.download} if args.data in NAMED_SETS else {}
     for name in ("cache", "resize") if named else ("data_dir", "download"):
         if getattr(args, name):
-            kind = "a folder or zip of images" if named else f"the data sets {', '.join(DATASETS)}"
+            kind = "a folder or zip of images" if named else f"the data sets {', '.join(NAMED_SETS)}"
             raise ValueError(f"--{name.replace('_', '-')} is for {kind}, and --data is {args.data}")
     fixed, wanted = _fixed_fields(args, recipe), UNetConfig.from_dict(recipe.unet)
+    data = load_dataset(args.data, split="train", **named) if named else None
     if args.resume:
         recipe, about_channels = _of_the_run(args, recipe, fixed), ""
     else:
-        own = CHANNELS_OF[args.data] if named else channels_of(args.data)
+        own = channels_of(args.data) if data is None else data.images.shape[1]
         recipe, about_channels = _with_channels(recipe, own, fixed, args.data)
     config = UNetConfig.from_dict(recipe.unet)
     options = {"channels": config.in_channels, "cache": args.cache}
@@ -55,14 +55,15 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> TrainingData:
         if height != width:
             raise ValueError(f"--resize makes square images, and the model's are {height} x {width}")
         options["size"] = height
-    data = load_dataset(args.data, split="train", **options, **named)
+    if data is None:
+        data = load_dataset(args.data, **options)
     _check_size(data, config, bool(named))
     validation = None
     if args.validation_data:
         validation = load_dataset(args.validation_data, **options)
         validation = validation._replace(labels=_labels_by_name(validation, data))
     elif named:
-        validation = load_dataset(args.data, split="test", **options, **named)
+        validation = load_dataset(args.data, split="test", **named)
     about_classes = ", labels are not used" if data.labels is not None else ", no labels"
     if config.num_classes is None:
         data = data._replace(labels=None)
@@ -111,7 +112,7 @@ def _with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) -
         outputs = own * config.out_channels // wanted
         unet = recipe.unet | {"in_channels": own, "out_channels": outputs}
         return replace(recipe, unet=unet), f" (the recipe had {wanted})"
-    if data in DATASETS:  # these are never converted
+    if data in NAMED_SETS:  # these are never converted
         raise ValueError(f"{data} has {own} channels, but unet.in_channels is {wanted} in {where}")
     if own > wanted and where != "--set":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sets of 8-bit images for evaluation, from wherever they are: arrays, shards, folders, zips, named sets."""
+"""Reads 8-bit images for evaluation: .npz files, folders of shards, and whatever `load_dataset` reads."""
 
 import os
 import zipfile
@@ -11,11 +11,12 @@ from ..storage.reading import is_folder, open_regular, read_json, reading_archiv
 from ..storage.shard_files import run_digest, was_altered
 from ..utils.validation import whole_numbers
 from . import load_dataset
-from .image_folder import ImageSet
+from .image_set import ImageSet
 
-MOST_BYTES = 2**36  # of one array
-MOST_LABEL = 2**31 - 1
-# Of images, and of their labels: this package's, and guided-diffusion's, whose samples name no arrays.
+MAX_BYTES = 2**36  # of one array
+MAX_LABEL = 2**31 - 1
+# Names of the array of images and of the arrays that may hold the labels: this package's, and those that
+# np.savez gives to arrays without names, as guided-diffusion's scripts save them.
 NAMES = (("images", "labels"), ("arr_0", "labels", "arr_1"))
 
 
@@ -29,9 +30,9 @@ def load_images(
     """Images uint8 [N, C, H, W] from a .npz file, a folder of shard-*.npz, or what `data.load_dataset` reads.
 
     A .npz holds `images` uint8 [N, H, W, C] and perhaps `labels` [N], integers from 0 on, as
-    `images.save_npz` writes them, or `arr_0` and perhaps `arr_1`, as guided-diffusion does.
-    ValueError, naming the file, for anything else, for fewer than two images, and for a folder that
-    `shards.sample_shards` has not finished.
+    `images.save_npz` writes them, or `arr_0` and perhaps `arr_1`, as guided-diffusion's scripts do. split,
+    data_dir, progress: see `data.load_dataset`. ValueError, naming the file, for anything else, for fewer
+    than two images, and for a folder that `shards.sample_shards` has not finished.
     """
     path = Path(source)
     shards = sorted(path.glob("shard-*.npz")) if is_folder(path) else []
@@ -75,18 +76,18 @@ def _labels(labels: np.ndarray, count: int, path: Path) -> torch.Tensor:
         raise ValueError(
             f"the labels in {path} must be integers [{count}], not {labels.dtype} {list(labels.shape)}"
         )
-    return whole_numbers(f"the labels in {path}", labels, 0, MOST_LABEL)
+    return whole_numbers(f"the labels in {path}", labels, 0, MAX_LABEL)
 
 
 def _check_size(archive: zipfile.ZipFile, name: str) -> None:
-    """ValueError if a small file would become more than MOST_BYTES in memory."""
+    """ValueError if an array would take more than MAX_BYTES in memory: a small file can hold a large one."""
     size = archive.getinfo(f"{name}.npy").file_size
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise ValueError(f"its array {name} takes {size >> 30} GiB")
 
 
 def _check_run(path: Path, shards: list[Path], count: int) -> None:
-    """ValueError if the shards beside a run.json are not all, or not as they were written."""
+    """ValueError if shards of the run in run.json are missing, or are not as they were written."""
     if not (path / "run.json").exists():
         return
     settings = read_json(path / "run.json")

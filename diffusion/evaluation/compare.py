@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..data.image_folder import ImageSet
+from ..data import ImageSet
 from ..utils.validation import choice
 from .accuracy import ROUNDING
 from .features import Features, import_fidelity

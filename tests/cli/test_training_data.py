@@ -14,6 +14,7 @@ import diffusion
 from diffusion.cli import main
 from diffusion.cli.train import add_arguments, choose_recipe
 from diffusion.cli.training_data import TrainingData, load_data
+from diffusion.data import NAMED_SETS, NamedSet, load_dataset
 from diffusion.training.recipe import load_recipe
 from helpers.training import DATA, RECIPE, torchvision_works
 
@@ -246,3 +247,30 @@ def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkey
     main([*words, "--resume"])
     assert diffusion.load(out).num_classes == 10
     assert torch.isfinite(diffusion.load(out).sample(labels=[2], steps=2)).all()
+
+
+def test_a_named_set_is_one_entry(tmp_path, monkeypatch):
+    """What a new data set of torchvision's needs: no more than a line in NAMED_SETS."""
+    images = torch.randint(
+        0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    asked = []
+
+    def load(data_dir, split, download):
+        asked.append((data_dir, split, download))
+        return images, torch.arange(8) % 2
+
+    monkeypatch.setitem(NAMED_SETS, "svhn", NamedSet(load, ("zero", "one")))
+    words = ["train", "--data", "svhn", "--out", str(tmp_path / "run"), "--steps", "1", "--batch-size", "4"]
+    words += ["--set", "unet.sample_size=8", "unet.channels=32", "unet.channel_mult=[1,2]"]
+    words += ["unet.attention_levels=[]", "unet.num_res_blocks=1"]
+    with pytest.raises(SystemExit):  # there is no recipe of this name, so one must be named
+        main([*words, "--data-dir", str(tmp_path)])
+    assert asked == []
+    main([*words, "--data-dir", str(tmp_path), "--recipe", "mnist"])
+    assert asked == [(str(tmp_path), "train", False), (str(tmp_path), "test", False)]
+    model = diffusion.load(tmp_path / "run")
+    assert (model.unet.config.in_channels, model.num_classes) == (3, 2)
+    found = load_dataset("svhn", split="test", data_dir=tmp_path)
+    assert (found.classes, found.name) == (("zero", "one"), "svhn, test split")
+    assert torch.equal(found.images, images)

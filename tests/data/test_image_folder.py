@@ -161,7 +161,7 @@ def test_the_cache_holds_the_same_and_notices_changes(kind, tmp_path, monkeypatc
     plain = read_images(path)
     first = read_images(path, cache=cache)
     (file,) = cache.glob("*.npy")
-    monkeypatch.setattr("diffusion.data.image_folder._Decoder.fill", None)  # is not needed again
+    monkeypatch.setattr("diffusion.data.decoding.Decoder.fill", None)  # is not needed again
     second = read_images(path, cache=cache)
     for found in (first, second):
         assert torch.equal(found.images, plain.images)
@@ -459,7 +459,7 @@ def test_damaged_zips(tmp_path):
 
 
 def test_files_without_end_are_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.data.image_folder.MOST_BYTES", 1000)
+    monkeypatch.setattr("diffusion.data.image_files.MAX_FILE_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
     with pytest.raises(ValueError, match=r"a\.png: it is larger"):
@@ -478,5 +478,5 @@ def test_load_dataset_reads_folders_and_asks_for_the_named(tmp_path):
     assert torch.equal(load_dataset(path, channels=3).images, read_images(path).images)
     with pytest.raises(ValueError, match="there is no data set, folder or zip ''"):
         load_dataset("")
-    with pytest.raises(ValueError, match="where is cifar10"):
+    with pytest.raises(ValueError, match="cifar10 needs --data-dir"):
         load_dataset("cifar10")

@@ -22,7 +22,10 @@ from helpers.digits import DATA, FakeModel, read_digits, real_digits
 
 @pytest.fixture(autouse=True)
 def without_torchvision(monkeypatch):
-    monkeypatch.setattr(data, "load_mnist", lambda data_dir, split, download: read_digits(data_dir, split))
+    digits = data.NAMED_SETS["mnist"]._replace(
+        load=lambda data_dir, split, download: read_digits(data_dir, split)
+    )
+    monkeypatch.setitem(data.NAMED_SETS, "mnist", digits)
 
 
 def noise(labels, guidance_scale):

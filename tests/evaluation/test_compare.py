@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffusion.classifier import load_classifier
 from diffusion.cli import main
-from diffusion.data.image_folder import ImageSet
+from diffusion.data import ImageSet
 from diffusion.data.npz import load_images
 from diffusion.evaluation.compare import compare, format_result
 from diffusion.evaluation.features import Features, load_features
@@ -355,7 +355,7 @@ def test_the_command_compares_and_writes(tmp_path, capsys):
         (["--sweep", "--out", "a.txt"], "must end in .json"),
         (["--reference", "none.npz", "--features", "classifier"], "there is no none.npz"),
         (["--reference", "none", "--features", "classifier"], "no data set, folder or zip 'none'"),
-        (["--reference", "mnist", "--features", "classifier"], "where is mnist?"),
+        (["--reference", "mnist", "--features", "classifier"], "mnist needs --data-dir"),
         (["--num", "0"], "--num"),
     ],
 )

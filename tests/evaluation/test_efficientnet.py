@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusion.cli import main
-from diffusion.data.image_folder import ImageSet
+from diffusion.data import ImageSet
 from diffusion.evaluation.compare import compare
 from diffusion.evaluation.features import EFFICIENTNET_SIZE, load_features, resize
 from diffusion.storage.images import save_npz

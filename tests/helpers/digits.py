@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from diffusion.data import load_mnist, to_float
+from diffusion.data import load_mnist
+from diffusion.storage.images import to_float
 from helpers.paths import FIXTURES
 
 DATA = FIXTURES  # the first 256 digits of MNIST's training and of its test set

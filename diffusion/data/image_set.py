@@ -1,0 +1,18 @@
+"""Images with their labels, as every reader of data sets gives them."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class ImageSet(NamedTuple):
+    """Images with their labels.
+
+    images: uint8 [N, C, H, W]. labels: int64 [N], or None. classes: the names of the labels 0, 1 and so on,
+    or None where they have no names. name: of the data set, for messages.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    classes: tuple[str, ...] | None
+    name: str
