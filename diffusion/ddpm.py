@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from inspect import signature
@@ -402,15 +403,26 @@ class DDPM(nn.Module):
         return device, dtype
 
 
-def load(name: str | os.PathLike, device: str | torch.device | None = None, *, verify: bool = True) -> DDPM:
-    """A model by name: "mnist" and other bundled ones, a model folder, a diffusers folder, "hf:owner/name".
+def load(
+    name: str | os.PathLike,
+    device: str | torch.device | None = None,
+    *,
+    verify: bool = True,
+    flags: dict[str, Any] | None = None,
+) -> DDPM:
+    """A model: "mnist" and other bundled ones, a model folder, "hf:owner/name", or a foreign checkpoint.
 
     device: where to put it, the CPU by default. verify: compare the weights with the SHA-256 that the model
-    was saved with, where its config.json holds one; False takes them as they are. ValueError for what is
-    missing, damaged or no model.
+    was saved with, where its config.json holds one; False takes them as they are. flags: what a foreign
+    checkpoint does not tell of its model, by name, such as {"class_cond": True}; see `diffusion.importers`. A
+    UserWarning names the values that are assumed for the others. ValueError for what is missing, damaged or
+    no model.
     """
     device = resolve_device("cpu" if device is None else device)
-    unet, schedule, conventions = importers.read(name, verify)
+    unet, schedule, conventions, assumed = importers.read(name, verify=verify, flags=flags)
+    if assumed:
+        values = " ".join(f"{flag}={value}" for flag, value in assumed.items())
+        warnings.warn(f"{name} does not say how it was trained; assumed: {values}", stacklevel=2)
     try:
         model = DDPM(unet, schedule, **conventions)
     except ValueError as error:

@@ -5,7 +5,6 @@ import ast
 
 from .. import importers
 from ..ddpm import DDPM
-from ..importers import guided_diffusion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,19 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.source.endswith((".pt", ".pth")):
-        unet, schedule, conventions = guided_diffusion.load(args.source, **_flags(args.flag))
-    elif args.flag:
-        raise ValueError("--flag is for .pt files; other checkpoints say themselves how they were trained")
-    else:
-        unet, schedule, conventions = importers.read(args.source)
+    unet, schedule, conventions, assumed = importers.read(args.source, flags=_flags(args.flag))
+    if assumed:
+        print(f"assumed, as no --flag says otherwise: {' '.join(f'{k}={v}' for k, v in assumed.items())}")
     model = DDPM(unet, schedule, **conventions)
     model.save(args.out, source=args.source)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     print(f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, T = {schedule.T}")
 
 
-def _flags(words: list[str]) -> dict:
+def _flags(words: list[str]) -> dict[str, object]:
+    """["a=1", "b=cosine"] to {"a": 1, "b": "cosine"}: values of Python, or else text."""
     flags = {}
     for word in words:
         name, equals, value = word.partition("=")

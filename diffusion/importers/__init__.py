@@ -1,23 +1,40 @@
-"""Readers of checkpoints in other projects' formats. `read` finds out a model's format by itself."""
+"""Reads models: folders of this package, and checkpoints of other projects, each by a module of this folder.
+
+A new format is a module with NAME, `recognises` and `load`, as `imported.Importer` describes them, and its
+entry in REGISTRY.
+"""
 
 import os
 from typing import Any
 
-from ..models.unet import UNet
-from ..process.schedule import NoiseSchedule
 from ..storage import checkpoint
-from . import diffusers
+from . import diffusers, guided_diffusion
+from .imported import Imported, Importer
+
+__all__ = ["REGISTRY", "Imported", "Importer", "read"]
+
+# The first that recognises a checkpoint reads it.
+REGISTRY: tuple[Importer, ...] = (diffusers, guided_diffusion)
 
 
-def read(name: str | os.PathLike, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
-    """Reads a model: its UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
+def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] | None = None) -> Imported:
+    """Reads a model by name: a bundled one, a folder or file of a known format, or "hf:owner/name".
 
-    name: a bundled model's name, a model folder, a diffusers folder, or "hf:owner/name" for either on the
-    Hugging Face hub (needs huggingface_hub). The conventions are those arguments of `DDPM` which the
-    checkpoint has. verify: see `checkpoint.read`. ValueError, in one line, for anything that is missing,
-    damaged, or not a model.
+    verify: refuse a folder of this package whose weights are not those of the SHA-256 in its config.json.
+    flags: what a foreign checkpoint does not tell, by name; see `load` of its importer. ValueError, in one
+    line, for what is missing, damaged, or no model.
     """
-    folder = checkpoint.locate(name)
-    if not checkpoint.is_model(folder) and diffusers.is_diffusers(folder):
-        return diffusers.load(folder)
-    return checkpoint.read(folder, verify)
+    path, flags = checkpoint.locate(str(name)), flags or {}
+    if not checkpoint.is_model(path):
+        for importer in REGISTRY:
+            if importer.recognises(path):
+                return importer.load(path, **flags)
+    if path.is_file():
+        known = ", ".join(importer.NAME for importer in REGISTRY)
+        raise ValueError(
+            f"{name} is a file; a model is a folder with config.json and model.safetensors, or a checkpoint "
+            f"of {known}"
+        )
+    if flags:
+        raise ValueError(f"{name} takes no flag {min(flags)}: it says itself how it was trained")
+    return Imported(*checkpoint.read(path, verify))

@@ -13,8 +13,10 @@ from ..process.prediction import PREDICTION_TYPES
 from ..process.schedule import NoiseSchedule
 from ..storage.reading import load_weights, read_json, read_safetensors, read_torch
 from ..utils.validation import number, refuse, shown, whole_numbers
+from .imported import Imported
 from .naming import Parts, Source, convert
 
+NAME = "diffusers"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 # What an option is where a UNet2DModel's configuration does not mention it.
@@ -64,7 +66,7 @@ _VARIANCES = {
 }
 
 
-def is_diffusers(folder: str | os.PathLike) -> bool:
+def recognises(folder: str | os.PathLike) -> bool:
     """Whether the folder looks like one of diffusers: a pipeline, or a model alone."""
     folder = Path(folder)
     if os.path.isfile(folder / "model_index.json"):
@@ -75,14 +77,17 @@ def is_diffusers(folder: str | os.PathLike) -> bool:
         return False
 
 
-def load(folder: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
+def load(folder: str | os.PathLike, /, **flags: Any) -> Imported:
     """A pipeline's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
     folder: with `unet/` and `scheduler/`, or the files of both side by side. The conventions are
     "prediction_type" ("epsilon", "sample" or "v_prediction"), "variance" ("fixed_small", "fixed_large" or
-    "learned_range") and "clip" (the largest absolute value of a predicted image, or None).
-    ValueError, in one line: a file that is missing or damaged, or an option that cannot be represented.
+    "learned_range") and "clip" (the largest absolute value of a predicted image, or None). ValueError, in one
+    line: a file that is missing or damaged, an option that cannot be represented, or a flag: the
+    configurations tell all.
     """
+    if flags:
+        raise ValueError(f"{folder} takes no flag {min(flags)}: diffusers' folders say how they were trained")
     folder = Path(folder)
     path = _part(folder, "scheduler") / "scheduler_config.json"
     if not os.path.lexists(path):
@@ -94,7 +99,7 @@ def load(folder: str | os.PathLike) -> tuple[UNet, NoiseSchedule, dict[str, Any]
             f"{path}: a variance of type {conventions['variance']!r} does not go with a UNet of "
             f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
         )
-    return unet, schedule, conventions
+    return Imported(unet, schedule, conventions)
 
 
 def load_unet(folder: str | os.PathLike) -> UNet:

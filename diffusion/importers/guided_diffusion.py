@@ -15,8 +15,10 @@ from ..models.unet import UNet, UNetConfig
 from ..process.schedule import MOST_TIMESTEPS, NoiseSchedule
 from ..storage.reading import load_weights, read_torch
 from ..utils.validation import choice, known_names, numbers, refuse, typed, whole_number
+from .imported import Imported
 from .naming import Parts, Source, convert
 
+NAME = "guided-diffusion and improved-diffusion"
 # Flags that change training or sampling but not the model, or only how it is computed.
 _WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "timestep_respacing"}
 _DEFAULTS = {
@@ -50,7 +52,12 @@ _CHANNEL_MULT = {
 }
 
 
-def load(path: str | os.PathLike, /, **flags: Any) -> tuple[UNet, NoiseSchedule, dict[str, Any]]:
+def recognises(path: str | os.PathLike) -> bool:
+    """Whether the path is that of a PyTorch checkpoint: a file that ends in .pt or .pth."""
+    return os.path.isfile(path) and Path(path).suffix in (".pt", ".pth")
+
+
+def load(path: str | os.PathLike, /, **flags: Any) -> Imported:
     """A checkpoint's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
     flags: those of guided-diffusion's scripts and of its UNetModel, by name, as Python values
@@ -58,10 +65,9 @@ def load(path: str | os.PathLike, /, **flags: Any) -> tuple[UNet, NoiseSchedule,
     defaults; improved-diffusion's scripts have another one for rescale_timesteps, which is True there.
     Channels and number of classes are read from the tensors. The model has no null label.
 
-    The conventions are "prediction_type" ("epsilon" or "sample"), "variance" ("fixed_small", "fixed_large"
-    or "learned_range") and "clip" (1.0).
-    ValueError, in one line: a file that is missing, damaged, or does not go with the flags; a flag that is
-    unknown or cannot be represented.
+    The conventions are "prediction_type" ("epsilon" or "sample"), "variance" ("fixed_small", "fixed_large" or
+    "learned_range") and "clip" (1.0). ValueError, in one line: a file that is missing, damaged, or does not
+    agree with the flags; a flag that is unknown or cannot be represented.
     """
     known_names("flag", flags.keys() - _WITHOUT_EFFECT, sorted(_DEFAULTS))
     given = {flag: _checked(flag, flags[flag], _DEFAULTS[flag]) for flag in flags.keys() & _DEFAULTS.keys()}
@@ -79,7 +85,7 @@ def load(path: str | os.PathLike, /, **flags: Any) -> tuple[UNet, NoiseSchedule,
         "variance": "learned_range" if options["learn_sigma"] else fixed,
         "clip": 1.0,
     }
-    return unet, schedule, conventions
+    return Imported(unet, schedule, conventions, {k: v for k, v in _DEFAULTS.items() if k not in given})
 
 
 def _checked(flag: str, value: Any, default: Any) -> Any:
@@ -107,7 +113,8 @@ def _config(options: dict[str, Any], tensors: dict[str, torch.Tensor], path: Pat
     if first is None or first.ndim != 4:
         raise ValueError(f"{path} holds no UNet of guided-diffusion: no input_blocks.0.0.weight")
     if (label is not None) != options["class_cond"]:
-        raise ValueError(f"{path} has {'' if label is not None else 'no '}label_emb, unlike class_cond says")
+        found = "no label_emb" if label is None else "a label_emb"
+        raise ValueError(f"{path} has {found}, but class_cond is {options['class_cond']}")
     mults = _numbers("channel_mult", options["channel_mult"]) or _CHANNEL_MULT.get(size)
     if not mults:
         raise ValueError(f"channel_mult must be given for an image_size of {size}")

@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 REQUIRED = ("prediction_type", "clip", "variance")
 OPTIONAL = ("sampler_options", "metadata")
 DIGEST = "weights_sha256"
-PATIENCE = 0.2  # seconds, for another process that is replacing both files
+RETRY_SECONDS = 0.2  # time for another process that is replacing both files
 BUNDLED = Path(__file__).parents[1] / "weights"
 
 
@@ -95,14 +95,14 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
 def read(folder: Path, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
     """Reads a model folder: its UNet in float32 on the CPU, its noise schedule, and its conventions.
 
-    The conventions are those arguments of `DDPM` which config.json has. verify: refuse weights that are not
+    The conventions are the arguments of `DDPM` that config.json holds. verify: refuse weights that are not
     those of the SHA-256 in config.json, where it holds one. ValueError, in one line, for anything that is
     missing, damaged, or not a model.
     """
     try:
         return _read(folder, verify)
     except WrongDigest:  # another process may be saving, and may have replaced one of the two files
-        time.sleep(PATIENCE)
+        time.sleep(RETRY_SECONDS)
         return _read(folder, verify)
 
 
@@ -110,7 +110,7 @@ def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
     path = folder / "config.json"
     config = read_json(path)
     if config.get("format") != FORMAT:
-        raise ValueError(f"{path} is not that of a model, neither of this package nor of diffusers")
+        raise ValueError(f"{path} is not that of a model, of this package or of another known format")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} is of format version {config.get('format_version')}; this release reads {FORMAT_VERSION}"
@@ -130,25 +130,22 @@ def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
     return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
 
 
-def locate(name: str | os.PathLike) -> Path:
-    """The folder of a model: a bundled name, a folder, or "hf:owner/name", which is downloaded.
+def locate(name: str) -> Path:
+    """The file or folder of a model: a bundled one by name, a path, or "hf:owner/name", which is fetched.
 
-    ValueError where there is none, or huggingface_hub is missing for a model of the hub.
+    ValueError if there is none, or if the hub cannot be reached.
     """
-    name = str(name)
     if not name:
         raise ValueError("the name of a model must not be empty")
     if name.startswith("hf:"):
         return _download(name[3:])
     if name in bundled_models():
         return BUNDLED / name
-    folder = Path(name)
-    if is_folder(folder):
-        return folder
-    if folder.exists():
-        raise ValueError(f"{name} is a file; a model is a folder with config.json and model.safetensors")
+    path = Path(name)
+    if is_folder(path) or path.exists():
+        return path
     raise ValueError(
-        f"unknown model {name!r}: no such folder; bundled models: {', '.join(bundled_models())}; "
+        f"unknown model {name!r}: no such folder or file; bundled models: {', '.join(bundled_models())}; "
         'models on the hub are written "hf:owner/name"'
     )
 

@@ -8,9 +8,13 @@ import diffusers
 import pytest
 import torch
 
+import diffusion
+from diffusion import importers
+from diffusion.cli import main
+from diffusion.importers import Imported, guided_diffusion
 from diffusion.importers import diffusers as diffusers_format
-from diffusion.importers import guided_diffusion
 from diffusion.models.unet import UNet
+from diffusion.utils.validation import known_names
 from helpers.paths import FIXTURES
 
 # google/ddpm-cifar10-32, as its config.json has it.
@@ -260,8 +264,8 @@ def save_pipeline(folder: Path, **options) -> diffusers.UNet2DModel:
 @pytest.mark.parametrize("safe", [True, False])
 def test_pipeline(safe, tmp_path):
     model = save_pipeline(tmp_path, safe_serialization=safe)
-    assert diffusers_format.is_diffusers(tmp_path)
-    unet, schedule, conventions = diffusers_format.load(tmp_path)
+    assert diffusers_format.recognises(tmp_path)
+    unet, schedule, conventions, _ = diffusers_format.load(tmp_path)
     assert_same_outputs(unet, model)
     assert schedule.T == 1000
     assert conventions == {"prediction_type": "epsilon", "variance": "fixed_large", "clip": 1.0}
@@ -272,7 +276,7 @@ def test_flat_pipeline(tmp_path):
     model = original(SMALL)
     model.save_pretrained(tmp_path)
     diffusers.DDPMScheduler().save_pretrained(tmp_path)
-    assert diffusers_format.is_diffusers(tmp_path)
+    assert diffusers_format.recognises(tmp_path)
     assert_same_outputs(diffusers_format.load(tmp_path)[0], model)
 
 
@@ -284,11 +288,11 @@ def test_unet_alone(tmp_path):
         diffusers_format.load(tmp_path)
 
 
-def test_is_diffusers(tmp_path):
-    assert not diffusers_format.is_diffusers(tmp_path)
-    assert not diffusers_format.is_diffusers(tmp_path / "nothing")
+def test_recognises(tmp_path):
+    assert not diffusers_format.recognises(tmp_path)
+    assert not diffusers_format.recognises(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"format": "fused-diffusion"}')
-    assert not diffusers_format.is_diffusers(tmp_path)
+    assert not diffusers_format.recognises(tmp_path)
 
 
 class Code:
@@ -411,7 +415,7 @@ def save_guided(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_guided_diffusion(name, tmp_path):
     case = EXPECTED[name]
-    unet, schedule, conventions = guided_diffusion.load(save_guided(name, tmp_path), **case["flags"])
+    unet, schedule, conventions, _ = guided_diffusion.load(save_guided(name, tmp_path), **case["flags"])
     config = unet.config
     x = (numbers(2 * 3 * config.sample_size**2, 1000) * 1.7).float().reshape(2, 3, *config.image_shape)
     labels = None if case["labels"] is None else torch.tensor(case["labels"])
@@ -436,7 +440,7 @@ def test_guided_diffusion(name, tmp_path):
 def test_guided_diffusion_conventions(tmp_path):
     path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
     options = {"predict_xstart": True, "sigma_small": True, "use_fp16": True, "diffusion_steps": 250}
-    _, schedule, conventions = guided_diffusion.load(path, **flags, **options)
+    _, schedule, conventions, _ = guided_diffusion.load(path, **flags, **options)
     assert conventions == {"prediction_type": "sample", "variance": "fixed_small", "clip": 1.0}
     # Dhariwal & Nichol's code: the betas of 1000 steps, times 1000 / steps.
     torch.testing.assert_close(schedule.betas, torch.linspace(4e-4, 0.08, 250, dtype=torch.float64))
@@ -477,6 +481,59 @@ def test_wrong_flags(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         guided_diffusion.load(path, **(EXPECTED["pooling"]["flags"] | flags))
     assert "\n" not in str(error.value)
+
+
+def test_flags_that_nobody_gave_are_named(tmp_path, capsys):
+    path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
+    with pytest.warns(UserWarning, match=r"assumed: .*\bnoise_schedule=linear\b.* rescale_timesteps=False"):
+        model = diffusion.load(path, flags=flags)
+    given = [word for flag, value in flags.items() for word in ("--flag", f"{flag}={value}")]
+    main(["import", str(path), "--out", str(tmp_path / "model"), *given])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("assumed, as no --flag says otherwise: ")
+    assumed = dict(word.split("=") for word in first.partition(": ")[2].split())
+    assert assumed["noise_schedule"] == "linear"
+    assert assumed.keys().isdisjoint(flags)
+    assert second.endswith("T = 1000")
+    for name, weight in diffusion.load(tmp_path / "model").unet.state_dict().items():
+        assert torch.equal(weight, model.unet.state_dict()[name])
+
+
+class Doubling:
+    """An importer of made-up files: text that says by how much the bundled model's weights are multiplied."""
+
+    NAME = "doubling"
+
+    @staticmethod
+    def recognises(path):
+        return path.suffix == ".doubling"
+
+    @staticmethod
+    def load(path, /, **flags):
+        model = diffusion.load("mnist")
+        factor = flags.pop("factor", None)
+        known_names("flag", flags, ["factor"])
+        for weight in model.unet.parameters():
+            weight.data *= factor or 2
+        conventions = {"prediction_type": model.prediction_type}
+        return Imported(model.unet, model.schedule, conventions, {} if factor else {"factor": 2})
+
+
+def test_an_importer_is_one_entry(tmp_path, monkeypatch):
+    path = tmp_path / "model.doubling"
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"is a file; a model is a folder .*of diffusers, guided-diffusion"):
+        diffusion.load(path)
+    monkeypatch.setattr(importers, "REGISTRY", (Doubling, *importers.REGISTRY))
+    bias = diffusion.load("mnist").unet.output_conv.bias
+    with pytest.warns(UserWarning, match="assumed: factor=2"):
+        assert torch.equal(diffusion.load(path).unet.output_conv.bias, 2 * bias)
+    main(["import", str(path), "--flag", "factor=3", "--out", str(tmp_path / "tripled")])
+    assert torch.equal(diffusion.load(tmp_path / "tripled").unet.output_conv.bias, 3 * bias)
+    with pytest.raises(ValueError, match="unknown flag 'fraction'"):
+        diffusion.load(path, flags={"fraction": 3})
+    with pytest.raises(ValueError, match="mnist takes no flag factor"):
+        diffusion.load("mnist", flags={"factor": 3})
 
 
 def test_no_guided_diffusion_checkpoint(tmp_path):

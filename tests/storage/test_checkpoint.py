@@ -270,7 +270,7 @@ def test_double_weights_beyond_float32_are_not_saved(folder):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(diffusion.storage.checkpoint, "PATIENCE", 0)
+    monkeypatch.setattr(diffusion.storage.checkpoint, "RETRY_SECONDS", 0)
 
 
 def test_the_weights_are_those_of_the_digest(folder, impatient):

@@ -1,0 +1,43 @@
+"""What an importer gives, and what it is."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from ..process.schedule import NoiseSchedule
+
+
+class Imported(NamedTuple):
+    """A model that was read from a checkpoint.
+
+    unet: the network, in float32 on the CPU. schedule: the noise schedule of its training. conventions:
+    further arguments of `DDPM`, such as "prediction_type", "variance" and "clip". assumed: the flags that the
+    checkpoint does not tell and the caller did not give, with the values that were taken for them.
+    """
+
+    unet: nn.Module
+    schedule: NoiseSchedule
+    conventions: dict[str, Any]
+    assumed: dict[str, Any] | None = None
+
+
+class Importer(Protocol):
+    """A module of this folder that reads the checkpoints of one project, listed in `importers.REGISTRY`.
+
+    NAME: the project's, for messages.
+    """
+
+    NAME: str
+
+    def recognises(self, path: Path, /) -> bool:
+        """Whether a file or folder looks like this project's checkpoint; False if it cannot be told."""
+        ...
+
+    def load(self, path: Path, /, **flags: Any) -> Imported:
+        """Reads a checkpoint.
+
+        flags: facts that the checkpoint does not tell, by name, as Python values. ValueError, in one line: a
+        file that is missing or damaged, a flag that is unknown, or an option that cannot be represented.
+        """
+        ...
