@@ -49,7 +49,7 @@ def ours(pair, size: int, device: str, autocast: torch.dtype | None) -> Step:
 
     def step() -> float:
         trainer.train_step()
-        return trainer.losses[-1].item()
+        return trainer.log_line.losses[-1].item()
 
     return step
 

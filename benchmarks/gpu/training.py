@@ -33,7 +33,7 @@ def ours(run: Run, size: int):
 
     def step() -> float:
         trainer.train_step()
-        return trainer.losses[-1].item()
+        return trainer.log_line.losses[-1].item()
 
     return step
 

@@ -13,7 +13,7 @@ from ..samplers import SAMPLERS
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz
 from ..utils.device import resolve_device
-from ..utils.ranks import Ranks, current
+from ..utils.ranks import Ranks, current_ranks
 from ..utils.validation import whole_number
 
 GIF_FRAMES = 50  # at most, spread evenly over the steps
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    out, ranks = Path(args.out), current()
+    out, ranks = Path(args.out), current_ranks()
     sharded = is_folder(args.out)
     if not sharded and out.suffix.lower() not in (".png", ".gif", ".npz"):
         raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz, or in /")

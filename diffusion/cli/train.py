@@ -17,7 +17,7 @@ from ..training.trainer import Trainer
 from ..utils.device import check_dtype, torch_multiplies_bfloat16
 from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
-from ..utils.ranks import current
+from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
 from .sample import choose_device
 from .training_data import load_data
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--accept-changes is for --resume")
     if args.data in NAMED_SETS and not args.data_dir:
         raise ValueError(f"--data-dir is missing: the folder that holds {args.data}")
-    ranks = current()
+    ranks = current_ranks()
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
     recipe, data, validation, found = load_data(args, recipe)
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             autocast=autocast,
             micro_batch=args.micro_batch,
             channels_last=args.channels_last,
-            checkpointing=args.checkpointing,
+            activation_checkpointing=args.checkpointing,
             compile=args.compile,
             ranks=ranks,
             init=None if args.resume else init,

@@ -92,6 +92,8 @@ def _checked(flag: str, value: Any, default: Any) -> Any:
     """The value in the default's type; lists of numbers may be text or a sequence."""
     if not isinstance(default, str):
         return typed(f"flag {flag}", value, type(default))
+    if type(value) is int:  # as the command line reads attention_resolutions=16
+        return str(value)
     if not isinstance(value, str | list | tuple):
         refuse(f"flag {flag}", f"like {default!r}", value)
     return value

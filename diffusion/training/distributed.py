@@ -1,12 +1,11 @@
-"""Several ranks of one training run: their process group, and that they agree.
+"""Several ranks of one training run: their process group, their gradients, and checks that they agree.
 
-Each holds the whole model (torch.nn.parallel.DistributedDataParallel). They are started by torchrun.
+torchrun starts the ranks. Each holds the whole model (torch.nn.parallel.DistributedDataParallel).
 """
 
 import contextlib
 import gc
 import importlib
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,24 +19,25 @@ from ..utils.errors import first_line
 from ..utils.ranks import Ranks
 from .trainer import Trainer
 
-PATIENCE = timedelta(minutes=10)  # how long ranks wait for each other
+TIMEOUT = timedelta(minutes=10)  # of a rank's wait for the others
 
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """torch.distributed's default group, nccl on CUDA devices and gloo elsewhere; nothing for one rank.
+    """Opens torch.distributed's default group, nccl on CUDA devices and gloo elsewhere; nothing for one rank.
 
-    It ends with its threads, unless the caller keeps it: one that is about to let go of a tensor when the
-    interpreter shuts down aborts the process.
+    Destroys the group on exit and joins its threads: a gloo thread that still owns a tensor at interpreter
+    shutdown aborts the process. Do not keep a reference to the group. ValueError if the ranks do not find
+    each other.
     """
     if ranks.world_size == 1:
         yield
         return
-    # Imported later, by DistributedDataParallel, it would keep the group as its functions' default argument.
+    # A later import, by DistributedDataParallel, would keep the group as a default argument of its functions.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"rank {ranks.rank} of {ranks.world_size} does not find the others: {first_line(error)}"
@@ -46,12 +46,12 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
-        gc.collect()  # what still has the group: a DistributedDataParallel is part of cycles
+        gc.collect()  # a DistributedDataParallel, which holds the group, is part of reference cycles
 
 
 @contextlib.contextmanager
 def shared_gradients(trainer: Trainer) -> Iterator[None]:
-    """Within, a step's gradients are the means over the ranks; nothing for one rank."""
+    """Within, the gradients of a step are means over the ranks; nothing changes for one rank."""
     if trainer.ranks.world_size == 1:
         yield
         return
@@ -59,14 +59,14 @@ def shared_gradients(trainer: Trainer) -> Iterator[None]:
     trainer.network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     try:
         yield
-    finally:  # it has the process group, which is to end before the trainer may
+    finally:  # it holds the process group, which must end even if the trainer lives on
         trainer.network = network
 
 
-def agree(trainer: Trainer, problem: ValueError | None = None) -> None:
-    """ValueError, on every rank, unless all train the same: recipe, data, step, and how it is computed.
+def check_ranks_agree(trainer: Trainer, problem: ValueError | None = None) -> None:
+    """ValueError on every rank unless all have the same recipe, data, step, precision and versions.
 
-    problem: why this rank cannot begin; then none does.
+    Collective: every rank must call it. problem: why this rank cannot begin; then no rank begins.
     """
     if trainer.ranks.world_size == 1:
         if problem is not None:
@@ -95,7 +95,7 @@ def agree(trainer: Trainer, problem: ValueError | None = None) -> None:
 
 
 def any_rank(trainer: Trainer, here: bool) -> bool:
-    """Whether something holds on any rank; all must ask."""
+    """Logical OR of `here` over all ranks. Collective: every rank must call it."""
     if trainer.ranks.world_size == 1:
         return here
     held = torch.tensor(float(here), device=trainer.device)
@@ -104,8 +104,11 @@ def any_rank(trainer: Trainer, here: bool) -> bool:
 
 
 @contextlib.contextmanager
-def losing_a_rank(trainer: Trainer, out: str | os.PathLike) -> Iterator[None]:
-    """Says what to do when the connection to another rank breaks."""
+def explain_lost_rank(trainer: Trainer, state: Path) -> Iterator[None]:
+    """Turns the error of a broken connection to another rank into a ValueError that says how to go on.
+
+    state: the file to resume from.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -115,5 +118,5 @@ def losing_a_rank(trainer: Trainer, out: str | os.PathLike) -> Iterator[None]:
             raise
         raise ValueError(
             f"rank {trainer.ranks.rank} lost another rank at step {trainer.step + 1}; start them again with "
-            f"--resume, which goes on from {Path(out) / 'state.safetensors'}: {first_line(error)}"
+            f"--resume, which goes on from {state}: {first_line(error)}"
         ) from error

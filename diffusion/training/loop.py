@@ -1,12 +1,8 @@
-"""The training loop: progress, log, validation, sample grids, and checkpoints written whole or not at all."""
+"""The training loop: progress, log, validation, sample grids and checkpoints."""
 
 import contextlib
 import os
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,19 +10,18 @@ import torch
 from tqdm import tqdm
 
 from ..ddpm import DDPM
-from ..storage.atomic import check_writable, remove_leftovers, replacing
+from ..storage.atomic import check_writable, remove_leftovers
 from ..storage.images import save_grid
 from ..storage.locks import holder, locked
-from ..storage.reading import read_text
 from ..utils.validation import whole_number
-from .distributed import agree, any_rank, losing_a_rank, shared_gradients
+from .distributed import any_rank, check_ranks_agree, explain_lost_rank, shared_gradients
+from .log_file import LogFile
+from .signals import stop_signals
 from .state import load_state, read_state, save_state
 from .trainer import Trainer
 
 STATE, LOCK = "state.safetensors", ".lock"
 MODEL_FILES = ("config.json", "model.safetensors")
-COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
-HEADER = ",".join(COLUMNS) + "\n"
 ADVICE = "try a lower learning rate, a longer warm-up, or float32 instead of autocast"
 
 
@@ -44,17 +39,24 @@ def train(
 ) -> DDPM:
     """Trains to the recipe's last step and returns the averaged model.
 
-    Into the folder `out`: `config.json` and `model.safetensors` (the averaged model, which `diffusion.load`
+    The folder `out` gets `config.json` and `model.safetensors` (the averaged model, which `diffusion.load`
     reads), `ema-<decay>/` with such a model for each further average, `state.safetensors` (to resume from),
-    `log.csv`, and `samples/` with a grid of every class. All but the log are written whole or not at all.
-    Before an error about a grid, or a line of the log, ends the run, its state is saved. Ctrl-C and SIGTERM
-    end it after the step that it is in, saved. Of several ranks the first writes.
+    `log.csv`, and `samples/` with grids of all classes. All files but the log are written whole or not at
+    all. Of several ranks the first writes. Ctrl-C and SIGTERM end the run, saved, after the step in which
+    they come. If a grid or a row of the log cannot be written, the run is saved before the error is raised.
 
-    accept_changes: resume a run of other data too, or of a recipe that differs in how long, how fast or by
-    which loss it trains, not in what. ValueError if `out` holds a run or model and resume is False, if there
-    is none and it is True, if it is of another recipe or other data, if another process trains into it, if it
-    cannot be written, if the ranks do not agree, or if the loss or gradient is no longer finite or the loss
-    grew to ten times its first value: then the message says at which step, and what is there to resume from.
+    resume: continue the run in `out`. accept_changes: resume also with other data, or with a recipe that
+    differs in how long, how fast or by which
+        loss it trains; `state.FIXED` names the fields that may not differ.
+    log_every, validate_every, save_every, sample_every: steps between rows of the log, validation losses,
+        checkpoints and grids; each is also due after the last step.
+    progress: show a bar with images/s.
+
+    ValueError if `out` holds a run or a model and resume is False; if it holds no run, or one of another
+    recipe or other data, and resume is True; if another process trains into it; if it cannot be written; if
+    the ranks do not agree; or if the loss or gradient is no longer finite, or the loss grew to ten times its
+    first value: then the message names the step, and the step to resume from. KeyboardInterrupt after a
+    signal.
     """
     options = {"log": log_every, "validate": validate_every, "save": save_every, "sample": sample_every}
     options = {name: whole_number(f"{name}_every", steps, 1) for name, steps in options.items()}
@@ -65,8 +67,8 @@ def train(
             _begin(trainer, out, resume, accept_changes, options["sample"], held)
         except ValueError as error:
             problem = error
-        agree(trainer, problem)
-        return _run(trainer, out, resume, options, progress)
+        check_ranks_agree(trainer, problem)
+        return _loop(trainer, out, resume, options, progress)
 
 
 def _begin(
@@ -77,13 +79,13 @@ def _begin(
     sample_every: int,
     held: contextlib.ExitStack,
 ) -> None:
-    """Sees to it that `out` may be trained into and, on the first rank, that no other process does."""
+    """Checks that `out` may be trained into, loads the state to resume, and locks `out` on the first rank."""
     state = out / STATE
-    step = read_state(state)["step"] if resume else 0  # before a folder is made
+    step = read_state(state)["step"] if resume else 0  # raises before a folder is made
     if trainer.ranks.rank == 0:
-        first = min((step // sample_every + 1) * sample_every, trainer.recipe.steps)
-        models = [folder / name for folder in _folders(trainer, out).values() for name in MODEL_FILES]
-        check_writable(state, out / "log.csv", *models, _grid(out, first))
+        first_grid = min((step // sample_every + 1) * sample_every, trainer.recipe.steps)
+        models = [folder / name for folder in _average_folders(trainer, out).values() for name in MODEL_FILES]
+        check_writable(state, out / "log.csv", *models, _grid_path(out, first_grid))
         if not held.enter_context(locked(out / LOCK)):
             raise ValueError(
                 f"{out} is in use: {holder(out / LOCK)} trains into it; wait, or choose another folder"
@@ -96,207 +98,190 @@ def _begin(
         raise ValueError(f"{out} holds a model, which training would replace; choose another folder")
 
 
-def _folders(trainer: Trainer, out: Path) -> dict[float, Path]:
-    """Where the averages are saved, by their decays."""
-    kept = trainer.recipe.ema_decay
-    return {decay: out if decay == kept else out / f"ema-{decay:g}" for decay in trainer.averages}
-
-
-def _grid(out: Path, step: int) -> Path:
-    return out / "samples" / f"step-{step:07d}.png"
-
-
-def _run(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progress: bool) -> DDPM:
-    """The loop. A line of the log or a grid that a signal cut off is made when the run is resumed."""
-    recipe, state, first_rank = trainer.recipe, out / STATE, trainer.ranks.rank == 0
-    if first_rank:
-        for folder in (out, out / "samples", *out.glob("ema-*")):
-            remove_leftovers(folder)
-    logged = trainer.step - len(trainer.losses) if trainer.step else None
-    rows = _LogFile(out / "log.csv", logged) if first_rank else None
-    started, before, saved = time.perf_counter(), trainer.seconds, trainer.step if resume else None
-
-    def is_due(name: str) -> bool:
-        return trainer.step > 0 and (trainer.step % every[name] == 0 or trainer.step == recipe.steps)
-
-    def save() -> None:
-        nonlocal saved
-        check()
-        trainer.seconds = before + time.perf_counter() - started
-        saved = trainer.step
-        if first_rank:
-            save_state(trainer, state)
-            save_averages()
-
-    def save_averages() -> None:
-        about = {**asdict(recipe), "step": trainer.step, "seconds": trainer.seconds}
-        for decay, folder in _folders(trainer, out).items():
-            trainer.averages[decay].save(folder, training={**about, "ema_decay": decay})
-
-    def check() -> None:
-        if trouble := trainer.trouble():
-            if saved is None:
-                raise ValueError(f"{trouble}; there is no checkpoint yet; {ADVICE}")
-            raise ValueError(
-                f"{trouble}; {state} holds step {saved}, the last good one; {ADVICE}, with --resume "
-                "--accept-changes"
-            )
-
-    def log() -> bool:
-        """Adds a line to the log; False if a signal came before its validation loss was known."""
-        check()
-        validation = None
-        if first_rank and trainer.validation is not None and is_due("validate"):
-            validation = trainer.validation_loss(stopping=stopping)
-            if validation is None:
-                return False
-        norm, mean = trainer.norms[-1].item(), trainer.finish_line()
-        if first_rank:
-            seconds = before + time.perf_counter() - started
-            rate = recipe.learning_rate_at(trainer.step - 1)
-            try:
-                rows.add(trainer.step, mean, validation, rate, norm, seconds)
-            except ValueError:
-                save()
-                raise
-            shown = {"loss": f"{mean:.4f}"}
-            bar.set_postfix(shown | ({} if validation is None else {"val": f"{validation:.4f}"}))
-        return True
-
-    grid = _grid(out, trainer.step)
+def _loop(trainer: Trainer, out: Path, resume: bool, every: dict[str, int], progress: bool) -> DDPM:
+    recipe = trainer.recipe
     bar = tqdm(
         total=recipe.steps * recipe.batch_size,
         initial=trainer.step * recipe.batch_size,
         unit=" images",
         unit_scale=True,
-        disable=not (progress and first_rank),
+        disable=not (progress and trainer.ranks.rank == 0),
     )
-    with bar, _repeatable(), _signals() as stopping, losing_a_rank(trainer, out), shared_gradients(trainer):
-        if resume and first_rank:  # what a run that was killed may have had no time for
-            save_averages()
-            if is_due("sample") and not grid.exists():
-                _save_samples(trainer.ema, grid, stopping)
-        if resume and trainer.losses and is_due("log"):
-            log()
-        if resume and any_rank(trainer, bool(stopping)):
-            raise KeyboardInterrupt
+    with (
+        bar,
+        torch.random.fork_rng(),  # the steps seed PyTorch's global generators
+        stop_signals() as signals,
+        explain_lost_rank(trainer, out / STATE),
+        shared_gradients(trainer),
+    ):
+        run = Run(trainer, out, every, signals, bar, resume)
+        if resume:
+            run.catch_up()
         while trainer.step < recipe.steps:
             trainer.train_step()
             bar.update(recipe.batch_size)
-            line, last = is_due("log"), trainer.step == recipe.steps
-            whole = not line or log()
-            if is_due("save"):
-                save()
-            if first_rank and is_due("sample"):
-                try:
-                    whole &= _save_samples(trainer.ema, _grid(out, trainer.step), stopping)
-                except Exception:  # a folder that was taken away, a full disk, too little memory
-                    if saved != trainer.step:
-                        save()
-                    raise
-            # Ranks on other devices than the CPU wait for the device when they ask each other.
-            asks = line or is_due("sample") or trainer.device.type == "cpu" or trainer.ranks.world_size == 1
-            if asks and any_rank(trainer, bool(stopping)) and not (last and whole):
-                if saved != trainer.step:
-                    save()
+            complete = run.log() if run.is_due("log") else True
+            if run.is_due("save"):
+                run.save()
+            if run.is_due("sample"):
+                complete &= run.sample()
+            if run.should_stop(complete):
+                run.save_if_needed()
                 raise KeyboardInterrupt
     return trainer.ema
 
 
-class _LogFile:
-    """log.csv, cut back to the line that a resumed run continues after, that of step `logged`.
+class Run:
+    """A run between its steps: logs, saves and samples into the folder `out`, and tells when to stop.
 
-    None begins a new one. A UserWarning if it ends before that step: it is continued all the same.
+    every: the steps between rows of the "log", validation losses ("validate"), checkpoints ("save") and grids
+    ("sample"). signals: those that came, see `stop_signals`. All ranks call the same methods; the first
+    writes.
     """
 
-    def __init__(self, path: Path, logged: int | None):
-        self.path = path
-        rows = [] if logged is None or not path.exists() else self._rows()
-        rows = [(step, line) for step, line in rows if step <= logged]
-        with replacing(path) as (temporary,):
-            temporary.write_text("".join([HEADER, *(line for _, line in rows)]), encoding="utf-8")
-        last = rows[-1][0] if rows else 0
-        if last < (logged or 0):
-            warnings.warn(
-                f"{path} lacks lines: it ends at step {last}, and the run's last was {logged}", stacklevel=2
-            )
+    def __init__(
+        self, trainer: Trainer, out: Path, every: dict[str, int], signals: list[int], bar: tqdm, resumed: bool
+    ):
+        self.trainer, self.out, self.every, self.signals, self.bar = trainer, out, every, signals, bar
+        self.writes = trainer.ranks.rank == 0
+        self.saved_step = trainer.step if resumed else None
+        self.seconds_before, self.started = trainer.seconds, time.perf_counter()
+        if self.writes:
+            for folder in (out, out / "samples", *out.glob("ema-*")):
+                remove_leftovers(folder)
+            logged = trainer.step - len(trainer.log_line.losses) if trainer.step else None
+            self.log_file = LogFile(out / "log.csv", logged)
 
-    def _rows(self) -> list[tuple[int, str]]:
-        """Steps and their lines but one that was cut off at the end; ValueError if it is no log."""
-        header, *lines = read_text(self.path).splitlines(keepends=True) or [""]
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-        if header != HEADER:
-            raise ValueError(f"{self.path} is no log of a training run; move it away to begin a new one")
-        rows, last = [], 0
-        for number, line in enumerate(lines, 2):
-            values = line.split(",")
-            if len(values) != len(COLUMNS) or not values[0].isdecimal() or len(values[0]) > 18:
-                raise ValueError(f"{self.path} is damaged in line {number}; move it away to begin a new log")
-            step = int(values[0])
-            if step <= last:
-                raise ValueError(
-                    f"{self.path} is damaged in line {number}: step {step} does not come after {last}; "
-                    "move it away to begin a new log"
-                )
-            rows.append((step, line))
-            last = step
-        return rows
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained, in all of its parts."""
+        return self.seconds_before + time.perf_counter() - self.started
 
-    def add(self, step: int, *values: float | None) -> None:
+    def is_due(self, name: str) -> bool:
+        """Whether one of `every` falls on the present step; each does on the last step, none on step 0."""
+        step = self.trainer.step
+        return step > 0 and (step % self.every[name] == 0 or step == self.trainer.recipe.steps)
+
+    def log(self) -> bool:
+        """Adds a row to the log; False, without one, if a signal cut its validation loss short."""
+        trainer = self.trainer
+        self.check_finite()
+        validation = None
+        if self.writes and trainer.validation is not None and self.is_due("validate"):
+            validation = trainer.validation_loss(stopping=self.signals)
+            if validation is None:
+                return False
+        loss, norm = trainer.log_line.finish()
+        if self.writes:
+            rate = trainer.recipe.learning_rate_at(trainer.step - 1)
+            try:
+                self.log_file.add(trainer.step, loss, validation, rate, norm, self.seconds)
+            except ValueError:
+                self.save()
+                raise
+            shown = {"loss": f"{loss:.4f}"}
+            self.bar.set_postfix(shown | ({} if validation is None else {"val": f"{validation:.4f}"}))
+        return True
+
+    def check_finite(self) -> None:
+        """ValueError, which says what there is to resume from, if the training has diverged."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(",".join([str(step), *("" if v is None else f"{v:.6g}" for v in values)]) + "\n")
-        except OSError as error:
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
+            self.trainer.check_finite()
+        except ValueError as error:
+            if self.saved_step is None:
+                raise ValueError(f"{error}; there is no checkpoint yet; {ADVICE}") from None
+            raise ValueError(
+                f"{error}; {self.out / STATE} holds step {self.saved_step}, the last good one; {ADVICE}, "
+                "with --resume --accept-changes"
+            ) from None
 
+    def save(self) -> None:
+        """Writes the state and the averaged models, unless the training has diverged."""
+        self.check_finite()
+        self.trainer.seconds = self.seconds
+        self.saved_step = self.trainer.step
+        if self.writes:
+            save_state(self.trainer, self.out / STATE)
+            self.save_averages()
 
-@contextlib.contextmanager
-def _repeatable() -> Iterator[None]:
-    """The steps seed PyTorch's global generators; give the caller's back afterwards."""
-    with torch.random.fork_rng():
-        yield
+    def save_if_needed(self) -> None:
+        """Saves, unless the present step is saved already."""
+        if self.saved_step != self.trainer.step:
+            self.save()
 
+    def save_averages(self) -> None:
+        """Writes each averaged model into its folder."""
+        trainer = self.trainer
+        about = {**asdict(trainer.recipe), "step": trainer.step, "seconds": trainer.seconds}
+        for decay, folder in _average_folders(trainer, self.out).items():
+            trainer.averages[decay].save(folder, training={**about, "ema_decay": decay})
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The Ctrl-Cs and SIGTERMs that came: a step is finished before the first counts, not before the second.
+    def sample(self) -> bool:
+        """Draws the grid of the present step; False, without one, if a signal came. Saves before an error."""
+        if not self.writes:
+            return True
+        try:
+            return _save_samples(self.trainer.ema, self.grid, self.signals)
+        except Exception:  # such as a folder that was removed, a full disk, too little memory
+            self.save_if_needed()
+            raise
 
-    Only a program's main thread may ask for signals; in another one this list stays empty.
-    """
-    came: list[int] = []
+    @property
+    def grid(self) -> Path:
+        """The file of the present step's grid."""
+        return _grid_path(self.out, self.trainer.step)
 
-    def note(number: int, frame: object) -> None:
-        if came:
+    def catch_up(self) -> None:
+        """Makes what a killed run may have left out; KeyboardInterrupt if a signal came meanwhile."""
+        if self.writes:
+            self.save_averages()
+            if self.is_due("sample") and not self.grid.exists():
+                self.sample()
+        if self.trainer.log_line.losses and self.is_due("log"):
+            self.log()
+        if any_rank(self.trainer, bool(self.signals)):
             raise KeyboardInterrupt
-        came.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    def should_stop(self, complete: bool) -> bool:
+        """Whether a signal came on any rank, and something is left to do.
+
+        complete: the present step lacks neither its row of the log nor its grid. Several ranks on other
+        devices than the CPU ask each other only at steps that log or sample, because asking waits for the
+        device.
+        """
+        trainer = self.trainer
+        cheap = trainer.device.type == "cpu" or trainer.ranks.world_size == 1
+        if not (cheap or self.is_due("log") or self.is_due("sample")):
+            return False
+        finished = trainer.step == trainer.recipe.steps and complete
+        return any_rank(trainer, bool(self.signals)) and not finished
+
+
+def _average_folders(trainer: Trainer, out: Path) -> dict[float, Path]:
+    """The folders of the averaged models, by their decays: `out` itself for the recipe's ema_decay."""
+    kept = trainer.recipe.ema_decay
+    return {decay: out if decay == kept else out / f"ema-{decay:g}" for decay in trainer.averages}
+
+
+def _grid_path(out: Path, step: int) -> Path:
+    return out / "samples" / f"step-{step:07d}.png"
 
 
 class _Stopped(Exception):
     """A signal came while a grid was sampled."""
 
 
-def _save_samples(model: DDPM, path: Path, stopping: list[int]) -> bool:
-    """Draws a grid of every class; False, without one, if a signal came before it was whole."""
+def _save_samples(model: DDPM, path: Path, signals: list[int]) -> bool:
+    """Draws a grid of all classes; False, without a grid, if a signal came before it was complete."""
 
-    def look(*step: object) -> None:
-        if stopping:
+    def check_signals(*step: object) -> None:
+        if signals:
             raise _Stopped
 
     config, options = model.unet.config, {"sampler": "ddim", "steps": min(50, model.schedule.T)}
-    options["callback"] = look
+    options["callback"] = check_signals
     try:
-        look()
+        check_signals()
         if config.num_classes is None:
             x = model.sample(num_samples=20, **options)
         else:

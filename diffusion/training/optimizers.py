@@ -9,11 +9,11 @@ from ..kernels.ops.newton_schulz import newton_schulz, supports
 from ..models.unet import UNet
 from .recipe import Recipe
 
-MOMENTUM = 0.95  # of Muon, as in its author's description
+MOMENTUM = 0.95  # of Muon, as Jordan et al. recommend
 
 
-def as_it_lies(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A view [O, H, W, I] of a tensor of a parameter's shape [O, I, H, W], if that is in channels_last."""
+def contiguous_view(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A view [O, H, W, I] of a tensor [O, I, H, W], if the parameter of its shape is in channels_last."""
     last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
     return tensor.permute(0, 2, 3, 1) if last else tensor
 
@@ -69,11 +69,11 @@ class Optimizer:
     def __init__(self, recipe: Recipe, unet: UNet, device: torch.device):
         self.parameters = dict(unet.named_parameters())
         matrices = set(_matrices(unet)) if recipe.optimizer == "muon" else set()
-        # Adam's fused step on the CPU copies what is not contiguous, so it is given the weights as they lie.
-        # Muon takes matrices.
+        # Fused Adam on the CPU copies tensors that are not contiguous, so it gets contiguous views [O, H, W,
+        # I] of channels_last weights. Muon gets views as matrices.
         self.weights = {}
         for name, parameter in self.parameters.items():
-            weight = as_it_lies(parameter.detach(), parameter)
+            weight = contiguous_view(parameter.detach(), parameter)
             self.weights[name] = (weight.flatten(1) if name in matrices else weight).requires_grad_()
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
         options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
@@ -88,13 +88,13 @@ class Optimizer:
             self._part_of |= dict.fromkeys(matrices, muon)
 
     def set_learning_rate(self, rate: float) -> None:
-        """For the next step."""
+        """Sets the learning rate of the next step."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
 
     def zero_grad(self) -> None:
-        """Forgets the gradients, of the parameters too."""
+        """Removes the gradients of the parameters and of the optimiser's views."""
         for tensor in (*self.weights.values(), *self.parameters.values()):
             tensor.grad = None
 
@@ -102,10 +102,10 @@ class Optimizer:
         """Hands the parameters' gradients to the optimiser's views of them."""
         for name, weight in self.weights.items():
             parameter = self.parameters[name]
-            weight.grad = as_it_lies(parameter.grad, parameter).reshape(weight.shape)
+            weight.grad = contiguous_view(parameter.grad, parameter).reshape(weight.shape)
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
-        """What the optimiser keeps of a parameter: a step count, or tensors of the parameter's shape."""
+        """The optimiser's state of a parameter: a step count, and tensors of the parameter's shape."""
         parameter, weight = self.parameters[name], self.weights[name]
         state = self._part_of[name].state.get(weight, {})
         return {
@@ -114,27 +114,27 @@ class Optimizer:
         }
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """The names of what `state` has after a step."""
+        """The names in `state` after a step."""
         muon = isinstance(self._part_of[name], torch.optim.Muon)
         return ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
 
     def set_state(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`; the tensors are copied."""
         parameter, weight = self.parameters[name], self.weights[name]
-        # Adam keeps its step count on the CPU unless it is fused on CUDA, and all else like the weight.
-        place = parameter.device if parameter.is_cuda else "cpu"
+        # Adam keeps its step count on the CPU, unless it is fused on CUDA.
+        step_device = parameter.device if parameter.is_cuda else "cpu"
         self._part_of[name].state[weight] = {
-            key: value.to(place)
+            key: value.to(step_device)
             if value.ndim == 0
-            else as_it_lies(torch.empty_like(parameter, requires_grad=False).copy_(value), parameter).reshape(
-                weight.shape
-            )
+            else contiguous_view(
+                torch.empty_like(parameter, requires_grad=False).copy_(value), parameter
+            ).reshape(weight.shape)
             for key, value in state.items()
         }
 
 
 def _matrices(unet: UNet) -> Iterable[str]:
-    """The weights that Muon moves: matrices of the levels, without the projections of the embedding."""
+    """Names of the weights that Muon updates: matrices of the levels, without the embedding's projections."""
     for part in ("down", "mid", "up"):
         for name, module in getattr(unet, part).named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

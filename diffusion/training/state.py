@@ -1,4 +1,4 @@
-"""The whole state of a training run as one file, written whole or not at all; it resumes exactly."""
+"""The state of a training run in one file, from which the run continues exactly as if it had not stopped."""
 
 import hashlib
 import json
@@ -15,16 +15,21 @@ from ..storage.atomic import replacing
 from ..storage.reading import add_tensors, load_weights, name_of, open_regular, read_safetensors
 from ..utils.errors import one_line
 from ..utils.validation import number, whole_number
+from .log_line import LogLine
 from .recipe import Recipe, recipe_from
 from .trainer import Trainer
 
-# Fields of a recipe without which its state means nothing, and those of the loss's scale.
+# Fields of a recipe that decide what the tensors of its state mean, and those that decide the scale of the
+# loss.
 FIXED = ("unet", "schedule", "prediction_type", "optimizer", "ema_decay", "more_ema_decays")
 LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
 
 
 def save_state(trainer: Trainer, path: Path) -> None:
-    """Writes weights, averages, the optimiser and all else that decides the next steps, or nothing."""
+    """Writes weights, averages, the optimiser's state and all else that decides the next steps.
+
+    The file is written whole or not at all. ValueError if it cannot be written.
+    """
     tensors = {}
     for name, parameter in trainer.model.unet.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
@@ -38,9 +43,9 @@ def save_state(trainer: Trainer, path: Path) -> None:
         "data": trainer.data_digest,
         "step": trainer.step,
         "seconds": trainer.seconds,
-        "first_loss": trainer.first_loss,
-        "losses": [loss.item() for loss in trainer.losses],
-        "norms": [norm.item() for norm in trainer.norms],
+        "first_loss": trainer.log_line.first_loss,
+        "losses": [loss.item() for loss in trainer.log_line.losses],
+        "norms": [norm.item() for norm in trainer.log_line.norms],
         "scaler": trainer.scaler.state_dict(),
     }
     text = json.dumps(about)
@@ -49,22 +54,22 @@ def save_state(trainer: Trainer, path: Path) -> None:
 
 
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all that a state holds, in hexadecimal; that of the file cannot be in the file."""
+    """SHA-256 of all that a state holds, in hexadecimal: a file cannot hold its own digest."""
     digest = hashlib.sha256(about.encode())
     add_tensors(digest, tensors)
     return digest.hexdigest()
 
 
 def _comparable(recipe: Recipe) -> dict:
-    """The fields of a recipe, all of the UNet's among them: an older state may lack those with a default."""
+    """The fields of a recipe, with all of the UNet's: older states lack the fields that came later."""
     return asdict(recipe) | {"unet": UNetConfig.from_dict(recipe.unet).to_dict()}
 
 
 def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> None:
-    """Continues from a state that `save_state` wrote.
+    """Loads a state that `save_state` wrote into a trainer.
 
-    accept_changes: also from one of other data, or of a recipe that differs in other fields than FIXED.
-    ValueError if it is damaged, or of another recipe or other data.
+    accept_changes: accept other data, and a recipe that differs in other fields than FIXED. ValueError if the
+    file is damaged, or of another recipe or other data.
     """
     about = read_state(path)
     recipe, former = _comparable(trainer.recipe), _comparable(about["recipe"])
@@ -88,7 +93,7 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         state = {key: moments.get(f"{key}.{name}") for key in trainer.optimizer.keys(name)}
         found = [value is not None for value in state.values()]
         if not any(found) and (about["step"] == 0 or about["scaler"]):
-            continue  # before the first step, which a scaled loss that overflows puts off
+            continue  # no step yet: a step whose scaled gradients overflow is left out
         shapes = [torch.Size() if key == "step" else parameter.shape for key in state]
         if not all(found) or [value.shape for value in state.values()] != shapes:
             raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
@@ -104,13 +109,15 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: it lacks the scale of the loss ({error})") from error
     trainer.step, trainer.seconds = about["step"], about["seconds"]
-    trainer.first_loss = about["first_loss"] if set(differing).isdisjoint(LOSS) else None
-    trainer.losses = list(torch.tensor(about["losses"], device=trainer.device))
-    trainer.norms = list(torch.tensor(about["norms"], device=trainer.device))
+    trainer.log_line = LogLine(
+        torch.tensor(about["losses"], device=trainer.device),
+        torch.tensor(about["norms"], device=trainer.device),
+        about["first_loss"] if set(differing).isdisjoint(LOSS) else None,
+    )
 
 
 def _check_digest(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """ValueError if the state is not as it was saved; older states hold no digest."""
+    """ValueError if the tensors are not those that were saved. Older states hold no digest."""
     metadata = _metadata(path)
     if "sha256" in metadata and metadata["sha256"] != _digest(metadata["training"], tensors):
         raise ValueError(f"{path} is damaged: it has another SHA-256 than when it was saved")
@@ -122,7 +129,10 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def read_state(path: Path) -> dict:
-    """What a training state says of itself beside its tensors; ValueError if it is none, or says nonsense."""
+    """All that a training state holds beside its tensors, checked; "recipe" is a Recipe.
+
+    ValueError if the file is missing, no training state, or damaged.
+    """
     if not os.path.lexists(path):
         raise ValueError(f"there is no run to resume: {path} is missing")
     try:
@@ -139,7 +149,7 @@ def read_state(path: Path) -> dict:
             "seconds": number("seconds", about["seconds"], 0),
             "first_loss": None if first is None else number("first_loss", first),
             "losses": [number("losses", loss) for loss in losses],
-            # The gradient of a scaled loss may overflow: that step was left out.
+            # The gradient of a scaled loss may overflow; such a step was left out.
             "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
             "scaler": scaler,
         }

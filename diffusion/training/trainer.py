@@ -1,15 +1,14 @@
 """One training run: the step, with its optimiser, averages and random numbers.
 
-Everything random in a step is a function of (seed, step), and the order of the images one of (seed, epoch),
-so the state of a run is its tensors and its step number: a resumed run goes on as if it had never stopped.
-It is drawn for the whole batch, of which each rank takes its share: any number of ranks trains on the same
-images, timesteps and noise.
+Everything random in a step is a function of (seed, step), and the order of the images is a function of (seed,
+epoch). So tensors and step number are the whole state of a run, and a resumed run continues as if it had
+never stopped. Random numbers are drawn for the whole batch, of which each rank takes its share: any number of
+ranks trains on the same images, timesteps and noise.
 """
 
 import contextlib
 import functools
 import hashlib
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,34 +24,40 @@ from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
 from ..utils.validation import whole_number
 from .fine_tuning import start_from
+from .log_line import LogLine
 from .optimizers import Optimizer
 from .recipe import Recipe
 
-# How the models trained here are sampled unless the caller says otherwise. With few steps it matters to start
-# at the last timestep, where noise is all there is (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+# Defaults for sampling the models trained here. "trailing" starts at the last timestep, where x_t is pure
+# noise; this matters with few steps (Lin et al. 2023, arXiv 2305.08891, section 3.3).
 SAMPLER_OPTIONS = {
     "ddpm": {"spacing": "trailing"},
     "ddim": {"spacing": "trailing", "use_clipped_model_output": True},
     "dpm++": {"spacing": "trailing"},
 }
-OVERFLOWS = 30  # steps in a row, after which float16's loss scale will not help any more
 
 
 class Trainer:
-    """A run: the model, its averages, the optimiser, and the step they have reached.
+    """A training run: the model, its averages, the optimiser, and the step they have reached.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N], or None for an unconditional model. validation: another
-    such pair, for the validation loss. ranks: which share of each batch this process works on; several take
-    their steps within `parallel.shared_gradients`, as `train` does. ValueError if the data do not fit the
-    recipe.
+    recipe: what is trained and how.
+    images: uint8 [N, C, H, W]. labels: int64 [N], or None for an unconditional model.
+    validation: images and labels for the validation loss, or None for none.
+    device: of the computation; images and labels stay on the CPU.
+    ranks: which share of each batch this process works on. Several ranks take their steps within
+        `distributed.shared_gradients`, as `train` does.
+    init: a model whose weights the run starts from. It has the recipe's architecture except for the number of
+        classes; see `fine_tuning.recipe_for`.
 
-    init: a model whose weights the run starts from, of the recipe's architecture but for the number of
-    classes; see `fine_tuning.recipe_for`.
+    The options of the computation change the weights by rounding only:
 
-    How it is computed, which changes the weights by rounding only: autocast: run the UNet in bfloat16 or
-    float16 (with a scaled loss) where PyTorch finds it safe. micro_batch: images at a time whose gradients
-    are added up, by default all of the rank's. channels_last: memory format of the UNet. checkpointing:
-    compute activations twice instead of keeping them. compile: by torch.compile.
+    autocast: run the UNet in bfloat16 or float16 (with a scaled loss) where PyTorch finds it safe.
+    micro_batch: images evaluated at a time, whose gradients are added up; by default all of the rank's.
+    channels_last: memory format of the UNet.
+    activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+    compile: use torch.compile.
+
+    ValueError if the data do not fit the recipe, or if the run needs more memory than the device has.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class Trainer:
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
         channels_last: bool = True,
-        checkpointing: bool = False,
+        activation_checkpointing: bool = False,
         compile: bool = False,
         ranks: Ranks | None = None,
         init: DDPM | None = None,
@@ -105,41 +110,39 @@ class Trainer:
         self.averages = {decay: self.model.copy() for decay in (recipe.ema_decay, *recipe.more_ema_decays)}
         for average in self.averages.values():
             average.unet.eval().requires_grad_(False)
-        unet.checkpoint_activations(checkpointing)
+        unet.checkpoint_activations(activation_checkpointing)
         self.network = torch.compile(unet) if compile else unet
         self.optimizer = Optimizer(recipe, unet, self.device)
-        self.timesteps = None  # of the uniform distribution
+        self.timesteps = None  # cumulative distribution; None for the uniform one
         if recipe.timestep_sampling == "lognormal":
             self.timesteps = lognormal_timesteps(schedule, recipe.noise_mean, recipe.noise_std)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.step = 0
         self.seconds = 0.0
-        self.first_loss: float | None = None  # in the first line of the log
-        self.losses: list[torch.Tensor] = []  # of the steps since the last line of the log
-        self.norms: list[torch.Tensor] = []  # of their gradients
+        self.log_line = LogLine()
         self._order: tuple[int, torch.Tensor] | None = None
 
     @property
     def ema(self) -> DDPM:
-        """The average that is kept, of the recipe's ema_decay."""
+        """The averaged model of the recipe's ema_decay, which is the result of the training."""
         return self.averages[self.recipe.ema_decay]
 
     @functools.cached_property
     def data_digest(self) -> str:
-        """SHA-256 of the images and labels that are trained on."""
+        """SHA-256 of the images and labels that are trained on, in hexadecimal."""
         digest = hashlib.sha256(self.images.contiguous().numpy().data)
         digest.update(b"" if self.labels is None else self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def train_step(self) -> torch.Tensor:
-        """One optimiser step; appends its loss to `losses` and its gradient's norm, returned, to `norms`.
+        """Takes one optimiser step and returns the norm of its gradient, a scalar on the device.
 
-        Both are of the whole batch and stay on the device.
+        Loss and norm of the whole batch are added to `log_line`.
         """
         recipe = self.recipe
         if self.ranks.world_size > 1 and not isinstance(self.network, DistributedDataParallel):
-            raise RuntimeError("several ranks take their steps within parallel.shared_gradients")
-        x, labels, t, noise = self._share()
+            raise RuntimeError("several ranks take their steps within distributed.shared_gradients")
+        x, labels, t, noise = self._rank_batch()
         torch.manual_seed(seed_of(recipe.seed, f"dropout of rank {self.ranks.rank}", self.step))
         self.optimizer.set_learning_rate(recipe.learning_rate_at(self.step))
         self.optimizer.zero_grad()
@@ -147,23 +150,24 @@ class Trainer:
         starts = range(0, len(x), self.micro_batch or len(x))
         for start in starts:
             part = slice(start, start + starts.step)
-            # Mean over the ranks of what each takes the gradient of: the mean over the batch.
+            # DistributedDataParallel takes the mean over the ranks; with this factor that is the mean over
+            # the batch.
             share = len(x[part]) * self.ranks.world_size / recipe.batch_size
-            with self._gradients_later(start != starts[-1]):
+            with self._without_sync(start != starts[-1]):
                 loss = share * self._loss(
                     x[part], None if labels is None else labels[part], t[part], noise[part]
                 )
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.optimizer.take_gradients()
-        for part in self.optimizer.parts:
-            self.scaler.unscale_(part)
+        for optimizer in self.optimizer.parts:
+            self.scaler.unscale_(optimizer)
         weights = list(self.optimizer.weights.values())
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
-        if norm.device.type != "cpu" or norm > recipe.gradient_clip:  # on others, looking would mean waiting
+        if norm.device.type != "cpu" or norm > recipe.gradient_clip:  # on a GPU, comparing would wait
             torch.nn.utils.clip_grads_with_norm_(weights, recipe.gradient_clip, norm)
-        for part in self.optimizer.parts:
-            self.scaler.step(part)
+        for optimizer in self.optimizer.parts:
+            self.scaler.step(optimizer)
         self.scaler.update()
         parameters = list(self.model.unet.parameters())
         with torch.no_grad():
@@ -174,41 +178,18 @@ class Trainer:
             torch.distributed.all_reduce(total)
             total /= self.ranks.world_size
         self.step += 1
-        self.losses.append(total)
-        self.norms.append(norm.detach())
-        return self.norms[-1]
+        self.log_line.add(total, norm.detach())
+        return norm.detach()
 
-    def trouble(self) -> str | None:
-        """What is wrong with the steps since the last line of the log, or None; waits for the device."""
-        first = self.step - len(self.losses) + 1
-        if not self.losses:
-            return None
-        losses, norms = (torch.stack(values).double().cpu() for values in (self.losses, self.norms))
-        overflowed = ~norms.isfinite()
-        if self.scaler.is_enabled():  # such steps are left out, and the scale is lowered
-            overflowed &= overflowed.sum() >= OVERFLOWS and bool(overflowed[-OVERFLOWS:].all())
-        for step, (loss, bad) in enumerate(zip(losses.tolist(), overflowed.tolist(), strict=True), first):
-            if not math.isfinite(loss):
-                return f"the loss is {loss} at step {step}"
-            if bad:
-                return f"the gradient is not finite at step {step}"
-        mean = losses.mean().item()
-        if self.first_loss is not None and mean > 10 * self.first_loss:
-            return f"the loss grew from {self.first_loss:.3g} to {mean:.3g} by step {self.step}"
-        return None
-
-    def finish_line(self) -> float:
-        """The mean loss since the last call, for a line of the log."""
-        mean = torch.stack(self.losses).mean().item()
-        self.first_loss = mean if self.first_loss is None else self.first_loss
-        self.losses.clear()
-        self.norms.clear()
-        return mean
+    def check_finite(self) -> None:
+        """ValueError if a step since the last row of the log diverged; see `LogLine.check_finite`."""
+        self.log_line.check_finite(self.step, self.scaler.is_enabled())
 
     def validation_loss(self, batch_size: int = 256, stopping: Sequence[int] = ()) -> float | None:
-        """Mean loss of the averaged weights on the validation images, with the same noise each time.
+        """Mean loss of the averaged model on the validation images, with the same noise each time.
 
-        In the precision of the steps. None if `stopping` holds something before the last batch.
+        Computed in the precision of the steps. batch_size: images evaluated at a time. None if `stopping`,
+        the list of signals that came, is no longer empty before the last batch.
         """
         images, labels = self.validation
         total = 0.0
@@ -238,12 +219,15 @@ class Trainer:
             "vlb_weight": recipe.vlb_weight,
         }
 
-    def _gradients_later(self, later: bool):
-        """Ranks add up their gradients in the last part of a batch only."""
-        return self.network.no_sync() if later and self.ranks.world_size > 1 else contextlib.nullcontext()
+    def _without_sync(self, skip: bool) -> contextlib.AbstractContextManager[None]:
+        """Within, a backward pass does not add up gradients over the ranks, if `skip`."""
+        return self.network.no_sync() if skip and self.ranks.world_size > 1 else contextlib.nullcontext()
 
-    def _share(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """This rank's part of the batch of this step: images, labels, timesteps and noise."""
+    def _rank_batch(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """This rank's part of the present step's batch: images, labels, timesteps and noise.
+
+        Labels are dropped here rather than in `DDPM.loss`, because all is drawn for the whole batch.
+        """
         recipe, device, size = self.recipe, self.device, self.recipe.batch_size
         index = self.batch_indices(self.step)
         torch.manual_seed(seed_of(recipe.seed, "step", self.step))
@@ -265,7 +249,7 @@ class Trainer:
         return to_float(images.to(self.device)).contiguous(memory_format=self.format)
 
     def batch_indices(self, step: int) -> torch.Tensor:
-        """Which images the batch of a step is made of; every image at most once an epoch."""
+        """Indices int64 [batch_size] of the images of a step; each image occurs at most once an epoch."""
         size = self.recipe.batch_size
         epoch, position = divmod(step, len(self.images) // size)
         if self._order is None or self._order[0] != epoch:
@@ -275,7 +259,7 @@ class Trainer:
 
 
 def seed_of(seed: int, purpose: str, index: int) -> int:
-    """A 63-bit seed for one purpose and step of a run, independent of those of all others."""
+    """A 63-bit seed for one purpose and step of a run, independent of the seeds of all others."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun tells each in its environment."""
+"""The rank of this process among several, from the environment variables that torchrun sets."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: this process, in 0..world_size-1. world_size: how many there are. local_rank: on this machine."""
+    """The place of a process among those of one run.
+
+    rank: of this process, in 0..world_size-1. world_size: number of processes. local_rank: of this process
+    among those of its machine. ValueError for numbers out of range.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -20,10 +24,11 @@ class Ranks:
             )
 
 
-def current() -> Ranks:
-    """From RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; one rank where they are not set.
+def current_ranks() -> Ranks:
+    """The ranks of RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; a single one where they are not set.
 
-    ValueError for what is no whole number or out of range, or for one of RANK and WORLD_SIZE alone.
+    ValueError for a value that is no whole number or out of range, or if only one of RANK and WORLD_SIZE is
+    set.
     """
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise ValueError("of RANK and WORLD_SIZE only one is set; torchrun sets both")

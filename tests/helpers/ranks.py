@@ -18,8 +18,8 @@ import torch
 torch.set_num_threads(1)
 from helpers.training import PLAIN, make_trainer, run
 from diffusion.training.distributed import process_group
-from diffusion.utils.ranks import current
-ranks = current()
+from diffusion.utils.ranks import current_ranks
+ranks = current_ranks()
 try:
     with process_group(ranks, torch.device("cpu")):
         group = weakref.ref(torch.distributed.group.WORLD)

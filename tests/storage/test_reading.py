@@ -26,7 +26,7 @@ from diffusion.evaluation.shards import sample_shards
 from diffusion.importers import diffusers, guided_diffusion
 from diffusion.storage import reading
 from diffusion.storage.images import save_npz
-from diffusion.training.loop import _LogFile
+from diffusion.training.log_file import LogFile
 from diffusion.training.recipe import load_recipe
 from diffusion.training.state import read_state
 from helpers.models import make_model
@@ -234,7 +234,7 @@ USED = [
     (run_of_shards, "run.json"),
     (alone(load_recipe), "recipe.json"),
     (alone(read_state), "state.safetensors"),
-    (alone(lambda path: _LogFile(path, logged=1)), "log.csv"),
+    (alone(lambda path: LogFile(path, logged=1)), "log.csv"),
 ]
 
 

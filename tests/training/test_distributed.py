@@ -83,7 +83,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
 
 def test_a_step_of_several_ranks_shares_its_gradients():
     trainer = make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=2, local_rank=0))
-    with pytest.raises(RuntimeError, match=r"within parallel\.shared_gradients"):
+    with pytest.raises(RuntimeError, match=r"within distributed\.shared_gradients"):
         trainer.train_step()
 
 

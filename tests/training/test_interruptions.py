@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from diffusion.ddpm import DDPM
 from diffusion.models.config import UNetConfig
 from diffusion.storage.locks import locked
-from diffusion.training.loop import _LogFile
+from diffusion.training.log_file import LogFile
 from diffusion.training.state import load_state, read_state, save_state
 from helpers.ranks import finish
 from helpers.ranks import start as start_ranks
@@ -30,7 +30,7 @@ sys.path[:] = {path!r}  # the same package: another one may be without compiled 
 from pathlib import Path
 import torch
 from helpers.training import make_trainer, run
-import diffusion.training.loop, diffusion.training.state
+import diffusion.training.log_file, diffusion.training.loop, diffusion.training.state
 import diffusion.storage.atomic, diffusion.storage.checkpoint, diffusion.storage.images
 torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ MOMENTS = {{
     "before the second model": lambda: at_call(diffusion.storage.checkpoint, "save_file", 2, half),
     "before the second weights' rename": lambda: at_rename("model.safetensors", 2),
     "before the second configuration's rename": lambda: at_rename("config.json", 2),
-    "in a line of the log": lambda: at_call(diffusion.training.loop._LogFile, "add", 4, half_a_line),
+    "in a line of the log": lambda: at_call(diffusion.training.log_file.LogFile, "add", 4, half_a_line),
     "in the validation": lambda: at_call(diffusion.training.trainer.Trainer, "validation_loss", 2),
     "in a grid's sampling": lambda: at_call(diffusion.DDPM, "sample", 1),
     "before a grid's rename": lambda: at_rename("step-0000006.png", 1),
@@ -400,7 +400,7 @@ def test_a_line_that_a_killed_run_added_is_not_there_twice(unbroken, tmp_path):
     for step in range(1, 7):
         trainer.train_step()
         if step in (2, 4):
-            trainer.finish_line()
+            trainer.log_line.finish()
     save_state(trainer, tmp_path / "state.safetensors")
     (tmp_path / "log.csv").write_bytes(b"".join((unbroken / "log.csv").read_bytes().splitlines(True)[:4]))
     run(tmp_path, resume=True)
@@ -409,8 +409,8 @@ def test_a_line_that_a_killed_run_added_is_not_there_twice(unbroken, tmp_path):
 
 
 def test_steps_beyond_a_million_are_whole_numbers(tmp_path):
-    log = _LogFile(tmp_path / "log.csv", None)
+    log = LogFile(tmp_path / "log.csv", None)
     for step in (999_999, 1_000_000, 1_234_567, 1_234_568):
         log.add(step, 0.5, None, 1e-3, 0.1, 3.0)
-    _LogFile(tmp_path / "log.csv", 1_234_567)
+    LogFile(tmp_path / "log.csv", 1_234_567)
     assert steps_of(tmp_path) == [999_999, 1_000_000, 1_234_567]

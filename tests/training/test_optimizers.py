@@ -35,7 +35,7 @@ def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last):
     muon = torch.optim.Muon(flat, adjust_lr_fn="match_rms_adamw", momentum=0.95, **options)
     adam = torch.optim.Adam(rest, **options)
     for step in range(3):
-        x, labels, t, noise = reference._share()
+        x, labels, t, noise = reference._rank_batch()
         reference.model.unet.zero_grad()
         reference.model.loss(x, labels, t=t, noise=noise).backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), MUON.gradient_clip)
@@ -106,5 +106,5 @@ def test_the_trainer_draws_them():
     trainer = make_trainer(recipe)
     schedule = trainer.model.schedule
     level = 0.5 * torch.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
-    t = trainer._share()[2]
+    t = trainer._rank_batch()[2]
     assert (level[t] + 3).abs().max() < 0.1

@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     def explodes_in_step_7():
         norm = step()
         if trainer.step > 7:
-            trainer.losses[-1] *= float("nan")
+            trainer.log_line.losses[-1] *= float("nan")
         return norm
 
     trainer.train_step = explodes_in_step_7

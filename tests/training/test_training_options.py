@@ -21,7 +21,7 @@ def weights_after(steps: int, recipe=PLAIN, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{"micro_batch": 3}, {"micro_batch": 1}, {"checkpointing": True}, {"channels_last": False}],
+    [{"micro_batch": 3}, {"micro_batch": 1}, {"activation_checkpointing": True}, {"channels_last": False}],
     ids=str,
 )
 def test_how_it_is_computed_changes_rounding_only(options):
@@ -33,18 +33,20 @@ def test_how_it_is_computed_changes_rounding_only(options):
 
 def test_checkpointing_draws_dropout_once():
     recipe = replace(RECIPE, unet=RECIPE.unet | {"dropout": 0.3})
-    torch.testing.assert_close(weights_after(2, recipe, checkpointing=True), weights_after(2, recipe))
+    torch.testing.assert_close(
+        weights_after(2, recipe, activation_checkpointing=True), weights_after(2, recipe)
+    )
 
 
 def test_checkpointing_keeps_less():
     def kept(checkpointing: bool) -> int:
-        trainer, sizes = make_trainer(PLAIN, checkpointing=checkpointing), []
+        trainer, sizes = make_trainer(PLAIN, activation_checkpointing=checkpointing), []
 
         def keep(tensor):
             sizes.append(tensor.numel())
             return tensor
 
-        x, labels, t, noise = trainer._share()
+        x, labels, t, noise = trainer._rank_batch()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.model.loss(x, labels, t=t, noise=noise)
         return sum(sizes)
@@ -68,7 +70,7 @@ def test_steps_in_16_bits_are_close(dtype):
         trainer = make_trainer(recipe, autocast=autocast)
         for _ in range(60):
             trainer.train_step()
-        assert trainer.trouble() is None
+        trainer.check_finite()
         losses.append(trainer.validation_loss())
     assert losses[1] == pytest.approx(losses[0], rel=0.15)
 
@@ -108,7 +110,7 @@ def test_half_of_the_images_are_mirrored():
     mirrored = 0
     for step in range(5):
         plain.step = flipping.step = step
-        for before, after in zip(plain._share()[0], flipping._share()[0], strict=True):
+        for before, after in zip(plain._rank_batch()[0], flipping._rank_batch()[0], strict=True):
             assert torch.equal(after, before) or torch.equal(after, before.flip(-1))
             mirrored += not torch.equal(after, before)
     assert 10 <= mirrored <= 30  # of 40; outside of this by chance once in 1,000
@@ -188,7 +190,7 @@ def test_a_learned_variance_is_trained_by_the_hybrid_loss(tmp_path):
     """Only the bound reaches the variance, and only the simple loss the mean."""
     recipe = replace(PLAIN, prediction_type="epsilon", unet=PLAIN.unet | {"out_channels": 2}, steps=2)
     trainer = make_trainer(recipe)
-    x, labels, t, noise = trainer._share()
+    x, labels, t, noise = trainer._rank_batch()
     t = torch.full_like(t, 300)
     output = torch.randn(len(x), 2, 8, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
     loss = trainer.model.loss(x, labels, t=t, noise=noise, network=lambda *_: output)
@@ -225,7 +227,7 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
 
     def grows():
         norm = step()
-        trainer.losses[-1] *= 1.6**trainer.step
+        trainer.log_line.losses[-1] *= 1.6**trainer.step
         return norm
 
     trainer.train_step = grows

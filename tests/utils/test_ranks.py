@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.utils.ranks import Ranks, current
+from diffusion.utils.ranks import Ranks, current_ranks
 
 
 def set_environment(monkeypatch, **values):
@@ -14,12 +14,12 @@ def set_environment(monkeypatch, **values):
 
 def test_alone(monkeypatch):
     set_environment(monkeypatch)
-    assert current() == Ranks(rank=0, world_size=1, local_rank=0)
+    assert current_ranks() == Ranks(rank=0, world_size=1, local_rank=0)
 
 
 def test_one_of_several(monkeypatch):
     set_environment(monkeypatch, RANK="9", WORLD_SIZE="16", LOCAL_RANK="1")
-    assert current() == Ranks(rank=9, world_size=16, local_rank=1)
+    assert current_ranks() == Ranks(rank=9, world_size=16, local_rank=1)
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_one_of_several(monkeypatch):
 def test_nonsense(values, expected, monkeypatch):
     set_environment(monkeypatch, **values)
     with pytest.raises(ValueError, match=expected):
-        current()
+        current_ranks()
