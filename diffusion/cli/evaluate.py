@@ -11,11 +11,12 @@ from typing import Any
 from ..data import ImageSet
 from ..data.npz import load_images
 from ..ddpm import DDPM, load
-from ..evaluation.accuracy import ema_decay, evaluate, format_report
+from ..evaluation.accuracy import evaluate, format_report
 from ..evaluation.compare import METRICS, compare, format_result
 from ..evaluation.features import load_features
 from ..evaluation.guidance_sweep import save_sweep, sweep
 from ..evaluation.likelihood import bits_per_dimension
+from ..evaluation.protocol import ema_decay
 from ..storage.atomic import check_writable, replacing
 from ..storage.images import to_uint8
 from ..utils.validation import whole_number
@@ -119,7 +120,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     features = load_features(args.features)
     reference = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
-    card: dict[str, Any] = {}
+    protocol: dict[str, Any] = {}
     if args.samples:
         samples = load_images(args.samples, split=args.split, data_dir=args.data_dir, progress=True)
     else:
@@ -128,13 +129,13 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **_sampling(args))
         samples = ImageSet(to_uint8(x.cpu()), None, None, f"model {args.model}")
-        card = {
+        protocol = {
             **_sampling(args),
             "guidance scale": scale,
             "labels": "each class in turn" if labels else "none",
         }
-        card["EMA decay"] = ema_decay(model) or "not known"
-    return compare(samples, reference, features, tuple(args.metrics), card=card, progress=True)
+        protocol["EMA decay"] = ema_decay(model) or "not known"
+    return compare(samples, reference, features, tuple(args.metrics), protocol=protocol, progress=True)
 
 
 def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -165,7 +166,7 @@ def _sweep(args: argparse.Namespace) -> None:
     result = sweep(
         _model(args), num=args.num, classifier=args.classifier, seed=args.seed, progress=True, **options
     )
-    result["card"]["model"] = args.model
+    result["protocol"]["model"] = args.model
     save_sweep(result, args.out)
     for point in result["points"]:
         accuracy = "" if point["accuracy"] is None else f"  read as asked {point['accuracy']:.1%}"
@@ -173,4 +174,4 @@ def _sweep(args: argparse.Namespace) -> None:
             f"{point['sampler']:6s}{point['steps']:5d} steps  guidance {point['guidance']:<4g} "
             f"distance {point['distance']:.4f}{accuracy}"
         )
-    print(f"{args.out} and {Path(args.out).with_suffix('.png')}: {result['card']['distance']}")
+    print(f"{args.out} and {Path(args.out).with_suffix('.png')}: {result['protocol']['distance']}")

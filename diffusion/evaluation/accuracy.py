@@ -1,6 +1,5 @@
-"""How good a model's images are: read by an independent classifier, and compared with real ones."""
+"""The quality of a model's images: the classes that a classifier reads, and the distance to real images."""
 
-import math
 import os
 import statistics
 from collections import Counter
@@ -9,29 +8,26 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..classifier import Classifier, Reference, balanced_labels, classify, load_classifier, measure_reference
+from ..classifier import Reference, balanced_labels, load_classifier, measure_reference
 from ..data import load_dataset
-from ..storage.images import to_uint8
 from ..storage.reading import sha256
-from ..utils.memory import check_fits
 from ..utils.validation import number, whole_number
 from .fid import frechet_distance, moments
+from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay
 
-ROUNDING = "8 bits, to nearest"
 
+def class_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """The share of samples whose class, as a classifier read it, is the label that was asked for.
 
-def class_accuracy(digits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """How many classes int64 [N], as a classifier read them, are the labels int64 [N] that were asked for.
-
-    Returns `samples`, `correct`, `accuracy` in [0, 1], `by_class`, the accuracy of each label that was asked
-    for, and `misread`: for each pair that was confused, most frequent first, what was `asked`, what was
-    `seen` and the `count`. ValueError if N is 0 or differs.
+    predicted, labels: int64 [N]. Returns `samples`, `correct`, `accuracy` in [0, 1], `by_class` (the accuracy
+    of each label) and `misread` (for each confused pair, most frequent first, the label `asked` for, the
+    class `seen` and the `count`). ValueError if N is 0 or differs.
     """
-    if digits.shape != labels.shape or digits.ndim != 1 or len(digits) == 0:
+    if predicted.shape != labels.shape or predicted.ndim != 1 or len(predicted) == 0:
         raise ValueError(
-            f"digits and labels must both be [N], not {list(digits.shape)} and {list(labels.shape)}"
+            f"predicted and labels must both be [N], not {list(predicted.shape)} and {list(labels.shape)}"
         )
-    pairs = Counter((asked, seen) for asked, seen in zip(labels.tolist(), digits.tolist(), strict=True))
+    pairs = Counter((asked, seen) for asked, seen in zip(labels.tolist(), predicted.tolist(), strict=True))
     misread = sorted((-count, asked, seen) for (asked, seen), count in pairs.items() if asked != seen)
     correct = len(labels) + sum(entry[0] for entry in misread)
     return {
@@ -39,7 +35,7 @@ def class_accuracy(digits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]
         "correct": correct,
         "accuracy": correct / len(labels),
         "by_class": [
-            {"asked": label, "accuracy": (digits[labels == label] == label).double().mean().item()}
+            {"asked": label, "accuracy": (predicted[labels == label] == label).double().mean().item()}
             for label in labels.unique().tolist()
         ],
         "misread": [{"asked": asked, "seen": seen, "count": -count} for count, asked, seen in misread],
@@ -60,36 +56,40 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Class accuracy under guidance and Fréchet distance without it, in the eyes of a classifier.
+    """Class accuracy with guidance and Fréchet distance without it, measured with a classifier.
 
     model: a DDPM of the classifier's images, conditional on its K classes or unconditional (then only the
-    distance is measured). num: samples for each measurement, label k % K for sample k. steps=None is the
-    full chain. classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one
-    of MNIST's digits. data_dir: measure the reference (training moments, real test images) on MNIST, or for
-    images of 3 channels on CIFAR-10, there, for samples of `num` images, instead of taking what is stored
-    beside the classifier. options: further arguments of `DDPM.sample`, such as backend, dtype and device.
+        distance is measured).
+    num: samples for each measurement; sample k has label k % K.
+    guidance_scale: for the class accuracy. sampler, steps, seed, batch_size, progress: of `DDPM.sample`;
+        steps=None is the full chain.
+    data_dir: torchvision's folder. If given, the reference (moments of the training images, distances of real
+        test images in samples of `num`) is measured there, on MNIST or, for images of 3 channels, on
+        CIFAR-10; by default it is the one stored beside the classifier.
+    classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one of digits.
+    options: further arguments of `DDPM.sample`, such as backend, dtype and device.
 
-    Samples are rounded to 8 bits like real images before the classifier sees them. The Fréchet distance is
-    that of Heusel et al. 2017 (equation 6) in this classifier's penultimate features, not in Inception's:
-    it compares with itself only. A model's `ratio` is to real test images drawn as its samples are, as many
-    of each class for a conditional model and at random for an unconditional one; `real` has both. The
-    distance shrinks with the number of samples, so a ratio is None where the real images were measured for
-    another number than `num`.
+    Samples are rounded to 8 bits, as real images are, before the classifier sees them. The Fréchet distance
+    (Heusel et al. 2017, arXiv 1706.08500, equation 6) is taken in the classifier's penultimate features, not
+    in Inception's, so it compares only with distances in the same features. `ratio` is the distance divided
+    by that of real test images drawn as the samples are: as many of each class for a conditional model, at
+    random for an unconditional one; `real` has both. The distance shrinks with the number of samples, so a
+    ratio is None if the real images were measured in samples of another size than `num`.
 
-    Returns a JSON-able dict with `classifier` (its weights' SHA-256 among the rest), `protocol` (what else
-    decides the numbers, and the decay of the averaged weights if the model says it), `class_accuracy` (None
-    if unconditional) and `frechet`; `format_report` prints it. ValueError for a model of other images, num
-    below K, or samples that are not finite.
+    Returns a dict that JSON can hold, with `classifier` (among others the SHA-256 of its weights), `protocol`
+    (all other conditions, and the decay of the averaged weights if the model names it), `class_accuracy`
+    (None for an unconditional model) and `frechet`; `format_report` formats it. ValueError for a model of
+    other images, num below K, or samples that are not finite.
     """
-    judge, reference = load_classifier(classifier)
-    check_model(model, judge)
-    num, steps = check_num(judge, num), None if steps is None else whole_number("steps", steps, 1)
+    network, reference = load_classifier(classifier)
+    check_model(model, network)
+    num, steps = check_num(network, num), None if steps is None else whole_number("steps", steps, 1)
     seed, guidance_scale = whole_number("seed", seed, 0), number("guidance_scale", guidance_scale)
-    labels = balanced_labels(num, judge.config.classes)
+    labels = balanced_labels(num, network.config.classes)
     if data_dir is not None:
-        name = "mnist" if judge.config.channels == 1 else "cifar10"
+        name = "mnist" if network.config.channels == 1 else "cifar10"
         sets = (load_dataset(name, split=split, data_dir=data_dir) for split in ("train", "test"))
-        reference = measure_reference(judge, *sets, sample_size=num)
+        reference = measure_reference(network, *sets, sample_size=num)
     options |= {
         "sampler": sampler,
         "steps": steps,
@@ -101,17 +101,17 @@ def evaluate(
     accuracy = None
     if model.num_classes is not None:
         samples = model.sample(labels=labels.tolist(), guidance_scale=guidance_scale, **options)
-        accuracy = class_accuracy(_read(judge, samples)[1], labels)
+        accuracy = class_accuracy(classify_samples(network, samples)[1], labels)
         accuracy["guidance_scale"] = guidance_scale
         samples = model.sample(labels=labels.tolist(), guidance_scale=1.0, **options)
     else:
         samples = model.sample(num_samples=num, **options)
     return {
         "classifier": {
-            "path": str(judge.folder),
-            "sha256": sha256(judge.folder / "model.safetensors"),
+            "path": str(network.folder),
+            "sha256": sha256(network.folder / "model.safetensors"),
             "test_accuracy": reference.test_accuracy,
-            "feature_dimension": judge.num_features,
+            "feature_dimension": network.num_features,
         },
         "protocol": {
             "samples": num,
@@ -124,19 +124,19 @@ def evaluate(
         },
         "class_accuracy": accuracy,
         "frechet": _frechet(
-            _read(judge, samples)[0], reference, "random" if accuracy is None else "balanced"
+            classify_samples(network, samples)[0], reference, "random" if accuracy is None else "balanced"
         ),
     }
 
 
 def format_report(result: dict[str, Any]) -> str:
     """The result of `evaluate` as lines to print."""
-    judge, protocol = result["classifier"], result["protocol"]
+    classifier, protocol = result["classifier"], result["protocol"]
     accuracy, frechet = result["class_accuracy"], result["frechet"]
     steps = "full chain" if protocol["steps"] is None else f"{protocol['steps']} steps"
     lines = [
-        f"classifier  {judge['path']}, {judge['test_accuracy']:.2%} of real test images, "
-        f"SHA-256 {judge['sha256']}",
+        f"classifier  {classifier['path']}, {classifier['test_accuracy']:.2%} of real test images, "
+        f"SHA-256 {classifier['sha256']}",
         f"samples     {protocol['samples']:,}, {protocol['sampler']}, {steps}, seed {protocol['seed']}, "
         f"EMA decay {protocol['ema_decay'] or 'not known'}, rounded to {protocol['rounding']}",
     ]
@@ -149,10 +149,10 @@ def format_report(result: dict[str, Any]) -> str:
         lines.append(f"by class    {', '.join(shares)}")
         pairs = (f"{pair['asked']} as {pair['seen']}: {pair['count']}" for pair in accuracy["misread"])
         lines.append(f"misread     {', '.join(pairs) or 'none'}")
-    features = f"{os.path.basename(judge['path'])} features"
+    features = f"{os.path.basename(classifier['path'])} features"
     lines.append(
         f"distance    {frechet['distance']:.4f} Fréchet distance in {features} "
-        f"({judge['feature_dimension']} of them, guidance 1)"
+        f"({classifier['feature_dimension']} of them, guidance 1)"
     )
     for drawn, how in (("balanced", "as many of each class"), ("random", "at random")):
         real = frechet["real"][drawn]
@@ -166,41 +166,11 @@ def format_report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ema_decay(model: Any) -> float | None:
-    """Of the averaged weights that a model trained here consists of, which it says; None for others."""
-    training = model.metadata.get("training")
-    decay = training.get("ema_decay") if isinstance(training, dict) else None
-    return decay if isinstance(decay, int | float) else None
-
-
-def check_num(judge: Classifier, num: int) -> int:
-    """`num` as an int; ValueError unless it is a number of images that the memory holds."""
-    num = whole_number("num", num, 1)
-    check_fits(f"{num:,} images", 4 * num * math.prod(judge.shape), torch.device("cpu"))
-    return num
-
-
-def check_model(model: Any, judge: Classifier) -> None:
-    config, classes = model.unet.config, judge.config.classes
-    shape = (config.in_channels, *config.image_shape)
-    if shape != judge.shape or model.num_classes not in (None, classes):
-        raise ValueError(
-            f"the classifier {judge.folder} is for images {'x'.join(map(str, judge.shape))} with {classes} "
-            f"classes or none; this model has {'x'.join(map(str, shape))} with {model.num_classes or 'no'} "
-            "classes; give another --classifier"
-        )
-
-
-def _read(judge: Classifier, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and digits of samples in [-1, 1], rounded to 8 bits."""
-    if not samples.isfinite().all():
-        bad = int((~samples.flatten(1).isfinite()).any(1).sum())
-        raise ValueError(f"{bad} of the model's {len(samples)} samples hold NaN or infinite values")
-    return classify(judge, to_uint8(samples.cpu()))
-
-
 def _frechet(features: torch.Tensor, reference: Reference, drawn: str) -> dict[str, Any]:
-    """The distance of features [N, F], and those of real digits; `ratio` is to those that are drawn alike."""
+    """The distance of features [N, F] and those of real images; `ratio` is to the real images drawn alike.
+
+    drawn: how the samples' labels were drawn, "balanced" or "random".
+    """
     distance = frechet_distance(*moments(features), reference.mean, reference.cov)
     comparable = reference.sample_size == len(features)
     real = {}

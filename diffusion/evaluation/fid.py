@@ -21,7 +21,7 @@ def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def frechet_distance(
     mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor
 ) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of N(mean1, cov1) and N(mean2, cov2).
+    """Squared Fréchet (2-Wasserstein) distance between N(mean1, cov1) and N(mean2, cov2).
 
         |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^1/2 C2 C1^1/2)^1/2)
 

@@ -1,4 +1,4 @@
-"""The curve of distance against steps, and against guidance, for the samplers."""
+"""Curves of the Fréchet distance over the number of steps and over the guidance scale, for each sampler."""
 
 import json
 import os
@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..classifier import balanced_labels, classify, load_classifier
+from ..classifier import balanced_labels, load_classifier
 from ..storage.atomic import replacing
-from ..storage.images import to_uint8
 from ..storage.reading import sha256
 from ..utils.validation import whole_number
-from .accuracy import ROUNDING, check_model, check_num, ema_decay
 from .fid import frechet_distance, moments
+from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay
 
 
 def sweep(
@@ -27,19 +26,20 @@ def sweep(
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Fréchet distances, in a classifier's features, of `num` samples at each point of two curves a sampler.
+    """Fréchet distances of a model's samples, in a classifier's features, along two curves for each sampler.
 
-    Over the number of steps, at guidance 1; and over the guidance scale, at the last of `steps`, together
-    with the share of samples that are read as the class that was asked for; only the first for an
-    unconditional model. classifier: as for `evaluate`. options: of `DDPM.sample`. Returns a JSON-able dict
-    with `points`, of `sampler`, `steps`, `guidance`, `distance` and `accuracy`, and `card`. ValueError as
-    from `evaluate`.
+    The first curve runs over the number of `steps`, at guidance 1. The second runs over the scales in
+    `guidance`, at the last of `steps`; an unconditional model has none. num: samples for each point.
+    classifier, seed: as for `accuracy.evaluate`. options: of `DDPM.sample`. Returns a dict that JSON can
+    hold: `points`, each with `sampler`, `steps`, `guidance`, `distance` and `accuracy` (the share of samples
+    read as the class asked for; None for an unconditional model), and `protocol`. ValueError as from
+    `evaluate`.
     """
-    judge, reference = load_classifier(classifier)
-    check_model(model, judge)
-    num, seed = check_num(judge, num), whole_number("seed", seed, 0)
+    network, reference = load_classifier(classifier)
+    check_model(model, network)
+    num, seed = check_num(network, num), whole_number("seed", seed, 0)
     conditional = model.num_classes is not None
-    labels = balanced_labels(num, judge.config.classes)
+    labels = balanced_labels(num, network.config.classes)
     asked = {"labels": labels.tolist()} if conditional else {"num_samples": num}
     points = []
     for sampler in samplers:
@@ -56,14 +56,14 @@ def sweep(
                 progress=progress,
                 **options,
             )
-            features, read = classify(judge, to_uint8(x.cpu()))
+            features, read = classify_samples(network, x)
             point = {"sampler": sampler, "steps": count, "guidance": scale}
             point["distance"] = frechet_distance(*moments(features), reference.mean, reference.cov)
             point["accuracy"] = (read == labels).double().mean().item() if conditional else None
             points.append(point)
-    card = {
-        "distance": f"Fréchet distance in {judge.folder.name} features; not FID",
-        "feature network's SHA-256": sha256(judge.folder / "model.safetensors"),
+    protocol = {
+        "distance": f"Fréchet distance in {network.folder.name} features; not FID",
+        "feature network's SHA-256": sha256(network.folder / "model.safetensors"),
         "number of samples": num,
         "labels": "each class in turn" if conditional else "none",
         "seed": seed,
@@ -72,11 +72,11 @@ def sweep(
         "EMA decay": ema_decay(model) or "not known",
         **options,
     }
-    return {"points": points, "card": card}
+    return {"points": points, "protocol": protocol}
 
 
 def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes the points as JSON, and beside them the curves as PNG. ValueError without matplotlib."""
+    """Writes the result of `sweep` as JSON, and the curves beside it as PNG; needs matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -100,8 +100,8 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
     left.minorticks_off()
     right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
     left.legend()
-    title = f"{result['card']['distance']}; {result['card']['number of samples']} samples a point"
-    figure.suptitle(title.encode(errors="backslashreplace").decode())  # a folder's name may be no UTF-8
+    title = f"{result['protocol']['distance']}; {result['protocol']['number of samples']} samples a point"
+    figure.suptitle(title.encode(errors="backslashreplace").decode())  # the name of a folder may not be UTF-8
     with replacing(path, path.with_suffix(".png")) as (as_json, as_png):
         as_json.write_text(json.dumps(result, indent=1) + "\n")
         figure.savefig(as_png, format="png", dpi=100)

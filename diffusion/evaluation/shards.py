@@ -1,9 +1,9 @@
-"""Many images into a folder of shards, by any number of processes that need not know of each other.
+"""Samples many images into a folder of shards, with any number of processes that do not talk to each other.
 
-Image i is a function of (seed, i, label), so shard k, images k * shard_size and on, has the same bytes,
-whoever makes it. A shard is written whole or not at all. Each rank makes its own (every world_size-th) first,
-then those of others that are neither finished nor being made: of ranks that are slow, or dead. A run that was
-stopped goes on where it was, with as many ranks as there are now.
+Image i is a function of (seed, i, label), so shard k, which holds the images from k * shard_size on, has the
+same bytes whichever process makes it. A shard is written whole or not at all. Each rank first makes every
+world_size-th shard, then the shards of slow or dead ranks: those that are neither finished nor being made. A
+run that was stopped continues where it was, with as many ranks as there are now.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ..utils.validation import plain_number, whole_number, whole_numbers
 
 FORMAT = "fused-diffusion-shards"
 FORMAT_VERSION = 2  # 1: shards without a digest
-MOST_NAMED = 5  # shards in a line
+MAX_NAMED = 5  # shards named in a message
 
 
 def sample_shards(
@@ -44,17 +44,22 @@ def sample_shards(
     progress: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Samples images 0..num-1 of a seed into `folder`/shard-00000.npz and on, each as `images.save_npz` does.
+    """Samples images 0..num-1 of a seed into `folder`/shard-00000.npz and so on, by `images.save_npz`.
 
-    labels: taken in turn, or None to sample without. Each shard also holds `sample_ids` int64 and its
-    `sha256`. options: of `DDPM.sample`. `folder`/run.json says what decides the bytes of the shards; a run of
-    other settings is refused. Shards that are there are read to the last byte: those that this run wrote are
-    kept, all others made again. On the CPU the bytes do not depend on batch_size, on the number of threads or
-    ranks; on a GPU they may, with the kernels that it chooses by shape.
+    labels: taken in turn, or None to sample without labels.
+    shard_size: images in each shard, the last one excepted.
+    ranks: which of several processes this is; by default the only one.
+    options: further arguments of `DDPM.sample`.
 
-    Returns what this rank did: `images`, `seconds`, `kept` (shards that were there), `remade` (shards that
-    were there and damaged, and how) and when it `started` (time.time()). ValueError for a folder that cannot
-    be written or holds another run.
+    Each shard also holds `sample_ids` int64 [N] and its `sha256`. `folder`/run.json holds all that decides
+    the bytes of the shards; other settings than those are refused. Shards that exist are read to the last
+    byte: those that this run wrote are kept, all others are made again. On the CPU the bytes do not depend on
+    batch_size or on the number of threads or ranks. On a GPU they may, because its libraries choose kernels
+    by shape.
+
+    Returns the work of this rank: `images`, `seconds`, `kept` (number of shards that existed), `remade`
+    (names of shards that existed and were damaged, and how) and `started` (time.time()). ValueError for a
+    folder that cannot be written or holds another run.
     """
     ranks, folder = ranks or Ranks(), Path(folder)
     num, shard_size = whole_number("num", num, 1), whole_number("shard_size", shard_size, 1)
@@ -62,7 +67,7 @@ def sample_shards(
     seed = whole_number("seed", seed, 0, 2**64 - 1)
     check_writable(folder / "run.json")
     same = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
-    run = _agree(
+    run = _join_run(
         folder,
         {
             "format": FORMAT,
@@ -105,7 +110,7 @@ def sample_shards(
 
 
 def model_digest(model: DDPM) -> str:
-    """SHA-256 of a model's weights and of all of its configuration that decides what it samples."""
+    """SHA-256, in hexadecimal, of a model's weights and of the configuration that decides its samples."""
     config = {
         "unet": model.unet.config.to_dict(),
         "schedule": model.schedule.to_config(),
@@ -119,16 +124,16 @@ def model_digest(model: DDPM) -> str:
     return digest.hexdigest()
 
 
-def _agree(folder: Path, settings: dict[str, Any]) -> str:
-    """Writes run.json unless it is there, and gives its digest; ValueError if it is of other settings."""
+def _join_run(folder: Path, settings: dict[str, Any]) -> str:
+    """Writes run.json unless it exists, and returns its digest; ValueError if it holds other settings."""
     path = folder / "run.json"
     settings = json.loads(json.dumps(settings, default=_as_json))
     if not path.exists():
-        mine = folder / f".run.{uuid.uuid4().hex}.json"  # processes on two machines may have one number
+        mine = folder / f".run.{uuid.uuid4().hex}.json"  # process numbers are not unique across machines
         try:
             folder.mkdir(parents=True, exist_ok=True)
             mine.write_text(json.dumps(settings, indent=1) + "\n")
-            with contextlib.suppress(FileExistsError):  # of ranks that start together, the first one's counts
+            with contextlib.suppress(FileExistsError):  # of ranks that start together, the first wins
                 os.link(mine, path)
         except OSError as error:
             raise ValueError(f"cannot write {path}: {one_line(error)}") from error
@@ -139,7 +144,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
         found = read_json(path)
         if not isinstance(found.get("options"), dict):
             raise ValueError("its options are no JSON object")
-        digest = run_digest(found)  # an int in it may be an equal float in the settings
+        digest = run_digest(found)  # not of the settings: 1 and 1.0 are equal, but differ in JSON
         if "tier" in found["options"]:  # the former name of `precision`
             found["options"]["precision"] = found["options"].pop("tier")
     except ValueError as error:
@@ -149,14 +154,15 @@ def _agree(folder: Path, settings: dict[str, Any]) -> str:
         if key == "options":
             key = _differing(*pair)
             pair = pair[0].get(key), pair[1].get(key)
-        hidden = key in ("model", "labels") or pair[0] == pair[1]  # None, and not given
+        # Equal values differ if one is None and the other was not given.
+        hidden = key in ("model", "labels") or pair[0] == pair[1]
         shown = "" if hidden else f" ({pair[0]}, not {pair[1]})"
         raise ValueError(f"{folder} holds images of another {key}{shown}; choose another folder")
     return digest
 
 
 def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str | None:
-    """The first setting that is not the same in both, or is in one of them only."""
+    """The first setting that differs, or that only one of the two has; None if there is none."""
     every = {**asked, **found}
     return next((k for k in every if k not in asked or k not in found or asked[k] != found[k]), None)
 
@@ -170,12 +176,11 @@ def _as_json(value: object) -> object:
 
 
 def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> list[str]:
-    """Lines on what this rank did and, from the last rank of a run to finish, on all of them.
+    """Lines about the work of this rank and, from the last rank of a run to finish, about all ranks.
 
-    A rank that ended before this one began is taken for one of a former run.
-
-    done: from `sample_shards`. The efficiency of N ranks is what they made in a second, from the first start
-    to the last end, in relation to the sum of what each made in a second while it was sampling.
+    done: from `sample_shards`. The efficiency of N ranks is their images per second from the first start to
+    the last end, divided by the sum of each rank's images per second while it was sampling. A rank that ended
+    before this one began counts as one of a former run.
     """
     rate = done["images"] / done["seconds"] if done["images"] else 0.0
     lines = [
@@ -183,13 +188,14 @@ def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> lis
         f"{done['kept']} shards were there"
     ]
     if remade := done["remade"]:
-        more = f"; and {len(remade) - MOST_NAMED} more" if len(remade) > MOST_NAMED else ""
-        lines.append(f"made again: {'; '.join(remade[:MOST_NAMED])}{more}")
+        more = f"; and {len(remade) - MAX_NAMED} more" if len(remade) > MAX_NAMED else ""
+        lines.append(f"made again: {'; '.join(remade[:MAX_NAMED])}{more}")
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
     launch = "/".join(os.environ.get(name, "") for name in names)
     mine = {**done, "launch": launch, "ended": time.time()}
     every = []
-    with locked(Path(folder) / ".report.lock", wait=True):  # of ranks that end together, the last finds all
+    # The lock lets the last of several ranks that end together see the files of all.
+    with locked(Path(folder) / ".report.lock", wait=True):
         with replacing(Path(folder) / f".rank-{ranks.rank}.json") as (temporary,):
             temporary.write_text(json.dumps(mine))
         for rank in range(ranks.world_size):

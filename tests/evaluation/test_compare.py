@@ -56,7 +56,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def result(pair):
-    return compare(*pair, toy_features(), card={"seed": 3})
+    return compare(*pair, toy_features(), protocol={"seed": 3})
 
 
 def in_features(image_set) -> np.ndarray:
@@ -74,7 +74,7 @@ def test_frechet_distance(pair, result):
     expected = closed_form(*map(in_features, pair))
     assert expected > 0.1
     assert result["metrics"][NAMES[0]] == pytest.approx(expected, rel=1e-10)
-    assert result["card"]["Fréchet distance"] == "fused-diffusion's, in float64 (frechet.py)"
+    assert result["protocol"]["Fréchet distance"] == "fused-diffusion's, in float64 (evaluation/fid.py)"
 
 
 def test_frechet_distance_is_torch_fidelitys_within_its_rounding(pair, result):
@@ -101,7 +101,7 @@ def test_a_frechet_distance_needs_no_torch_fidelity(pair, result, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     found = compare(*pair, toy_features(), ("fid",))
     assert found["metrics"][NAMES[0]] == result["metrics"][NAMES[0]]
-    assert "torch-fidelity" not in found["card"]["versions"]
+    assert "torch-fidelity" not in found["protocol"]["versions"]
 
 
 def test_kernel_distance_is_the_unbiased_mmd(pair):
@@ -147,18 +147,18 @@ def test_the_score_by_its_definition():
 
 
 def test_the_card_says_what_was_measured(result):
-    card = result["card"]
-    assert (card["number of samples"], card["number of reference images"]) == (60, 70)
-    assert (card["samples"], card["reference"], card["seed"]) == ("noise 0", "noise 1", 3)
-    assert card["feature network's SHA-256"] == "0" * 64
-    assert "torch-fidelity" in card["versions"]
+    protocol = result["protocol"]
+    assert (protocol["number of samples"], protocol["number of reference images"]) == (60, 70)
+    assert (protocol["samples"], protocol["reference"], protocol["seed"]) == ("noise 0", "noise 1", 3)
+    assert protocol["feature network's SHA-256"] == "0" * 64
+    assert "torch-fidelity" in protocol["versions"]
     assert json.loads(json.dumps(result)) == result
     text = format_result(result)
     assert "rounding: 8 bits" in text
     assert not any(name in text.lower() for name in ("fid ", "fid_", "kid", "inception"))
     for name, value in result["metrics"].items():
         assert [name, f"{value:.5g}"] in [line.split() for line in text.splitlines()]
-    long = format_result({"metrics": {"n" * 60: 1.5, "m": 2.0}, "card": {}}).splitlines()
+    long = format_result({"metrics": {"n" * 60: 1.5, "m": 2.0}, "protocol": {}}).splitlines()
     assert [line.split() for line in long] == [["n" * 60, "1.5"], ["m", "2"]]
 
 
@@ -396,15 +396,15 @@ def test_the_curve_has_every_point(tmp_path):
     )[0]
     expected = frechet_distance(*moments(features), reference.mean, reference.cov)
     assert result["points"][0]["distance"] == pytest.approx(expected, rel=1e-9)
-    card = result["card"]
-    assert card["feature network's SHA-256"] == load_features("classifier").sha256
-    assert (card["number of samples"], card["EMA decay"], card["precision"]) == (40, 0.99, "fast")
-    assert card["labels"] == "each class in turn"
+    protocol = result["protocol"]
+    assert protocol["feature network's SHA-256"] == load_features("classifier").sha256
+    assert (protocol["number of samples"], protocol["EMA decay"], protocol["precision"]) == (40, 0.99, "fast")
+    assert protocol["labels"] == "each class in turn"
     save_sweep(result, tmp_path / "curve.json")
     assert json.loads((tmp_path / "curve.json").read_text()) == result
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.size == (1000, 400)
-    result["card"]["distance"] += os.fsdecode(b" in c\xe9")  # the name of a classifier's folder
+    result["protocol"]["distance"] += os.fsdecode(b" in c\xe9")  # the name of a classifier's folder
     save_sweep(result, tmp_path / "other.json")
     assert json.loads((tmp_path / "other.json").read_text()) == result
 

@@ -88,11 +88,11 @@ def test_every_name_says_which_features(features):
     result = compare(images, images, features, ("kid", "is", "precision-recall"))
     assert len(result["metrics"]) == 6
     assert all("_in_efficientnet-lite0_features" in name for name in result["metrics"])
-    card = result["card"]
+    protocol = result["protocol"]
     with open(WEIGHTS, "rb") as file:
-        assert card["feature network's SHA-256"] == hashlib.sha256(file.read()).hexdigest()
-    assert "224 x 224, bicubic" in card["feature network's input"]
-    assert "(x - 127) / 128" in card["feature network's input"]
+        assert protocol["feature network's SHA-256"] == hashlib.sha256(file.read()).hexdigest()
+    assert "224 x 224, bicubic" in protocol["feature network's input"]
+    assert "(x - 127) / 128" in protocol["feature network's input"]
 
 
 def test_the_command_gives_the_formulas_distance(features, tmp_path, capsys):
