@@ -18,9 +18,10 @@ LEFTOVER = ".partial"  # in the names of files that are not yet whole
 def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     """Gives one temporary path for each target; all are renamed onto their targets if the block succeeds.
 
-    Missing parent folders are made; links are followed. If the block raises, nothing is left behind and the
-    targets are as they were. Files and folders are synced, so that what is written survives a power failure.
-    ValueError, naming the target, if it is there and no file, or its folder cannot be written.
+    Missing parent folders are made; links are followed. If the block raises, the targets are unchanged and
+    the temporary files are deleted. Files and folders are synced, so that the files survive a power failure.
+    ValueError, naming the target, if something other than a file has its name, or its folder cannot be
+    written.
     """
     check_writable(*targets)
     temporary = []
@@ -38,7 +39,7 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
         for folder in {file.parent for file in files}:
             with contextlib.suppress(OSError):  # some systems cannot sync a folder
                 _sync(folder)
-    except (OSError, SafetensorError) as error:  # safetensors' own, when a disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises its own when a disk is full
         raise ValueError(f"cannot write {targets[0]}: {one_line(error)}") from error
     finally:
         for path in temporary:
@@ -46,13 +47,13 @@ def replacing(*targets: str | os.PathLike) -> Iterator[list[Path]]:
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Removes what a process left that was killed while it wrote into a folder, or its file of this name.
+    """Deletes temporary files that a killed writer left in a folder, or only those of the file `name`.
 
-    No other may be writing.
+    Not safe while another process writes there.
     """
     patterns = [f".{'*' if name is None else f'{glob.escape(name)}.*'}{LEFTOVER}.*"]
     if name is None:
-        patterns.append(".tmp" + 6 * "[0-9A-Za-z]")  # as safetensors 0.8 writes first
+        patterns.append(".tmp" + 6 * "[0-9A-Za-z]")  # temporary files of safetensors 0.8
     for path in (path for pattern in patterns for path in Path(folder).glob(pattern)):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -75,7 +76,7 @@ def check_writable(*targets: str | os.PathLike) -> None:
             there = next(folder for folder in file.parents if os.path.lexists(folder))
             if there == file.parent:
                 _temporary(there, file.name).unlink(missing_ok=True)
-            else:  # tried elsewhere: other processes may be making, and filling, the same folders
+            else:  # tried in a folder of its own: other processes may be making the same folders
                 with tempfile.TemporaryDirectory(dir=there, prefix=".", suffix=LEFTOVER) as scratch:
                     folder = Path(scratch, file.parent.relative_to(there))
                     folder.mkdir(parents=True)
@@ -85,7 +86,7 @@ def check_writable(*targets: str | os.PathLike) -> None:
 
 
 def _temporary(folder: Path, name: str) -> Path:
-    """A new file, empty, beside the one of this name."""
+    """Makes an empty temporary file beside the file of this name."""
     handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=LEFTOVER + Path(name).suffix)
     os.close(handle)
     return Path(path)

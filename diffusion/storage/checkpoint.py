@@ -38,7 +38,7 @@ BUNDLED = Path(__file__).parents[1] / "weights"
 
 
 def bundled_models() -> list[str]:
-    """Names that `load` finds inside the package."""
+    """The names of the models that come with the package."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/model.safetensors") if is_model(path.parent))
 
 
@@ -53,11 +53,11 @@ def is_model(folder: Path) -> bool:
 def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtype | None = None) -> None:
     """Writes a model folder; a former model in it is replaced only once the new files are complete.
 
-    config: what to put beside the UNet's own configuration. dtype: that of the stored weights, one of
-    reading.WEIGHT_DTYPES. config.json gets the SHA-256 of the weights' file, so that a pair of which only
-    one was replaced is no model. ValueError if the folder cannot be written, or the weights could not be
-    loaded again: they are of another architecture than the configuration, of another dtype, or not finite in
-    this one.
+    config: the entries of config.json beside the UNet's own configuration. dtype: of the stored weights, one
+    of reading.WEIGHT_DTYPES. config.json gets the SHA-256 of the weights' file, so that a pair of files of
+    which only one was replaced is refused. ValueError if the folder cannot be written, or if the weights
+    could not be loaded again, because they are of another architecture than the configuration, of another
+    dtype, or not finite in `dtype`.
     """
     if dtype not in (None, *WEIGHT_DTYPES):
         known = ", ".join(map(str, WEIGHT_DTYPES))

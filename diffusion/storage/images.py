@@ -11,7 +11,7 @@ from PIL import Image
 from ..utils.validation import number, whole_number, whole_numbers
 from .atomic import replacing
 
-MOST_PIXELS = 2**28  # of a picture
+MAX_PIXELS = 2**28  # of a picture
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Images [..., C, H, W] in [-1, 1] to uint8 0..255, rounded to nearest; values outside are clipped.
 
-    Images that are uint8 stay as they are. ValueError for other types.
+    Images in uint8 are returned unchanged. ValueError for other types.
     """
     if x.dtype == torch.uint8:
         return x
@@ -32,7 +32,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
-    """ValueError for what `make_grid` would refuse of images [N, C, H, W], before there are any."""
+    """ValueError if `make_grid` would refuse images of this shape [N, C, H, W]."""
     scale, padding = whole_number("scale", scale, 1), whole_number("padding", padding, 0)
     if columns is not None:
         whole_number("columns", columns, 1)
@@ -42,7 +42,7 @@ def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 
     if channels not in (1, 3):
         raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
     height, width = _canvas(shape, columns, padding, scale)
-    if height * width > MOST_PIXELS:
+    if height * width > MAX_PIXELS:
         raise ValueError(f"a picture of {width:,} x {height:,} pixels is too large")
 
 
@@ -56,12 +56,11 @@ def _canvas(shape: Sequence[int], columns: int | None, padding: int, scale: int)
 def make_grid(
     x: torch.Tensor | np.ndarray, columns: int | None = None, padding: int = 2, scale: int = 1
 ) -> Image.Image:
-    """One picture of images [N, C, H, W], C = 1 or 3, row by row on a black ground.
+    """Draws images [N, C, H, W], C = 1 or 3, row by row on a black ground.
 
-    x: a tensor or array, of floats in [-1, 1] or uint8 in 0..255.
-
-    columns: images in a row, ten by default, no more than there are. padding: pixels between. scale: each
-    pixel is drawn as scale x scale. ValueError for anything else.
+    x: a tensor or array of floats in [-1, 1], or of uint8 in 0..255. columns: images in a row, by default
+    ten, or all if there are fewer. padding: pixels between images and around them. scale: each pixel is drawn
+    as scale x scale pixels. ValueError for other images, or numbers below their least value.
     """
     x = _as_tensor(x)
     check_grid(x.shape, columns, padding, scale)
@@ -94,7 +93,7 @@ def save_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> None:
-    """Writes images [N, C, H, W] as one PNG; see `make_grid`. ValueError if it cannot be."""
+    """Writes images [N, C, H, W] as one PNG; see `make_grid`. ValueError if the file cannot be written."""
     grid = make_grid(x, columns, padding, scale)
     with replacing(path) as (temporary,):
         grid.save(temporary, format="PNG")
@@ -109,10 +108,10 @@ def save_gif(
     duration: float = 0.08,
     hold: float = 1.5,
 ) -> None:
-    """Writes an endless GIF of image batches, each as for `make_grid`.
+    """Writes an endless GIF whose frames are batches of images, each drawn by `make_grid`.
 
-    duration: seconds a frame; hold: seconds for the last one, both at most 600. ValueError without frames,
-    for other images, or if the file cannot be written.
+    duration: seconds that a frame is shown; hold: seconds that the last one is shown; both at most 600.
+    ValueError without frames, for other images, or if the file cannot be written.
     """
     duration, hold = number("duration", duration, 0, 600), number("hold", hold, 0, 600)
     if not isinstance(frames, Sequence | torch.Tensor | np.ndarray) or not len(frames):
@@ -131,9 +130,11 @@ def save_npz(
     labels: Sequence[int] | torch.Tensor | None = None,
     **metadata,
 ) -> None:
-    """Writes `images` uint8 [N, H, W, C] (evaluation suites' layout), `labels` int64 [N], metadata.
+    """Writes an .npz of `images` uint8 [N, H, W, C], the layout of evaluation suites, and `labels` int64 [N].
 
-    x: images [N, C, H, W], of floats in [-1, 1] or uint8 in 0..255. ValueError for anything else.
+    x: images [N, C, H, W], floats in [-1, 1] or uint8 in 0..255. labels: [N], or None for none. metadata:
+    further arrays, or values that NumPy makes into arrays. ValueError for other images, or if the file cannot
+    be written.
     """
     x = _as_tensor(x)
     if x.ndim != 4:

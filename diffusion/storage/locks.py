@@ -16,11 +16,11 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds the lock file `path` within the block; gives False, without a lock, if another process holds it.
+    """Holds the lock file `path` within the block and gives True; gives False if another process holds it.
 
-    wait: wait for the other process instead. The file is made where it is missing, holds the process number,
-    and is removed at the end. Gives True where the system or the file system has no locks. ValueError if the
-    file cannot be made.
+    wait: wait for the other process instead. The file is created if it is missing, contains the process
+    number, and is removed at the end. Where the system or the file system has no locks, gives True without
+    one. ValueError if the file cannot be created.
     """
     file, held = _take(path, wait)
     try:
@@ -42,7 +42,7 @@ def holder(path: Path) -> str:
 
 
 def _take(path: Path, wait: bool) -> tuple[int | None, bool]:
-    """The open lock file, if there are locks here, and whether the caller may go on."""
+    """The open lock file, None where the system has no locks, and whether the caller may go on."""
     if fcntl is None:
         return None, True
     while True:
@@ -58,11 +58,11 @@ def _take(path: Path, wait: bool) -> tuple[int | None, bool]:
         except OSError:  # a file system without locks
             return file, True
         if _is_at(path, file):
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without the number
                 os.truncate(file, 0)
                 os.write(file, f"{os.getpid()}\n".encode())
             return file, True
-        os.close(file)  # its former holder removed this file after it was opened here
+        os.close(file)  # the former holder removed the file after it was opened here
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -1,6 +1,6 @@
-"""Reads what users name: regular files of a bounded size; JSON, safetensors and .pt among them.
+"""Reads files that users name: regular files of a bounded size, among them JSON, safetensors and .pt.
 
-Nothing here ever unpickles code. Whatever is wrong with a file is a ValueError of one line that names it.
+Nothing here ever unpickles code. Any fault of a file is a ValueError of one line that names the file.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..utils.errors import one_line
 from ..utils.memory import check_fits, total_memory
 
-MOST_JSON_BYTES = 2**26
+MAX_JSON_BYTES = 2**26
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU = torch.device("cpu")
 _KINDS = {
@@ -43,20 +43,20 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def open_regular(path: str | os.PathLike, most_bytes: float | None = None) -> Iterator[BinaryIO]:
-    """A regular file, or one that a link leads to, open for reading; never waits for a pipe or a device.
+def open_regular(path: str | os.PathLike, max_bytes: float | None = None) -> Iterator[BinaryIO]:
+    """Opens a regular file, or one that a link leads to, for reading; never waits for a pipe or a device.
 
-    most_bytes: ValueError if the file is larger; by default as much as the machine has memory. ValueError,
-    too, for a file that is missing, cannot be read, or is a pipe, a device, a socket or a folder.
+    max_bytes: largest size of the file; by default the memory of the machine. ValueError for a larger file,
+    one that is missing or cannot be read, a pipe, a device, a socket or a folder.
     """
-    handle, _ = _open(path, most_bytes)
+    handle, _ = _open(path, max_bytes)
     with os.fdopen(handle, "rb") as file:
         yield file
 
 
-def read_bytes(path: str | os.PathLike, most_bytes: float | None = None) -> bytes:
+def read_bytes(path: str | os.PathLike, max_bytes: float | None = None) -> bytes:
     """The bytes of a regular file; ValueError as from `open_regular`."""
-    handle, left = _open(path, most_bytes)
+    handle, left = _open(path, max_bytes)
     parts = []
     try:
         while left and (part := os.read(handle, left)):
@@ -69,26 +69,26 @@ def read_bytes(path: str | os.PathLike, most_bytes: float | None = None) -> byte
     return b"".join(parts)
 
 
-def read_text(path: str | os.PathLike, most_bytes: float | None = None) -> str:
-    """A regular file of UTF-8; ValueError for another one, and as from `open_regular`."""
+def read_text(path: str | os.PathLike, max_bytes: float | None = None) -> str:
+    """The text of a regular file in UTF-8; ValueError for another encoding, and as from `open_regular`."""
     try:
-        return read_bytes(path, most_bytes).decode("utf-8")
+        return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {one_line(error)}") from error
 
 
 def name_of(file: BinaryIO, path: str | os.PathLike) -> str:
-    """A name for libraries that open files themselves: that of an open file where the system has one.
+    """A name of an open file, for libraries that open files themselves; `path` where the system has none.
 
-    It leads to the very file that was checked, whatever has taken its place since, and it is ASCII, which
-    some libraries need. Elsewhere it is `path`.
+    The name leads to the very file that was checked, even if another has taken its place since. It is ASCII,
+    which some libraries need.
     """
     name = f"/dev/fd/{file.fileno()}"
     return name if os.path.exists(name) else os.fspath(path)
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Of the bytes of a regular file, in hexadecimal; ValueError as from `open_regular`."""
+    """SHA-256 of the bytes of a regular file, in hexadecimal; ValueError as from `open_regular`."""
     with open_regular(path) as file:
         return _digest(file)
 
@@ -114,8 +114,8 @@ def reading_archive(name: str | os.PathLike) -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The JSON object in a file; ValueError if it is missing or holds no object."""
-    text = read_text(path, MOST_JSON_BYTES)
+    """The JSON object in a file; ValueError if the file is missing or holds no object."""
+    text = read_text(path, MAX_JSON_BYTES)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
@@ -126,13 +126,13 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 class WrongDigest(ValueError):
-    """A file is whole, but not the one that was saved with the configuration beside it."""
+    """A file is complete, but it is not the one that was saved with the configuration beside it."""
 
 
 def read_safetensors(path: str | os.PathLike, digest: str | None = None) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file; ValueError if it is missing, truncated or damaged.
 
-    digest: WrongDigest if this is given and not the SHA-256 of the file, in hexadecimal.
+    digest: the SHA-256 that the file must have, in hexadecimal; WrongDigest if it has another.
     """
     with open_regular(path) as file:
         try:
@@ -212,9 +212,9 @@ def check_architecture(
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Puts `weights` into a module in float32; ValueError if they do not fit it or are not finite.
+    """Loads `weights` into a module in float32; ValueError if they do not fit it or are not finite.
 
-    Counters, which are integers in the module, must be of its dtype.
+    Integers of the module, such as counters, must have its dtype.
     """
     check_architecture(module, weights, path)
     expected = module.state_dict()
@@ -224,15 +224,15 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
         key: tensor.float() if expected[key].is_floating_point() else tensor
         for key, tensor in weights.items()
     }
-    # A module on the meta device has no memory of its own yet.
+    # A module on the meta device has no memory to copy into.
     assign = any(tensor.is_meta for tensor in expected.values())
     module.load_state_dict(loaded, assign=assign)
 
 
-def _open(path: str | os.PathLike, most_bytes: float | None) -> tuple[int, int]:
-    """The handle of a regular file, and its size."""
+def _open(path: str | os.PathLike, max_bytes: float | None) -> tuple[int, int]:
+    """The handle and the size of a regular file."""
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    # To open a pipe would wait for a writer; a terminal would become the process's own.
+    # Without these flags, opening a pipe waits for a writer, and a terminal becomes the process's own.
     flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
     try:
         handle = os.open(path, flags)
@@ -247,7 +247,7 @@ def _open(path: str | os.PathLike, most_bytes: float | None) -> tuple[int, int]:
         if not stat.S_ISREG(status.st_mode):
             kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
             raise ValueError(f"cannot read {path}: it is no regular file but {kind}")
-        most = total_memory(_CPU) if most_bytes is None else most_bytes
+        most = total_memory(_CPU) if max_bytes is None else max_bytes
         if most is not None and status.st_size > most:
             raise ValueError(
                 f"cannot read {path}: it is larger than {_amount(most)}, at {_amount(status.st_size)}"
@@ -259,7 +259,7 @@ def _open(path: str | os.PathLike, most_bytes: float | None) -> tuple[int, int]:
 
 
 def stored_digest(config: dict, key: str, path: str | os.PathLike) -> str | None:
-    """The SHA-256 that a config.json holds, or None for an older one; ValueError for what is no digest."""
+    """The SHA-256 that a config.json holds under `key`, or None; ValueError for any other value."""
     digest = config.get(key)
     if key in config and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
         raise ValueError(f"{path}: {key} must be 64 hexadecimal digits, not {digest!r}")
@@ -267,14 +267,17 @@ def stored_digest(config: dict, key: str, path: str | os.PathLike) -> str | None
 
 
 def add_tensors(digest: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> None:
-    """Adds names, dtypes, shapes and numbers to a digest, in the order of names."""
+    """Adds the names, dtypes, shapes and bytes of tensors to a digest, in the order of their names."""
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _digest(file: BinaryIO) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(2**18))  # which stays in a processor's cache
+    digest, chunk = (
+        hashlib.sha256(),
+        memoryview(bytearray(2**18)),
+    )  # fits a processor's cache
     while size := file.readinto(chunk):
         digest.update(chunk[:size])
     return digest.hexdigest()

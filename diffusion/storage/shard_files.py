@@ -1,4 +1,4 @@
-"""One shard of a run: an .npz that says by a digest which bytes it held when it was written."""
+"""Shards of a run: .npz files with a digest, by which damage and changes are found."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from ..utils.errors import one_line
 from .images import save_npz, to_uint8
 from .reading import open_regular
 
-HEADER_BYTES = 4096  # at most, of an array in an .npz
+HEADER_BYTES = 4096  # at most, before the numbers of an array in an .npz
 
 
 def write_shard(
@@ -22,8 +22,8 @@ def write_shard(
 ) -> None:
     """Writes images [N, C, H, W] in [-1, 1] with their ids, labels and `sha256`, whole or not at all.
 
-    run: digest of what decides the images; the shard's own digest depends on it. A link is replaced, not
-    followed: it may lead to another shard.
+    run: the `run_digest`, on which the shard's own digest depends. A link is replaced, not followed: it may
+    lead to another shard. ValueError if the file cannot be written.
     """
     arrays = _described(ids, labels) | {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
     if os.path.islink(path):
@@ -35,12 +35,12 @@ def write_shard(
 
 
 def run_digest(settings: dict[str, Any]) -> str:
-    """SHA-256 of what decides the images of a run, as run.json holds it."""
+    """SHA-256 of the settings that decide the images of a run, as run.json holds them."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def was_altered(path: str | os.PathLike, run: str) -> bool:
-    """Whether an .npz that can be read holds other arrays than `write_shard` wrote."""
+    """Whether an .npz holds other arrays than `write_shard` wrote; it must be readable."""
     with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     return str(arrays.pop("sha256", "")) != _digest(arrays, run)
@@ -53,7 +53,7 @@ def what_is_wrong(
     labels: Sequence[int] | None,
     run: str,
 ) -> str | None:
-    """Why a file is not the shard that `write_shard` wrote of these ids and labels; None if it is.
+    """Why a file is not the shard that `write_shard` wrote for these ids and labels; None if it is.
 
     shape: [C, H, W] of the images. Every byte of every array is read.
     """

@@ -17,7 +17,7 @@ DTYPES = {
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device that is there; ValueError for others."""
+    """The device of this name; ValueError if this machine or this PyTorch does not have it."""
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
@@ -34,7 +34,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError if the device cannot run a UNet's operations in this dtype; tries them to find out."""
+    """ValueError if the device cannot run a UNet's operations in this dtype, which are tried."""
     try:
         x = torch.zeros(1, 4, 4, 4, device=device, dtype=dtype)
         x = nn.functional.conv2d(x, torch.zeros(4, 4, 3, 3, device=device, dtype=dtype), padding=1)

@@ -1,4 +1,4 @@
-"""How much memory a device has, and how the process keeps its own."""
+"""The memory of devices: how much there is, how much is free, and whether a computation fits."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of the device, or of the machine for the CPU; None where nobody tells."""
+    """Bytes of memory of the device, or of the machine for the CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -19,7 +19,7 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes of the device that nobody holds; None where nobody tells."""
+    """Free bytes on the device, with those that PyTorch has cached, or None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -38,10 +38,10 @@ def check_fits(what: str, size: int, device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """From now on glibc keeps large blocks that the process frees, for the next ones of their size.
+    """Makes glibc keep large blocks that the process frees, instead of returning them to the system.
 
-    It would give them back to the system and take them anew, one page fault after another: 40,000 in a
-    training step of the cifar10 recipe with 16 images, a twentieth of its time. Elsewhere nothing changes.
+    A block that is returned and taken again costs a page fault for each page: 40,000 in a training step of
+    the cifar10 recipe with 16 images, a twentieth of its time. With another C library nothing changes.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -53,5 +53,5 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that an allocation failed, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    said = ("DefaultCPUAllocator", "bad_alloc")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    texts = ("DefaultCPUAllocator", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

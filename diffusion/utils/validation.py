@@ -2,7 +2,7 @@
 
 Each check returns the value as plain Python (labels: as a tensor), or raises a ValueError of one line that
 names the argument, says what would be right, and shows what was given. Numbers may be Python's or NumPy's, or
-tensors and arrays without dimensions; a bool is no number, and neither is a string.
+tensors and arrays without dimensions; neither a bool nor a string is a number.
 """
 
 import math
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 LARGEST_INTEGER = 2**63 - 1  # of int64
-LARGEST_NUMBER = torch.finfo(torch.float32).max  # in the end, everything is computed in float32
-MOST_SHOWN = 60  # characters of a wrong value in a message
+LARGEST_NUMBER = torch.finfo(torch.float32).max  # all is computed in float32 in the end
+MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
 def refuse(name: str, expected: str, value: object) -> NoReturn:
@@ -25,12 +25,12 @@ def refuse(name: str, expected: str, value: object) -> NoReturn:
 
 
 def shown(value: object) -> str:
-    """A value for a message: in one line, and shortened if it is long."""
+    """A value as a message shows it: in one line, shortened to MAX_SHOWN characters."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # Python refuses to print an integer of 4301 digits
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def whole_number(name: str, value: object, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGER) -> int:
@@ -53,7 +53,7 @@ def number(
 ) -> float:
     """The value as a float in [least, most].
 
-    above, below: bounds which the value must not reach, instead of least and most. infinite: inf is allowed
+    above, below: bounds that the value must not reach, instead of least and most. infinite: inf is allowed
     too.
     """
     found = _as_python(value)
@@ -66,7 +66,7 @@ def number(
 
 
 def switch(name: str, value: object) -> bool:
-    """The value as a bool; 0 and 1 are none."""
+    """The value as a bool; ValueError for anything else, 0 and 1 included."""
     if not isinstance(value, bool | np.bool_):
         refuse(name, "true or false", value)
     return bool(value)
@@ -81,7 +81,7 @@ def choice(what: str, value: object, choices: Iterable[str], hint: str = "") -> 
 
 
 def known_names(what: str, names: Iterable[object], choices: Iterable[str]) -> None:
-    """ValueError for a name that is none of the choices."""
+    """ValueError for the first name that is not among the choices. what: their kind, as for `choice`."""
     known = list(choices)
     for name in sorted(names, key=str):
         choice(what, name, known)
@@ -156,16 +156,17 @@ def plain_number(value: object) -> object:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether Python can look at a tensor's values: not under torch.compile or torch.func, nor on "meta"."""
+    """Whether Python can read a tensor's values: not under torch.compile or torch.func, nor on "meta"."""
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def typed(name: str, value: object, hint: Any, **bounds: float) -> Any:
-    """The value in an annotated type: int, float, bool, str, dict, tuples and unions of these, or None.
+    """The value in an annotated type: int, float, bool, str, dict, None, tuples and unions of these.
 
-    A list will do for a tuple, a whole number for a float. bounds: of numbers, as for `number`.
+    A list is taken for a tuple, and a whole number for a float. bounds: of numbers, as for `number`.
+    ValueError for a value of another type, or beyond the bounds.
     """
     found = _converted(value, hint, bounds)
     if found is _NO:
@@ -247,14 +248,14 @@ def _as_python(value: object) -> int | float | None:
 
 
 def _is_dense(array: torch.Tensor | np.ndarray) -> bool:
-    """Whether it holds a number for each place: a tensor that is sparse, nested or on "meta" does not."""
+    """Whether an array holds each of its elements: a sparse or nested tensor, or one on "meta", does not."""
     if isinstance(array, np.ndarray):
         return True
     return array.layout == torch.strided and not (array.is_meta or array.is_nested)
 
 
 def check_dense(name: str, value: object, shape: Sequence[int]) -> torch.Tensor:
-    """The value if it is a dense tensor of real numbers in this shape."""
+    """The value if it is a dense tensor of real numbers in this shape; ValueError otherwise."""
     expected = f"a dense tensor {list(shape)} of real numbers"
     if not isinstance(value, torch.Tensor) or not _is_dense(value):
         refuse(name, expected, value)
@@ -283,6 +284,6 @@ def _range(least: float, most: float, above: float | None, below: float | None) 
 
 
 def _power(bound: int) -> str:
-    """A bound as people write it: 2^63-1 rather than 9223372036854775807."""
+    """A bound in short form: 2^63-1 rather than 9223372036854775807."""
     exponent = (bound + 1).bit_length() - 1
     return f"2^{exponent}-1" if exponent >= 31 and bound + 1 == 1 << exponent else str(bound)
