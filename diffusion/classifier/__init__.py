@@ -1,9 +1,9 @@
-"""A classifier, trained apart from any diffusion model, which judges what a model samples.
+"""A classifier that reads the samples of diffusion models; it is trained without any diffusion model.
 
 `python -m diffusion.classifier --data mnist --data-dir DIR --out FOLDER` trains it on MNIST's 60,000 training
-digits and writes what the package ships: the weights, the moments of their features over the training set,
-and how far real test digits are from them. It does the same for cifar10, and for folders and zips of images;
-those in colour are read by a residual network, which trains by other means (`train_classifier`).
+digits and writes the files that the package ships: the weights, the moments of its features over the training
+set, and the Fréchet distances of real test digits. cifar10 and folders and zips of images work alike. Images
+in colour get a residual network, which is trained in another way (`train_classifier`).
 """
 
 from .network import Classifier, classify

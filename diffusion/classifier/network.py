@@ -12,16 +12,17 @@ from ..storage.images import to_float
 from ..utils.validation import choice, refuse, whole_number
 
 ARCHITECTURES = ("plain", "residual")
-MOST_PARAMETERS = 2**28  # 1 GiB in float32; the classifiers that are shipped have about a million
+MAX_PARAMETERS = 2**28  # 1 GiB in float32; the classifiers of the package have about a million
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Square images of `channels` channels and `size` pixels a side, at least 12, of `classes` classes.
+    """The architecture of a classifier. The defaults are those of the package's classifier of digits.
 
-    width: channels of the first convolutions. features: of the penultimate layer. architecture: "plain" or
-    "residual", see `Classifier`; a residual network's features are a multiple of 4. The defaults are those of
-    the digit classifier that comes with the package.
+    channels, size: of the square images; size is at least 12 pixels. classes: number of classes, at least 2.
+    width: channels of the first convolutions. features: size of the penultimate layer, a multiple of 4 for a
+    residual network. architecture: "plain" or "residual", see `Classifier`. ValueError for other values, or
+    more than 2**28 parameters.
     """
 
     channels: int = 1
@@ -39,24 +40,24 @@ class ClassifierConfig:
             object.__setattr__(self, name, value)
         if self.architecture == "residual" and self.features % 4:
             refuse("a residual classifier's features", "a multiple of 4", self.features)
-        if self.num_parameters > MOST_PARAMETERS:
+        if self.num_parameters > MAX_PARAMETERS:
             raise ValueError(
-                f"such a classifier has {self.num_parameters:,} parameters, more than {MOST_PARAMETERS:,}"
+                f"such a classifier has {self.num_parameters:,} parameters, more than {MAX_PARAMETERS:,}"
             )
 
     @property
     def num_hidden(self) -> int:
-        """Numbers of an image that the layer of features of a plain network sees."""
+        """Inputs of the linear layer that makes the features of a plain network."""
         return 4 * self.width * ((self.size - 4) // 4) ** 2
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Channels of the stages of a residual network."""
+        """Channels of the three stages of a residual network."""
         return self.features // 4, self.features // 2, self.features
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the weights of such a classifier are, without building it."""
+        """Number of weights of such a classifier, computed without building it."""
         width = self.width
         if self.architecture == "plain":
             convolutions = 9 * width * (self.channels + 15 * width) + 20 * width
@@ -70,14 +71,14 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """Convolutional network with a penultimate layer of features, which are not negative, and logits.
+    """A convolutional network with a penultimate layer of non-negative features, and logits.
 
-    plain: five 3x3 convolutions and a linear layer, which suit digits. residual: a 3x3 convolution and three
-    stages, each of a 3x3 convolution with stride 2 and a residual block; the features are the means over
-    the pixels of the last stage. Each convolution is followed by batch normalisation (Ioffe and Szegedy 2015)
-    and ReLU.
+    "plain": five 3x3 convolutions and a linear layer, which suit digits. "residual": a 3x3 convolution and
+    three stages, each of a 3x3 convolution with stride 2 and a residual block; the features are the means
+    over the pixels of the last stage. Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) and ReLU
+    follow each convolution.
 
-    `folder` is where `load_classifier` found its weights.
+    `folder` is the folder from which `load_classifier` read the weights.
     """
 
     def __init__(self, config: ClassifierConfig | None = None) -> None:
@@ -94,12 +95,12 @@ class Classifier(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Of the penultimate layer."""
+        """Size of the penultimate layer."""
         return self.config.features
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image, [C, H, W]."""
+        """Shape [C, H, W] of an image."""
         return self.config.channels, self.config.size, self.config.size
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,7 @@ class _Residual(nn.Module):
 
 
 class _Convolution(nn.Conv2d):
-    """By `kernels.conv2d`, whose gradient of the weight is faster than PyTorch's on processors with AMX."""
+    """Computed by `kernels.conv2d`, whose weight gradient is faster than PyTorch's on processors with AMX."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=self.padding[0])

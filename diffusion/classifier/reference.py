@@ -1,4 +1,4 @@
-"""What samples are measured against, in the features of a classifier."""
+"""Real images as a classifier sees them: the reference that samples are measured against."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,17 @@ from .network import Classifier, classify
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are measured against, in the features of one classifier.
+    """Real images in the features of one classifier, which samples are measured against.
 
-    mean [F], cov [F, F]: float64, over a training set. real_random, real_balanced: Fréchet distances from it
-    of disjoint samples of `sample_size` real test images each, drawn at random or as many of each class. A
-    random draw varies in its share of each class, so it lies further off; like is to be compared with like.
-    test_accuracy: the classifier's share of right answers on all test images. source: one line that says
-    which images all this was measured on.
+    mean [F], cov [F, F]: float64, moments of the features over a training set. real_random, real_balanced:
+    Fréchet distances to that set of disjoint samples of `sample_size` real test images,
+        drawn at random or with as many of each class. Random samples vary in their shares of the classes and
+        so lie further off; compare samples with real images that are drawn in the same way.
+    sample_size: real test images in each of these samples.
+    test_accuracy: share of all test images that the classifier reads correctly, in [0, 1].
+    source: one line that names the images.
+
+    ValueError for values of another type or range.
     """
 
     mean: torch.Tensor
@@ -47,9 +51,10 @@ class Reference:
 def measure_reference(
     classifier: Classifier, train: ImageSet, test: ImageSet, sample_size: int = 1000, seed: int = 0
 ) -> Reference:
-    """Moments of training images in a classifier's features, and what labelled test images give.
+    """The reference of a classifier from training images and labelled test images.
 
-    The test images are cut into samples by `draw_samples`.
+    sample_size, seed: of the samples that `draw_samples` cuts from the test images. ValueError if there are
+    too few.
     """
     random, balanced = draw_samples(test, classifier.config.classes, sample_size, seed)
     mean, cov = moments(classify(classifier, train.images)[0])
@@ -71,10 +76,10 @@ def measure_reference(
 def draw_samples(
     test: ImageSet, classes: int, sample_size: int, seed: int = 0
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Indices of disjoint samples of labelled images, drawn at random, and as many of each class.
+    """Indices int64 [sample_size] of disjoint samples: drawn at random, and with as many of each class.
 
-    The images are shuffled (by seed) before: the second half of MNIST's test digits were written by other
-    people than the first. ValueError if there are too few.
+    The images are shuffled by the seed first, because other people wrote the second half of MNIST's test
+    digits than the first. ValueError if there are too few images.
     """
     sample_size = whole_number("sample_size", sample_size)
     too_few = f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}"
@@ -90,12 +95,12 @@ def draw_samples(
 
 
 def balanced_labels(count: int, classes: int = 10) -> torch.Tensor:
-    """Labels int64 [count] that hold each class as often as any other, or once more; at least one of each."""
+    """Labels 0, 1, ..., classes - 1, 0, ..., int64 [count]; ValueError if count is below classes."""
     if whole_number("the number of images", count, most=2**31 - 1) < classes:
         raise ValueError(f"a balanced sample needs at least {classes} images, one of each class, not {count}")
     return torch.arange(count, device="cpu") % classes
 
 
 def _samples(indices: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Disjoint whole samples of `size` from the front of `indices`."""
+    """The indices cut into samples of `size`, without a shorter one at the end."""
     return [part for part in indices.split(size) if len(part) == size]

@@ -1,4 +1,4 @@
-"""The folder of a classifier: its weights, its reference, and how it was made."""
+"""Reads and writes the folder of a classifier: its weights, its reference, and how it was trained."""
 
 import json
 import os
@@ -32,27 +32,27 @@ def load_classifier(
 ) -> tuple[Classifier, Reference]:
     """The classifier in a folder, ready for inference on the CPU, and the reference stored beside it.
 
-    folder: what `python -m diffusion.classifier` wrote; by default the one that is bundled. verify: refuse
-    files that are not those of the SHA-256 in config.json, where it holds them. ValueError if a file is
-    missing, damaged or of another architecture.
+    folder: one that `python -m diffusion.classifier` wrote; by default that of the bundled classifier of
+    digits. verify: refuse files that have another SHA-256 than config.json says, if it says one. ValueError
+    if a file is missing, damaged or of another architecture.
     """
     folder = Path(folder) if folder is not None else BUNDLED
     try:
-        card = read_json(folder / "config.json")
-        if card.get("format") != FORMAT:
+        config = read_json(folder / "config.json")
+        if config.get("format") != FORMAT:
             raise ValueError(f"its config.json does not say format {FORMAT}")
         with torch.device("cpu"):
-            classifier = Classifier(ClassifierConfig(**card.get("network", {})))
+            classifier = Classifier(ClassifierConfig(**config.get("network", {})))
         tensors = {}
         for name, key in DIGESTS.items():
-            digest = stored_digest(card, key, folder / "config.json") if verify else None
+            digest = stored_digest(config, key, folder / "config.json") if verify else None
             tensors[name] = read_safetensors(folder / name, digest)
         weights, stored = tensors.values()
         load_weights(classifier, weights, folder / "model.safetensors")
         check_weights(stored, folder / "statistics.safetensors")
         check_finite(stored, folder / "statistics.safetensors")
         real = {name: tuple(stored[name].tolist()) for name in ("real_random", "real_balanced")}
-        reference = Reference(mean=stored["mean"], cov=stored["cov"], **real, **card["reference"])
+        reference = Reference(mean=stored["mean"], cov=stored["cov"], **real, **config["reference"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} holds no usable classifier: {one_line(error)}") from error
     classifier.folder = folder
@@ -62,7 +62,7 @@ def load_classifier(
 def save_classifier(
     folder: str | os.PathLike, classifier: Classifier, reference: Reference, training: dict
 ) -> None:
-    """Writes what `load_classifier` reads; `training` (JSON-able) tells how the classifier was made."""
+    """Writes the folder that `load_classifier` reads. training: JSON values that tell how it was trained."""
     folder = Path(folder)
     numbers = {
         "mean": reference.mean,
@@ -70,7 +70,7 @@ def save_classifier(
         "real_random": torch.tensor(reference.real_random, dtype=torch.float64, device="cpu"),
         "real_balanced": torch.tensor(reference.real_balanced, dtype=torch.float64, device="cpu"),
     }
-    card = {
+    config = {
         "format": FORMAT,
         "network": asdict(classifier.config),
         "reference": {
@@ -82,16 +82,16 @@ def save_classifier(
     }
     tensors = {"model.safetensors": stored(classifier), "statistics.safetensors": numbers}
     targets = [folder / name for name in (*DIGESTS, "config.json")]
-    with replacing(*targets) as (model_path, statistics_path, card_path):
+    with replacing(*targets) as (model_path, statistics_path, config_path):
         for (name, key), path in zip(DIGESTS.items(), (model_path, statistics_path), strict=True):
             check_finite(tensors[name], f"cannot write {folder / name}")
             save_file(tensors[name], path)
-            card[key] = sha256(path)
-        card_path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            config[key] = sha256(path)
+        config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def stored(classifier: Classifier) -> dict[str, torch.Tensor]:
-    """Its state as it is stored: kernels and matrices in float16, vectors as they are."""
+    """The state of a classifier as it is stored: kernels and matrices in float16, vectors unchanged."""
     return {
         name: (value.half() if value.ndim > 1 else value).contiguous()
         for name, value in classifier.state_dict().items()

@@ -12,14 +12,14 @@ from ..utils.device import multiplies_bfloat16
 from ..utils.validation import number, whole_number
 from .network import Classifier, ClassifierConfig
 
-MUON_RATE = 0.05  # the length of a step of each row of a kernel, at its largest
+MUON_RATE = 0.05  # largest learning rate: the length of a step of each row of a kernel
 
 
 def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
-    """Images uint8 [N, 1, H, W], each slightly turned, scaled, sheared and moved, as float32 in [-1, 1].
+    """Rotates, scales, shears and moves images uint8 [N, C, H, W] a little; gives float32 in [-1, 1].
 
-    Up to 12 degrees, 12 %, 0.15 and 2 pixels of 28, uniformly, from PyTorch's global generator. flip: also
-    mirror half of them.
+    By up to 12 degrees, 12 %, 0.15 and 2 pixels of 28, uniformly, from PyTorch's global generator. flip: also
+    mirror half of the images.
     """
     turn, width, height, shear, right, down = torch.rand(6, len(images), device="cpu").mul(2).sub(1).unbind()
     angle = turn * (12 * torch.pi / 180)
@@ -41,9 +41,9 @@ def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
 
 
 def crop(images: torch.Tensor, shift: int = 2) -> torch.Tensor:
-    """Images uint8 [N, C, H, W], moved by up to `shift` pixels, half of them mirrored, as float32 in [-1, 1].
+    """Moves images uint8 [N, C, H, W] by up to `shift` pixels, mirrors half; gives float32 in [-1, 1].
 
-    The pixels that move in are those beside the edge, reflected. From PyTorch's global generator.
+    Beyond the edges, images are reflected. Random numbers come from PyTorch's global generator.
     """
     count, _, height, width = images.shape
     padded = F.pad(to_float(images), (shift, shift, shift, shift), mode="reflect")
@@ -51,7 +51,7 @@ def crop(images: torch.Tensor, shift: int = 2) -> torch.Tensor:
     down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), device=device)
     rows, columns = down + torch.arange(height, device=device), right + torch.arange(width, device=device)
     columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
-    # The result of indices on both sides of a slice begins with what they choose: [N, H, W, C].
+    # With index tensors on both sides of a slice, their dimensions come first: [N, H, W, C].
     chosen = padded[
         torch.arange(count, device=device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
     ]
@@ -70,14 +70,19 @@ def train_classifier(
     seed: int = 0,
     progress: bool = False,
 ) -> Classifier:
-    """A classifier trained on images uint8 [N, C, H, W] with labels int64 [N], ready for inference.
+    """Trains a classifier on images uint8 [N, C, H, W] with labels int64 [N]; it is ready for inference.
 
-    A one-cycle schedule (Smith and Topin 2017) that ends at zero, label smoothing 0.05. plain: AdamW, on
-    images that `augment` changes (flip: and mirrors). residual: the kernels of convolutions by Muon (Jordan
-    et al. 2024), all else by AdamW, on images that `crop` changes, which mirrors too; computed in bfloat16
-    where the processor multiplies it. batch_size: unless given 250, or 125 of residual. On one machine with
-    one number of threads the same seed gives the same weights. ValueError if there are fewer images than one
-    batch.
+    config: the architecture, by default that of the bundled classifier. epochs: passes over the images.
+    batch_size: by default 250, or 125 for a residual network. lr: largest learning rate of AdamW. The same
+    seed gives the same weights on one machine with one number of threads. progress: show a bar.
+
+    The learning rate follows one cycle (Smith and Topin 2017, arXiv 1708.07120) that ends at zero; labels are
+    smoothed by 0.05. A plain network is trained by AdamW, on images that `augment` changes and, with flip,
+    mirrors. A residual network is trained by Muon (Jordan et al. 2024) for the kernels of its convolutions
+    and by AdamW for all else, on images that `crop` changes, and in bfloat16 if the processor multiplies it
+    in hardware.
+
+    ValueError if there are fewer images than one batch, or for numbers out of range.
     """
     config = config or ClassifierConfig()
     residual = config.architecture == "residual"

@@ -19,7 +19,7 @@ from .naming import Parts, Source, convert
 NAME = "diffusers"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-# What an option is where a UNet2DModel's configuration does not mention it.
+# Values of the options that a UNet2DModel's configuration does not mention.
 _DEFAULTS = {
     "sample_size": None,
     "in_channels": 3,
@@ -44,7 +44,7 @@ _DEFAULTS = {
     "num_class_embeds": None,
     "num_train_timesteps": None,  # of a learned time embedding only
 }
-# Options of which our UNet has one value only; the first is that of a configuration without it.
+# Options of which the package's UNet supports only these values; the first is the default.
 _FIXED = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -54,7 +54,7 @@ _FIXED = {
     "class_embed_type": (None,),
 }
 _RESAMPLING = {"conv": "conv", "resnet": "resblock", None: "conv"}
-# scheduler class -> whether it clips its predictions where its configuration does not say
+# scheduler class -> whether it clips predictions by default
 _SCHEDULERS = {"DDPMScheduler": True, "DDIMScheduler": True, "DPMSolverMultistepScheduler": False}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2")
 _VARIANCES = {
@@ -125,7 +125,7 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def _located(path: Path, function, *args):
-    """function(*args), with the file's name in its errors."""
+    """function(*args), whose errors get the name of the file."""
     try:
         return function(*args)
     except (TypeError, ValueError) as error:  # TypeError: a list where JSON should hold a string
@@ -133,7 +133,7 @@ def _located(path: Path, function, *args):
 
 
 def _known(name: str, value: Any, known: Collection) -> Any:
-    """The value, which JSON may have as any type, if it is one of `known`."""
+    """The value if it is one of `known`, type included: JSON may hold any type. ValueError otherwise."""
     if not any(type(value) is type(option) and value == option for option in known):
         only = ", ".join(repr(option) for option in known if option is not None)
         raise ValueError(f"{name} {shown(value)} cannot be imported, only {only or None}")
@@ -141,7 +141,7 @@ def _known(name: str, value: Any, known: Collection) -> Any:
 
 
 def unet_config(config: dict[str, Any]) -> UNetConfig:
-    """Our configuration for that of a UNet2DModel; ValueError naming what cannot be represented."""
+    """The UNetConfig of a UNet2DModel's configuration; ValueError naming an option that it cannot hold."""
     _known("_class_name", config.get("_class_name", "UNet2DModel"), ["UNet2DModel"])
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     for key, values in _FIXED.items():
@@ -190,7 +190,7 @@ def unet_config(config: dict[str, Any]) -> UNetConfig:
 
 
 def _levels(key: str, way: str, options: dict[str, Any], count: int) -> list[tuple[bool, str]]:
-    """For each block: whether it has attention, and how it changes the resolution."""
+    """For each block, whether it has attention, and the kind of its change of resolution."""
     names = options[key]
     if not isinstance(names, list) or len(names) != count:
         raise ValueError(f"{key} must name {count} blocks, one for each of block_out_channels")
@@ -209,7 +209,7 @@ def _levels(key: str, way: str, options: dict[str, Any], count: int) -> list[tup
 def convert_weights(
     config: UNetConfig, tensors: dict[str, torch.Tensor], origin: str = "the state dict"
 ) -> dict[str, torch.Tensor]:
-    """Our state dict from that of a UNet2DModel. origin: what error messages call it."""
+    """The state dict of the package's UNet from that of a UNet2DModel. origin: its name in messages."""
     parts = Parts(
         [
             ("time_mlp.0", "time_embedding.linear_1"),
@@ -248,7 +248,7 @@ def convert_weights(
 
 
 def _take_attention(source: Source, foreign: str) -> dict[str, torch.Tensor]:
-    old = f"{foreign}.query.weight" in source  # the names before diffusers 0.13
+    old = f"{foreign}.query.weight" in source  # names before diffusers 0.13
     names = ("query", "key", "value") if old else ("to_q", "to_k", "to_v")
     proj = "proj_attn" if old else "to_out.0"
     ours = {}
@@ -266,8 +266,8 @@ def _take_attention(source: Source, foreign: str) -> dict[str, torch.Tensor]:
 def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]]:
     """The noise schedule and conventions of a scheduler's configuration; see `load`.
 
-    ValueError naming what cannot be represented. How the timesteps of a sampler are spaced is the
-    sampler's business, and not looked at.
+    ValueError naming the option that cannot be represented. The spacing of timesteps is ignored: it is an
+    option of sampling, not of the model.
     """
     name = config.get("_class_name")
     _known("_class_name", name, _SCHEDULERS)

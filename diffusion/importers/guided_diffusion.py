@@ -1,7 +1,7 @@
 """Reads the .pt checkpoints of OpenAI's improved-diffusion and guided-diffusion.
 
-Such a file holds tensors only; what the model is, its users give as flags on the command line. `load`
-takes the same flags, with guided-diffusion's defaults.
+Such a file holds tensors only; users of those projects describe the model by flags on the command line.
+`load` takes the same flags, with guided-diffusion's defaults.
 """
 
 import os
@@ -19,7 +19,7 @@ from .imported import Imported
 from .naming import Parts, Source, convert
 
 NAME = "guided-diffusion and improved-diffusion"
-# Flags that change training or sampling but not the model, or only how it is computed.
+# Flags that do not change the model, only its training, its sampling, or how it is computed.
 _WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "timestep_respacing"}
 _DEFAULTS = {
     "image_size": 64,
@@ -89,7 +89,7 @@ def load(path: str | os.PathLike, /, **flags: Any) -> Imported:
 
 
 def _checked(flag: str, value: Any, default: Any) -> Any:
-    """The value in the default's type; lists of numbers may be text or a sequence."""
+    """The value in the type of the default; a list of numbers may be text, a sequence or one number."""
     if not isinstance(default, str):
         return typed(f"flag {flag}", value, type(default))
     if type(value) is int:  # as the command line reads attention_resolutions=16
@@ -165,9 +165,9 @@ def convert_weights(
     new_attention_order: bool = False,
     origin: str = "the state dict",
 ) -> dict[str, torch.Tensor]:
-    """Our state dict from that of an improved-diffusion or guided-diffusion UNetModel.
+    """The state dict of the package's UNet from that of an improved- or guided-diffusion UNetModel.
 
-    new_attention_order: the flag use_new_attention_order. origin: what error messages call the state dict.
+    new_attention_order: the flag use_new_attention_order. origin: the name of the state dict in messages.
     """
     parts = Parts(
         [
@@ -225,7 +225,7 @@ def convert_weights(
         ours = {}
         for kind in ("weight", "bias"):
             qkv = source.take(f"{foreign}.qkv.{kind}").flatten(1 if kind == "weight" else 0)
-            if not new_attention_order:  # its rows are ordered by head, then q, k, v; ours by q, k, v first
+            if not new_attention_order:  # rows by head, then q, k, v; the package has q, k, v first
                 heads = config.num_heads
                 if config.head_channels is not None:
                     heads = len(qkv) // (3 * config.head_channels)

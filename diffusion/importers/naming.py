@@ -1,8 +1,8 @@
-"""Carries tensors from a foreign state dict into ours, by pairs of names.
+"""Converts a foreign state dict into that of this package's UNet, by pairs of names.
 
-Our UNet and the foreign ones hold the same tensors, but for two: ours joins q, k and v of an attention
-into one matrix, and the embedding's projections of all residual blocks into another, in the order in which
-the blocks run.
+The UNets hold the same tensors, with two exceptions. The package joins q, k and v of an attention into one
+matrix. It also joins the embedding's projections of all residual blocks into one, in the order in which the
+blocks run.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ..storage.reading import check_weights
 
 
 class Parts(NamedTuple):
-    """Pairs of a prefix of ours and the foreign one, in the order in which the network runs."""
+    """Pairs of a prefix in the package's UNet and the foreign prefix, in the order of execution."""
 
     plain: list[tuple[str, str]]  # one weight and bias, or a table of weights
     residual: list[tuple[str, str]]
@@ -22,7 +22,10 @@ class Parts(NamedTuple):
 
 
 class Source:
-    """A foreign state dict, of which each tensor is taken once. ValueError if one is no weight."""
+    """A foreign state dict from which each tensor is taken once.
+
+    origin: its name in messages. ValueError for a tensor that is no weight.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], origin: str):
         check_weights(tensors, origin)
@@ -45,11 +48,11 @@ def convert(
     embedding_name: str,
     take_attention: Callable[[Source, str], dict[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """Our state dict from a foreign one.
+    """The state dict of the package's UNet from a foreign one.
 
-    residual_names: our names within a residual block -> the foreign ones, where `skip` may be absent;
-    embedding_name: the foreign name of its projection of the embedding. take_attention: (source, foreign
-    prefix) -> our tensors of one attention. ValueError if tensors are missing or left over.
+    residual_names: the package's names within a residual block -> the foreign names; `skip` may be absent.
+    embedding_name: the foreign name of a block's projection of the embedding. take_attention: (source,
+    foreign prefix) -> the package's tensors of one attention. ValueError if tensors are missing or left over.
     """
     ours: dict[str, torch.Tensor] = {}
 

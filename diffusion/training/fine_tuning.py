@@ -9,7 +9,7 @@ from ..models.unet import UNet
 from .recipe import Recipe
 
 CLASSES = "label_embedding.weight"
-CLASS_FIELDS = {"num_classes": None, "has_null_label": True}  # of a UNet's configuration, with their defaults
+CLASS_FIELDS = {"num_classes": None, "has_null_label": True}  # of UNetConfig, with their defaults
 
 
 def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
@@ -30,8 +30,9 @@ def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
 def start_from(unet: UNet, model: UNet) -> None:
     """Copies the weights of a model's UNet into one of the same architecture.
 
-    With another number of classes, the embeddings of the classes keep their random weights and the null
-    label's is copied. ValueError, which names the first weight that differs, for another architecture.
+    If the number of classes differs, the embeddings of the classes keep their random weights, and only the
+    null label's embedding is copied. ValueError for another architecture, with the name of the first weight
+    that differs.
     """
     weights, found = dict(unet.named_parameters()), dict(model.named_parameters())
     different = [name for name in weights.keys() ^ found.keys() if name != CLASSES]

@@ -1,4 +1,4 @@
-"""Recipes: what is trained and how, in numbers; those of the package are the files in recipes/."""
+"""Recipes: what is trained and how, in numbers. Those of the package are the files in recipes/."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OPTIMIZERS = ("adam", "adamw", "muon")
 DECAYS = ("linear", "constant")
 TIMESTEP_SAMPLING = ("uniform", "lognormal")
 
-# Where the numbers of a field may lie; those of the others may be any finite ones.
+# Bounds of the numbers in a field; a field without bounds takes any finite number.
 _BOUNDS: dict[str, dict[str, float]] = {
     "min_snr_gamma": {"above": 0},
     "noise_std": {"above": 0},
@@ -39,7 +39,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how; everything that decides the resulting weights, but for the machine.
+    """What is trained and how: all that decides the resulting weights, except the machine.
 
     unet, schedule: configurations of `UNetConfig` and `NoiseSchedule`. A UNet with twice as many output as
     input channels learns its variance, by the hybrid loss with vlb_weight (Nichol & Dhariwal 2021, arXiv
@@ -47,12 +47,13 @@ class Recipe:
 
     steps: optimiser steps of batch_size images, on however many devices. learning_rate: reached after
     warmup_steps, then falling linearly to zero or, learning_rate_decay "constant", staying. optimizer:
-    "adam", "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101) or "muon" (see `optimizers.Optimizer`), of
-    which all but adam take a weight_decay. timestep_sampling: "uniform", or "lognormal" for noise levels
+    "adam", "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101) or "muon" (see `optimizers.Optimizer`).
+    weight_decay: of adamw and muon; 0 for adam. timestep_sampling: "uniform", or "lognormal" for noise levels
     sigma / alpha whose logarithm has noise_mean and noise_std (Karras et al. 2022, arXiv 2206.00364).
-    gradient_clip: largest norm of the whole gradient. ema_decay: of the averaged weights, which are what is
-    kept; more_ema_decays: of averages kept beside them. label_dropout: share of labels replaced by the null
-    label (Ho & Salimans 2022, arXiv 2207.12598). horizontal_flip: mirror every other image, at random.
+    gradient_clip: largest norm of the whole gradient. ema_decay: of the averaged weights, which are the
+    result; more_ema_decays: of further averages that are kept. label_dropout: share of labels replaced by the
+    null label (Ho & Salimans 2022, arXiv 2207.12598). horizontal_flip: mirror each image with probability
+    1/2. seed: of all random numbers.
 
     ValueError: a value of a wrong type or out of range.
     """
@@ -115,14 +116,14 @@ class Recipe:
         return self.learning_rate * min(warm, left)
 
     def to_json(self) -> str:
-        """What `load_recipe` reads."""
+        """The recipe as JSON, which `load_recipe` reads."""
         return json.dumps(asdict(self), indent=2)
 
 
 def load_recipe(name: str | os.PathLike) -> Recipe:
     """A recipe of the package by name ("mnist", "cifar10", ...), or from a JSON file of its fields.
 
-    ValueError if there is none, or it is no recipe.
+    ValueError if there is no such recipe, or the file holds none.
     """
     path = FOLDER / f"{name}.json" if str(name) in RECIPES else Path(name)
     if path.suffix != ".json":
@@ -135,7 +136,7 @@ def load_recipe(name: str | os.PathLike) -> Recipe:
 
 
 def recipe_from(values: dict) -> Recipe:
-    """A recipe from its fields; ValueError for a field that there is not."""
+    """A recipe from its fields; those left out have their defaults. ValueError for an unknown field."""
     typed("a recipe", values, dict)
     known_names("field of a recipe", values, [entry.name for entry in fields(Recipe)])
     return Recipe(**values)
@@ -144,7 +145,7 @@ def recipe_from(values: dict) -> Recipe:
 def changed(recipe: Recipe, changes: list[str]) -> Recipe:
     """A recipe with fields replaced: "steps=1000", "unet.channels=64", "prediction_type=epsilon".
 
-    A value is JSON, or else a word. ValueError for what is no field, or no value of it.
+    Values are parsed as JSON, else taken as strings. ValueError for an unknown field or an invalid value.
     """
     values = asdict(recipe)
     for change in changes:
