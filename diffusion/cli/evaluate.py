@@ -20,7 +20,7 @@ from ..evaluation.protocol import ema_decay
 from ..storage.atomic import check_writable, replacing
 from ..storage.images import to_uint8
 from ..utils.validation import whole_number
-from .sample import choose_labels, default_device
+from .options import add_computation_options, choose_labels, default_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the distance by steps and guidance; needs --out NAME.json",
     )
-    add("--batch-size", type=int, help="number of images made at a time (default: chosen by memory)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add(
-        "--precision",
-        default="exact",
-        help="exact or fast, which computes in bfloat16 (default: %(default)s)",
-    )
-    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: that of --precision)")
-    add(
-        "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
-    )
+    add_computation_options(parser)
     add("--out", metavar="FILE.json", help="also write the result to this file")
 
 

@@ -8,7 +8,7 @@ import torch
 from .. import __version__, kernels
 from ..ddpm import load
 from ..storage.checkpoint import bundled_models
-from .sample import default_device
+from .options import default_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

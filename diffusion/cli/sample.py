@@ -7,14 +7,20 @@ from pathlib import Path
 
 import torch
 
-from ..ddpm import DDPM, Interrupted, load
+from ..ddpm import Interrupted, load
 from ..evaluation.shards import report, sample_shards
 from ..samplers import SAMPLERS
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz
-from ..utils.device import resolve_device
-from ..utils.ranks import Ranks, current_ranks
+from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
+from .options import (
+    add_computation_options,
+    add_sampler_options,
+    choose_device,
+    choose_labels,
+    own_sampler_options,
+)
 
 GIF_FRAMES = 50  # at most, spread evenly over the steps
 
@@ -46,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     add("--steps", type=int, help="number of steps, 1 to T (default: 50; for ddpm, T)")
     add("--spacing", help="of the timesteps: leading, linspace, trailing or quad (default: the model's)")
-    add("--eta", type=float, help="ddim: noise, from 0 (deterministic) to 1 (as much as ddpm)")
-    add("--variance", help="ddpm: fixed_small, fixed_large or learned_range (default: the model's)")
-    add("--sde", action="store_true", default=None, help="dpm++: use its stochastic form")
+    add_sampler_options(parser)
     add(
         "--dynamic-threshold",
         type=float,
@@ -56,17 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clip to this quantile of each image, such as 0.995",
     )
     add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
-    add("--batch-size", type=int, help="number of images made at a time (default: chosen by memory)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add(
-        "--precision",
-        default="exact",
-        help="exact or fast, which computes in bfloat16 (default: %(default)s)",
-    )
-    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: that of --precision)")
-    add(
-        "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
-    )
+    add_computation_options(parser)
     add(
         "--out",
         default="samples.png",
@@ -104,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     steps = args.steps if args.steps is not None or args.sampler == "ddpm" else min(50, model.schedule.T)
     if steps is not None:
         whole_number("--steps", steps, 1, model.schedule.T)
-    names = ("spacing", "eta", "variance", "sde", "guidance_interval", "dynamic_threshold")
+    names = ("spacing", *own_sampler_options(), "guidance_interval", "dynamic_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {
         "guidance_scale": guidance,
@@ -153,47 +147,6 @@ def run(args: argparse.Namespace) -> None:
 def is_folder(out: str) -> bool:
     """Whether images go into a folder of this name: it is one, ends as one, or has no suffix."""
     return out.endswith(("/", os.sep)) or os.path.isdir(out) or not Path(out).suffix
-
-
-def default_device() -> str:
-    """ "cuda" where PyTorch sees a GPU, otherwise "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def choose_device(name: str | None, ranks: Ranks) -> torch.device:
-    """The device asked for; of several ranks on one machine each has a GPU of its own."""
-    device = resolve_device(name or default_device())
-    if device.type == "cuda" and ranks.world_size > 1:
-        device = resolve_device(f"cuda:{ranks.local_rank}")
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tuple[list[int] | None, int]:
-    """A label for each image (None: unconditional) and the number of images, from the command line."""
-    if num is not None:
-        num = model.check_count(num, "--num")
-    if words == ["none"] or (words is None and model.num_classes is None):
-        return None, num or 20
-    labels = list(range(model.num_classes)) if words is None else parse_labels(words)
-    num = num or len(labels) * (4 if words is None else 1)
-    return [labels[i % len(labels)] for i in range(num)], num
-
-
-def parse_labels(words: list[str]) -> list[int]:
-    """["0-3", "7"] or ["0-3,7"] to [0, 1, 2, 3, 7]; ValueError for anything else."""
-    labels = []
-    for word in " ".join(words).replace(",", " ").split():
-        first, dash, last = word.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"unknown label {word!r}; write numbers and ranges, such as 0-9 or 3 1 4")
-        low, high = int(first), int(last or first)
-        if high < low or high - low > 100_000:
-            raise ValueError(f"the range of labels {word!r} goes backwards or is too long")
-        labels.extend(range(low, high + 1))
-    if not labels:
-        raise ValueError("--labels needs at least one label")
-    return labels
 
 
 class _Frames:

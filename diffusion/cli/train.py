@@ -19,7 +19,7 @@ from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
-from .sample import choose_device
+from .options import choose_device
 from .training_data import load_data
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")

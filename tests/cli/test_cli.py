@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from diffusion.cli import main
-from diffusion.cli.sample import parse_labels
+from diffusion.cli.options import parse_labels
 from diffusion.inference import loop
+from diffusion.samplers import SAMPLERS, ddim
 from helpers.models import make_model
 
 
@@ -279,3 +280,41 @@ def test_help_names_every_command(capsys):
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert all(name in output for name in ("sample", "train", "evaluate", "import", "info"))
+
+
+def test_a_sampler_brings_its_options_along(monkeypatch):
+    """The command line takes the options of a new sampler from its signature."""
+    asked = []
+
+    def mine(
+        schedule,
+        steps=None,
+        *,
+        prediction_type="epsilon",
+        spacing="leading",
+        clip=1.0,
+        guidance_scale=1.0,
+        guidance_interval=None,
+        churn: float = 0.0,
+        restart: bool = False,
+    ):
+        asked.append((churn, restart))
+        return ddim(
+            schedule,
+            steps,
+            prediction_type=prediction_type,
+            spacing=spacing,
+            clip=clip,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            eta=churn,
+        )
+
+    monkeypatch.setitem(SAMPLERS, "mine", mine)
+    words = ("--model", "digits", "--labels", 3, "--steps", 2)
+    run("sample", *words, "--sampler", "mine", "--churn", 0.5, "--restart", "--out", "mine.npz")
+    assert asked == [(0.5, True)]
+    run("sample", *words, "--sampler", "ddim", "--eta", 0.5, "--out", "ddim.npz")
+    assert np.array_equal(np.load("mine.npz")["images"], np.load("ddim.npz")["images"])
+    with pytest.raises(SystemExit):
+        run("sample", *words, "--sampler", "ddim", "--churn", 0.5)
