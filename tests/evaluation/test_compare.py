@@ -326,7 +326,7 @@ def test_arrays_that_are_no_images(kind, expected, tmp_path, capsys):
 
 def test_too_large_arrays(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((100, 64, 64, 3), np.uint8))
-    monkeypatch.setattr("diffusion.data.npz.MOST_BYTES", 10**5)
+    monkeypatch.setattr("diffusion.data.npz.MAX_BYTES", 10**5)
     with pytest.raises(ValueError, match=r"a\.npz: its array images takes"):
         load_images(tmp_path / "a.npz")
 
