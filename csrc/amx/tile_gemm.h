@@ -1,39 +1,40 @@
-// Matrix products by AMX, in tiles of 16 rows by 16 columns. Included after simd/vec.h, in the same namespace.
+// Matrix products by AMX, in tiles of 16 rows by 16 columns. Included after simd/vec.h.
 //
-// Numbers of bfloat16 are multiplied 32 to a row, sums being in float32. float32 is then in three parts, whose sum it
-// is: each is what the ones before leave, rounded. Of the nine products of parts the three smallest, 2^-24 of the whole
-// and less, are left out.
+// bfloat16: 32 numbers to a row of 64 bytes, sums in float32. A float32 is then the sum of three bfloat16 splits, each
+// the rounded rest of those before. Of the nine products of splits, the three smallest, 2^-24 of the whole and less,
+// are left out.
 //
-// Bytes are multiplied 64 to a row, in half the time, sums being whole. float32 is then in three digits: a whole
-// number, d[0] * 2^16 + d[1] * 2^8 + d[2], times a scale that is the same for all that are summed, the last two from
-// -128 to 127, the first from -127 to 127. Of the nine products of digits the three smallest are left out here, too.
+// int8: 64 numbers to a row, in half the time, sums in int32. A float32 is then an integer of three limbs,
+// q = limb[0] * 2^16 + limb[1] * 2^8 + limb[2], times a scale that all numbers of a sum share. limb[0] is from -127 to
+// 127, the others from -128 to 127. Of the nine products of limbs, the three smallest are left out.
 
 constexpr int64_t kRowBytes = 64, kTileBytes = 1024;
 
-// 32 numbers as bfloat16: what rounding leaves of them follows `part_step` bytes behind, and so on.
-template <int kParts>
-FD_HD void store_parts(char* to, int64_t part_step, Vec first, Vec second) {
+// 32 numbers as kSplits splits of bfloat16, `split_step` bytes apart: each is the rounded rest of those before.
+template <int kSplits>
+FD_HD void store_splits(char* to, int64_t split_step, Vec first, Vec second) {
 #pragma GCC unroll 3
-  for (int part = 0; part < kParts; ++part, to += part_step) {
+  for (int split = 0; split < kSplits; ++split, to += split_step) {
     const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     _mm512_storeu_si512(to, (__m512i)rounded);
-    const Halves* halves = reinterpret_cast<const Halves*>(&rounded);
-    first -= widened(halves[0], static_cast<BFloat16*>(nullptr));
-    second -= widened(halves[1], static_cast<BFloat16*>(nullptr));
+    const Bits16* bits = reinterpret_cast<const Bits16*>(&rounded);
+    first -= widened(bits[0], static_cast<BFloat16*>(nullptr));
+    second -= widened(bits[1], static_cast<BFloat16*>(nullptr));
   }
 }
 
-// 64 numbers times their factors, less `zero` units of the first digit, as digits: the first digit of all, `step` bytes on the second, then the third.
-// Within a row, numbers 16 j + 4 i + k are at 16 i + 4 j + k, for j, i and k up to 3.
-FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
-  // Bytes of w + 0x808080 are those digits plus 128.
-  const __m512i halves = _mm512_set1_epi32(0x00808080), half = _mm512_set1_epi32(0x00808080 - (zero << 16));
+// 64 numbers times their factors, less zero * 2^16, as int8 limbs: a row of top limbs, and the rows of the other limbs
+// `step` and 2 `step` bytes behind. Within a row, number 16 j + 4 i + k is at 16 i + 4 j + k, for i, j and k from 0
+// to 3.
+FD_HD void store_limbs(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
+  // The bytes of q + 0x808080 are the limbs plus 128; flipping a byte's top bit subtracts the 128.
+  const __m512i top_bits = _mm512_set1_epi32(0x00808080), addend = _mm512_set1_epi32(0x00808080 - (zero << 16));
   const __m512i bytes = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
-  __m512i lanes[4];  // in each quarter: four third digits, four second, four first ones
+  __m512i lanes[4];  // in each 128 bits: four limbs [2], four limbs [1], four limbs [0]
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512i whole = _mm512_cvtps_epi32((__m512)(numbers[j] * factors[j]));
-    lanes[j] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(whole, half), halves), bytes);
+    lanes[j] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(whole, addend), top_bits), bytes);
   }
   const __m512i a = _mm512_unpacklo_epi32(lanes[0], lanes[1]), b = _mm512_unpacklo_epi32(lanes[2], lanes[3]);
   const __m512i c = _mm512_unpackhi_epi32(lanes[0], lanes[1]), d = _mm512_unpackhi_epi32(lanes[2], lanes[3]);
@@ -42,7 +43,7 @@ FD_HD void store_digits(char* to, int64_t step, const Vec (&numbers)[4], const V
   _mm512_storeu_si512(to + 2 * step, _mm512_unpacklo_epi64(a, b));
 }
 
-// The transposed of 16 x 16 words.
+// Transposes 16 x 16 numbers of 32 bits.
 FD_HD void transpose(__m512i (&rows)[16]) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 #pragma GCC unroll 4
@@ -63,16 +64,38 @@ FD_HD void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// The first lanes of 16; as many as there are, from none to all.
+// Tile registers of products of bfloat16: 2 x 2 tiles of sums, two of the left factor, two of the right one. Macros,
+// because GCC's tile intrinsics paste the number into assembly.
+#define FD_SUM_00 0
+#define FD_SUM_01 1
+#define FD_SUM_10 2
+#define FD_SUM_11 3
+#define FD_LEFT_0 4
+#define FD_LEFT_1 5
+#define FD_RIGHT_0 6
+#define FD_RIGHT_1 7
+
+// Tile registers of products of int8 limbs: sums FD_UNIT_<unit>_<upper or lower 16 rows>, and one tile of each factor.
+#define FD_UNIT_0_0 0
+#define FD_UNIT_0_1 1
+#define FD_UNIT_1_0 2
+#define FD_UNIT_1_1 3
+#define FD_UNIT_2_0 4
+#define FD_UNIT_2_1 5
+#define FD_LEFT 6
+#define FD_RIGHT 7
+
+// A mask of the first `count` lanes of 16: none for a negative count, all for a large one.
 FD_HD __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0; }
 
-// 16 numbers of 16 bits, and 16 more, in pairs of one of each.
-FD_HD __m512i interleaved(__m512i halves) {
-  alignas(64) static constexpr int16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), halves);
+// The pairs (bits[i], bits[16 + i]) of numbers of 16 bits.
+FD_HD __m512i interleaved(__m512i bits) {
+  alignas(64) static constexpr int16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), bits);
 }
 
+// Operand of LDTILECFG: eight tiles of 16 rows of 64 bytes.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -84,64 +107,66 @@ inline void load_shapes() {
   _tile_loadconfig(&kShapes);
 }
 
-// On Sapphire Rapids a tile store takes some 1000 cycles more where the last one was over a hundred products ago, in
-// whatever state the processor is then. So some tile is stored every few products, to where nobody reads.
-struct Awake {
+// On Sapphire Rapids a tile store takes some 1000 cycles longer if the last store was over a hundred tile products ago
+// (measured; the cause is unknown). The workaround: a tile is stored to a dummy buffer every 48 products.
+struct TileStoreKeepAlive {
   int64_t products = 0;
 
   FD_HD void after(int64_t count) {
-    alignas(64) static thread_local char nowhere[kTileBytes];
+    alignas(64) static thread_local char dummy[kTileBytes];
     products += count;
     if (products >= 48) {
-      _tile_stored(7, nowhere, 64);
+      _tile_stored(FD_RIGHT_1, dummy, 64);
       products = 0;
     }
   }
 };
 
-// Tiles 0..3 are sums, 4 and 5 left factors, 6 and 7 right ones.
 template <int kM>
 FD_HD void load_left(const char* from, int64_t row_step) {
-  _tile_loadd(4, from, row_step);
-  if constexpr (kM == 2) _tile_loadd(5, from + 16 * row_step, row_step);
+  _tile_loadd(FD_LEFT_0, from, row_step);
+  if constexpr (kM == 2) _tile_loadd(FD_LEFT_1, from + 16 * row_step, row_step);
 }
 
 template <int kN>
 FD_HD void load_right(const char* from) {
-  _tile_loadd(6, from, 64);
-  if constexpr (kN == 2) _tile_loadd(7, from + kTileBytes, 64);
+  _tile_loadd(FD_RIGHT_0, from, 64);
+  if constexpr (kN == 2) _tile_loadd(FD_RIGHT_1, from + kTileBytes, 64);
 }
 
 template <int kM, int kN>
 FD_HD void multiply_tiles() {
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kN == 2) _tile_dpbf16ps(1, 4, 7);
-  if constexpr (kM == 2) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (kM == 2 && kN == 2) _tile_dpbf16ps(3, 5, 7);
+  _tile_dpbf16ps(FD_SUM_00, FD_LEFT_0, FD_RIGHT_0);
+  if constexpr (kN == 2) _tile_dpbf16ps(FD_SUM_01, FD_LEFT_0, FD_RIGHT_1);
+  if constexpr (kM == 2) _tile_dpbf16ps(FD_SUM_10, FD_LEFT_1, FD_RIGHT_0);
+  if constexpr (kM == 2 && kN == 2) _tile_dpbf16ps(FD_SUM_11, FD_LEFT_1, FD_RIGHT_1);
 }
 
-// 32 rows of the left factor, as [chunk of columns][part][row][64 bytes], and the right one as [chunk][tap][part][tile]:
-// 32 columns of parts, the last first, a tile being [pair of rows][16 columns][2], or 16 columns of digits, a tile being
-// [four rows][16 columns][4].
+// Both factors of a product. A piece is a split of bfloat16 or a limb of int8; a chunk is 64 bytes of depth.
 struct Factors {
-  const char* left;
-  int64_t row_step, part_step, chunk_step, chunks;  // bytes
-  const int64_t* taps;  // each chunk is read this many bytes further, with a right factor for each
+  const char* left;                          // [chunk][piece][up to 32 rows][64 bytes]
+  int64_t row_step, piece_step, chunk_step;  // bytes
+  int64_t chunks;
+  const int64_t* taps;  // offsets in bytes at which each chunk of `left` is read; each has a right factor of its own
   int64_t tap_count;
-  const char *right, *next;  // next: to fetch meanwhile, from here on, `fetch` cache lines a product; may be null
+  // [chunk][tap][piece][tile]. bfloat16: the last split first, 32 columns in two tiles [pair of rows][16 columns][2].
+  // int8: 16 columns in a tile [four rows][16 columns][4].
+  const char* right;
+  const char* next;  // where to prefetch from, or null: `fetch` cache lines for each chunk and tap
   int64_t fetch;
 };
 
-// Sums of 16 kM rows and 16 kN columns, rows `step` bytes apart; `meanwhile` is called for each product.
-template <int kM, int kN, int kParts, class Meanwhile>
-FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Meanwhile& meanwhile) {
-  asm volatile("" ::: "memory");  // GCC's tile intrinsics do not say what memory they read
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+// Sums of 16 kM rows and 16 kN columns, rows `step` bytes apart. `overlapped` is called for each chunk and tap, to do
+// other work while AMX is busy.
+template <int kM, int kN, int kSplits, class Overlapped>
+FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Overlapped& overlapped) {
+  asm volatile("" ::: "memory");  // GCC's tile intrinsics do not declare which memory they read
+  _tile_zero(FD_SUM_00);
+  _tile_zero(FD_SUM_01);
+  _tile_zero(FD_SUM_10);
+  _tile_zero(FD_SUM_11);
   const char *right = f.right, *next = f.next;
-  Awake awake;
+  TileStoreKeepAlive keep_alive;
   for (int64_t chunk = 0; chunk < f.chunks; ++chunk) {
     for (int64_t tap = 0; tap < f.tap_count; ++tap) {
       const char* left = f.left + chunk * f.chunk_step + f.taps[tap];
@@ -153,109 +178,114 @@ FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Meanw
       load_left<kM>(left, f.row_step);
       next_right();
       multiply_tiles<kM, kN>();
-      if constexpr (kParts == 3) {  // the smallest products are first
+      if constexpr (kSplits == 3) {  // the smallest products first
         next_right();
         multiply_tiles<kM, kN>();
-        load_left<kM>(left + f.part_step, f.row_step);
+        load_left<kM>(left + f.piece_step, f.row_step);
         multiply_tiles<kM, kN>();
         next_right();
         multiply_tiles<kM, kN>();
-        load_left<kM>(left + 2 * f.part_step, f.row_step);
+        load_left<kM>(left + 2 * f.piece_step, f.row_step);
         multiply_tiles<kM, kN>();
         load_left<kM>(left, f.row_step);
         multiply_tiles<kM, kN>();
       }
-      awake.after(kM * kN * (kParts == 3 ? 6 : 1));
-      meanwhile();
+      keep_alive.after(kM * kN * (kSplits == 3 ? 6 : 1));
+      overlapped();
     }
   }
   float* below = sums + 16 * step / sizeof(float);
-  _tile_stored(0, sums, step);
-  if constexpr (kN == 2) _tile_stored(1, sums + 16, step);
-  if constexpr (kM == 2) _tile_stored(2, below, step);
-  if constexpr (kM == 2 && kN == 2) _tile_stored(3, below + 16, step);
+  _tile_stored(FD_SUM_00, sums, step);
+  if constexpr (kN == 2) _tile_stored(FD_SUM_01, sums + 16, step);
+  if constexpr (kM == 2) _tile_stored(FD_SUM_10, below, step);
+  if constexpr (kM == 2 && kN == 2) _tile_stored(FD_SUM_11, below + 16, step);
   asm volatile("" ::: "memory");
 }
 
-// The same for as many tiles as are wanted.
-template <int kParts, class Meanwhile>
+// The same for up to 32 rows and columns, with as many tiles as they need.
+template <int kSplits, class Overlapped>
 FD_HD void sum_products(int64_t rows, int64_t columns, const Factors& f, float* sums, int64_t step,
-                        const Meanwhile& meanwhile) {
-  if (rows > 16 && columns > 16) sum_products<2, 2, kParts>(f, sums, step, meanwhile);
-  else if (rows > 16) sum_products<2, 1, kParts>(f, sums, step, meanwhile);
-  else if (columns > 16) sum_products<1, 2, kParts>(f, sums, step, meanwhile);
-  else sum_products<1, 1, kParts>(f, sums, step, meanwhile);
+                        const Overlapped& overlapped) {
+  if (rows > 16 && columns > 16)
+    sum_products<2, 2, kSplits>(f, sums, step, overlapped);
+  else if (rows > 16)
+    sum_products<2, 1, kSplits>(f, sums, step, overlapped);
+  else if (columns > 16)
+    sum_products<1, 2, kSplits>(f, sums, step, overlapped);
+  else
+    sum_products<1, 1, kSplits>(f, sums, step, overlapped);
 }
 
-// The sums of 16 kM rows and 16 columns of digits, as whole numbers: of products of first digits, then in units of 2^-8
-// and of 2^-16 of those, [unit][32 rows][16]. start: [unit][16], what the sums of each column start from.
-template <int kM, class Meanwhile>
-FD_HD void sum_digit_products(const Factors& f, const int32_t* start, int32_t* sums, const Meanwhile& meanwhile) {
+// Sums of 16 kM rows and 16 columns of limbs, int32 [unit][32 rows][16]. Unit u holds the products limb[i] * limb[j]
+// with i + j = u, so it counts in 2^(-8 u) of unit 0. start: [unit][16], the initial values of the sums of each column.
+template <int kM, class Overlapped>
+FD_HD void sum_limb_products(const Factors& f, const int32_t* start, int32_t* sums, const Overlapped& overlapped) {
   asm volatile("" ::: "memory");
-  _tile_loadd(0, start, 0);
-  _tile_loadd(2, start + 16, 0);
-  _tile_loadd(4, start + 32, 0);
+  _tile_loadd(FD_UNIT_0_0, start, 0);
+  _tile_loadd(FD_UNIT_1_0, start + 16, 0);
+  _tile_loadd(FD_UNIT_2_0, start + 32, 0);
   if constexpr (kM == 2) {
-    _tile_loadd(1, start, 0);
-    _tile_loadd(3, start + 16, 0);
-    _tile_loadd(5, start + 32, 0);
+    _tile_loadd(FD_UNIT_0_1, start, 0);
+    _tile_loadd(FD_UNIT_1_1, start + 16, 0);
+    _tile_loadd(FD_UNIT_2_1, start + 32, 0);
   }
   const char *right = f.right, *next = f.next;
-  Awake awake;
+  TileStoreKeepAlive keep_alive;
   for (int64_t chunk = 0; chunk < f.chunks; ++chunk) {
     for (int64_t tap = 0; tap < f.tap_count; ++tap) {
-      const char *first = f.left + chunk * f.chunk_step + f.taps[tap], *second = first + f.part_step;
-      const char* third = second + f.part_step;
+      const char *first = f.left + chunk * f.chunk_step + f.taps[tap], *second = first + f.piece_step;
+      const char* third = second + f.piece_step;
       const int64_t below = 16 * f.row_step;
       for (int64_t i = 0; i < f.fetch; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-      // Four products or more lie between two that add to one tile; 6 is kept where two have the same left factor.
-      _tile_loadd(7, right, 64);
-      _tile_loadd(6, first, f.row_step);
-      _tile_dpbssd(0, 6, 7);
+      // At least four products lie between two that add to one tile; the left tile stays where the next product uses
+      // it.
+      _tile_loadd(FD_RIGHT, right, 64);
+      _tile_loadd(FD_LEFT, first, f.row_step);
+      _tile_dpbssd(FD_UNIT_0_0, FD_LEFT, FD_RIGHT);
       if constexpr (kM == 2) {
-        _tile_loadd(6, first + below, f.row_step);
-        _tile_dpbssd(1, 6, 7);
-        _tile_loadd(6, third + below, f.row_step);
-        _tile_dpbssd(5, 6, 7);
+        _tile_loadd(FD_LEFT, first + below, f.row_step);
+        _tile_dpbssd(FD_UNIT_0_1, FD_LEFT, FD_RIGHT);
+        _tile_loadd(FD_LEFT, third + below, f.row_step);
+        _tile_dpbssd(FD_UNIT_2_1, FD_LEFT, FD_RIGHT);
       }
-      _tile_loadd(6, third, f.row_step);
-      _tile_dpbssd(4, 6, 7);
-      _tile_loadd(6, second, f.row_step);
-      _tile_dpbssd(2, 6, 7);
+      _tile_loadd(FD_LEFT, third, f.row_step);
+      _tile_dpbssd(FD_UNIT_2_0, FD_LEFT, FD_RIGHT);
+      _tile_loadd(FD_LEFT, second, f.row_step);
+      _tile_dpbssd(FD_UNIT_1_0, FD_LEFT, FD_RIGHT);
       if constexpr (kM == 2) {
-        _tile_loadd(6, second + below, f.row_step);
-        _tile_dpbssd(3, 6, 7);
+        _tile_loadd(FD_LEFT, second + below, f.row_step);
+        _tile_dpbssd(FD_UNIT_1_1, FD_LEFT, FD_RIGHT);
       }
-      _tile_loadd(7, right + kTileBytes, 64);
+      _tile_loadd(FD_RIGHT, right + kTileBytes, 64);
       if constexpr (kM == 2) {
-        _tile_dpbssd(5, 6, 7);
-        _tile_loadd(6, second, f.row_step);
+        _tile_dpbssd(FD_UNIT_2_1, FD_LEFT, FD_RIGHT);
+        _tile_loadd(FD_LEFT, second, f.row_step);
       }
-      _tile_dpbssd(4, 6, 7);
-      _tile_loadd(6, first, f.row_step);
-      _tile_dpbssd(2, 6, 7);
+      _tile_dpbssd(FD_UNIT_2_0, FD_LEFT, FD_RIGHT);
+      _tile_loadd(FD_LEFT, first, f.row_step);
+      _tile_dpbssd(FD_UNIT_1_0, FD_LEFT, FD_RIGHT);
       if constexpr (kM == 2) {
-        _tile_loadd(6, first + below, f.row_step);
-        _tile_dpbssd(3, 6, 7);
+        _tile_loadd(FD_LEFT, first + below, f.row_step);
+        _tile_dpbssd(FD_UNIT_1_1, FD_LEFT, FD_RIGHT);
       }
-      _tile_loadd(7, right + 2 * kTileBytes, 64);
+      _tile_loadd(FD_RIGHT, right + 2 * kTileBytes, 64);
       if constexpr (kM == 2) {
-        _tile_dpbssd(5, 6, 7);
-        _tile_loadd(6, first, f.row_step);
+        _tile_dpbssd(FD_UNIT_2_1, FD_LEFT, FD_RIGHT);
+        _tile_loadd(FD_LEFT, first, f.row_step);
       }
-      _tile_dpbssd(4, 6, 7);
+      _tile_dpbssd(FD_UNIT_2_0, FD_LEFT, FD_RIGHT);
       right += 3 * kTileBytes;
-      awake.after(6 * kM);
-      meanwhile();
+      keep_alive.after(6 * kM);
+      overlapped();
     }
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(4, sums + 1024, 64);
+  _tile_stored(FD_UNIT_0_0, sums, 64);
+  _tile_stored(FD_UNIT_1_0, sums + 512, 64);
+  _tile_stored(FD_UNIT_2_0, sums + 1024, 64);
   if constexpr (kM == 2) {
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(3, sums + 768, 64);
-    _tile_stored(5, sums + 1280, 64);
+    _tile_stored(FD_UNIT_0_1, sums + 256, 64);
+    _tile_stored(FD_UNIT_1_1, sums + 768, 64);
+    _tile_stored(FD_UNIT_2_1, sums + 1280, 64);
   }
   asm volatile("" ::: "memory");
 }

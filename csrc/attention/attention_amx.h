@@ -1,11 +1,12 @@
-// Attention of bfloat16, with its gradient, by AMX: attention/attention_amx.cpp.
+// Attention in bfloat16 by AMX, and its gradient: attention/attention_amx.cpp.
 #pragma once
 
 #include "attention/args.h"
 
 namespace fused_diffusion {
 
-bool amx_attends(int64_t positions);  // whether the instruction set in use is AMX, and serves so many
+// Whether the instruction set in use has AMX, and the kernels serve so many positions.
+bool amx_serves(int64_t positions);
 
 void amx_attention(const AttentionArguments& g);
 void amx_attention_gradient(const AttentionGradientArguments& g);

@@ -1,6 +1,6 @@
-// fused_diffusion::attention_backward on CUDA: dq over tiles of queries, dk and dv over tiles of keys, each block
-// one of the three. All recompute the weights from the logsumexp, so that nothing is added in an order that
-// depends on the schedule (Dao et al. 2022, algorithm 4, without its sum over blocks in global memory).
+// fused_diffusion::attention_backward on CUDA. Each block computes a tile of one of dq, dk and dv. All blocks recompute
+// the weights from the logsumexp, so that no sum depends on the order in which blocks run (Dao et al. 2022, algorithm
+// 4, without its sum over blocks in global memory).
 #include <torch/csrc/stable/library.h>
 
 #include "attention/blocks.h"
@@ -10,20 +10,20 @@ namespace {
 
 // With weights p = exp(q k^T scale - logsumexp) and their gradients ds = p (grad v^T - delta):
 //     dq = scale ds k    dk = scale ds^T q    dv = p^T grad
-enum class Of { queries, keys, values };
+enum class Of { queries, keys, values };  // whose gradient
 
-// Two warps to 16 of the block's 32 rows, and each half of the columns of every tile.
+// Two warps share 16 of the block's 32 rows; each takes half of the columns of every tile.
 template <class T, int kWidth>
-struct Shape {
+struct BackwardShape {
   static constexpr int kColumnWarps = 2, kRows = kWarpRows * kWarps / kColumnWarps;
   static constexpr int kTile = sizeof(T) == 2 ? 64 : 32, kColumns = kTile / kColumnWarps, kStages = 2;
   static constexpr int kTileBytes = (2 * kRows + kStages * kTile) * kPitch<T, kWidth> * static_cast<int>(sizeof(T));
   static constexpr int kSumBytes = kWarps * kWarpRows * kSumPitch<kWidth> * static_cast<int>(sizeof(float));
-  static constexpr int kMostBytes = kTileBytes + (kRows > kTile ? kRows : kTile) * 2 * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kMostBytes > kSumBytes ? kMostBytes : kSumBytes;
+  static constexpr int kLoopBytes = kTileBytes + (kRows > kTile ? kRows : kTile) * 2 * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kLoopBytes > kSumBytes ? kLoopBytes : kSumBytes;
 };
 
-// delta: [B, H, S], the sum over the width of out * grad; a warp to a row.
+// delta: [B, H, S], the sum over the width of out * grad. A warp computes one row.
 template <class T>
 __global__ void __launch_bounds__(kBlock) delta_kernel(const AttentionGradientArguments g, float* delta) {
   const int lane = threadIdx.x % 32;
@@ -41,44 +41,52 @@ __global__ void __launch_bounds__(kBlock) delta_kernel(const AttentionGradientAr
   if (lane == 0) delta[at] = sum;
 }
 
-// Of a query.
-struct alignas(8) Statistics {
+struct alignas(8) QueryStatistics {
   float logsumexp, delta;
 };
 
-// Those of kCount queries from `first` on, to shared memory.
+// Copies the statistics of kCount queries from `first` on to shared memory.
 template <int kCount>
-__device__ __forceinline__ void copy_statistics(Statistics* to, const float* logsumexp, const float* delta,
+__device__ __forceinline__ void copy_statistics(QueryStatistics* to, const float* logsumexp, const float* delta,
                                                 int64_t first, int64_t positions) {
-  static_assert(kCount <= kBlock, "a thread copies one");
+  static_assert(kCount <= kBlock, "each thread copies one");
   const int i = threadIdx.x;
-  if (i < kCount) to[i] = first + i < positions ? Statistics{logsumexp[first + i], delta[first + i]} : Statistics{};
+  if (i < kCount)
+    to[i] = first + i < positions ? QueryStatistics{logsumexp[first + i], delta[first + i]} : QueryStatistics{};
 }
 
-// The rows are queries for dq, else keys; the columns keys for dq, else queries.
+// Rows of the products are queries for dq, else keys; columns are keys for dq, else queries.
 template <Of kOf, class T, int kWidth>
 __device__ __forceinline__ void gradient(const AttentionGradientArguments& g, const float* delta, bool vector) {
   using P = Products<T>;
-  using S = Shape<T, kWidth>;
+  using S = BackwardShape<T, kWidth>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = static_cast<int>(g.width);
   const BlockPlace place(g.heads, g.positions, S::kRows);
   const int64_t b = place.b, h = place.h;
   const int64_t at = place.head * g.positions;
 
-  // First the rows' products with tiles of one tensor; then those with the other's, and the sums of its rows.
-  const Rows<T> q(g.q, b, h), k(g.k, b, h), v(g.v, b, h), grad(g.grad, b, h);
+  // For each pair of tiles: the rows' products with a tile of one tensor; then the rows' products with the tile of the
+  // other tensor, whose rows are added up with the resulting weights.
+  const HeadRows<T> q(g.q, b, h), k(g.k, b, h), v(g.v, b, h), grad(g.grad, b, h);
   T* left_first = reinterpret_cast<T*>(shared_memory);
   T* left_second = left_first + S::kRows * kPitch<T, kWidth>;
-  copy_tile<S::kRows, kWidth>(left_first, kOf == Of::queries ? grad : kOf == Of::keys ? v : k, place.first,
-                              g.positions, width, vector);
+  copy_tile<S::kRows, kWidth>(left_first,
+                              kOf == Of::queries ? grad
+                              : kOf == Of::keys  ? v
+                                                 : k,
+                              place.first, g.positions, width, vector);
   if (kOf != Of::values) {
     copy_tile<S::kRows, kWidth>(left_second, kOf == Of::queries ? q : k, place.first, g.positions, width, vector);
   }
   Ring<T, kWidth, S::kTile, S::kStages> ring(left_second + S::kRows * kPitch<T, kWidth>,
-                                             kOf == Of::queries ? v : kOf == Of::keys ? grad : q,
-                                             kOf == Of::queries ? k : kOf == Of::keys ? q : grad, g.positions, width,
-                                             vector);
-  auto* statistics = reinterpret_cast<Statistics*>(shared_memory + S::kTileBytes);
+                                             kOf == Of::queries ? v
+                                             : kOf == Of::keys  ? grad
+                                                                : q,
+                                             kOf == Of::queries ? k
+                                             : kOf == Of::keys  ? q
+                                                                : grad,
+                                             g.positions, width, vector);
+  auto* statistics = reinterpret_cast<QueryStatistics*>(shared_memory + S::kTileBytes);
   if (kOf == Of::queries) {
     copy_statistics<S::kRows>(statistics, g.logsumexp + at, delta + at, place.first, g.positions);
   }
@@ -105,7 +113,7 @@ __device__ __forceinline__ void gradient(const AttentionGradientArguments& g, co
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = first_row + P::row(lane, P::lane_row(i)), c = first_column + P::column(lane, n, i);
-        const Statistics query = statistics[kOf == Of::queries ? r : c];
+        const QueryStatistics query = statistics[kOf == Of::queries ? r : c];
         float& weight = weights.at[n][i];
         weight = P::exp(HardwareFma::fma(weight, g.scale, -query.logsumexp));
         if (kOf != Of::values) weight *= first.at[n][i] - query.delta;
@@ -121,7 +129,7 @@ __device__ __forceinline__ void gradient(const AttentionGradientArguments& g, co
   __syncthreads();
   // The softmax of one logit is the constant 1.
   const float factor = kOf == Of::values ? 1.0f : g.positions == 1 ? 0.0f : g.scale;
-  const Output& to = kOf == Of::queries ? g.dq : kOf == Of::keys ? g.dk : g.dv;
+  const OutputHeads& to = kOf == Of::queries ? g.dq : kOf == Of::keys ? g.dk : g.dv;
   for (int row = warp; row < S::kRows && place.first + row < g.positions; row += kWarps) {
     const float* from = sums + (row / kWarpRows * S::kColumnWarps * kWarpRows + row % kWarpRows) * kSumPitch<kWidth>;
     for (int d = lane; d < width; d += 32) {
@@ -145,20 +153,20 @@ __global__ void __launch_bounds__(kBlock, kBlocks<kWidth>)
   }
 }
 
-struct Launch {
+struct CudaAttentionGradient {
   const Tensor& q;
 
   template <class T>
   void operator()(const AttentionGradientArguments& g, T*) const {
     const int64_t heads = g.batch * g.heads;
-    Tensor buffer = torch::stable::new_empty(q, {heads * g.positions}, ScalarType::Float);
-    float* delta = static_cast<float*>(buffer.mutable_data_ptr());
+    Tensor deltas = torch::stable::new_empty(q, {heads * g.positions}, ScalarType::Float);
+    float* delta = static_cast<float*>(deltas.mutable_data_ptr());
     launch(delta_kernel<T>, grid_of(divide_up(heads * g.positions, kWarps)), kBlock, 0, current_stream(q), g, delta);
-    const auto packed = [&](const Input& t) {
+    const auto packed = [&](const InputHeads& t) {
       return in_packs(t, g.batch, g.heads, g.positions, g.width * sizeof(T), sizeof(T));
     };
     with_width(g.width, [&](auto width) {
-      using S = Shape<T, decltype(width)::value>;
+      using S = BackwardShape<T, decltype(width)::value>;
       static_assert(S::kSharedBytes <= kWideSharedMemory, "kernels.attention asks for so much");
       const dim3 grid = grid_of(heads * divide_up(g.positions, S::kRows), 3);
       launch(gradient_kernel<T, decltype(width)::value>, grid, kBlock, S::kSharedBytes, current_stream(q), g,
@@ -171,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                                       const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                                                       double scale) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  return checked_attention_gradient(grad, q, k, v, out, logsumexp, scale, Launch{q});
+  return checked_attention_gradient(grad, q, k, v, out, logsumexp, scale, CudaAttentionGradient{q});
 }
 
 }  // namespace

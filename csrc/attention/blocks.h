@@ -1,5 +1,5 @@
-// What the kernels of attention and of its gradient share: blocks of four warps, the tiles that they copy to
-// shared memory, and what their launches need to know.
+// Shared by the CUDA kernels of attention and of its gradient: blocks of four warps, the copies of tiles to shared
+// memory, and what their launches need.
 #pragma once
 
 #include "attention/args.h"
@@ -10,23 +10,24 @@ namespace fused_diffusion {
 
 constexpr int kWarps = 4, kBlock = 32 * kWarps;
 
-// For so many blocks on a multiprocessor the registers are to suffice: asked for more, the compiler would spill.
+// Blocks for which a multiprocessor's registers must suffice. With more, the compiler would spill registers.
 template <int kWidth>
 constexpr int kBlocks = kWidth == 256 ? 2 : 3;
 
 // The rows of one head.
 template <class T>
-struct Rows {
+struct HeadRows {
   const T* data;
   int64_t stride;
 
-  __device__ Rows(const Input& tensor, int64_t b, int64_t h) : data(tensor.at<const T>(b, h)), stride(tensor.row) {}
+  __device__ HeadRows(const InputHeads& tensor, int64_t b, int64_t h)
+      : data(tensor.at<const T>(b, h)), stride(tensor.row) {}
 };
 
-// Begins to copy rows [first, first + kCount) to a tile, zeros beyond the ends of the positions and the width.
-// `vector`: 16 bytes of a row at a time are aligned and do not straddle its end.
+// Begins to copy rows [first, first + kCount) to a tile, with zeros beyond the last position and beyond the width.
+// vector: whether 16 bytes of a row at a time are aligned and do not straddle its end.
 template <int kCount, int kWidth, class T>
-__device__ __forceinline__ void copy_tile(T* to, const Rows<T>& rows, int64_t first, int64_t positions, int width,
+__device__ __forceinline__ void copy_tile(T* to, const HeadRows<T>& rows, int64_t first, int64_t positions, int width,
                                           bool vector) {
   constexpr int kPack = 16 / sizeof(T), kPacks = kWidth / kPack;
   const int column = static_cast<int>(threadIdx.x) % kPacks * kPack;
@@ -43,28 +44,29 @@ __device__ __forceinline__ void copy_tile(T* to, const Rows<T>& rows, int64_t fi
   }
 }
 
-// The tiles of two tensors by turns, on their way through kStages buffers: tile 0 of the first, tile 0 of the
-// second, tile 1 of the first. While the block works on one, the next are being copied.
+// A ring of kStages buffers, through which the tiles of two tensors go in turn: tile 0 of the first, tile 0 of the
+// second, tile 1 of the first, ... While the block works on one tile, the next are being copied.
 template <class T, int kWidth, int kTile, int kStages>
 class Ring {
  public:
-  // Everything that was copied before has arrived with the first tile.
-  __device__ Ring(T* buffers, const Rows<T>& first, const Rows<T>& second, int64_t positions, int width, bool vector)
+  // Copies that began before this are complete when the first tile is.
+  __device__ Ring(T* buffers, const HeadRows<T>& first, const HeadRows<T>& second, int64_t positions, int width,
+                  bool vector)
       : buffers_(buffers), first_(first), second_(second), positions_(positions), width_(width), vector_(vector) {
 #pragma unroll
     for (int turn = 0; turn < kStages - 1; ++turn) start(turn);
   }
 
-  // The tile of this turn; that of the turn before is lost.
+  // Waits for the tile of this turn, and gives the buffer of the turn before to a new copy.
   __device__ const T* wait(int turn) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // for the copies of all threads, and until none reads the tile before
+    __syncthreads();  // until all threads' copies are complete, and no thread reads the tile before
     start(turn + kStages - 1);
     return buffer(turn);
   }
 
  private:
-  static_assert(kStages % 2 == 0, "a buffer serves one of the two tensors");
+  static_assert(kStages % 2 == 0, "each buffer serves one of the two tensors");
 
   __device__ T* buffer(int turn) { return buffers_ + turn % kStages * kTile * kPitch<T, kWidth>; }
 
@@ -73,18 +75,18 @@ class Ring {
     if (position < positions_) {
       copy_tile<kTile, kWidth>(buffer(turn), turn % 2 == 0 ? first_ : second_, position, positions_, width_, vector_);
     }
-    commit_copies();  // of nothing, too: it is groups that are counted
+    commit_copies();  // also without a copy, because wait_for_copies counts groups
   }
 
   T* buffers_;
-  const Rows<T> first_, second_;
+  const HeadRows<T> first_, second_;
   const int64_t positions_;
   const int width_;
   const bool vector_;
 };
 
-// The head and the first row that a block works on, in a grid of heads x tiles of `rows` rows. The number of
-// blocks has 31 bits, and 32-bit divisions take a fraction of the time.
+// The head and the first row of a block, in a grid of heads x tiles of `rows` rows. Divisions have 32 bits, which takes
+// a fraction of the time of 64; the number of blocks has 31.
 struct BlockPlace {
   int64_t head, b, h, first;
 
@@ -98,7 +100,7 @@ struct BlockPlace {
   }
 };
 
-// The warps' sums in shared memory, float [kWarps][16][kSumPitch]; eight rows meet all banks.
+// The warps' sums in shared memory are float [kWarps][16][kSumPitch]; the pitch spreads eight rows over all banks.
 template <int kWidth>
 constexpr int kSumPitch = kWidth + 8;
 
@@ -120,14 +122,14 @@ inline dim3 grid_of(int64_t blocks, unsigned kinds = 1) {
 }
 
 // Whether every row of every head can be read 16 bytes at a time.
-inline bool in_packs(const Input& t, int64_t batch, int64_t heads, int64_t positions, int64_t row_bytes,
+inline bool in_packs(const InputHeads& t, int64_t batch, int64_t heads, int64_t positions, int64_t row_bytes,
                      int64_t element_bytes) {
   const auto aligned = [&](int64_t size, int64_t stride) { return size == 1 || stride * element_bytes % 16 == 0; };
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && row_bytes % 16 == 0 && aligned(batch, t.batch) &&
          aligned(heads, t.head) && aligned(positions, t.row);
 }
 
-// Calls `run` with the padded width, of the few that are compiled, as a constant.
+// Calls run(std::integral_constant<int, w>) for the smallest width w that is compiled and not below `width`.
 template <class Run>
 void with_width(int64_t width, const Run& run) {
   STD_TORCH_CHECK(width <= kMaxCudaWidth, "the width of a head is ", width, ", more than ", kMaxCudaWidth);

@@ -1,9 +1,9 @@
-// How a warp multiplies tiles in shared memory, in two ways with one interface: through the tensor cores, for the
-// 16-bit types, and by fused multiply-adds, for float32.
+// How a warp multiplies tiles in shared memory, in two ways with one interface: TensorCores for the 16-bit types, and
+// MultiplyAdds, fused multiply-adds, for float32.
 //
-// A warp owns 16 rows of a product, a lane the same few of them in every product: `lane_row` says which of these
-// the number [n][i] of a product belongs to, `row` and `column` where it lies. The columns of a Product, of a
-// small depth, and of a Sum over its columns may lie differently.
+// A warp holds 16 rows of a product in its registers; a lane holds parts of the same few rows in every product. For
+// number [n][i] of a lane, `lane_row` is the index among the lane's rows, `row` the row in the product, and `column`
+// its column; in a sum of weighted rows, as `accumulate` computes it, the column is `sum_column`.
 #pragma once
 
 #include <type_traits>
@@ -16,7 +16,8 @@ namespace fused_diffusion {
 
 constexpr int kWarpRows = 16;
 
-// From one row to the next of a tile, in elements: 16 bytes more than a row, so that eight rows meet all banks.
+// Elements from one row of a tile to the next: 16 bytes more than a row, which spreads eight rows over all banks of
+// shared memory.
 template <class T, int kWidth>
 constexpr int kPitch = kWidth + 16 / static_cast<int>(sizeof(T));
 
@@ -28,7 +29,7 @@ struct Product {
 
 template <class T>
 struct TensorCores {
-  static constexpr int kLaneRows = 2, kRowLanes = 4;  // rows to a lane; neighbouring lanes to a row
+  static constexpr int kLaneRows = 2, kRowLanes = 4;  // rows of a lane; neighbouring lanes that share a row
 
   static __device__ __forceinline__ int lane_row(int i) { return i / 2; }
   static __device__ __forceinline__ int row(int lane, int r) { return product_place(lane, 2 * r).row; }
@@ -64,7 +65,7 @@ struct TensorCores {
     rows += right_row_transposed(lane).row * kPitch<T, kWidth> + right_row_transposed(lane).column;
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
-      // Two products side by side are a left factor as they lie.
+      // In registers, two neighbouring products are already laid out as a left factor.
       const float(&first)[4] = weights.at[2 * k], (&second)[4] = weights.at[2 * k + 1];
       const uint32_t a[4] = {round_pair(first[0], first[1], T{}), round_pair(first[2], first[3], T{}),
                              round_pair(second[0], second[1], T{}), round_pair(second[2], second[3], T{})};
@@ -123,7 +124,7 @@ struct MultiplyAdds {
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll 2
       for (int i = 0; i < 8; ++i, rows += kPitch<float, kWidth>) {
-        float weight[4];  // of column 8 n + i, which another lane has
+        float weight[4];  // of column 8 n + i, which another lane holds
 #pragma unroll
         for (int r = 0; r < 4; ++r) weight[r] = __shfl_sync(~0u, weights.at[n][r], lane / 8 * 8 + i);
 #pragma unroll
@@ -145,7 +146,7 @@ struct MultiplyAdds {
 template <class T>
 using Products = std::conditional_t<std::is_same_v<T, float>, MultiplyAdds, TensorCores<T>>;
 
-// The sum over the lanes that share a row, and the largest; every lane of them gets it.
+// The sum, and the maximum, over the lanes that share a row; each of these lanes gets it.
 template <class P>
 __device__ __forceinline__ float row_sum(float value) {
 #pragma unroll

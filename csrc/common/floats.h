@@ -22,7 +22,7 @@ FD_HD float to_float(Half value) {
   return bit_cast<float>((magnitude < 0x7C00u ? finite : magnitude << 13 | 0x7F800000u) | sign);
 }
 
-// The 16 bits of a float32, for one number or for a vector of them: Bits is uint32_t or a vector of it.
+// A float32 rounded to bfloat16, as its 16 bits. For one number, Bits is uint32_t; for a vector, a vector of uint32_t.
 template <class Bits, class Float>
 FD_HD Bits bfloat16_bits(Float value) {
   const Bits bits = bit_cast<Bits>(value);
@@ -30,11 +30,12 @@ FD_HD Bits bfloat16_bits(Float value) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded;
 }
 
+// The same for float16.
 template <class Bits, class Float>
 FD_HD Bits half_bits(Float value) {
   const Bits bits = bit_cast<Bits>(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
   const Bits normal = (magnitude + 0xC8000FFFu + (magnitude >> 13 & 1u)) >> 13;
-  // Below 2**-14 the sum has the half's last bit as its own, so that it rounds where the half does.
+  // Below 2^-14, the last bit of magnitude + 0.5 is worth the last bit of a subnormal float16, so the sum rounds there.
   const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3F000000u;
   const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
   const Bits nan = Bits{} + 0x7E00u, infinity = Bits{} + 0x7C00u;
@@ -44,9 +45,7 @@ FD_HD Bits half_bits(Float value) {
 
 FD_HD void from_float(float value, float& to) { to = value; }
 
-FD_HD void from_float(float value, BFloat16& to) {
-  to.bits = static_cast<uint16_t>(bfloat16_bits<uint32_t>(value));
-}
+FD_HD void from_float(float value, BFloat16& to) { to.bits = static_cast<uint16_t>(bfloat16_bits<uint32_t>(value)); }
 
 FD_HD void from_float(float value, Half& to) { to.bits = static_cast<uint16_t>(half_bits<uint32_t>(value)); }
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <mutex>
@@ -24,6 +25,13 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     }
   });
   if (first != nullptr) std::rethrow_exception(first);
+}
+
+// run(begin, end) over ranges of the items, on as many threads as leave each at least `work_per_thread`. `work` is that
+// of one item, in the same unit.
+template <class Run>
+void divide_work(int64_t items, int64_t work, int64_t work_per_thread, const Run& run) {
+  parallel_for(0, items, std::max<int64_t>(1, work_per_thread / std::max<int64_t>(1, work)), run);
 }
 
 }  // namespace fused_diffusion

@@ -1,4 +1,5 @@
-// fused_diffusion::upsample_nearest2x_ on the CPU: nearest-neighbour interpolation to twice the size, straight to where it is read.
+// fused_diffusion::upsample_nearest2x_ on the CPU: nearest-neighbour interpolation to twice the size, written to a
+// given tensor, which may be some channels of a wider one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -6,8 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/parallel.h"
 #include "common/channels_last.h"
+#include "common/parallel.h"
 #include "runtime/recorded_calls.h"
 
 namespace fused_diffusion {
@@ -17,15 +18,15 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBytesPerThread = 1 << 16;
 
-// Rows of pixels of all images, `size` bytes of each pixel.
-void double_rows(const char* x, int64_t x_pixel, char* out, int64_t out_pixel, int64_t width, int64_t size,
-                 int64_t begin, int64_t end) {
+// Upsamples rows of pixels of all images; `size` bytes of each pixel. x_pixel, out_pixel: distances in bytes.
+void upsample_rows(const char* x, int64_t x_pixel, char* out, int64_t out_pixel, int64_t width, int64_t size,
+                   int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const char* from = x + row * width * x_pixel;
     char* to = out + 4 * row * width * out_pixel;
     for (int64_t column = 0; column < width; ++column, from += x_pixel, to += 2 * out_pixel) {
-      for (char* copy : {to, to + out_pixel, to + 2 * width * out_pixel, to + (2 * width + 1) * out_pixel}) {
-        memcpy(copy, from, size);
+      for (char* pixel : {to, to + out_pixel, to + 2 * width * out_pixel, to + (2 * width + 1) * out_pixel}) {
+        memcpy(pixel, from, size);
       }
     }
   }
@@ -42,9 +43,8 @@ void upsample_nearest2x_(const Tensor& x, Tensor out) {
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const auto call = [=] {
-    const int64_t least = std::max<int64_t>(1, kBytesPerThread / (4 * width * size));
-    parallel_for(0, rows, least, [&](int64_t begin, int64_t end) {
-      double_rows(from, x_pixel, to, out_pixel, width, size, begin, end);
+    divide_work(rows, 4 * width * size, kBytesPerThread, [&](int64_t begin, int64_t end) {
+      upsample_rows(from, x_pixel, to, out_pixel, width, size, begin, end);
     });
   };
   run_or_record(call, x, out);
@@ -53,4 +53,6 @@ void upsample_nearest2x_(const Tensor& x, Tensor out) {
 }  // namespace
 }  // namespace fused_diffusion
 
-STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) { m.impl("upsample_nearest2x_", TORCH_BOX(&fused_diffusion::upsample_nearest2x_)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) {
+  m.impl("upsample_nearest2x_", TORCH_BOX(&fused_diffusion::upsample_nearest2x_));
+}

@@ -1,5 +1,5 @@
-// How an op reaches the GPU: the current stream of the tensor's device, through the stable ABI, and launches. All
-// of it is C++, so that the tests can run the kernels on the host.
+// How ops run on the GPU: the current stream of a tensor's device, through the stable ABI, and launches. Everything is
+// plain C++, so that the tests can run the kernels on the host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 namespace fused_diffusion {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of a block of an elementwise kernel
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   void* stream = nullptr;
@@ -22,9 +22,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-}
+inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -33,14 +31,14 @@ inline int multiprocessors() {
   return count;
 }
 
-// The bytes that the launch gave to the block.
+// The dynamic shared memory of the block.
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
 // kernel<<<grid, block, shared, stream>>>(arguments...)
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             const Arguments&... arguments) {
-  if (shared > (48 << 10)) {  // which a kernel has without asking
+  if (shared > (48 << 10)) {  // more than the default has to be requested
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   }
   cudaLaunchConfig_t config{};
@@ -51,13 +49,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Blocks along x for the noise blocks of a sample, along y for the samples; kernels stride over both.
+// A grid with the noise blocks of a sample along x and the samples along y; kernels stride over both.
 inline dim3 grid_for(int64_t batch, int64_t noise_blocks) {
   const int64_t across = (noise_blocks + kThreads - 1) / kThreads;
   return dim3(static_cast<unsigned>(std::min<int64_t>(across, 1 << 16)),
               static_cast<unsigned>(std::min<int64_t>(batch, 65535)));
 }
 
+// Philox block `block` as four normals.
 __device__ __forceinline__ void normal_block(float (&z)[4], uint32_t block, uint32_t stream, uint64_t id,
                                              uint64_t seed) {
   const Words<uint32_t> words = philox_block(block, stream, id, seed);
@@ -65,22 +64,23 @@ __device__ __forceinline__ void normal_block(float (&z)[4], uint32_t block, uint
   box_muller<HardwareFma>(words.w2, words.w3, z[2], z[3]);
 }
 
-// Four consecutive elements, as one 16-byte access where `vector` says that all four exist and are aligned.
-__device__ __forceinline__ void load4(float (&to)[4], const float* from, int64_t left, bool vector) {
+// Four consecutive elements, of which the first `count` exist. vector: all exist and are aligned for one 16-byte
+// access.
+__device__ __forceinline__ void load4(float (&to)[4], const float* from, int64_t count, bool vector) {
   if (vector) {
     const float4 v = *reinterpret_cast<const float4*>(from);
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   } else {
-    for (int i = 0; i < 4; ++i) to[i] = i < left ? from[i] : 0.0f;
+    for (int i = 0; i < 4; ++i) to[i] = i < count ? from[i] : 0.0f;
   }
 }
 
-__device__ __forceinline__ void store4(float* to, const float (&from)[4], int64_t left, bool vector) {
+__device__ __forceinline__ void store4(float* to, const float (&from)[4], int64_t count, bool vector) {
   if (vector) {
     *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
   } else {
     for (int i = 0; i < 4; ++i) {
-      if (i < left) to[i] = from[i];
+      if (i < count) to[i] = from[i];
     }
   }
 }

@@ -1,6 +1,5 @@
-// The instructions of sm_80 for which C++ has no name: copies into shared memory that run on while the thread
-// computes, and the matrix products of the tensor cores. A host that runs the kernels, as the tests do, brings the
-// same functions in plain C++.
+// Instructions of sm_80 that C++ has no functions for: asynchronous copies into shared memory, and the matrix products
+// of the tensor cores. The tests, which run the kernels on the host, have the same functions in plain C++.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +22,7 @@ __device__ __forceinline__ void copy_16_bytes(void* to, const void* from, bool e
 // The thread's copies since the last call are one group, which may be empty.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
-// Waits until at most kPending of the thread's groups, the latest, are under way.
+// Waits until all groups of the thread's copies but the latest kPending are complete.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -37,14 +36,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                : "r"(shared_address(row)));
 }
 
-// The same of their transposes.
+// The same for the transposes of the four matrices.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row)));
 }
 
-// c += a b, with a [16][16] and b [16][8], in the places of PTX's mma.m16n8k16.
+// c += a b for a [16][16] and b [16][8], with the fragments of PTX's mma.m16n8k16.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                              BFloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -53,8 +52,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                             Half) {
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -74,7 +72,7 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high, Half) {
   return pair;
 }
 
-// 2 ** x, to two units in the last place.
+// 2^x with an error of two units in the last place.
 __device__ __forceinline__ float approximate_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));

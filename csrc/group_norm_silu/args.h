@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/channels_last.h"
 #include "group_norm_silu/math.h"
 
 namespace fused_diffusion {
@@ -17,7 +18,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxCudaGroupSize = 1024;  // channels whose numbers fit in shared memory on every device
 
-// A vector [C] or matrix [N, C] of any floating-point type, read as float32; without data it is `otherwise`.
+// A vector [C] or matrix [N, C] of float32, bfloat16 or float16, read as float32. Without data, all its numbers are
+// `otherwise`.
 struct Parameter {
   const void* data;
   ScalarType type;
@@ -64,7 +66,7 @@ struct NormArguments {
   int64_t samples, channels, positions, groups, pixel;
   double eps;
   bool channels_last, silu;
-  bool bounded;  // whether the extremes of x are wanted, too: in channels_last only
+  bool bounded;  // whether to compute the extremes of x too; in channels_last only
   ScalarType type;
 
   FD_HD int64_t group_size() const { return channels / groups; }
@@ -85,20 +87,9 @@ inline Parameter parameter(const std::optional<Tensor>& tensor, const Tensor& x,
           tensor->stride(matrix ? 1 : 0), otherwise};
 }
 
-// Whether channels lie side by side, and the positions of a sample one after another.
-inline bool is_channels_last(const Tensor& x) {
-  int64_t expected = x.size(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return (x.size(1) == 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) == expected);
-}
-
 inline NormArguments norm_arguments(const Tensor& x, int64_t groups, const std::optional<Tensor>& weight,
                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
-                                    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                                    bool silu) {
+                                    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, bool silu) {
   STD_TORCH_CHECK(x.dim() >= 2 && is_float16_or_32(x.scalar_type()),
                   "x must be float32, bfloat16 or float16 [N, C, ...]");
   STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0, x.size(1), " channels cannot be divided into ", groups,
@@ -119,19 +110,16 @@ inline NormArguments norm_arguments(const Tensor& x, int64_t groups, const std::
   args.groups = groups;
   args.silu = silu;
   args.type = x.scalar_type();
-  // A single position lies in both layouts; one channel at a time is then the slower one.
+  // A single position has both layouts. As contiguous, a row would have one number.
   if (args.positions == 1) args.channels_last = true;
   return args;
 }
 
 template <class Launch>
-std::tuple<Tensor, Tensor, Tensor> checked_norm(const Tensor& x, int64_t groups,
-                                                const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor, Tensor> checked_norm(const Tensor& x, int64_t groups, const std::optional<Tensor>& weight,
                                                 const std::optional<Tensor>& bias, double eps,
-                                                const std::optional<Tensor>& add,
-                                                const std::optional<Tensor>& scale,
-                                                const std::optional<Tensor>& shift, bool silu,
-                                                const Launch& launch) {
+                                                const std::optional<Tensor>& add, const std::optional<Tensor>& scale,
+                                                const std::optional<Tensor>& shift, bool silu, const Launch& launch) {
   NormArguments args = norm_arguments(x, groups, weight, bias, add, scale, shift, silu);
   STD_TORCH_CHECK(!args.channels_last || is_channels_last(x), "x must be contiguous or channels_last");
   Tensor y = torch::stable::empty_like(x);
@@ -159,7 +147,7 @@ inline void check_statistics(const Tensor& tensor, const Tensor& x, int64_t grou
                   " [N, groups], on x's device");
 }
 
-// What the gradient's kernel writes, and the gradient that it reads: grad and dx are laid out like x.
+// Input and outputs of the gradient's kernel; grad and dx have x's layout.
 struct NormGradient {
   const void* grad;
   void* dx;
@@ -182,10 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> checked_norm_gradient(
   const auto sums = [&] { return torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float); };
   Tensor sum_dz = sums(), sum_dz_xhat = sums(), sum_dx = sums();
   if (x.numel() > 0) {
-    launch(args, NormGradient{grad.const_data_ptr(), dx.mutable_data_ptr(),
-                              static_cast<float*>(sum_dz.mutable_data_ptr()),
-                              static_cast<float*>(sum_dz_xhat.mutable_data_ptr()),
-                              static_cast<float*>(sum_dx.mutable_data_ptr())});
+    launch(args,
+           NormGradient{grad.const_data_ptr(), dx.mutable_data_ptr(), static_cast<float*>(sum_dz.mutable_data_ptr()),
+                        static_cast<float*>(sum_dz_xhat.mutable_data_ptr()),
+                        static_cast<float*>(sum_dx.mutable_data_ptr())});
   } else {
     torch::stable::zero_(sum_dz);
     torch::stable::zero_(sum_dz_xhat);

@@ -1,8 +1,8 @@
 // fused_diffusion::group_norm_silu on CUDA devices.
 //
-// Where a tile can hold every position, one kernel reads x once and writes y once. Otherwise, and where so few
-// tiles would leave the device idle, the positions are divided into chunks: a first kernel writes the moments of
-// every chunk and group, a second merges them and writes y.
+// Where a tile can hold all positions, one kernel reads x once and writes y once. Otherwise, and where so few tiles
+// would leave the device idle, positions are divided into chunks: a first kernel writes the moments of every chunk and
+// group, a second merges them and writes y.
 #include <torch/csrc/stable/library.h>
 
 #include "group_norm_silu/norm_cuda.h"
@@ -10,52 +10,52 @@
 namespace fused_diffusion {
 namespace {
 
-constexpr int kMostThreads = 512;
-constexpr int kBatch = 4;  // packs that a thread has under way
+constexpr int kMaxThreads = 512;
+constexpr int kBatch = 4;  // packs that a thread loads at a time
 
-// What a block keeps in shared memory: of each warp, group and channel, and the tile.
+// A block's shared memory: numbers for each warp, group and channel, and the tile.
 template <class T>
-struct Shared {
+struct NormShared {
   double *warps, *sums;  // sums of groups
   Moments* moments;      // of groups
   float *partial[2], *add, *centre, *gain, *offset;
   T* tile;
   size_t bytes;
 
-  // packs: what the tile takes; width: whole packs of channels; room: as in Threads.
-  FD_HD Shared(const void* memory, int groups, int width, int room, int64_t packs) {
-    Memory left{reinterpret_cast<uintptr_t>(memory)};
-    warps = left.take<double>(kMostThreads / kWarp);
-    sums = left.take<double>(groups);
-    moments = left.take<Moments>(groups);
-    for (float*& array : partial) array = left.take<float>(static_cast<int64_t>(width) * room);
-    for (float** array : {&add, &centre, &gain, &offset}) *array = left.take<float>(width);
-    tile = left.take<T>(packs * kPack<T>);
-    bytes = left.at - reinterpret_cast<uintptr_t>(memory);
+  // packs: of the tile; width: channels, padded to whole packs; room: as in Threads.
+  FD_HD NormShared(const void* memory, int groups, int width, int room, int64_t packs) {
+    SharedAllocator allocator{reinterpret_cast<uintptr_t>(memory)};
+    warps = allocator.take<double>(kMaxThreads / kWarp);
+    sums = allocator.take<double>(groups);
+    moments = allocator.take<Moments>(groups);
+    for (float*& array : partial) array = allocator.take<float>(static_cast<int64_t>(width) * room);
+    for (float** array : {&add, &centre, &gain, &offset}) *array = allocator.take<float>(width);
+    tile = allocator.take<T>(packs * kPack<T>);
+    bytes = allocator.at - reinterpret_cast<uintptr_t>(memory);
   }
 };
 
 template <class T>
 size_t shared_bytes(const NormArguments& args, int64_t groups, int64_t positions, int threads) {
   const TileShape<T> shape(args, groups, positions, threads);
-  return Shared<T>(nullptr, static_cast<int>(groups), shape.width, shape.room, shape.packs).bytes;
+  return NormShared<T>(nullptr, static_cast<int>(groups), shape.width, shape.room, shape.packs).bytes;
 }
 
 template <class T, bool kChannelsLast>
-__device__ __forceinline__ Shared<T> shared_of(const Tile<T, kChannelsLast>& tile) {
-  return Shared<T>(shared_memory, tile.groups, tile.padded_width(), tile.threads().room, 0);
+__device__ __forceinline__ NormShared<T> shared_of(const NormTile<T, kChannelsLast>& tile) {
+  return NormShared<T>(shared_memory, tile.groups, tile.padded_width(), tile.threads().room, 0);
 }
 
-// Copies the tile into shared memory and gives the moments of x + add for each of its groups, in two passes.
+// Copies the tile to shared memory, and computes the moments of x + add for each of its groups, in two passes.
 template <class T, bool kChannelsLast>
-__device__ __forceinline__ void measure(const Tile<T, kChannelsLast>& tile, const NormArguments& args,
-                                        const Shared<T>& shared, bool vector) {
-  using Tiles = Tile<T, kChannelsLast>;
+__device__ __forceinline__ void measure(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
+                                        const NormShared<T>& shared, bool vector) {
+  using Tiles = NormTile<T, kChannelsLast>;
   const T* x = static_cast<const T*>(args.x);
   const int length = tile.group_size * tile.threads().room;
   const double count = static_cast<double>(tile.group_size) * tile.positions();
   tile.each_line([&](int channel, const Line& line) {
-    float add[Tiles::kMaps], sums[Tiles::kMaps] = {};
+    float add[Tiles::kChannels], sums[Tiles::kChannels] = {};
     Tiles::read(shared.add, channel, add);
     for (int first = 0; first < line.count; first += kBatch) {
       Pack<T> packs[kBatch];
@@ -70,55 +70,57 @@ __device__ __forceinline__ void measure(const Tile<T, kChannelsLast>& tile, cons
         if (i >= line.count) break;
         store_aligned(shared.tile + line.copy_of(i), packs[k]);
         Tiles::each_item(line.items_of(i), [&](int j) {
-          sums[j % Tiles::kMaps] += to_float(packs[k].items[j]) + add[j % Tiles::kMaps];
+          sums[j % Tiles::kChannels] += to_float(packs[k].items[j]) + add[j % Tiles::kChannels];
         });
       }
     }
-    tile.keep(shared.partial[0], channel, line, sums);
+    tile.store_partial_sums(shared.partial[0], channel, line, sums);
   });
-  sum_runs(tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[0][g * length + i]; },
-           [&](int g, double sum) { shared.sums[g] = sum / count; });
+  sum_runs(
+      tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[0][g * length + i]; },
+      [&](int g, double sum) { shared.sums[g] = sum / count; });
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
     shared.centre[c] = static_cast<float>(shared.sums[c / tile.group_size]);
   }
   __syncthreads();
   tile.each_line([&](int channel, const Line& line) {
-    float add[Tiles::kMaps], centre[Tiles::kMaps], sums[Tiles::kMaps] = {}, squares[Tiles::kMaps] = {};
+    float add[Tiles::kChannels], centre[Tiles::kChannels], sums[Tiles::kChannels] = {}, squares[Tiles::kChannels] = {};
     Tiles::read(shared.add, channel, add);
     Tiles::read(shared.centre, channel, centre);
     for (int i = 0; i < line.count; ++i) {
       const Pack<T> pack = load_aligned(shared.tile + line.copy_of(i));
       Tiles::each_item(line.items_of(i), [&](int j) {
-        const float d = to_float(pack.items[j]) + add[j % Tiles::kMaps] - centre[j % Tiles::kMaps];
-        sums[j % Tiles::kMaps] += d;
-        squares[j % Tiles::kMaps] = HardwareFma::fma(d, d, squares[j % Tiles::kMaps]);
+        const float d = to_float(pack.items[j]) + add[j % Tiles::kChannels] - centre[j % Tiles::kChannels];
+        sums[j % Tiles::kChannels] += d;
+        squares[j % Tiles::kChannels] = HardwareFma::fma(d, d, squares[j % Tiles::kChannels]);
       });
     }
-    tile.keep(shared.partial[0], channel, line, sums);
-    tile.keep(shared.partial[1], channel, line, squares);
+    tile.store_partial_sums(shared.partial[0], channel, line, sums);
+    tile.store_partial_sums(shared.partial[1], channel, line, squares);
   });
-  sum_runs(tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[0][g * length + i]; },
-           [&](int g, double sum) { shared.sums[g] = sum; });
-  sum_runs(tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[1][g * length + i]; },
-           [&](int g, double sum) {
-             shared.moments[g] =
-                 shifted_moments(count, shared.centre[g * tile.group_size], shared.sums[g], sum);
-           });
+  sum_runs(
+      tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[0][g * length + i]; },
+      [&](int g, double sum) { shared.sums[g] = sum; });
+  sum_runs(
+      tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[1][g * length + i]; },
+      [&](int g, double sum) {
+        shared.moments[g] = shifted_moments(count, shared.centre[g * tile.group_size], shared.sums[g], sum);
+      });
 }
 
 template <class T, bool kChannelsLast>
-__device__ __forceinline__ void read_add(const Tile<T, kChannelsLast>& tile, const NormArguments& args,
-                                         const Shared<T>& shared) {
+__device__ __forceinline__ void read_add(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
+                                         const NormShared<T>& shared) {
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
     shared.add[c] = args.add.at(tile.sample, tile.first_channel + c);
   }
   __syncthreads();
 }
 
-// Writes the statistics of the tile's groups, if `results`, and the maps of its channels.
+// Computes the affine maps of the tile's channels and, if `results`, writes the statistics of its groups.
 template <class T, bool kChannelsLast>
-__device__ __forceinline__ void map_channels(const Tile<T, kChannelsLast>& tile, const NormArguments& args,
-                                             const Shared<T>& shared, bool results) {
+__device__ __forceinline__ void map_channels(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
+                                             const NormShared<T>& shared, bool results) {
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
     const int g = c / tile.group_size;
     const Moments moments = shared.moments[g];
@@ -129,8 +131,8 @@ __device__ __forceinline__ void map_channels(const Tile<T, kChannelsLast>& tile,
       args.rstd[row] = rstd;
     }
     const Affine to_z = affine(args, tile.sample, tile.first_channel + c);
-    const ChannelMap map = channel_map(moments.mean, args.add.at(tile.sample, tile.first_channel + c), rstd,
-                                       to_z.slope, to_z.intercept);
+    const ChannelMap map =
+        channel_map(moments.mean, args.add.at(tile.sample, tile.first_channel + c), rstd, to_z.slope, to_z.intercept);
     shared.centre[c] = map.centre;
     shared.gain[c] = map.gain;
     shared.offset[c] = map.offset;
@@ -138,14 +140,14 @@ __device__ __forceinline__ void map_channels(const Tile<T, kChannelsLast>& tile,
   __syncthreads();
 }
 
-// y from the tile's copy in shared memory, if kCopy, or else from x.
+// Writes y, from the tile's copy in shared memory if kCopy, else from x.
 template <bool kCopy, bool kSilu, class T, bool kChannelsLast>
-__device__ __forceinline__ void normalise(const Tile<T, kChannelsLast>& tile, const NormArguments& args,
-                                          const Shared<T>& shared, T* y, bool vector) {
-  using Tiles = Tile<T, kChannelsLast>;
+__device__ __forceinline__ void normalise(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
+                                          const NormShared<T>& shared, T* y, bool vector) {
+  using Tiles = NormTile<T, kChannelsLast>;
   const T* x = static_cast<const T*>(args.x);
   tile.each_line([&](int channel, const Line& line) {
-    float centre[Tiles::kMaps], gain[Tiles::kMaps], offset[Tiles::kMaps];
+    float centre[Tiles::kChannels], gain[Tiles::kChannels], offset[Tiles::kChannels];
     Tiles::read(shared.centre, channel, centre);
     Tiles::read(shared.gain, channel, gain);
     Tiles::read(shared.offset, channel, offset);
@@ -155,8 +157,8 @@ __device__ __forceinline__ void normalise(const Tile<T, kChannelsLast>& tile, co
       for (int k = 0; k < kBatch; ++k) {
         const int i = first + k;
         if (i >= line.count) break;
-        packs[k] = kCopy ? load_aligned(shared.tile + line.copy_of(i))
-                         : load(x + line.at_of(i), line.items_of(i), vector);
+        packs[k] =
+            kCopy ? load_aligned(shared.tile + line.copy_of(i)) : load(x + line.at_of(i), line.items_of(i), vector);
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
@@ -164,7 +166,7 @@ __device__ __forceinline__ void normalise(const Tile<T, kChannelsLast>& tile, co
         if (i >= line.count) break;
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) {
-          const int map = j % Tiles::kMaps;
+          const int map = j % Tiles::kChannels;
           const float z = HardwareFma::fma(to_float(packs[k].items[j]) - centre[map], gain[map], offset[map]);
           from_float(kSilu ? quotient<T>(z, one_plus_exp<T>(z)) : z, packs[k].items[j]);
         }
@@ -175,8 +177,8 @@ __device__ __forceinline__ void normalise(const Tile<T, kChannelsLast>& tile, co
 }
 
 template <bool kCopy, class T, bool kChannelsLast>
-__device__ __forceinline__ void normalise(const Tile<T, kChannelsLast>& tile, const NormArguments& args,
-                                          const Shared<T>& shared, T* y, bool vector) {
+__device__ __forceinline__ void normalise(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
+                                          const NormShared<T>& shared, T* y, bool vector) {
   if (args.silu) {
     normalise<kCopy, true>(tile, args, shared, y, vector);
   } else {
@@ -185,9 +187,10 @@ __device__ __forceinline__ void normalise(const Tile<T, kChannelsLast>& tile, co
 }
 
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads, 1) whole_kernel(const NormArguments args, const Division division, T* y) {
-  const Tile<T, kChannelsLast> tile(args, division);
-  const Shared<T> shared = shared_of(tile);
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    whole_kernel(const NormArguments args, const Division division, T* y) {
+  const NormTile<T, kChannelsLast> tile(args, division);
+  const NormShared<T> shared = shared_of(tile);
   read_add(tile, args, shared);
   measure(tile, args, shared, division.vector);
   map_channels(tile, args, shared, true);
@@ -196,16 +199,16 @@ __global__ void __launch_bounds__(kMostThreads, 1) whole_kernel(const NormArgume
 
 // moments: [N, chunks, G].
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     moments_kernel(const NormArguments args, const Division division, Moments* moments) {
-  Tile<T, kChannelsLast> tile(args, division);
+  NormTile<T, kChannelsLast> tile(args, division);
   moments += (tile.sample * division.chunks + tile.chunk) * args.groups + tile.first_group;
   const int64_t begin = tile.chunk * division.chunk;
   const int64_t end = begin + division.chunk < args.positions ? begin + division.chunk : args.positions;
   for (int64_t first = begin; first < end; first += division.tile) {
     tile.take(args, first, end - first < division.tile ? end - first : division.tile);
-    const Shared<T> shared = shared_of(tile);
-    __syncthreads();  // with what the last tile left
+    const NormShared<T> shared = shared_of(tile);
+    __syncthreads();  // until no thread reads the tile before
     read_add(tile, args, shared);
     measure(tile, args, shared, division.vector);
     for (int g = threadIdx.x; g < tile.groups; g += blockDim.x) {
@@ -215,22 +218,24 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 }
 
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     apply_kernel(const NormArguments args, const Division division, T* y, const Moments* moments) {
-  const Tile<T, kChannelsLast> tile(args, division);
-  const Shared<T> shared = shared_of(tile);
+  const NormTile<T, kChannelsLast> tile(args, division);
+  const NormShared<T> shared = shared_of(tile);
   moments += tile.sample * division.chunks * args.groups + tile.first_group;
   const auto part = [&](int g, int i) -> const Moments& { return moments[i * args.groups + g]; };
   const double count = static_cast<double>(tile.group_size) * static_cast<double>(args.positions);
-  sum_runs(tile.groups, division.chunks, shared.warps,
-           [&](int g, int i) { return part(g, i).mean * (part(g, i).count / count); },
-           [&](int g, double mean) { shared.sums[g] = mean; });
-  sum_runs(tile.groups, division.chunks, shared.warps,
-           [&](int g, int i) {
-             const double off = part(g, i).mean - shared.sums[g];
-             return part(g, i).m2 + part(g, i).count * off * off;
-           },
-           [&](int g, double m2) { shared.moments[g] = {count, shared.sums[g], m2}; });
+  sum_runs(
+      tile.groups, division.chunks, shared.warps,
+      [&](int g, int i) { return part(g, i).mean * (part(g, i).count / count); },
+      [&](int g, double mean) { shared.sums[g] = mean; });
+  sum_runs(
+      tile.groups, division.chunks, shared.warps,
+      [&](int g, int i) {
+        const double off = part(g, i).mean - shared.sums[g];
+        return part(g, i).m2 + part(g, i).count * off * off;
+      },
+      [&](int g, double m2) { shared.moments[g] = {count, shared.sums[g], m2}; });
   map_channels(tile, args, shared, tile.chunk == 0);
   normalise<false>(tile, args, shared, y, division.vector);
 }
@@ -242,7 +247,7 @@ void run(const Tensor& x, const NormArguments& args, T* y) {
     return static_cast<int64_t>(shared_bytes<T>(args, groups, positions, threads));
   };
   const Division division =
-      divide<T>(args, sizeof(T), kMostThreads, device_limits(), aligned_16(args.x) && aligned_16(y), bytes);
+      divide<T>(args, sizeof(T), kMaxThreads, device_limits(), aligned_16(args.x) && aligned_16(y), bytes);
   const unsigned grid = grid_of(division.blocks(args));
   const cudaStream_t stream = current_stream(x);
   const size_t shared = bytes(division.groups, division.tile, division.threads);
@@ -267,9 +272,9 @@ void run(const Tensor& x, const NormArguments& args, void* y) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, int64_t num_groups, std::optional<Tensor> weight,
-                                                   std::optional<Tensor> bias, double eps,
-                                                   std::optional<Tensor> add, std::optional<Tensor> scale,
-                                                   std::optional<Tensor> shift, bool silu) {
+                                                   std::optional<Tensor> bias, double eps, std::optional<Tensor> add,
+                                                   std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                                   bool silu) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   return checked_norm(x, num_groups, weight, bias, eps, add, scale, shift, silu,
                       [&](const NormArguments& args, void* y) {

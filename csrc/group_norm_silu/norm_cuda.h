@@ -1,8 +1,8 @@
-// How CUDA's group_norm_silu divides its work. A block takes a tile: positions of some whole groups of one sample.
+// How CUDA's group_norm_silu divides its work. A block works on a tile: positions of some whole groups of one sample.
 //
-// A tile is rows of packs of 16 bytes; a row is a position in channels_last, else a channel. A thread has some
-// lines of packs, always the same ones: down the rows in channels_last, so that its channels stay, and along a
-// row otherwise. So the same code serves both layouts, with the numbers of kMaps channels in registers.
+// A tile is rows of packs of 16 bytes; a row is a position in channels_last, else a channel. A thread has some lines of
+// packs, always the same ones: down the rows in channels_last, so that its channels stay the same, and along a row
+// otherwise. So the same code serves both layouts, with the numbers of kChannels channels in registers.
 #pragma once
 
 #include "cuda/launch.h"
@@ -12,8 +12,9 @@ namespace fused_diffusion {
 
 constexpr int kWarp = 32;
 
-// How the launch divides the tensor: blocks of `groups` groups, `chunks` of `chunk` positions each, loaded into
-// shared memory `tile` positions at a time. `vector`: every pack of 16 bytes is aligned and inside of its row.
+// How a launch divides the tensor: each block has `groups` groups and one of `chunks` chunks of `chunk` positions,
+// which it loads into shared memory `tile` positions at a time. vector: whether all packs of 16 bytes are aligned and
+// within a row.
 struct Division {
   int64_t chunk, tile;
   int chunks, groups, group_blocks, threads;
@@ -30,21 +31,21 @@ struct Pack {
   T items[kPack<T>];
 };
 
-struct alignas(16) Words4 {
+struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
 template <class T>
 __device__ __forceinline__ Pack<T> load_aligned(const T* from) {
-  return bit_cast<Pack<T>>(*reinterpret_cast<const Words4*>(from));
+  return bit_cast<Pack<T>>(*reinterpret_cast<const Bytes16*>(from));
 }
 
 template <class T>
 __device__ __forceinline__ void store_aligned(T* to, const Pack<T>& pack) {
-  *reinterpret_cast<Words4*>(to) = bit_cast<Words4>(pack);
+  *reinterpret_cast<Bytes16*>(to) = bit_cast<Bytes16>(pack);
 }
 
-// `count` of a pack's numbers exist, or more than all; the others are 0.
+// The first `count` of a pack's numbers exist, or all if there are more; the others are 0.
 template <class T>
 __device__ __forceinline__ Pack<T> load(const T* from, int count, bool vector) {
   if (vector) return load_aligned(from);
@@ -63,7 +64,8 @@ __device__ __forceinline__ void store(T* to, const Pack<T>& pack, int count, boo
   }
 }
 
-// Packs number 0 to count - 1 of a thread: where they lie in the tensor and in a tile's copy of it.
+// The packs of a thread along one line, number 0 to count - 1: how many items pack i has before the row's end, its
+// offset in the tile's copy in shared memory, and its offset in the tensor.
 struct Line {
   int count, items, items_step, copy, copy_step;
   int64_t at, step;
@@ -74,8 +76,8 @@ struct Line {
   __device__ int64_t at_of(int i) const { return at + i * step; }
 };
 
-// How `threads` threads, a power of two, share rows of packs: `across` along a row, `down` rows at once. `room`:
-// how many sums there are of one channel, which several threads have part of.
+// How `threads` threads, a power of two, divide rows of packs: `across` threads along a row, `down` rows at a time.
+// room: the number of partial sums of a channel, one for each thread or warp that has a part of it.
 struct Threads {
   int across, down, room;
 
@@ -83,24 +85,24 @@ struct Threads {
     if (channels_last) {
       across = packs < threads ? packs : threads;
       down = threads / across;
-      room = down | 1;  // odd, for the banks
+      room = down | 1;  // odd, to avoid conflicts of shared memory's banks
     } else {
       while (across < packs && across < threads && (across < kWarp || across * rows < threads)) across *= 2;
       down = threads / across;
-      room = across > kWarp ? across / kWarp : 1;  // a warp adds up its own
+      room = across > kWarp ? across / kWarp : 1;  // a warp first adds up the parts of its threads
     }
   }
 };
 
 template <class T, bool kChannelsLast>
-struct Tile {
-  static constexpr int kMaps = kChannelsLast ? kPack<T> : 1;  // channels that a pack holds
+struct NormTile {
+  static constexpr int kChannels = kChannelsLast ? kPack<T> : 1;  // channels that a pack holds
 
   int64_t sample, at, row_stride;
   int chunk, first_group, groups, group_size, first_channel, width, rows, row, packs;
 
   // The positions of this block's chunk.
-  __device__ Tile(const NormArguments& args, const Division& division) {
+  __device__ NormTile(const NormArguments& args, const Division& division) {
     const int64_t block = blockIdx.x / division.group_blocks;
     first_group = static_cast<int>(blockIdx.x % division.group_blocks) * division.groups;
     sample = block / division.chunks;
@@ -114,10 +116,10 @@ struct Tile {
     take(args, chunk * division.chunk, division.chunk);
   }
 
-  // Other positions: from `first` on, up to `count` of them.
+  // Moves the tile to other positions: from `first` on, at most `count` of them.
   __device__ void take(const NormArguments& args, int64_t first, int64_t count) {
-    const int64_t left = args.positions - first;
-    const int positions = static_cast<int>(left < count ? left : count);
+    const int64_t remaining = args.positions - first;
+    const int positions = static_cast<int>(remaining < count ? remaining : count);
     at = sample * args.channels * args.positions +
          (kChannelsLast ? first * args.channels + first_channel : first_channel * args.positions + first);
     rows = kChannelsLast ? positions : width;
@@ -131,7 +133,7 @@ struct Tile {
 
   __device__ Threads threads() const { return Threads(kChannelsLast, rows, packs, blockDim.x); }
 
-  // pass(first channel, line) for each of the thread's lines; all threads of a warp have equally many.
+  // Calls pass(first channel, line) for each of the thread's lines. All threads of a warp have equally many.
   template <class Pass>
   __device__ __forceinline__ void each_line(const Pass& pass) const {
     const int across = threads().across, down = threads().down;
@@ -153,8 +155,8 @@ struct Tile {
     }
   }
 
-  // each(j) for every number of a pack that exists. In channels_last those beyond the row are in channels of
-  // their own, whose sums nobody reads.
+  // Calls each(j) for every number of a pack that exists. In channels_last also for those beyond the row's end: they
+  // count as channels whose sums are not read.
   template <class Each>
   static __device__ __forceinline__ void each_item(int count, const Each& each) {
     if (kChannelsLast || count >= kPack<T>) {
@@ -168,19 +170,20 @@ struct Tile {
     }
   }
 
-  // The numbers that a line needs of its channels, from an array with room for whole packs of them.
-  static __device__ __forceinline__ void read(const float* from, int channel, float (&to)[kMaps]) {
+  // A line's channels' values, from an array that is padded to whole packs.
+  static __device__ __forceinline__ void read(const float* from, int channel, float (&to)[kChannels]) {
 #pragma unroll
-    for (int j = 0; j < kMaps; ++j) to[j] = from[channel + j];
+    for (int j = 0; j < kChannels; ++j) to[j] = from[channel + j];
   }
 
-  // Keeps what a line sums up to for each of its channels: `partial` is [width][room].
-  __device__ __forceinline__ void keep(float* partial, int channel, const Line& line, float (&sums)[kMaps]) const {
+  // Stores a line's sums for each of its channels: partial is [width][room].
+  __device__ __forceinline__ void store_partial_sums(float* partial, int channel, const Line& line,
+                                                     float (&sums)[kChannels]) const {
     const Threads t = threads();
     if constexpr (kChannelsLast) {
       const int lane = threadIdx.x / t.across;
 #pragma unroll
-      for (int j = 0; j < kMaps; ++j) {
+      for (int j = 0; j < kChannels; ++j) {
         if (channel + j < width) {
           partial[(channel + j) * t.room + lane] = sums[j];
           if (lane == 0 && t.room > t.down) partial[(channel + j) * t.room + t.down] = 0.0f;
@@ -194,7 +197,7 @@ struct Tile {
   }
 };
 
-// The sum over each team of threads, a power of two. Every thread of the block calls it.
+// The sum over each team of `team` consecutive threads, a power of two. All threads of the block must call it.
 __device__ __forceinline__ double team_sum(double value, int team, double* warps) {
   for (int offset = (team < kWarp ? team : kWarp) / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(~0u, value, offset);
@@ -209,8 +212,8 @@ __device__ __forceinline__ double team_sum(double value, int team, double* warps
   return sum;
 }
 
-// put(run, the sum of value(run, i) over i < length) for each of `runs` runs, by one thread each. What was written
-// to shared memory before may be read by value, and what put writes, by all threads after.
+// Calls put(run, sum of value(run, i) over i < length) for each of `runs` runs, in one thread each. Synchronises the
+// block before and after, so that `value` may read what any thread wrote, and any thread what `put` wrote.
 template <class Value, class Put>
 __device__ __forceinline__ void sum_runs(int runs, int length, double* warps, const Value& value, const Put& put) {
   const int threads = blockDim.x, me = threadIdx.x;
@@ -230,7 +233,7 @@ __device__ __forceinline__ void sum_runs(int runs, int length, double* warps, co
   __syncthreads();
 }
 
-// What takes the normalised x to z: z = xhat * slope + intercept.
+// z = xhat * slope + intercept, for the normalised xhat.
 struct Affine {
   float slope, intercept;
 };
@@ -240,7 +243,7 @@ __device__ __forceinline__ Affine affine(const NormArguments& args, int64_t n, i
   return {args.weight.at(n, c) * scale, args.bias.at(n, c) * scale + args.shift.at(n, c)};
 }
 
-// 1 / (1 + e^-z) is quotient(1, one_plus_exp(z)), in the digits that T holds.
+// a / b; the sigmoid 1 / (1 + e^-z) is quotient(1, one_plus_exp(z)). Both are approximate where T has 16 bits.
 template <class T>
 __device__ __forceinline__ float quotient(float a, float b) {
   return sizeof(T) == 4 ? a / b : __fdividef(a, b);
@@ -251,8 +254,8 @@ __device__ __forceinline__ float one_plus_exp(float z) {
   return 1.0f + (sizeof(T) == 4 ? expf(-z) : __expf(-z));
 }
 
-// Shared memory, handed out from the front in steps of 16 bytes; from 0 on it only counts.
-struct Memory {
+// Hands out memory from its front, in multiples of 16 bytes. Begun at address 0, it only counts bytes.
+struct SharedAllocator {
   uintptr_t at;
 
   template <class T>
@@ -265,13 +268,13 @@ struct Memory {
 
 // ---- The host's side.
 
-constexpr int64_t kTileBytes = 32 << 10;       // several blocks to a multiprocessor
-constexpr int64_t kChunkBytes = 16 << 10;      // worth a block
-constexpr int64_t kSectorBytes = 32;           // what memory moves at least
-constexpr int64_t kLeastWidth = 16;            // channels to a block in channels_last
-constexpr int64_t kMostChunks = 256;
+constexpr int64_t kTileBytes = 32 << 10;   // so that several blocks fit on a multiprocessor
+constexpr int64_t kChunkBytes = 16 << 10;  // below this a block does not pay
+constexpr int64_t kSectorBytes = 32;       // the smallest transfer of memory
+constexpr int64_t kMinWidth = 16;          // channels of a block in channels_last
+constexpr int64_t kMaxChunks = 256;
 
-// What a tile's room in shared memory depends on; packs: all of them.
+// The numbers that a tile's shared memory depends on. packs: of the whole tile.
 template <class T>
 struct TileShape {
   int64_t packs;
@@ -288,7 +291,7 @@ struct TileShape {
 };
 
 struct Device {
-  int64_t processors, shared;  // shared: bytes that a block may have
+  int64_t processors, shared;  // multiprocessors, and bytes of shared memory that a block may have
 };
 
 inline Device device_limits() {
@@ -300,40 +303,40 @@ inline Device device_limits() {
 }
 
 // More threads to a block where there are few blocks, or few fit on a multiprocessor.
-inline int threads_for(int64_t tile_bytes, int64_t blocks, int most, const Device& device) {
+inline int threads_for(int64_t tile_bytes, int64_t blocks, int max_threads, const Device& device) {
   int threads = 256;
   const bool few = blocks < 2 * device.processors;
-  while (threads < most && (few || tile_bytes > threads * 192) && tile_bytes / 16 >= 4 * threads) threads *= 2;
+  while (threads < max_threads && (few || tile_bytes > threads * 192) && tile_bytes / 16 >= 4 * threads) threads *= 2;
   return threads;
 }
 
-// The least number of groups, at least kLeastWidth channels if there are as many, whose rows are whole units.
-inline int64_t least_groups(const NormArguments& args, int64_t unit) {
+// The smallest number of groups with at least kMinWidth channels, or all groups, whose rows are multiples of `unit`.
+inline int64_t min_groups(const NormArguments& args, int64_t unit) {
   const int64_t size = args.group_size();
   int64_t step = 1;
   while (step < unit && step * size % unit != 0) ++step;
-  return std::min(args.groups, divide_up(divide_up(kLeastWidth, size), step) * step);
+  return std::min(args.groups, divide_up(divide_up(kMinWidth, size), step) * step);
 }
 
-// Whole maps where bytes(groups, positions, threads) fits in a block's shared memory, and chunks of them if not, or
-// where so few tiles would leave the device idle. `element`: bytes that a tile keeps for each number.
+// A tile holds all positions if bytes(groups, positions, threads) fit in a block's shared memory. Otherwise, or if so
+// few tiles would leave the device idle, positions are divided into chunks. element: bytes of a tile for each number.
 template <class T, class Bytes>
-Division divide(const NormArguments& args, int64_t element, int most_threads, const Device& device,
-                bool aligned, const Bytes& bytes) {
+Division divide(const NormArguments& args, int64_t element, int max_threads, const Device& device, bool aligned,
+                const Bytes& bytes) {
   const int64_t size = args.group_size(), positions = args.positions, pack = kPack<T>;
   const bool last = args.channels_last;
   const auto blocks = [&](int64_t groups) { return args.samples * divide_up(args.groups, groups); };
   const auto tile_bytes = [&](int64_t groups) { return groups * size * positions * element; };
   const auto threads = [&](int64_t groups) {
-    return threads_for(tile_bytes(groups), blocks(groups), most_threads, device);
+    return threads_for(tile_bytes(groups), blocks(groups), max_threads, device);
   };
   const auto fits = [&](int64_t groups) { return bytes(groups, positions, threads(groups)) <= device.shared; };
 
   const int64_t sector = kSectorBytes / static_cast<int64_t>(sizeof(T));
   int64_t groups = 1;
   if (last) {
-    groups = least_groups(args, args.channels % sector == 0 ? sector : 1);
-    const int64_t fewer = least_groups(args, args.channels % pack == 0 ? pack : 1);
+    groups = min_groups(args, args.channels % sector == 0 ? sector : 1);
+    const int64_t fewer = min_groups(args, args.channels % pack == 0 ? pack : 1);
     if (!fits(groups) && fits(fewer)) groups = fewer;
   }
   const bool whole = fits(groups);
@@ -342,18 +345,20 @@ Division divide(const NormArguments& args, int64_t element, int most_threads, co
     groups *= 2;
   }
   const bool idle = 2 * blocks(groups) <= device.processors && tile_bytes(groups) >= 4 * kChunkBytes;
-  Division division{positions, positions, 1, static_cast<int>(groups),
-                    static_cast<int>(divide_up(args.groups, groups)), threads(groups), false};
+  Division division{
+      positions,       positions, 1, static_cast<int>(groups), static_cast<int>(divide_up(args.groups, groups)),
+      threads(groups), false};
   if (!whole || idle) {
     const int64_t wanted = divide_up(whole ? device.processors : 4 * device.processors, blocks(groups));
-    const int64_t chunks = std::min(std::min(wanted, kMostChunks), tile_bytes(groups) / kChunkBytes);
-    // Of whole packs, where positions lie side by side.
+    const int64_t chunks = std::min(std::min(wanted, kMaxChunks), tile_bytes(groups) / kChunkBytes);
+    // A multiple of a pack, which matters where positions are consecutive in memory.
     division.chunk = std::min(positions, divide_up(divide_up(positions, std::max<int64_t>(chunks, 1)), pack) * pack);
     division.chunks = static_cast<int>(divide_up(positions, division.chunk));
     division.threads = 256;
     const int64_t step = last ? 1 : pack, fitting = std::max<int64_t>(kTileBytes / (groups * size * element), 1);
     division.tile = divide_up(std::min(division.chunk, fitting), step) * step;
-    while (division.tile > step && bytes(groups, division.tile, division.threads) > device.shared) division.tile -= step;
+    while (division.tile > step && bytes(groups, division.tile, division.threads) > device.shared)
+      division.tile -= step;
   }
   const int64_t row = last ? groups * size : division.chunk, whole_row = last ? args.channels : positions;
   division.vector = aligned && whole_row % pack == 0 && (row == whole_row || row % pack == 0);

@@ -1,45 +1,18 @@
-// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011) and Box-Muller in float32: the lines that every
-// processor runs. No operation here may be contracted or reassociated, so all of them give the same bits.
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011) and the Box-Muller transform in float32, for every processor. No
+// operation here may be contracted or reassociated, so all processors compute the same bits.
+//
+// M is the scalar arithmetic: HardwareFma, PortableFma, or Scalar of simd/vec.h.
 #pragma once
 
 #include "common/common.h"
 
 namespace fused_diffusion {
 
-// A word is the low half of a 64-bit lane; what its high half holds does not matter. So each round is two
-// products, two shifts and two exclusive ors, in a scalar as in a vector, and no lane is ever moved.
-template <class Lanes>
-struct Words {
-  Lanes w0, w1, w2, w3;
-};
-
 FD_HD uint64_t wide_product(uint64_t word, uint32_t constant) {
   return static_cast<uint64_t>(static_cast<uint32_t>(word)) * constant;
 }
 
-template <class Lanes>
-FD_HD Words<Lanes> philox_round(const Words<Lanes>& c, uint32_t k0, uint32_t k1) {
-  const Lanes p0 = wide_product(c.w0, 0xD2511F53u), p1 = wide_product(c.w2, 0xCD9E8D57u);
-  return {p1 >> 32 ^ c.w1 ^ static_cast<uint64_t>(k0), p1, p0 >> 32 ^ c.w3 ^ static_cast<uint64_t>(k1), p0};
-}
-
-constexpr int kRounds = 10;
-
-// Counters of several blocks with one key, round by round, so that their latencies overlap.
-template <int kCount, class Lanes>
-FD_HD void philox4x32(Words<Lanes> (&c)[kCount], uint64_t seed) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
-  for (int round = 0; round < kRounds; ++round) {
-    for (int i = 0; i < kCount; ++i) c[i] = philox_round(c[i], k0, k1);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
+#include "philox/rounds.h"
 
 // One block of four normals: counter (block, stream, sample_id), key seed.
 FD_HD Words<uint32_t> philox_block(uint32_t block, uint32_t stream, uint64_t sample_id, uint64_t seed) {
@@ -53,7 +26,7 @@ FD_HD Words<uint32_t> philox_block(uint32_t block, uint32_t stream, uint64_t sam
 template <class M>
 FD_HD void box_muller_radius(uint32_t w, float& radius, float& tail) {
   // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-  const int32_t bits = bit_cast<int32_t>(M::fma(M::from_word(w), 0x1p-32f, 0x1p-33f));
+  const int32_t bits = bit_cast<int32_t>(M::fma(M::from_uint32(w), 0x1p-32f, 0x1p-33f));
   const int32_t e = (bits - 0x3F3504F3) >> 23;
   const float f = bit_cast<float>(bits - static_cast<int32_t>(static_cast<uint32_t>(e) << 23)) - 1.0f;
 
@@ -81,7 +54,7 @@ FD_HD void box_muller_radius(uint32_t w, float& radius, float& tail) {
   const float x = log + log_tail;
   const float x_tail = (log - x) + log_tail;
   radius = __builtin_sqrtf(x);
-  // One Newton step; 12 % accuracy is plenty for 1 / (2 radius) here, and it is finite at radius 0.
+  // One Newton step, for which an approximation of 1 / (2 radius) to 12 % is enough; it is finite at radius 0.
   const float half_reciprocal = bit_cast<float>(0x7E7311C7 - bit_cast<int32_t>(radius));
   tail = (M::fma(-radius, radius, x) + x_tail) * half_reciprocal;
 }
@@ -89,8 +62,8 @@ FD_HD void box_muller_radius(uint32_t w, float& radius, float& tail) {
 // (radius + tail) * (cos, sin)(2 pi u); the angle is reduced in turns, where that is exact.
 template <class M>
 FD_HD void box_muller_rotate(float radius, float tail, uint32_t w, float& n0, float& n1) {
-  const float turns = M::fma(M::from_word(w), 0x1p-30f, 0x1p-31f);  // 4 u
-  const float shifted = turns + 0x1.8p23f;  // the low bits of this sum are round(turns)
+  const float turns = M::fma(M::from_uint32(w), 0x1p-30f, 0x1p-31f);  // 4 u
+  const float shifted = turns + 0x1.8p23f;  // adding 1.5 * 2^23 rounds turns to an integer, in the low bits
   const uint32_t quarter = bit_cast<uint32_t>(shifted);
   const float f = turns - (shifted - 0x1.8p23f);
   const float g = f * f;
@@ -123,6 +96,5 @@ FD_HD void box_muller(uint32_t w0, uint32_t w1, float& n0, float& n1) {
   box_muller_radius<M>(w0, radius, tail);
   box_muller_rotate<M>(radius, tail, w1, n0, n1);
 }
-
 
 }  // namespace fused_diffusion

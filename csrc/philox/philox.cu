@@ -11,9 +11,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-__global__ void __launch_bounds__(kThreads)
-    philox_normal_kernel(float* out, const int64_t* sample_ids, int64_t batch, int64_t elements, uint64_t seed,
-                         uint32_t stream) {
+__global__ void __launch_bounds__(kThreads) philox_normal_kernel(float* out, const int64_t* sample_ids, int64_t batch,
+                                                                 int64_t elements, uint64_t seed, uint32_t stream) {
   const int64_t blocks = (elements + 3) / 4, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const bool vector = elements % 4 == 0;
   for (int64_t sample = blockIdx.y; sample < batch; sample += gridDim.y) {
@@ -27,8 +26,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Tensor philox_normal(const Tensor& sample_ids, int64_t seed, int64_t stream, int64_t elements) {
-  STD_TORCH_CHECK(sample_ids.dim() == 1 && sample_ids.is_contiguous() &&
-                      sample_ids.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(sample_ids.dim() == 1 && sample_ids.is_contiguous() && sample_ids.scalar_type() == ScalarType::Long,
                   "sample_ids must be a contiguous int64 vector");
   STD_TORCH_CHECK(elements >= 0 && elements <= int64_t{1} << 34, "elements must be in [0, 2**34]");
   STD_TORCH_CHECK(stream >= 0 && stream <= UINT32_MAX, "stream must be in [0, 2**32)");

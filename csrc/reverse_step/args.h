@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/channels_last.h"
 #include "reverse_step/math.h"
 
 namespace fused_diffusion {
@@ -17,13 +18,8 @@ using torch::stable::Tensor;
 
 enum class Type { float32, bfloat16, float16 };
 
-// Where the elements of an image lie, in elements: contiguous, channels_last, or channels of a wider tensor.
-struct Layout {
-  int64_t sample, channel, position;
-};
-
-// What a kernel needs; null pointers stand for None. x and x_next may be one, as may x0_prev and x0.
-// `counter` is (step, seed, stream of step 0, CUDA blocks that are done with this step): the row is
+// The arguments of a kernel; null pointers stand for None. x and x_next may be the same memory, as may x0_prev and x0.
+// counter: step, seed, noise stream of step 0, and the number of CUDA blocks that have finished this step. The row is
 // table[step], the noise stream is stream + step.
 struct StepArguments {
   const float* x;
@@ -36,13 +32,13 @@ struct StepArguments {
   const int64_t* sample_ids;
   float* x_next;
   float* x0;
-  void* unet_input;  // of type input_type and layout input, `copies` times the batch
-  int64_t batch, channels, positions, rows, copies;
-  Layout output, input;
+  void* unet_input;  // of type input_type and layout input: the batch, `replicas` times
+  int64_t batch, channels, positions, rows, replicas;
+  ImageLayout output, input;
   Type output_type, input_type;
   bool learned_variance;  // cond and uncond then hold 2 * channels
-  bool has_x0_prev;       // whose pointer is null where x is empty, too
-  bool in_place;          // the counter then goes on to the next step
+  bool has_x0_prev;       // not whether x0_prev is null, as it is for an empty x too
+  bool in_place;          // whether the counter's step is incremented
 };
 
 inline Type type_of(const Tensor& tensor, const char* name) {
@@ -53,38 +49,22 @@ inline Type type_of(const Tensor& tensor, const char* name) {
   return Type::float16;
 }
 
-// The layout of [B, C, ...], if its positions lie at one distance from each other.
-inline Layout layout_of(const Tensor& tensor, const char* name) {
-  if (tensor.numel() == 0) return {0, 0, 1};  // whose strides say nothing
-  Layout layout{tensor.stride(0), tensor.stride(1), 1};
-  int64_t expected = 0, positions = 1;
-  for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
-    positions *= tensor.size(d);
-    if (tensor.size(d) == 1) continue;
-    if (expected == 0) expected = layout.position = tensor.stride(d);
-    STD_TORCH_CHECK(tensor.stride(d) == expected, name, " must be contiguous or channels_last");
-    expected *= tensor.size(d);
-  }
-  if (tensor.size(1) == 1) layout.channel = positions * layout.position;
-  return layout;
-}
-
 inline void check_float(const Tensor& tensor, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
                       tensor.numel() == like.numel() && tensor.device() == like.device(),
                   name, " must be contiguous float32 of x's shape, on x's device");
 }
 
-// [multiple of B, C, ...] for x [B, C, ...], on its device; `wider` allows 2C channels.
-inline void check_images(const Tensor& tensor, const Tensor& x, int64_t most, bool wider, const char* name) {
+// Checks for [B, C, ...] or, by max_replicas and `wider`, [2B, C, ...] or [B, 2C, ...], where x is [B, C, ...].
+inline void check_images(const Tensor& tensor, const Tensor& x, int64_t max_replicas, bool wider, const char* name) {
   bool fits = tensor.dim() == x.dim() && tensor.device() == x.device();
   for (int64_t d = 0; fits && d < x.dim(); ++d) {
     const int64_t size = tensor.size(d);
-    fits = d == 0   ? size == x.size(0) || size == most * x.size(0)
+    fits = d == 0   ? size == x.size(0) || size == max_replicas * x.size(0)
            : d == 1 ? size == x.size(1) || (wider && size == 2 * x.size(1))
                     : size == x.size(d);
   }
-  STD_TORCH_CHECK(fits, name, " must be [B, C, ...]", most > 1 ? ", [2B, C, ...]" : "",
+  STD_TORCH_CHECK(fits, name, " must be [B, C, ...]", max_replicas > 1 ? ", [2B, C, ...]" : "",
                   wider ? " or [B, 2C, ...]" : "", ", on x's device");
 }
 
@@ -98,9 +78,9 @@ inline const T* data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? data<T>(*tensor) : nullptr;
 }
 
-inline StepArguments checked_arguments(const Tensor& x, const Tensor& model_output,
-                                       const std::optional<Tensor>& uncond, const std::optional<Tensor>& noise,
-                                       const Tensor& table, const Tensor& counter, const Tensor& sample_ids) {
+inline StepArguments checked_arguments(const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& uncond,
+                                       const std::optional<Tensor>& noise, const Tensor& table, const Tensor& counter,
+                                       const Tensor& sample_ids) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be [B, C, ...]");
   check_float(x, x, "x");
   if (noise.has_value()) check_float(*noise, x, "noise");
@@ -108,8 +88,8 @@ inline StepArguments checked_arguments(const Tensor& x, const Tensor& model_outp
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Double && table.dim() == 2 && table.is_contiguous() &&
                       table.size(0) >= 1 && table.size(1) == kRowLength && table.device() == x.device(),
                   "table must be contiguous float64 [rows, 12] with at least one row, on x's device");
-  STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 4 &&
-                      counter.is_contiguous() && counter.device() == x.device(),
+  STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 4 && counter.is_contiguous() &&
+                      counter.device() == x.device(),
                   "counter must be contiguous int64 [4]: step, seed, stream, 0; on x's device");
   STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long && sample_ids.dim() == 1 &&
                       sample_ids.size(0) == x.size(0) && sample_ids.is_contiguous() &&
@@ -119,11 +99,11 @@ inline StepArguments checked_arguments(const Tensor& x, const Tensor& model_outp
   StepArguments args{};
   args.x = data<float>(x);
   args.cond = model_output.const_data_ptr();
-  args.output = layout_of(model_output, "model_output");
+  args.output = image_layout(model_output, "model_output");
   args.output_type = type_of(model_output, "model_output");
   if (uncond.has_value()) {
     check_images(*uncond, x, 1, true, "model_output_uncond");
-    const Layout layout = layout_of(*uncond, "model_output_uncond");
+    const ImageLayout layout = image_layout(*uncond, "model_output_uncond");
     STD_TORCH_CHECK(type_of(*uncond, "model_output_uncond") == args.output_type &&
                         uncond->size(1) == model_output.size(1) && layout.sample == args.output.sample &&
                         layout.channel == args.output.channel && layout.position == args.output.position,
@@ -145,11 +125,9 @@ inline StepArguments checked_arguments(const Tensor& x, const Tensor& model_outp
 
 template <class Launch>
 std::tuple<Tensor, Tensor> checked_step(const Tensor& x, const Tensor& model_output,
-                                        const std::optional<Tensor>& uncond,
-                                        const std::optional<Tensor>& x0_prev,
-                                        const std::optional<Tensor>& noise, const Tensor& table,
-                                        const Tensor& counter, const Tensor& sample_ids,
-                                        const Launch& launch) {
+                                        const std::optional<Tensor>& uncond, const std::optional<Tensor>& x0_prev,
+                                        const std::optional<Tensor>& noise, const Tensor& table, const Tensor& counter,
+                                        const Tensor& sample_ids, const Launch& launch) {
   StepArguments args = checked_arguments(x, model_output, uncond, noise, table, counter, sample_ids);
   if (x0_prev.has_value()) check_float(*x0_prev, x, "x0_prev");
   Tensor x_next = torch::stable::empty_like(x), x0 = torch::stable::empty_like(x);
@@ -161,12 +139,12 @@ std::tuple<Tensor, Tensor> checked_step(const Tensor& x, const Tensor& model_out
   return {x_next, x0};
 }
 
-// x and x0 are read and overwritten, unet_input is overwritten, and the counter's step goes on by one.
+// Reads and overwrites x and x0, overwrites unet_input, and increments the counter's step.
 template <class Launch>
 void checked_step_in_place(const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& uncond,
-                           const std::optional<Tensor>& x0, const std::optional<Tensor>& noise,
-                           const Tensor& table, const Tensor& counter, const Tensor& sample_ids,
-                           const std::optional<Tensor>& unet_input, const Launch& launch) {
+                           const std::optional<Tensor>& x0, const std::optional<Tensor>& noise, const Tensor& table,
+                           const Tensor& counter, const Tensor& sample_ids, const std::optional<Tensor>& unet_input,
+                           const Launch& launch) {
   StepArguments args = checked_arguments(x, model_output, uncond, noise, table, counter, sample_ids);
   args.x_next = const_cast<float*>(args.x);
   if (x0.has_value()) {
@@ -177,9 +155,9 @@ void checked_step_in_place(const Tensor& x, const Tensor& model_output, const st
   if (unet_input.has_value()) {
     check_images(*unet_input, x, 2, false, "unet_input");
     args.unet_input = unet_input->mutable_data_ptr();
-    args.input = layout_of(*unet_input, "unet_input");
+    args.input = image_layout(*unet_input, "unet_input");
     args.input_type = type_of(*unet_input, "unet_input");
-    args.copies = x.size(0) > 0 ? unet_input->size(0) / x.size(0) : 0;
+    args.replicas = x.size(0) > 0 ? unet_input->size(0) / x.size(0) : 0;
   }
   args.in_place = true;
   launch(args);

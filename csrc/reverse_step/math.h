@@ -1,5 +1,5 @@
-// The reverse step in float32 (see kernels/reverse_step/__init__.py for the equations): the lines that every
-// processor runs, in the order of the reference, without contraction.
+// The arithmetic of the reverse step in float32, for every processor, in the order of the reference and without
+// contraction. kernels/ops/reverse_step/__init__.py has the equations.
 #pragma once
 
 #include "common/floats.h"
@@ -14,7 +14,8 @@ struct StepCoefficients {
   float coef_x, coef_x0, coef_x0_prev, coef_output, sigma, log_var_min, log_var_max;
 };
 
-// One row of the float64 table. A step outside of the table cannot raise on a device, so it gives NaN.
+// One row of the float64 table. A device cannot raise an error for a step outside of the table, so such a step gives
+// NaN.
 FD_HD StepCoefficients load_row(const double* table, int64_t rows, int64_t step) {
   const bool inside = step >= 0 && step < rows;
   const double* r = table + (inside ? step * kRowLength : 0);
@@ -25,9 +26,9 @@ FD_HD StepCoefficients load_row(const double* table, int64_t rows, int64_t step)
 
 // exp(x) to 1 ulp; overflows to infinity and underflows to 0 like expf.
 template <class M>
-FD_HD float exponential(float x) {
+FD_HD float exp_scalar(float x) {
   x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
-  const float shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // the low bits of this sum are n
+  const float shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
   const float n = shifted - 0x1.8p23f;
   const float r = M::fma(n, -0x1.7f7d1cp-20f, M::fma(n, -0x1.62e4p-1f, x));  // x - n ln2
   float p = 0x1.6a4f52p-10f;
@@ -54,12 +55,12 @@ FD_HD float drift(float x, float x0, float out, const StepCoefficients& row) {
   return row.coef_x * x + row.coef_x0 * x0 + row.coef_output * out;
 }
 
-// sigma where the model predicts v, its place between two log-variances.
+// sigma where the model predicts v, which interpolates between two log-variances.
 template <class M>
 FD_HD float learned_sigma(float v, const StepCoefficients& row) {
   const float fraction = (v + 1.0f) * 0.5f;
   const float log_variance = fraction * row.log_var_max + (1.0f - fraction) * row.log_var_min;
-  return row.sigma * exponential<M>(0.5f * log_variance);
+  return row.sigma * exp_scalar<M>(0.5f * log_variance);
 }
 
 }  // namespace fused_diffusion

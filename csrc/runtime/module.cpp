@@ -18,17 +18,22 @@ namespace py = pybind11;
 namespace fused_diffusion {
 namespace {
 
-std::string name_of(Simd simd) { return kSimdNames[static_cast<int>(simd)]; }
+std::string name_of(Simd simd) {
+  for (const NamedSimd& named : kNamedSimd) {
+    if (named.set == simd) return named.name;
+  }
+  return "";
+}
 
 void use_simd_by_name(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
-    if (name == kSimdNames[i]) return use_simd(static_cast<Simd>(i));
+  for (const NamedSimd& named : kNamedSimd) {
+    if (name == named.name && includes(best_simd(), named.set)) return use_simd(named.set);
   }
   throw py::value_error("this processor has no " + name);
 }
 
-// What packed weights look like, and the sizes up to which kernels serve. kernels/_native.py refuses this library where
-// kernels/_limits.py says otherwise.
+// The constants of packed weights, and the sizes up to which kernels serve. kernels/_native.py refuses a library whose
+// constants differ from kernels/_limits.py.
 py::dict limits() {
   py::dict limits;
   limits["PANEL"] = kPanel;
@@ -55,8 +60,8 @@ py::dict build() {
   build["compiler"] = "gcc " __VERSION__;
 #endif
   build["python"] = PY_VERSION;
-  build["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR) "."
-      PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
+  build["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
+      PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
   build["version"] = FD_VERSION;
   build["sources"] = FD_SOURCES;
   return build;
@@ -70,8 +75,8 @@ py::dict build() {
 PYBIND11_MODULE(_cpp, m) {
   using namespace fused_diffusion;
   m.doc() = "Recorded calls, instruction sets, limits and build information of the C++ ops.";
-  py::tuple names(std::size(kSimdNames));
-  for (size_t i = 0; i < names.size(); ++i) names[i] = kSimdNames[i];
+  py::tuple names(std::size(kNamedSimd));
+  for (size_t i = 0; i < names.size(); ++i) names[i] = kNamedSimd[i].name;
   m.attr("SIMD_VARIANTS") = names;
   m.attr("LIMITS") = limits();
   m.attr("BUILD") = build();
@@ -83,13 +88,13 @@ PYBIND11_MODULE(_cpp, m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<RecordedCalls, std::shared_ptr<RecordedCalls>>(m, "RecordedCalls", py::module_local())
       .def(py::init<>())
-      .def("__enter__", [](std::shared_ptr<RecordedCalls> self) {
-        self->begin();
-        return self;
-      })
-      .def("__exit__", [](RecordedCalls& self, const py::object& type, const py::object&, const py::object&) {
-        self.end(!type.is_none());
-      })
+      .def("__enter__",
+           [](std::shared_ptr<RecordedCalls> self) {
+             self->begin();
+             return self;
+           })
+      .def("__exit__", [](RecordedCalls& self, const py::object& type, const py::object&,
+                          const py::object&) { self.end(!type.is_none()); })
       .def("__len__", &RecordedCalls::size, Released())
       .def("run", &RecordedCalls::run, Released());
 }

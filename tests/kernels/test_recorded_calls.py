@@ -67,7 +67,7 @@ def test_an_exception_ends_the_recording():
     _, out, calls = make_calls()
     refused = [calls[0], (group_norm_affine_, (*calls[0][1][:-1], torch.empty(3)))]
     recorded = recording()
-    with pytest.raises(RuntimeError, match="map must be"), recorded:
+    with pytest.raises(RuntimeError, match="affine must be"), recorded:
         call_all(refused)
     with pytest.raises(RuntimeError, match="the recording of these calls ended in an exception"):
         recorded.run()
@@ -94,7 +94,7 @@ def test_recordings_nest():
         call_all(calls[:1])
         with recording() as inner:
             call_all(calls)
-        with pytest.raises(RuntimeError, match="map must be"), recording():
+        with pytest.raises(RuntimeError, match="affine must be"), recording():
             group_norm_affine_(*calls[0][1][:-1], torch.empty(3))
         call_all(calls[1:])
     assert len(outer) == 2

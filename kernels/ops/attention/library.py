@@ -77,15 +77,15 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
 
 define("attention")
 
-# Without a gradient, on a CPU with AMX: bfloat16 in one part, float32 in three parts of bfloat16.
+# Without a gradient, on a CPU with AMX. splits: 1 rounds to bfloat16, 3 splits a number into three bfloat16.
 torch.library.define(
     "fused_diffusion::attention_amx_",
-    "(Tensor q, Tensor k, Tensor v, float scale, int parts, Tensor(a!) out) -> ()",
+    "(Tensor q, Tensor k, Tensor v, float scale, int splits, Tensor(a!) out) -> ()",
 )
 
 
 @torch.library.register_fake("fused_diffusion::attention_amx_")
-def _fake_parts(q, k, v, scale, parts, out) -> None:
+def _fake_amx(q, k, v, scale, splits, out) -> None:
     return None
 
 

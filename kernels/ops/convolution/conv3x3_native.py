@@ -11,18 +11,20 @@ from .packing import PackedWeight
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
-# weight: as packed. bias: float32 [K]. map: see group_norm_affine_. scale: 2 reads each pixel of x as 2 x 2.
-# padding: on the left and above; what is missing on the right and below is as large as out has to have it.
-# tile: 0, 2 or 4. parts: 0, 1 or 3. See packing.Packing.
+# weight: as packed. bias: float32 [K]. affine: see group_norm_affine_. scale: 2 reads each pixel of x as
+# 2 x 2. padding: on the left and above; on the right and below it is as large as the size of out needs.
+# winograd_m: 0, 2 or 4. amx_limbs: 0, 1 or 3. These are packing.Packing's tile and parts.
 torch.library.define(
     "fused_diffusion::convolution_",
-    "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int tile, int parts, "
-    "Tensor? bias, Tensor? map, bool silu, Tensor? residual, Tensor(a!) out) -> ()",
+    "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int winograd_m, "
+    "int amx_limbs, Tensor? bias, Tensor? affine, bool silu, Tensor? residual, Tensor(a!) out) -> ()",
 )
 
 
 @torch.library.register_fake("fused_diffusion::convolution_")
-def _fake(x, weight, kernel, stride, padding, scale, tile, parts, bias, map, silu, residual, out) -> None:
+def _fake(
+    x, weight, kernel, stride, padding, scale, winograd_m, amx_limbs, bias, affine, silu, residual, out
+) -> None:
     return None
 
 
@@ -104,16 +106,16 @@ def conv3x3(
         return t.contiguous(memory_format=torch.channels_last)
 
     x = channels_last(x)
-    silu, map = activation == "silu", None
+    silu, affine = activation == "silu", None
     if num_groups is not None:
         rows = 4 if weight.packing.parts == 3 else 3  # bytes need bounds of what they multiply
-        map = x.new_empty((rows, *x.shape[:2]), dtype=torch.float32)
-        group_norm_affine_(x, num_groups, norm_weight, norm_bias, eps, add, scale, shift, silu, map)
+        affine = x.new_empty((rows, *x.shape[:2]), dtype=torch.float32)
+        group_norm_affine_(x, num_groups, norm_weight, norm_bias, eps, add, scale, shift, silu, affine)
     factor = 2 if upsample else 1
     shape = (x.shape[0], weight.shape[0], factor * x.shape[2], factor * x.shape[3])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else channels_last(residual.to(x.dtype))
     tile, parts = weight.packing.tile, weight.packing.parts
-    convolution_(x, weight.data, 3, 1, 1, factor, tile, parts, bias, map, silu, residual, out)
+    convolution_(x, weight.data, 3, 1, 1, factor, tile, parts, bias, affine, silu, residual, out)
     return out

@@ -5,17 +5,17 @@ import torch
 
 SCHEMA = (
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, "
-    "Tensor? shift, bool silu, Tensor(a!) map) -> ()"
+    "Tensor? shift, bool silu, Tensor(a!) affine) -> ()"
 )
 
-# x: [N, C, ...] in channels_last, or a range of the channels of such a tensor. map: float32 [3, N, C] or
-# [4, N, C], of which the op makes (x - map[0]) * map[1] + map[2] what goes into the activation; map[1] and
-# map[2] times -log2(e) where that is SiLU. map[3]: what the magnitudes of a channel do not exceed after it.
+# x: [N, C, ...] in channels_last, or a range of the channels of such a tensor. affine: float32 [3, N, C] or
+# [4, N, C]: centre, gain, offset and bound. (x - centre) * gain + offset is the activation's input, or that
+# times -log2(e) where the activation is SiLU; a channel's magnitudes after it are at most bound.
 torch.library.define("fused_diffusion::group_norm_affine_", SCHEMA)
 
 
 @torch.library.register_fake("fused_diffusion::group_norm_affine_")
-def _fake(x, num_groups, weight, bias, eps, add, scale, shift, silu, map) -> None:
+def _fake(x, num_groups, weight, bias, eps, add, scale, shift, silu, affine) -> None:
     return None
 
 

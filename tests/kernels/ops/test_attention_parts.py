@@ -84,7 +84,7 @@ def test_nan_stays_in_its_rows():
 
 def test_what_is_refused():
     q, k, v, out = inputs((1, 1, 8, 8), torch.float32)
-    with pytest.raises(RuntimeError, match="there are 1 or 3 parts"):
+    with pytest.raises(RuntimeError, match="splits must be 1 or 3"):
         attention_amx_(q, k, v, 1.0, 2, out)
     with pytest.raises(RuntimeError, match="k must be"):
         attention_amx_(q, k[..., :4], v, 1.0, 3, out)
