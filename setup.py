@@ -251,7 +251,7 @@ setup(
     ],
     package_dir={"diffusion": "diffusion", "diffusion.kernels": "kernels"},
     package_data={
-        "diffusion": ["recipes/*.json", "weights/**/*.json", "weights/**/*.safetensors"],
+        "diffusion": ["py.typed", "recipes/*.json", "weights/**/*.json", "weights/**/*.safetensors"],
         "diffusion.kernels": ["*.pyi"],
     },
     ext_modules=[Extension(name, sources, optional=True) for name, sources in SOURCES.items()],
