@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     unet, schedule, conventions, assumed = importers.read(args.source, flags=_flags(args.flag))
     if assumed:
-        print(f"assumed, as no --flag says otherwise: {' '.join(f'{k}={v}' for k, v in assumed.items())}")
+        values = " ".join(f"{flag}={value}" for flag, value in assumed.items())
+        print(f"assumed flags, which --flag NAME=VALUE changes: {values}")
     model = DDPM(unet, schedule, **conventions)
     model.save(args.out, source=args.source)
     parameters = sum(parameter.numel() for parameter in unet.parameters())

@@ -22,12 +22,8 @@ from ..storage.reading import name_of, open_regular
 from .image_files import FORMATS, ImageFiles
 
 MAX_PIXELS = 2**26  # of one image
-_ORIENTATION_KEYS = {
-    "exif",
-    "xmp",
-    "XML:com.adobe.xmp",
-    "Raw profile type exif",
-}  # metadata in which Pillow finds it
+# Metadata in which Pillow finds the orientation.
+_ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 # What makes an image upright, by the value of its EXIF orientation; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -1,1 +1,1 @@
-"""Judging models and their samples: accuracy, FID and its kind, and the variational bound."""
+"""Measures of models and their samples: class accuracy, FID and its kind, and the variational bound."""

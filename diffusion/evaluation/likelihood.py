@@ -24,12 +24,15 @@ def bits_per_dimension(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The variational bound of a DDPM on images uint8 [N, C, H, W], with labels int64 [N] or None.
+    """The variational bound of a DDPM on images, in bits per dimension.
 
-    Evaluates the network at every timestep for every image; the noise of image i at timestep t is a function
-    of (seed, i, t). Returns a JSON-able dict: `bits_per_dim`, the mean over the images; `standard_error` of
-    that; `prior`; `terms`, [T], the mean of each timestep's; and `images`. ValueError for images that do not
-    fit the model, or none.
+    images: uint8 [N, C, H, W]. labels: int64 [N], or None. The network is evaluated at every timestep for
+    every image, `batch_size` images at a time; the noise of image i at timestep t is a function of (seed, i,
+    t). progress: show a bar with evaluations/s.
+
+    Returns a dict that JSON can hold: `bits_per_dim`, the mean over the images; its `standard_error`;
+    `prior`, the mean prior term; `terms` [T], the mean term of each timestep; and `images`, their number.
+    ValueError for images that do not fit the model, or none.
     """
     config, schedule = config_of(model.unet), model.schedule
     shape = (config.in_channels, *config.image_shape)

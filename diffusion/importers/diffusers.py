@@ -190,7 +190,7 @@ def unet_config(config: dict[str, Any]) -> UNetConfig:
 
 
 def _levels(key: str, way: str, options: dict[str, Any], count: int) -> list[tuple[bool, str]]:
-    """For each block, whether it has attention, and the kind of its change of resolution."""
+    """Whether each block has attention, and the kind of its change of resolution."""
     names = options[key]
     if not isinstance(names, list) or len(names) != count:
         raise ValueError(f"{key} must name {count} blocks, one for each of block_out_channels")

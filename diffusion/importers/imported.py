@@ -1,4 +1,4 @@
-"""What an importer gives, and what it is."""
+"""The interface of importers: the functions that one has, and the model that it returns."""
 
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol

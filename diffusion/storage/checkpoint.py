@@ -66,7 +66,7 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")
     architecture = configured(config_of(unet))
-    unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps
+    unet = getattr(unet, "_orig_mod", unet)  # the module that torch.compile wraps
     try:
         text = json.dumps(config, indent=2, default=plain_number)
         json.dumps(config.get("metadata"), allow_nan=False, default=plain_number)

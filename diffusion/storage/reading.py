@@ -274,10 +274,7 @@ def add_tensors(digest: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> No
 
 
 def _digest(file: BinaryIO) -> str:
-    digest, chunk = (
-        hashlib.sha256(),
-        memoryview(bytearray(2**18)),
-    )  # fits a processor's cache
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(2**18))  # fits a processor's cache
     while size := file.readinto(chunk):
         digest.update(chunk[:size])
     return digest.hexdigest()

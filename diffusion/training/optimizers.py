@@ -69,8 +69,8 @@ class Optimizer:
     def __init__(self, recipe: Recipe, unet: UNet, device: torch.device):
         self.parameters = dict(unet.named_parameters())
         matrices = set(_matrices(unet)) if recipe.optimizer == "muon" else set()
-        # Fused Adam on the CPU copies tensors that are not contiguous, so it gets contiguous views [O, H, W,
-        # I] of channels_last weights. Muon gets views as matrices.
+        # Fused Adam on the CPU copies tensors that are not contiguous, so it gets contiguous views of
+        # channels_last weights, in the shape [O, H, W, I]. Muon gets views as matrices.
         self.weights = {}
         for name, parameter in self.parameters.items():
             weight = contiguous_view(parameter.detach(), parameter)

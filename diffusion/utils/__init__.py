@@ -1,1 +1,1 @@
-"""What every layer above may use: devices, memory, ranks and checks of arguments."""
+"""Helpers for all other layers: devices, memory, ranks, texts of errors and checks of arguments."""

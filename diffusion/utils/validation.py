@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 LARGEST_INTEGER = 2**63 - 1  # of int64
-LARGEST_NUMBER = torch.finfo(torch.float32).max  # all is computed in float32 in the end
+LARGEST_NUMBER = torch.finfo(torch.float32).max  # networks and samplers compute in float32
 MAX_SHOWN = 60  # characters of a wrong value in a message
 
 

@@ -490,7 +490,7 @@ def test_flags_that_nobody_gave_are_named(tmp_path, capsys):
     given = [word for flag, value in flags.items() for word in ("--flag", f"{flag}={value}")]
     main(["import", str(path), "--out", str(tmp_path / "model"), *given])
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("assumed, as no --flag says otherwise: ")
+    assert first.startswith("assumed flags, which --flag NAME=VALUE changes: ")
     assumed = dict(word.split("=") for word in first.partition(": ")[2].split())
     assert assumed["noise_schedule"] == "linear"
     assert assumed.keys().isdisjoint(flags)
