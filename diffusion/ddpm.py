@@ -61,12 +61,14 @@ class Interrupted(KeyboardInterrupt):
 class DDPM(nn.Module):
     """A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239) of images in [-1, 1].
 
-    unet: predicts from (x_t, t, label). schedule: of T timesteps. prediction_type: what the UNet puts out,
-    "epsilon", "sample" (x_0) or "v_prediction". clip: the range [-clip, clip] that predicted images are held
-    to while sampling, or None. variance: default of the "ddpm" sampler, "learned_range" for a UNet with
-    learned variance. sampler_options: this model's defaults for a sampler's options, by the sampler's name,
-    such as {"ddim": {"use_clipped_model_output": True}}, which DDIM needs under guidance. metadata: anything
-    else that `save` should write to config.json.
+    unet: the network, called with (x_t, t, label).
+    schedule: the noise schedule, of T timesteps.
+    prediction_type: output of the UNet, "epsilon", "sample" (x_0) or "v_prediction".
+    clip: predicted images are clipped to [-clip, clip] while sampling; None for no clipping.
+    variance: default of the "ddpm" sampler; "learned_range" for a UNet with learned variance.
+    sampler_options: this model's defaults for the options of samplers, by the sampler's name, such as
+        {"ddim": {"use_clipped_model_output": True}}, which DDIM needs under guidance.
+    metadata: JSON values that `save` writes to config.json as well.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class DDPM(nn.Module):
         return config_of(self.unet).num_classes
 
     def copy(self) -> "DDPM":
-        """The same model with weights of its own."""
+        """A copy with its own weights."""
         return copy.deepcopy(self)
 
     def loss(
@@ -121,12 +123,16 @@ class DDPM(nn.Module):
     ) -> torch.Tensor:
         """Mean weighted squared error of the prediction at timesteps t; a scalar.
 
-        x0: images [B, C, H, W], floats in [-1, 1]; labels: int64 [B] in 0..num_classes-1, of which a share of
-        label_dropout is replaced by the null label. t: int64 [B], by default drawn by `random_timesteps`;
-        noise: like x0, by default drawn, both from PyTorch's global generators. weighting, min_snr_gamma: see
-        `objective.loss_weight`. A UNet with learned variance adds vlb_weight times the variational bound in
-        bits per dimension, T times the mean of its terms, of which only the variance gets a gradient (Nichol
-        & Dhariwal 2021, arXiv 2102.09672, section 3.1). network: called instead of the UNet, which it wraps.
+        x0: images, float [B, C, H, W] in [-1, 1].
+        labels: int64 [B] in 0..num_classes-1, or None.
+        t: int64 [B]; by default drawn by `random_timesteps`, from PyTorch's global generators.
+        noise: like x0; by default drawn, likewise.
+        label_dropout: share of the labels that the null label replaces, 0 to 1.
+        weighting, min_snr_gamma: see `objective.loss_weight`.
+        vlb_weight: weight of the variational bound, in bits per dimension, for a UNet with learned variance.
+            The bound is T times the mean of its terms, and only the variance gets its gradient (Nichol &
+            Dhariwal 2021, arXiv 2102.09672, section 3.1).
+        network: called instead of the UNet, such as a wrapper of it.
 
         ValueError for images of another type, or, on the CPU, of values far outside [-1, 1].
         """
@@ -158,8 +164,10 @@ class DDPM(nn.Module):
     def steps(self, sampler: str = "ddpm", steps: int | None = None, **options) -> StepTable:
         """The table of a sampler for this model: "ddpm", "ddim" or "dpm++".
 
-        steps: 1..T, or None for the full chain. options: see `diffusion.steps`. ValueError for an unknown
-        sampler or option.
+        steps: 1..T, or None for the full chain.
+        options: see `diffusion.steps`.
+
+        ValueError for an unknown sampler or option.
         """
         _check_options(sampler, options)
         defaults = {"prediction_type": self.prediction_type, "clip": self.clip}
@@ -199,33 +207,36 @@ class DDPM(nn.Module):
     ) -> torch.Tensor:
         """Samples images, float32 [N, C, H, W] on the model's device, in [-1, 1] unless clip=None is given.
 
-        labels: a class for each image, or None to sample without. num_samples: N; by default one image a
-            label, or one. A single label is repeated.
+        labels: a class for each image, or None for none. A single label is repeated.
+        num_samples: N; by default the number of labels, or 1.
         guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
             0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1.
         sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
-            the batch it is made in; sample_ids are 0..N-1 by default.
-        batch_size: images made at a time (num_samples says how many there are), by default as many as the
-            device evaluates best and has free memory for; halved for as long as memory does not suffice.
-        noise: k -> [N, C, H, W], instead of the package's noise: k = 0 the initial noise, k = i + 1 that of
-            step i. With a batch_size it is called anew for each batch, so it must be a function of k.
-        backend: of the kernels; "auto" picks, and "reference" is plain PyTorch throughout.
-        precision: "exact" computes in the model's own dtype (the widest, where it has several); "fast"
-            computes in bfloat16 where the device multiplies in it. docs/speed.md shows the difference.
-        dtype: of the UNet, "float32", "bfloat16", "float16" or "float64", instead of `precision`'s choice.
-            The latent is always float32.
-        progress: show a bar with images/s. callback: called as callback(i, x, x0) after step i of a batch;
-            what it alters of the network may count from the next call on only.
+            its batch; sample_ids are 0..N-1 by default.
+        batch_size: number of images made at a time, by default as many as the device evaluates best and has
+            free memory for. It is halved while memory does not suffice.
+        noise: a function k -> [N, C, H, W] instead of the package's noise: k = 0 gives the initial noise, and
+            k = i + 1 that of step i. It is called for each batch, so it must depend on k alone.
+        backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
+        precision: "exact" computes in the model's own dtype, the widest if there are several; "fast" computes
+            the UNet in bfloat16 where the device multiplies in it. docs/speed.md compares their images.
+        dtype: of the UNet, "float32", "bfloat16", "float16" or "float64", instead of the precision's; the
+            latent is always float32.
+        device: where to compute, by default where the model is.
+        progress: show a bar with images/s.
+        callback: called as callback(i, x, x0) after step i of a batch. Changes that it makes to the network
+            take effect with the next call at the earliest.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
-        dynamic_threshold: quantile in [0, 1] that predicted images are held to instead of clip, such as 0.995
-            (Saharia et al. 2022, arXiv 2205.11487); dynamic_threshold_max: its upper bound, at least 1.
+        dynamic_threshold: quantile in [0, 1], such as 0.995, to which predicted images are clipped instead of
+            `clip` (Saharia et al. 2022, arXiv 2205.11487).
+        dynamic_threshold_max: upper bound of that threshold, at least 1.
         sampler_options: `eta`, `use_clipped_model_output` (ddim), `variance` (ddpm), `sde` (dpm++),
             `spacing`, `clip`, `guidance_interval`; see `diffusion.steps`.
 
-        Numbers may be Python's or NumPy's, or tensors without dimensions. ValueError for anything that is out
-        of range or does not fit the model. Ctrl-C raises `Interrupted`, a KeyboardInterrupt that has the
-        images finished by then.
+        Numbers may be Python's or NumPy's, or tensors without dimensions. ValueError for an argument that is
+        out of range or does not fit the model. Ctrl-C raises `Interrupted`, a KeyboardInterrupt that
+        holds the finished images.
         """
         seed = whole_number("seed", seed, 0, 2**64 - 1)
         if batch_size is not None:
@@ -254,7 +265,9 @@ class DDPM(nn.Module):
         network = self._network(device, dtype, precision, backend)
         place, config = network.device, config_of(self.unet)
         shape = (config.in_channels, *config.image_shape)
-        kernels.philox_normal((0, *shape), seed=0, device=place, backend=backend)  # or the reason why not
+        kernels.philox_normal(
+            (0, *shape), seed=0, device=place, backend=backend
+        )  # an empty call, to raise now if this backend cannot serve
         size = batch_size or len(ids)
         if batch_size is None and noise is None:
             size = self._affordable_batch(network, guided=labels is not None and guidance != 1)
@@ -304,7 +317,7 @@ class DDPM(nn.Module):
         return images
 
     def check_count(self, count: int, name: str = "num_samples") -> int:
-        """`count` as an int; ValueError unless it is a number of images that the device has memory for."""
+        """`count` as an int; ValueError unless the device has memory for so many images."""
         count, config = whole_number(name, count, 1), config_of(self.unet)
         size = 4 * count * config.in_channels * math.prod(config.image_shape)
         check_fits(f"{count:,} images", size, next(self.unet.parameters()).device)
@@ -313,10 +326,11 @@ class DDPM(nn.Module):
     def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
 
-        dtype: that of the stored weights, float32, bfloat16, float16 or float64; by default the model's own.
-        metadata: JSON values for config.json, or numbers of NumPy and torch. Hooks and other code are not
-        stored. ValueError if the folder cannot be written, if the weights are not those of the UNet's
-        configuration, if one is not finite in this dtype, or if the metadata is not JSON.
+        dtype: of the stored weights, float32, bfloat16, float16 or float64; by default the model's own.
+        metadata: JSON values for config.json, or numbers of NumPy and torch.
+
+        Hooks and other code are not stored. ValueError if the folder cannot be written, if the weights are
+        not those of the UNet's configuration or not finite in this dtype, or if the metadata is not JSON.
         """
         config = {
             "schedule": self.schedule.to_config(),
@@ -379,16 +393,15 @@ class DDPM(nn.Module):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> str:
-        """How `sample` would run the UNet for these arguments, and why no faster, a line for each reason.
+        """How `sample` would run the UNet for these arguments, and one line for each reason why no faster.
 
-        "unet: fused", or "unet: modules", the UNet's own code, where that cannot be: it is on another device,
-        say, or its modules are not what its configuration says. What was altered gives what it computes, only
-        slower. ValueError as `sample`.
+        "unet: fused", or "unet: modules", the UNet's own code, for example on another device than the CPU, or
+        for an altered UNet. An altered UNet gives what its modules compute, only slower. Errors as `sample`.
         """
         return explain(self.unet, *self._where(device, dtype, precision), backend)
 
     def _network(self, device, dtype, precision: str, backend: str) -> Denoiser:
-        """What samples: the UNet in eval mode on a device and in a dtype, as fast as it can be there."""
+        """The network that samples: the UNet planned for the CPU if it can be, else in eval mode."""
         return self._denoisers.get(self.unet, *self._where(device, dtype, precision), backend)
 
     def _where(self, device, dtype, precision: str) -> tuple[torch.device, torch.dtype]:
@@ -410,13 +423,14 @@ def load(
     verify: bool = True,
     flags: dict[str, Any] | None = None,
 ) -> DDPM:
-    """A model: "mnist" and other bundled ones, a model folder, "hf:owner/name", or a foreign checkpoint.
+    """Loads a model: a bundled one such as "mnist", a model folder, "hf:owner/name", or a foreign checkpoint.
 
-    device: where to put it, the CPU by default. verify: compare the weights with the SHA-256 that the model
-    was saved with, where its config.json holds one; False takes them as they are. flags: what a foreign
-    checkpoint does not tell of its model, by name, such as {"class_cond": True}; see `diffusion.importers`. A
-    UserWarning names the values that are assumed for the others. ValueError for what is missing, damaged or
-    no model.
+    device: where to put the model, the CPU by default.
+    verify: compare the weights with the SHA-256 in config.json, if it holds one; False takes any weights.
+    flags: settings that a foreign checkpoint does not hold, by name, such as {"class_cond": True}; see
+        `diffusion.importers`. A UserWarning names the values that are assumed for all others.
+
+    ValueError if the model is missing, damaged, or no model.
     """
     device = resolve_device("cpu" if device is None else device)
     unet, schedule, conventions, assumed = importers.read(name, verify=verify, flags=flags)
@@ -494,7 +508,7 @@ class _Progress:
         self.bar.close()
 
     def of_batch(self, images: int) -> Callable[[], None]:
-        """What moves the bar by one step of a batch."""
+        """A function that moves the bar by one step of a batch."""
 
         def step() -> None:
             self.bar.update(min(images / self.steps, self.bar.total - self.bar.n))  # sums may round up
