@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from .process.forward import q_sample
 from .process.objective import loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
-from .samplers import SAMPLERS, StepTable
+from .samplers import SAMPLERS, StepTable, check_options, options_of
 from .samplers.guidance import drop_labels
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
@@ -33,7 +32,6 @@ from .utils.memory import check_fits, free_memory, is_out_of_memory
 from .utils.validation import (
     check_dense,
     choice,
-    known_names,
     number,
     readable,
     refuse,
@@ -94,7 +92,7 @@ class DDPM(nn.Module):
         self.variance = choice("variance", variance, VARIANCES)
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
         for sampler, options in typed("sampler_options", self.sampler_options, dict).items():
-            _check_options(sampler, typed(f"sampler_options[{sampler!r}]", options, dict))
+            check_options(sampler, typed(f"sampler_options[{sampler!r}]", options, dict))
             _check_values(sampler, options)
         self.metadata = dict(typed("metadata", {} if metadata is None else metadata, dict))
         self._denoisers = DenoiserCache()
@@ -169,9 +167,9 @@ class DDPM(nn.Module):
 
         ValueError for an unknown sampler or option.
         """
-        _check_options(sampler, options)
+        check_options(sampler, options)
         defaults = {"prediction_type": self.prediction_type, "clip": self.clip}
-        if sampler == "ddpm":
+        if "variance" in options_of(sampler):
             defaults["variance"] = self.variance
         defaults |= self.sampler_options.get(sampler, {})
         table = SAMPLERS[sampler](self.schedule, steps, **(defaults | options))
@@ -442,13 +440,6 @@ def load(
     except ValueError as error:
         raise ValueError(f"the configuration of {name}: {error}") from error
     return model.to(device).eval()
-
-
-def _check_options(sampler: str, options: dict[str, Any]) -> None:
-    """ValueError unless there is a sampler of this name and it has these options."""
-    choice("sampler", sampler, SAMPLERS)
-    known = [name for name in signature(SAMPLERS[sampler]).parameters if name not in ("schedule", "steps")]
-    known_names(f"option of {sampler}", options, known)
 
 
 def _check_values(sampler: str, options: dict[str, Any]) -> None:

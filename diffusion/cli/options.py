@@ -1,21 +1,14 @@
 """Options that several commands share, and their values."""
 
 import argparse
-import inspect
+from typing import Any, get_args
 
 import torch
 
 from ..ddpm import DDPM
-from ..samplers import SAMPLERS
+from ..samplers import own_options
 from ..utils.device import resolve_device
 from ..utils.ranks import Ranks
-
-_SAMPLER_HELP = {
-    "eta": "noise, from 0 (deterministic) to 1 (as much as ddpm)",
-    "variance": "fixed_small, fixed_large or learned_range (default: the model's)",
-    "sde": "use its stochastic form",
-    "use_clipped_model_output": "derive the noise from the clipped image (default: the model's)",
-}
 
 
 def add_computation_options(parser: argparse.ArgumentParser) -> None:
@@ -34,27 +27,17 @@ def add_computation_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def own_sampler_options() -> dict[str, tuple[str, inspect.Parameter]]:
-    """The options that not all samplers have, by name: the first sampler that has it, and its parameter."""
-    signatures = {name: inspect.signature(sampler).parameters for name, sampler in SAMPLERS.items()}
-    shared = set.intersection(*(set(parameters) for parameters in signatures.values()))
-    found: dict[str, tuple[str, inspect.Parameter]] = {}
-    for sampler, parameters in signatures.items():
-        for option in parameters.keys() - shared - found.keys():
-            found[option] = sampler, parameters[option]
-    return dict(sorted(found.items()))
-
-
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    """Adds an option for each parameter of `own_sampler_options`; None where it is not given."""
-    for name, (sampler, parameter) in own_sampler_options().items():
-        kind = parameter.annotation if isinstance(parameter.annotation, type) else float
-        words = f"{sampler}: {_SAMPLER_HELP.get(name, f'its option {name}')}"
-        option = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            parser.add_argument(option, action="store_true", default=None, help=words)
-        else:
-            parser.add_argument(option, type=kind, help=words)
+    """Adds the options that not every sampler has; None where one is not given.
+
+    Type and help come from the `Annotated` type of the sampler's argument.
+    """
+    for name, samplers in own_options().items():
+        annotation = next(iter(samplers.values()))
+        kind, words = get_args(annotation) or (annotation, name.replace("_", " "))
+        form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        option, only = f"--{name.replace('_', '-')}", ", ".join(samplers)
+        parser.add_argument(option, default=None, help=f"{only}: {words} (default: the model's)", **form)
 
 
 def default_device() -> str:

@@ -9,7 +9,8 @@ import torch
 
 from ..ddpm import Interrupted, load
 from ..evaluation.shards import report, sample_shards
-from ..samplers import SAMPLERS
+from ..samplers import SAMPLERS, own_options
+from ..samplers.timesteps import SPACINGS
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz
 from ..utils.ranks import current_ranks
@@ -19,7 +20,6 @@ from .options import (
     add_sampler_options,
     choose_device,
     choose_labels,
-    own_sampler_options,
 )
 
 GIF_FRAMES = 50  # at most, spread evenly over the steps
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     add("--steps", type=int, help="number of steps, 1 to T (default: 50; for ddpm, T)")
-    add("--spacing", help="of the timesteps: leading, linspace, trailing or quad (default: the model's)")
+    add("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)} (default: the model's)")
     add_sampler_options(parser)
     add(
         "--dynamic-threshold",
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     steps = args.steps if args.steps is not None or args.sampler == "ddpm" else min(50, model.schedule.T)
     if steps is not None:
         whole_number("--steps", steps, 1, model.schedule.T)
-    names = ("spacing", *own_sampler_options(), "guidance_interval", "dynamic_threshold")
+    names = ("spacing", *own_options(), "guidance_interval", "dynamic_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {
         "guidance_scale": guidance,

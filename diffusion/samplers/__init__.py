@@ -1,4 +1,4 @@
-"""The samplers: each is a function that writes a reverse process down as one row of numbers a step.
+"""The samplers: each is a function that writes a reverse process down as a table, one row of numbers a step.
 
 A row, `kernels.StepCoefficients`, holds the numbers of
 
@@ -6,19 +6,30 @@ A row, `kernels.StepCoefficients`, holds the numbers of
     x0     = clamp(x0_from_x * x + x0_from_output * out, -clip_x0, clip_x0)
     x_next = coef_x * x + coef_x0 * x0 + coef_x0_prev * x0_prev + coef_output * out + sigma * z
 
-with z ~ N(0, I), and everything here is float64. All samplers take the same first arguments:
+with z ~ N(0, I), and everything here is float64. Each step leads to the timestep of the next row, and the
+last to x_0, without noise. All samplers take these arguments:
 
-schedule: the model's NoiseSchedule. steps: number of steps, 1..T; None is the full chain. prediction_type:
-"epsilon", "sample" (x_0) or "v_prediction". spacing: see `timesteps.spaced_timesteps`. clip: x_0 is clipped
-to [-clip, clip]; None or inf leaves it. guidance_scale, guidance_interval: see `guidance.guidance_scales`.
+schedule: the model's NoiseSchedule.
+steps: number of steps, 1..T; None is the full chain.
+prediction_type: "epsilon", "sample" (x_0) or "v_prediction".
+spacing: see `timesteps.spaced_timesteps`.
+clip: x_0 is clipped to [-clip, clip]; None or inf leaves it.
+guidance_scale, guidance_interval: see `guidance.guidance_scales`.
 
 They raise ValueError for values outside these, and for epsilon prediction where the first timestep visited
-has zero SNR, since x_0 is undetermined there. Each step leads to the timestep of the next row, and the last
-to x_0, without noise. A `SpacingWarning` tells, once a process, of a start too far below T - 1.
+has zero SNR, since x_0 is undetermined there. A `SpacingWarning` tells, once a process, of a start too far
+below T - 1.
+
+A new sampler is a file here and an entry in `SAMPLERS`. Its keyword arguments beyond these are its options:
+`DDPM.sample` takes them, and `diffusion sample` has a command-line option for each, with the text of its
+`Annotated` type as help.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from ..utils.validation import choice, known_names
 from .ancestral import ddpm
 from .ddim import ddim
 from .dpm_solver import dpmpp_2m
@@ -28,3 +39,24 @@ from .timesteps import SpacingWarning
 __all__ = ["SAMPLERS", "SpacingWarning", "StepTable", "ddim", "ddpm", "dpmpp_2m"]
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp_2m}
+
+
+def options_of(sampler: str) -> dict[str, inspect.Parameter]:
+    """The options of a sampler, by name: the keyword-only arguments of its function."""
+    parameters = inspect.signature(SAMPLERS[sampler]).parameters
+    return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def own_options() -> dict[str, dict[str, Any]]:
+    """The options that not every sampler has: {name: {sampler: its annotation}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for sampler in SAMPLERS:
+        for name, parameter in options_of(sampler).items():
+            found.setdefault(name, {})[sampler] = parameter.annotation
+    return {name: samplers for name, samplers in found.items() if len(samplers) < len(SAMPLERS)}
+
+
+def check_options(sampler: str, options: Iterable[str]) -> None:
+    """ValueError unless there is a sampler of this name and it has these options."""
+    choice("sampler", sampler, SAMPLERS)
+    known_names(f"option of {sampler}", options, options_of(sampler))

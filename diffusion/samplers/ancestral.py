@@ -1,5 +1,7 @@
 """Ancestral sampling: DDPM."""
 
+from typing import Annotated
+
 import torch
 
 from ..process.bound import VARIANCES
@@ -18,14 +20,18 @@ def ddpm(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
-    variance: str = "fixed_small",
+    variance: Annotated[str, ", ".join(VARIANCES)] = "fixed_small",
 ) -> StepTable:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2 and eq. 7), strided where steps < T.
 
-    variance: "fixed_small" is the posterior's, "fixed_large" beta, both for the stride taken; "learned_range"
-    interpolates between their logarithms by the model's second half of channels (Nichol & Dhariwal 2021,
-    arXiv 2102.09672, eq. 15). diffusers adds noise in the last step too where that is not at timestep 0
-    (trailing, fixed_large or learned_range); this does not.
+        x_next ~ N(coef_x x + coef_x0 x0, sigma^2 I), the posterior q(x_next | x, x0)
+
+    variance: "fixed_small" is the variance of the posterior, "fixed_large" beta, both for the stride taken;
+        "learned_range" interpolates between their logarithms by the model's second half of channels (Nichol &
+        Dhariwal 2021, arXiv 2102.09672, eq. 15).
+
+    The package's docstring has the other arguments. diffusers adds noise in the last step, too, where that is
+    not at timestep 0 (trailing, fixed_large or learned_range); this does not.
     """
     choice("variance", variance, VARIANCES)
     timesteps = visited_timesteps(schedule, steps, spacing)

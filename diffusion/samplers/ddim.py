@@ -1,5 +1,7 @@
 """DDIM."""
 
+from typing import Annotated
+
 from ..process.prediction import epsilon_coefficients
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import number, switch
@@ -16,20 +18,23 @@ def ddim(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
-    eta: float = 0.0,
-    use_clipped_model_output: bool = False,
+    eta: Annotated[float, "noise, from 0 (deterministic) to 1 (as much as ddpm)"] = 0.0,
+    use_clipped_model_output: Annotated[bool, "compute the predicted noise from the clipped image"] = False,
 ) -> StepTable:
-    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). eta: 0 is deterministic, 1 is ancestral.
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16).
 
-    use_clipped_model_output: whether the noise prediction follows from the clipped x_0, as in
-    guided-diffusion, or is the model's own, as in diffusers unless told otherwise. Under guidance the
-    difference is large: where x_0 is clipped and the noise prediction is not, the two no longer make up x,
-    and images fall apart.
+        x_next = alpha' x0 + sqrt(1 - alpha'^2 - sigma^2) eps + sigma z,   alpha'^2 = alphas_cumprod of x_next
 
-    Every step leads to the next timestep visited, the paper's tau_{i-1}. diffusers' DDIMScheduler leads from
-    t to t - T // steps instead. That is the same timestep with leading, and with trailing where steps divides
-    T. Elsewhere it is another one, and images of diffusers keep noise. ValueError for an eta that is negative
-    or so large that some step would add more noise than its timestep has.
+    eta: 0 is deterministic, 1 is ancestral sampling.
+    use_clipped_model_output: whether eps follows from the clipped x_0, as in guided-diffusion, or is the
+        model's own, as in diffusers unless told otherwise. Under guidance the difference is large: where x_0
+        is clipped and eps is not, the two no longer make up x, and images fall apart.
+
+    The package's docstring has the other arguments. Every step leads to the next timestep visited, the
+    paper's tau_{i-1}. diffusers' DDIMScheduler leads from t to t - T // steps instead. That is the same
+    timestep with leading, and with trailing where steps divides T. Elsewhere it is another one, and images of
+    diffusers keep noise. ValueError for an eta that is negative or so large that some step would add more
+    noise than its timestep has.
     """
     eta = number("eta", eta, 0)
     switch("use_clipped_model_output", use_clipped_model_output)

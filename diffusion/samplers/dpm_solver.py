@@ -1,6 +1,7 @@
 """DPM-Solver++(2M)."""
 
 import math
+from typing import Annotated
 
 import torch
 
@@ -20,13 +21,15 @@ def dpmpp_2m(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
-    sde: bool = False,
+    sde: Annotated[bool, "use the stochastic form"] = False,
 ) -> StepTable:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), or its SDE form (eq. 19).
 
-    The first and the last step, which goes to x_0 without noise, are of first order. Timesteps: leading and
-    linspace leave out 0 (see `timesteps.spaced_timesteps`), but for the full chain, which visits every
-    timestep; there the grids of diffusers would repeat one.
+    sde: the stochastic form.
+
+    The package's docstring has the other arguments. The first and the last step, which goes to x_0 without
+    noise, are of first order. Timesteps: leading and linspace leave out 0 (see `timesteps.spaced_timesteps`),
+    but for the full chain, which visits every timestep; there the grids of diffusers would repeat one.
     """
     switch("sde", sde)
     timesteps = visited_timesteps(schedule, steps, spacing, skip_zero=True)

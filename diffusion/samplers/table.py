@@ -17,8 +17,9 @@ from .guidance import guidance_scales
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """A sampler's steps. table: float64 [n, 12], the `StepCoefficients` of each step, in order.
+    """The steps of a sampler.
 
+    table: float64 [n, 12], the `StepCoefficients` of each step, in order.
     learned_variance: the variance of each step is the model's (its output has 2C channels).
     """
 
@@ -66,7 +67,11 @@ def make_table(
     learned_variance: bool = False,
     **columns: torch.Tensor,
 ) -> StepTable:
-    """The table with the columns that all samplers share, and a sampler's own, those that are not 0."""
+    """The table for timesteps [n] and alphas_cumprod [n] there.
+
+    columns: the fields of `StepCoefficients` that the sampler sets, each [n]; those left out are 0. sigma of
+    the last step becomes 0. The other arguments are those of all samplers.
+    """
     clip = math.inf if clip is None else number("clip", clip, 0, infinite=True)
     columns["timestep"] = timesteps
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)

@@ -18,6 +18,7 @@ from ..ddpm import DDPM
 from ..models.unet import UNet, UNetConfig
 from ..process.objective import lognormal_timesteps, random_timesteps
 from ..process.schedule import NoiseSchedule
+from ..samplers import SAMPLERS, options_of
 from ..samplers.guidance import drop_labels
 from ..storage.images import to_float
 from ..utils.memory import check_fits, keep_freed_memory
@@ -30,10 +31,10 @@ from .recipe import Recipe
 
 # Defaults for sampling the models trained here. "trailing" starts at the last timestep, where x_t is pure
 # noise; this matters with few steps (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+_DEFAULTS = {"spacing": "trailing", "use_clipped_model_output": True}
 SAMPLER_OPTIONS = {
-    "ddpm": {"spacing": "trailing"},
-    "ddim": {"spacing": "trailing", "use_clipped_model_output": True},
-    "dpm++": {"spacing": "trailing"},
+    sampler: {name: value for name, value in _DEFAULTS.items() if name in options_of(sampler)}
+    for sampler in SAMPLERS
 }
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from diffusion import NoiseSchedule, UNetConfig, load
 from diffusion.cli import main
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SAMPLERS, own_options
 from diffusion.training.recipe import Recipe, changed, load_recipe, recipe_from
 from helpers.models import make_model
 
@@ -37,8 +37,8 @@ ODD = st.sampled_from(
     ]
 )  # fmt: skip
 TABLE = [
-    *("guidance_scale", "eta", "clip", "spacing", "guidance_interval", "variance", "sde"),
-    *("use_clipped_model_output", "prediction_type"),
+    *("guidance_scale", "clip", "spacing", "guidance_interval", "prediction_type"),
+    *own_options(),
 ]
 SAMPLE = [
     *("labels", "num_samples", "sampler", "steps", "seed", "sample_ids", "batch_size", "noise", "callback"),

@@ -1,0 +1,57 @@
+"""A sampler's options are those of its function: nothing else lists them."""
+
+import argparse
+from typing import Annotated
+
+import pytest
+import torch
+
+from diffusion.cli import sample
+from diffusion.process.schedule import NoiseSchedule
+from diffusion.samplers import SAMPLERS, StepTable, ddim, options_of, own_options
+from helpers.models import make_model
+
+
+def noisy_ddim(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    prediction_type: str = "epsilon",
+    spacing: str = "leading",
+    clip: float | None = 1.0,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    churn: Annotated[float, "noise, 0 to 1"] = 0.25,
+    rounds: Annotated[bool, "round"] = False,
+) -> StepTable:
+    shared = {"prediction_type": prediction_type, "spacing": spacing, "clip": clip}
+    return ddim(
+        schedule, steps, eta=round(churn) if rounds else churn, guidance_scale=guidance_scale, **shared
+    )
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "noisy", noisy_ddim)
+
+
+def test_the_model_takes_the_options_of_a_new_sampler(registered):
+    model, options = make_model(), {"num_samples": 2, "steps": 3}
+    found = model.sample(sampler="noisy", churn=0.75, **options)
+    assert torch.equal(found, model.sample(sampler="ddim", eta=0.75, **options))
+    with pytest.raises(ValueError, match="unknown option of ddim 'churn'"):
+        model.sample(sampler="ddim", churn=0.75, **options)
+
+
+def test_the_command_line_has_the_options_of_a_new_sampler(registered, capsys):
+    parser = argparse.ArgumentParser()
+    sample.add_arguments(parser)
+    args = parser.parse_args(["--sampler", "noisy", "--churn", "0.75", "--no-rounds"])
+    assert (args.churn, args.rounds, args.eta) == (0.75, False, None)
+    assert "noisy: noise, 0 to 1" in parser.format_help()
+
+
+def test_which_options_a_sampler_has():
+    assert {*own_options()} == {"variance", "eta", "use_clipped_model_output", "sde"}
+    shared = {"prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval"}
+    assert {*options_of("ddim")} == {*shared, "eta", "use_clipped_model_output"}
