@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", default="ddim", help="ddpm, ddim or dpm++ (default: %(default)s)")
     add("--steps", type=int, default=50, help="number of steps, 1 to T (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     add(
         "--data-dir",
         help="torchvision's folder of mnist or cifar10; without --reference, real images there are measured "
