@@ -1,10 +1,12 @@
 """A small recipe, its trainer on made-up squares, and runs of it."""
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion.training.loop import train
@@ -70,7 +72,15 @@ def state_of(out) -> dict[str, torch.Tensor]:
     return load_file(out / "state.safetensors")
 
 
+def about(out) -> dict:
+    """What a state holds besides its tensors, without the time and the losses that the log has yet to get."""
+    with safe_open(out / "state.safetensors", framework="pt") as file:
+        found = json.loads(file.metadata()["training"])
+    return {key: value for key, value in found.items() if key not in ("seconds", "losses", "norms")}
+
+
 def assert_same_run(a, b):
+    assert about(a) == about(b)
     first, second = state_of(a), state_of(b)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from diffusion.utils.ranks import Ranks
 from helpers.ranks import PATIENCE, finish, start
 from helpers.training import DATA, PLAIN, make_trainer, run, state_of, torchvision_works
 
+# Flips are drawn for the whole batch: each rank must take those of its own images.
+FLIPPING = "replace(PLAIN, horizontal_flip=True)"
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
@@ -21,7 +25,7 @@ def two_ranks(tmp_path_factory):
 
 
 def whole(out, world_size, options=""):
-    ended = finish(start(out, world_size, options=options))
+    ended = finish(start(out, world_size, FLIPPING, options))
     assert [code for code, _ in ended] == [0] * world_size, ended
     assert not any("Warning" in text for _, text in ended), ended
     return out
@@ -30,7 +34,7 @@ def whole(out, world_size, options=""):
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_ranks_train_what_one_would(world_size, two_ranks, tmp_path):
     """8 images are shared by 3 ranks as 2, 3 and 3."""
-    run(tmp_path / "one", make_trainer(PLAIN))
+    run(tmp_path / "one", make_trainer(replace(PLAIN, horizontal_flip=True)))
     out = two_ranks if world_size == 2 else whole(tmp_path / "many", world_size, "micro_batch=2")
     one, many = state_of(tmp_path / "one"), state_of(out)
     assert one.keys() == many.keys()
@@ -62,11 +66,11 @@ def test_ranks_that_disagree_all_stop(recipe, options, expected, tmp_path):
 def test_a_killed_rank_stops_the_others_and_the_run_resumes(two_ranks, tmp_path):
     out = tmp_path / "cut"
     dies = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGKILL)"
-    (left, text), (killed, _) = finish(start(out, before=dies, save_every=1))
+    (left, text), (killed, _) = finish(start(out, recipe=FLIPPING, before=dies, save_every=1))
     assert killed == -signal.SIGKILL
     assert left == 2
     assert "lost another rank" in text.splitlines()[-1]
-    assert [code for code, _ in finish(start(out, resume=True))] == [0, 0]
+    assert [code for code, _ in finish(start(out, recipe=FLIPPING, resume=True))] == [0, 0]
     expected, found = state_of(two_ranks), state_of(out)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -183,6 +183,16 @@ def test_every_image_is_seen_once_an_epoch():
     assert first != second
 
 
+def test_every_step_draws_its_own_timesteps_and_noise():
+    trainer, drawn = make_trainer(), []
+    for trainer.step in (0, 1, 1):
+        _, _, t, noise = trainer._share()
+        drawn.append((t, noise))
+    for first, second, again in zip(*drawn, strict=True):
+        assert torch.equal(second, again)
+        assert not torch.equal(first, second)
+
+
 def test_unconditional_and_autocast(tmp_path):
     recipe = replace(RECIPE, unet=RECIPE.unet | {"num_classes": None}, steps=3)
     model = run(tmp_path, make_trainer(recipe, autocast=torch.bfloat16))

@@ -9,7 +9,7 @@ import torch
 import diffusion
 from diffusion import NoiseSchedule
 from diffusion.process.objective import LOSS_WEIGHTINGS, loss_weight
-from helpers.training import PLAIN, RECIPE, make_trainer, run, run_until
+from helpers.training import PLAIN, RECIPE, assert_same_run, make_trainer, run, run_until
 
 
 def weights_after(steps: int, recipe=PLAIN, **options) -> torch.Tensor:
@@ -141,6 +141,14 @@ def test_every_average_is_kept(tmp_path):
             model.unet.input_conv.weight.detach().double(), expected[decay], rtol=0, atol=1e-6
         )
         assert model.metadata["training"]["ema_decay"] == decay
+
+
+def test_every_average_resumes_as_if_the_run_had_not_stopped(tmp_path):
+    recipe = replace(PLAIN, more_ema_decays=(0.5, 0.0), steps=8)
+    run(tmp_path / "whole", make_trainer(recipe))
+    run_until(6, tmp_path / "cut", make_trainer(recipe))
+    run(tmp_path / "cut", make_trainer(recipe), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_adamw_decays_weights():
