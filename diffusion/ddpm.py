@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from . import importers, kernels
 from .inference import loop
+from .inference.batches import sample_in_batches
 from .inference.buffers import Batch, Noise
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype
 from .models.structure import config_of
@@ -28,9 +28,8 @@ from .samplers.guidance import drop_labels
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
 from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
-from .utils.memory import check_fits, free_memory, is_out_of_memory
+from .utils.memory import check_fits
 from .utils.validation import (
-    check_dense,
     choice,
     number,
     readable,
@@ -40,20 +39,8 @@ from .utils.validation import (
     whole_numbers,
 )
 
-# Images that the network evaluates together when the caller does not say. More than that do not fit in the
-# caches of a CPU; see `python -m benchmarks.sampling`.
-MOST_TOGETHER = {"cpu": 32}
-MOST_TOGETHER_ELSEWHERE = 512
 PRECISIONS = ("exact", "fast")
 MOST_EXTREME = 10  # value of an image to train on: standardised images pass, those of 0..255 do not
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while sampling. images: float32 [M, C, H, W], the first M, of the batches that were finished."""
-
-    def __init__(self, images: torch.Tensor):
-        super().__init__("sampling was interrupted")
-        self.images = images
 
 
 class DDPM(nn.Module):
@@ -229,12 +216,12 @@ class DDPM(nn.Module):
         dynamic_threshold: quantile in [0, 1], such as 0.995, to which predicted images are clipped instead of
             `clip` (Saharia et al. 2022, arXiv 2205.11487).
         dynamic_threshold_max: upper bound of that threshold, at least 1.
-        sampler_options: `eta`, `use_clipped_model_output` (ddim), `variance` (ddpm), `sde` (dpm++),
-            `spacing`, `clip`, `guidance_interval`; see `diffusion.steps`.
+        sampler_options: the keyword arguments of the sampler in `diffusion.steps`, such as `spacing`, `clip`,
+            `guidance_interval`, and `eta` for ddim.
 
         Numbers may be Python's or NumPy's, or tensors without dimensions. ValueError for an argument that is
-        out of range or does not fit the model. Ctrl-C raises `Interrupted`, a KeyboardInterrupt that
-        holds the finished images.
+        out of range or does not fit the model. Ctrl-C raises `inference.batches.Interrupted`, a
+        KeyboardInterrupt that holds the finished images.
         """
         seed = whole_number("seed", seed, 0, 2**64 - 1)
         if batch_size is not None:
@@ -245,73 +232,36 @@ class DDPM(nn.Module):
                     f"give num_samples={batch_size}"
                 )
         labels, ids = self._images(labels, num_samples, sample_ids)
-        guidance = number("guidance_scale", guidance_scale)
-        if labels is None and guidance != 1:
-            raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
-        if labels is not None and config_of(self.unet).null_label is None and guidance != 1:
-            raise ValueError("this model has no null label, so guidance_scale must be 1")
+        guidance = self._guidance(guidance_scale, labels)
         guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
-        threshold, most = None, number("dynamic_threshold_max", dynamic_threshold_max, 1, infinite=True)
-        if dynamic_threshold is not None:
-            ratio = number("dynamic_threshold", dynamic_threshold, 0, 1)
+        threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
+        if threshold is not None:
             sampler_options.setdefault("clip", None)
-            threshold = partial(thresholded_step, ratio=ratio, max_value=most)
         for name, function in (("noise", noise), ("callback", callback)):
             if function is not None and not callable(function):
                 refuse(name, "a function, or None", function)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
-        network = self._network(device, dtype, precision, backend)
-        place, config = network.device, config_of(self.unet)
-        shape = (config.in_channels, *config.image_shape)
-        kernels.philox_normal(
-            (0, *shape), seed=0, device=place, backend=backend
-        )  # an empty call, to raise now if this backend cannot serve
-        size = batch_size or len(ids)
-        if batch_size is None and noise is None:
-            size = self._affordable_batch(network, guided=labels is not None and guidance != 1)
-            size = math.ceil(
-                len(ids) / math.ceil(len(ids) / size)
-            )  # batches of one size, as far as they can be
-        images = torch.empty(len(ids), *shape, device=place, dtype=torch.float32)
-        start = 0
+        denoiser = self._denoiser(device, dtype, precision, backend)
+        _check_backend(denoiser)
         try:
-            with _Progress(len(ids), len(table), progress) as bar:
-                while start < len(ids):
-                    part = slice(start, min(start + size, len(ids)))
-                    batch = Batch(
-                        labels=None if labels is None else labels[part].to(place),
-                        sample_ids=ids[part],
-                        seed=seed,
-                        noise=None if noise is None else _sliced(noise, part, len(ids), shape),
-                    )
-                    try:
-                        images[part] = loop.run(
-                            network,
-                            table,
-                            batch,
-                            shape,
-                            guidance_rescale=guidance_rescale,
-                            threshold=threshold,
-                            callback=callback,
-                            progress=bar.of_batch(len(ids[part])),
-                        )
-                        start = part.stop
-                    except (MemoryError, RuntimeError) as error:
-                        if not is_out_of_memory(error):
-                            mixed = mixed_dtypes(self.unet) if "type" in str(error) else None
-                            if mixed is not None:
-                                raise ValueError(mixed) from error
-                            raise
-                        if size == 1:
-                            raise ValueError(
-                                f"there is not enough memory on {place} for one image"
-                            ) from error
-                        size = math.ceil(min(size, len(ids) - start) / 2)
-                        bar.back_to(start)
-        except KeyboardInterrupt:
-            raise Interrupted(images[:start]) from None
+            images = sample_in_batches(
+                denoiser,
+                table,
+                Batch(labels, ids, seed, noise),
+                config_of(self.unet),
+                batch_size,
+                guidance_rescale=guidance_rescale,
+                threshold=threshold,
+                callback=callback,
+                progress=progress,
+            )
+        except RuntimeError as error:
+            mixed = mixed_dtypes(self.unet) if "type" in str(error) else None
+            if mixed is not None:
+                raise ValueError(mixed) from error
+            raise
         if not images.isfinite().all():
-            raise ValueError(f"the UNet gave NaN or infinite values in {str(network.dtype)[6:]}")
+            raise ValueError(f"the UNet gave NaN or infinite values in {str(denoiser.dtype)[6:]}")
         return images
 
     def check_count(self, count: int, name: str = "num_samples") -> int:
@@ -366,22 +316,14 @@ class DDPM(nn.Module):
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
 
-    def _affordable_batch(self, network: Denoiser, guided: bool) -> int:
-        """MOST_TOGETHER, or as many images as half of the free memory should hold the feature maps of."""
-        evaluations, config = 2 if guided else 1, config_of(self.unet)
-        most = MOST_TOGETHER.get(network.device.type, MOST_TOGETHER_ELSEWHERE) // evaluations
-        free = free_memory(network.device)
-        if free is None:
-            return most
-        numbers, positions = 0, [side // config.patch_size for side in config.image_shape]
-        for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
-            pixels = math.prod(side >> i for side in positions)
-            numbers += pixels * width * (4 * blocks + 12)  # way down, wider way up, and the rest
-        size = evaluations * numbers * network.dtype.itemsize
-        # A block's input and output at least are there at one time.
-        largest = 2 * math.prod(positions) * config.level_channels[0] * network.dtype.itemsize
-        check_fits("the feature maps of one image", largest, network.device)
-        return max(1, min(most, free // (2 * size)))
+    def _guidance(self, guidance_scale: float, labels: torch.Tensor | None) -> float:
+        """The guidance scale; ValueError for another than 1 where there is nothing to guide towards."""
+        guidance = number("guidance_scale", guidance_scale)
+        if labels is None and guidance != 1:
+            raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
+        if labels is not None and config_of(self.unet).null_label is None and guidance != 1:
+            raise ValueError("this model has no null label, so guidance_scale must be 1")
+        return guidance
 
     def explain(
         self,
@@ -398,7 +340,7 @@ class DDPM(nn.Module):
         """
         return explain(self.unet, *self._where(device, dtype, precision), backend)
 
-    def _network(self, device, dtype, precision: str, backend: str) -> Denoiser:
+    def _denoiser(self, device, dtype, precision: str, backend: str) -> Denoiser:
         """The network that samples: the UNet planned for the CPU if it can be, else in eval mode."""
         return self._denoisers.get(self.unet, *self._where(device, dtype, precision), backend)
 
@@ -442,6 +384,19 @@ def load(
     return model.to(device).eval()
 
 
+def _threshold(ratio: float | None, max_value: float) -> loop.Threshold | None:
+    """`thresholded_step` with these arguments of `DDPM.sample`, or None without a ratio."""
+    max_value = number("dynamic_threshold_max", max_value, 1, infinite=True)
+    if ratio is None:
+        return None
+    return partial(thresholded_step, ratio=number("dynamic_threshold", ratio, 0, 1), max_value=max_value)
+
+
+def _check_backend(denoiser: Denoiser) -> None:
+    """ValueError with the reason where the backend cannot draw noise, before the first step."""
+    kernels.philox_normal((0, 1), seed=0, device=denoiser.device, backend=denoiser.backend)
+
+
 def _check_values(sampler: str, options: dict[str, Any]) -> None:
     """ValueError unless a sampler takes the values of its options, whatever the schedule and the steps."""
     try:
@@ -473,38 +428,3 @@ def _check_images(x0: torch.Tensor) -> None:
             f"images must be in [-1, 1], and these reach from {low:.4g} to {high:.4g}; "
             "those of 0..255 become so by x / 127.5 - 1"
         )
-
-
-def _sliced(noise: Noise, part: slice, count: int, shape: tuple[int, ...]) -> Noise:
-    """The rows `part` of an injected noise; ValueError unless it is [count, *shape]."""
-
-    def rows(k: int) -> torch.Tensor:
-        return check_dense(f"noise({k})", noise(k), (count, *shape))[part].float()
-
-    return rows
-
-
-class _Progress:
-    """A bar of finished images, which counts a step as its share of an image."""
-
-    def __init__(self, images: int, steps: int, shown: bool):
-        layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
-        self.bar = tqdm(total=images, unit=" images", bar_format=layout, disable=not shown)
-        self.steps = steps
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
-
-    def of_batch(self, images: int) -> Callable[[], None]:
-        """A function that moves the bar by one step of a batch."""
-
-        def step() -> None:
-            self.bar.update(min(images / self.steps, self.bar.total - self.bar.n))  # sums may round up
-
-        return step
-
-    def back_to(self, images: int) -> None:
-        self.bar.update(images - self.bar.n)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..ddpm import Interrupted, load
+from ..ddpm import load
 from ..evaluation.shards import report, sample_shards
+from ..inference.batches import Interrupted
 from ..samplers import SAMPLERS, own_options
 from ..samplers.timesteps import SPACINGS
 from ..storage.atomic import check_writable

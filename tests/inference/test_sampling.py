@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import ddpm, kernels
-from diffusion.ddpm import Interrupted
-from diffusion.inference import buffers, loop
+from diffusion import kernels
+from diffusion.inference import batches, buffers, loop
+from diffusion.inference.batches import Interrupted
 from diffusion.inference.buffers import Batch
 from diffusion.inference.cpu_plan import PlannedUNet
 from diffusion.kernels._tolerance import wrong
@@ -457,7 +457,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(model, monkeypatch, error, c
 
 @pytest.mark.parametrize(("free", "expected"), [(None, [9]), (1 << 40, [9]), (1 << 19, None), (0, [1] * 9)])
 def test_the_batch_is_what_free_memory_holds(model, monkeypatch, free, expected):
-    monkeypatch.setattr(ddpm, "free_memory", lambda device: free)
+    monkeypatch.setattr(batches, "free_memory", lambda device: free)
     sizes = failing(monkeypatch, lambda sizes: False, None)
     model.sample(num_samples=9, steps=2)
     if expected is None:  # some, but not all
@@ -619,7 +619,7 @@ def test_ctrl_c_between_two_batches(model, monkeypatch):
             raise KeyboardInterrupt
         return Batch(**arguments)
 
-    monkeypatch.setattr(ddpm, "Batch", batch)
+    monkeypatch.setattr(batches, "Batch", batch)
     with pytest.raises(Interrupted) as caught:
         model.sample(num_samples=5, steps=3, batch_size=2)
     assert torch.equal(caught.value.images, expected)

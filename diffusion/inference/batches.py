@@ -1,0 +1,157 @@
+"""Samples any number of images, in batches that fit into the memory of the device."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from ..models.config import UNetConfig
+from ..samplers.table import StepTable
+from ..utils.memory import check_fits, free_memory, is_out_of_memory
+from ..utils.validation import check_dense
+from . import loop
+from .buffers import Batch, Noise
+from .denoiser import Denoiser
+
+# Images that the UNet evaluates together unless the caller chooses. More do not fit into the caches of a CPU;
+# see `python -m benchmarks.sampling`.
+MAX_BATCH = {"cpu": 32}
+MAX_BATCH_ELSEWHERE = 512
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while sampling. images: float32 [M, C, H, W], the first M, of the batches that were finished."""
+
+    def __init__(self, images: torch.Tensor):
+        super().__init__("sampling was interrupted")
+        self.images = images
+
+
+def sample_in_batches(
+    denoiser: Denoiser,
+    table: StepTable,
+    request: Batch,
+    config: UNetConfig,
+    batch_size: int | None = None,
+    *,
+    guidance_rescale: float = 0.0,
+    threshold: loop.Threshold | None = None,
+    callback: loop.Callback | None = None,
+    progress: bool = False,
+) -> torch.Tensor:
+    """`loop.run` for all images of a request, float32 [N, C, H, W] on the denoiser's device.
+
+    request: labels and sample ids [N], on any device, and noise [N, C, H, W].
+    config: of the UNet.
+    batch_size: images made at a time; by default all with a request's own noise, else `affordable_batch`. It
+        is halved while memory does not suffice.
+    progress: show a bar with images/s.
+
+    ValueError where the memory does not suffice for one image. Ctrl-C raises `Interrupted`.
+    """
+    count, shape = len(request.sample_ids), (config.in_channels, *config.image_shape)
+    size = batch_size or count
+    if batch_size is None and request.noise is None:
+        guided = request.labels is not None and any(g != 1 for g in table.column("guidance_scale"))
+        size = affordable_batch(denoiser, config, guided)
+        size = math.ceil(count / math.ceil(count / size))  # batches of equal size, as far as possible
+    images = torch.empty(count, *shape, device=denoiser.device, dtype=torch.float32)
+    start = 0
+    try:
+        with _Progress(count, len(table), progress) as bar:
+            while start < count:
+                part = slice(start, min(start + size, count))
+                try:
+                    images[part] = loop.run(
+                        denoiser,
+                        table,
+                        _part_of(request, part, shape, denoiser.device),
+                        shape,
+                        guidance_rescale=guidance_rescale,
+                        threshold=threshold,
+                        callback=callback,
+                        progress=bar.step_of(part.stop - start),
+                    )
+                    start = part.stop
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if size == 1:
+                        raise ValueError(
+                            f"there is not enough memory on {denoiser.device} for one image"
+                        ) from error
+                    size = math.ceil(min(size, count - start) / 2)
+                    bar.back_to(start)
+    except KeyboardInterrupt:
+        raise Interrupted(images[:start]) from None
+    return images
+
+
+def affordable_batch(denoiser: Denoiser, config: UNetConfig, guided: bool) -> int:
+    """MAX_BATCH, or fewer if half of the free memory should not hold their feature maps.
+
+    guided: the UNet evaluates each image twice. ValueError where no image fits.
+    """
+    evaluations = 2 if guided else 1
+    most = MAX_BATCH.get(denoiser.device.type, MAX_BATCH_ELSEWHERE) // evaluations
+    free = free_memory(denoiser.device)
+    if free is None:
+        return most
+    numbers, positions = 0, [side // config.patch_size for side in config.image_shape]
+    for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
+        pixels = math.prod(side >> i for side in positions)
+        numbers += pixels * width * (4 * blocks + 12)  # encoder, wider decoder, and the rest
+    size = evaluations * numbers * denoiser.dtype.itemsize
+    # The input and the output of a block exist at the same time, at least.
+    largest = 2 * math.prod(positions) * config.level_channels[0] * denoiser.dtype.itemsize
+    check_fits("the feature maps of one image", largest, denoiser.device)
+    return max(1, min(most, free // (2 * size)))
+
+
+def _part_of(request: Batch, part: slice, shape: tuple[int, ...], device: torch.device) -> Batch:
+    """The images `part` of a request, as a batch."""
+    return Batch(
+        labels=None if request.labels is None else request.labels[part].to(device),
+        sample_ids=request.sample_ids[part],
+        seed=request.seed,
+        noise=None if request.noise is None else _rows(request, part, shape),
+    )
+
+
+def _rows(request: Batch, part: slice, shape: tuple[int, ...]) -> Noise:
+    """The rows `part` of the request's noise; ValueError unless it is [N, *shape]."""
+    noise, count = request.noise, len(request.sample_ids)
+    assert noise is not None
+
+    def rows(k: int) -> torch.Tensor:
+        return check_dense(f"noise({k})", noise(k), (count, *shape))[part].float()
+
+    return rows
+
+
+class _Progress:
+    """A bar of finished images. Each step of a batch counts as a share of its images."""
+
+    def __init__(self, images: int, steps: int, shown: bool):
+        layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
+        self.bar = tqdm(total=images, unit=" images", bar_format=layout, disable=not shown)
+        self.images, self.steps = images, steps
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def step_of(self, images: int) -> Callable[[], None]:
+        """A function that moves the bar by one step of a batch of `images`."""
+
+        def step() -> None:
+            self.bar.update(min(images / self.steps, self.images - self.bar.n))  # sums may round up
+
+        return step
+
+    def back_to(self, images: int) -> None:
+        """Moves the bar to a number of finished images."""
+        self.bar.update(images - self.bar.n)
