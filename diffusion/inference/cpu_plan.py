@@ -29,7 +29,7 @@ from ..utils.memory import total_memory
 
 _Call = tuple[Callable, tuple]
 ChannelAffine = tuple[Tensor | None, bool]  # [affine_rows, N, C] of a norm, or None; whether SiLU follows
-_RECORDABLE = {  # operators whose calls can be recorded, by category
+_RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, by category
     group_norm_affine_: "norm",
     convolutions.convolution_: "convolution",
     attention_amx_: "attention",
@@ -60,7 +60,7 @@ class PlannedUNet:
         uses_limbs = self.simd == "amx" and dtype != torch.bfloat16
         self.affine_rows = 4 if uses_limbs else 3
         self._weights: dict[tuple[nn.Module, Packing], PackedWeight] = {}
-        self._vectors: dict[nn.Parameter, Tensor] = {}
+        self._vectors: dict[Tensor, Tensor] = {}
         self._norms: dict[Norm, Norm] = {}
         self._thread_local = threading.local()  # the plan of each thread, with its buffers
 
@@ -78,7 +78,7 @@ class PlannedUNet:
 
         The kinds are "convolution", "norm", "attention" and "rest".
         """
-        return [(_kind(call[0]), *_bound([call])) for call in self._thread_local.plan.calls]
+        return [(_kind(call[0]), _bound([call])[0]) for call in self._thread_local.plan.calls]
 
     def _affordable_tile(self) -> int:
         """The largest Winograd tile whose packed weights fit MAX_SHARE_OF_MEMORY; 0 for none."""
@@ -104,7 +104,7 @@ class PlannedUNet:
             self._norms[norm] = copy.deepcopy(norm)
         return self._norms[norm]
 
-    def vector(self, parameter: nn.Parameter | None) -> Tensor | None:
+    def vector(self, parameter: Tensor | None) -> Tensor | None:
         """A bias, or the weight of a norm, as float32; None for None."""
         if parameter is None:
             return None
@@ -169,7 +169,7 @@ class _Plan:
 
     # ---- Calls.
 
-    def _call(self, function: Callable, *arguments) -> None:
+    def _call(self, function: Callable, *arguments: object) -> None:
         self.calls.append((function, arguments))
 
     def _norm_affine(self, norm: Norm, x: Tensor, **modulation: Tensor) -> ChannelAffine:
@@ -204,7 +204,8 @@ class _Plan:
         """
         kernel = module.weight.shape[-1] if module.weight.ndim == 4 else 1
         padding = kernel // 2 if padding is None else padding
-        packed = self.planned.weight(module, *out.shape[2:], winograd=kernel == 3 and stride == 1)
+        height, width = out.shape[2:]
+        packed = self.planned.weight(module, height, width, winograd=kernel == 3 and stride == 1)
         bias = self.planned.vector(module.bias)
         self._call(
             convolutions.convolution_,

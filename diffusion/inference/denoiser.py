@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import _native
 from ..models.blocks import takes_backend
-from ..models.structure import Snapshot, altered, missing
+from ..models.structure import Snapshot, altered, config_of, missing
 from ..models.unet import UNet
 from ..utils.device import DTYPES
 from .buffers import BufferSpec, SamplerBuffers
@@ -178,7 +178,7 @@ def _altered_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype,
         with torch.autocast(device.type, dtype if narrowed else None, enabled=narrowed):
             return unet(x, timesteps, labels, **options)
 
-    return Denoiser(forward, unet.config.null_label, device, kept, backend)
+    return Denoiser(forward, config_of(unet).null_label, device, kept, backend)
 
 
 def _copy_with_hooks(unet: nn.Module) -> nn.Module:
@@ -213,7 +213,9 @@ class DenoiserCache:
                 return last[2]
             last = self._last = None  # frees the memory first
             is_altered = altered(unet) is not None
-            snapshot = None if is_altered else Snapshot(unet)  # before, as another thread may change the UNet
+            snapshot = (
+                Snapshot(unet) if isinstance(unet, UNet) and not is_altered else None
+            )  # before, as another thread may change the UNet
             denoiser = _make_denoiser(unet, device, dtype, backend, is_altered)
             if snapshot is not None:
                 self._last = (key, snapshot, denoiser)

@@ -109,7 +109,10 @@ def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[T
         output = denoiser.unet(inputs.clone(), *buffers.timesteps_and_labels(len(inputs)))
     if not step.learned_variance:  # drops the variance channels of a UNet that has them
         output = output[:, : buffers.x.shape[1]]
-    return output.chunk(2) if step.guided else (output, None)
+    if not step.guided:
+        return output, None
+    cond, uncond = output.chunk(2)
+    return cond, uncond
 
 
 def reverse_step(

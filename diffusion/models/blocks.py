@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import attention, conv2d, group_norm_silu
 from .config import UNetConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def run(module: nn.Module, *inputs: torch.Tensor, backend: str, **modulation: torch.Tensor) -> torch.Tensor:
@@ -164,6 +167,11 @@ class ResBlock(nn.Module):
         return run(self.norm2, h, backend=backend, scale=scale, shift=shift)
 
 
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """An nn.ModuleList that type checkers know the modules of."""
+    return cast(Sequence[M], nn.ModuleList(modules))
+
+
 Resample = ResBlock | Downsample | Upsample  # a change of resolution between two levels
 
 
@@ -209,8 +217,8 @@ class Level(nn.Module):
     "resblock" or "plain"; None for none.
     """
 
-    blocks: nn.ModuleList
-    attentions: nn.ModuleList
+    blocks: Sequence[ResBlock]
+    attentions: Sequence[Attention]
     resample: Resample | None
 
     def __init__(
@@ -226,8 +234,8 @@ class Level(nn.Module):
         super().__init__()
         self.way = way
         self.resamples_by_block = resampling == "resblock"
-        self.blocks = nn.ModuleList(ResBlock(config, width, channels) for width in inputs)
-        self.attentions = nn.ModuleList(Attention(config, channels) for _ in inputs if attend)
+        self.blocks = module_list(ResBlock(config, width, channels) for width in inputs)
+        self.attentions = module_list(Attention(config, channels) for _ in inputs if attend)
         conv = resampling == "conv"
         if resampling is None:
             self.resample = None
@@ -241,7 +249,7 @@ class Level(nn.Module):
 
     def residual_blocks(self) -> list[ResBlock]:
         """The blocks that take an embedding, in the order in which `forward` calls them."""
-        return [*self.blocks, *([self.resample] if self.resamples_by_block else [])]
+        return [*self.blocks, *([self.resample] if isinstance(self.resample, ResBlock) else [])]
 
     def forward(
         self, h: torch.Tensor, parts: Iterator[torch.Tensor], skips: list[torch.Tensor], backend: str = "auto"
@@ -277,12 +285,12 @@ def _residual(block: nn.Module, h: torch.Tensor, part: torch.Tensor, backend: st
 class Middle(nn.Module):
     """Block, attention, block at the coarsest resolution."""
 
-    blocks: nn.ModuleList
+    blocks: Sequence[ResBlock]
     attention: Attention | None
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(config, channels, channels) for _ in range(2))
+        self.blocks = module_list(ResBlock(config, channels, channels) for _ in range(2))
         self.attention = (
             Attention(config, channels, config.mid_attention_groups) if config.mid_attention else None
         )

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..utils.memory import check_fits
-from .blocks import Attention, Level, Middle, Norm, ResBlock, run
+from .blocks import Attention, Level, Middle, Norm, ResBlock, module_list, run
 from .config import UNetConfig
 
 __all__ = ["UNet", "UNetConfig", "timestep_embedding"]
@@ -52,14 +52,15 @@ class UNet(nn.Module):
         self.input_conv = nn.Conv2d(pixels * config.in_channels, widths[0], 3, padding=1)
 
         width, skips = widths[0], [widths[0]]
-        self.down = nn.ModuleList()
+        down = []
         for i, how in enumerate(config.level_downsample):
             inputs = [width, *[widths[i]] * (config.level_blocks[i] - 1)]
-            self.down.append(
+            down.append(
                 Level(config, inputs, widths[i], i in config.attention_levels, way="down", resampling=how)
             )
             width = widths[i]
             skips += [width] * (config.level_blocks[i] + (how is not None))
+        self.down = module_list(down)
         self.mid = Middle(config, width)
         up = []
         for i, how in reversed(list(enumerate(config.level_upsample))):
@@ -69,11 +70,11 @@ class UNet(nn.Module):
                 Level(config, inputs, widths[i], i in config.attention_levels, way="up", resampling=how)
             )
             width = widths[i]
-        self.up = nn.ModuleList(reversed(up))  # up[i] is of the same resolution as down[i]
+        self.up = module_list(reversed(up))  # up[i] is of the same resolution as down[i]
         self.output_norm = Norm(width, config.norm_groups, config.norm_eps)
         self.output_conv = nn.Conv2d(width, pixels * config.out_channels, 3, padding=1)
 
-        parts = [*self.down, self.mid, *up]
+        parts: list[Level | Middle] = [*self.down, self.mid, *up]
         self.embedding_sizes = [block.embedding_size for part in parts for block in part.residual_blocks()]
         self.embedding_projection = nn.Linear(embed_dim, sum(self.embedding_sizes))
         self._init_weights()
@@ -163,17 +164,19 @@ class UNet(nn.Module):
             raise ValueError(
                 f"embedding must have shape {expected} for {len(x)} images, not {list(embedding.shape)}"
             )
-        parts = iter(embedding.split(self.embedding_sizes, dim=1))
+        parts = iter(embedding.split(self.embedding_sizes, dim=1))  # one for each residual block
         x = x.to(_dtype_of(self.input_conv, x.dtype))
-        h = self.input_conv(pixel_unshuffle(x, self.config.patch_size))
+        x = pixel_unshuffle(x, self.config.patch_size)  # [B, P P in_channels, H / P, W / P] for patch_size P
+        h = self.input_conv(x)  # [B, channels, H / P, W / P]
         skips = [h]
-        for level in self.down:
+        for level in self.down:  # each level's resampling halves height and width
             h = run(level, h, parts, skips, backend=backend)
         h = run(self.mid, h, parts, backend=backend)
-        for level in reversed(self.up):
+        for level in reversed(self.up):  # each level's resampling doubles height and width
             h = run(level, h, parts, skips, backend=backend)
-        output = self.output_conv(run(self.output_norm, h, backend=backend))
-        return pixel_shuffle(output, self.config.patch_size)
+        h = run(self.output_norm, h, backend=backend)
+        output = self.output_conv(h)  # [B, P P out_channels, H / P, W / P]
+        return pixel_shuffle(output, self.config.patch_size)  # [B, out_channels, H, W]
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trades time for memory in training: blocks keep only their inputs; a step takes a third longer."""
