@@ -40,7 +40,7 @@ from .utils.validation import (
 )
 
 PRECISIONS = ("exact", "fast")
-MOST_EXTREME = 10  # value of an image to train on: standardised images pass, those of 0..255 do not
+MAX_PIXEL = 10  # magnitude in an image to train on: standardised images pass, those of 0..255 do not
 
 
 class DDPM(nn.Module):
@@ -423,7 +423,7 @@ def _check_images(x0: torch.Tensor) -> None:
     if x0.device.type != "cpu" or not x0.numel() or not readable(x0):  # elsewhere, looking means waiting
         return
     low, high = x0.detach().aminmax()
-    if not -MOST_EXTREME <= low <= high <= MOST_EXTREME:
+    if not -MAX_PIXEL <= low <= high <= MAX_PIXEL:
         raise ValueError(
             f"images must be in [-1, 1], and these reach from {low:.4g} to {high:.4g}; "
             "those of 0..255 become so by x / 127.5 - 1"

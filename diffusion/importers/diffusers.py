@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..models.config import MOST_CHANNELS
+from ..models.config import MAX_CHANNELS
 from ..models.unet import UNet, UNetConfig
 from ..process.prediction import PREDICTION_TYPES
 from ..process.schedule import NoiseSchedule
@@ -150,7 +150,7 @@ def unet_config(config: dict[str, Any]) -> UNetConfig:
     if unknown:
         raise ValueError(f"UNet2DModel's option {unknown[0]!r} is not known")
     options = _DEFAULTS | given
-    widths = whole_numbers("block_out_channels", options["block_out_channels"], 1, MOST_CHANNELS).tolist()
+    widths = whole_numbers("block_out_channels", options["block_out_channels"], 1, MAX_CHANNELS).tolist()
     if not widths:
         refuse("block_out_channels", "a width for each level", widths)
     if options["sample_size"] is None:

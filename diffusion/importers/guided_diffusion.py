@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models.unet import UNet, UNetConfig
-from ..process.schedule import MOST_TIMESTEPS, NoiseSchedule
+from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.reading import load_weights, read_torch
 from ..utils.validation import choice, known_names, numbers, refuse, typed, whole_number
 from .imported import Imported
@@ -100,7 +100,7 @@ def _checked(flag: str, value: Any, default: Any) -> Any:
 
 
 def _schedule(options: dict[str, Any]) -> NoiseSchedule:
-    T = whole_number("flag diffusion_steps", options["diffusion_steps"], 1, MOST_TIMESTEPS)
+    T = whole_number("flag diffusion_steps", options["diffusion_steps"], 1, MAX_TIMESTEPS)
     if choice("noise_schedule", options["noise_schedule"], ("linear", "cosine")) == "cosine":
         return NoiseSchedule.cosine(T)
     # Ho et al.'s betas for 1000 steps, stretched so that any number of steps ends at the same noise.

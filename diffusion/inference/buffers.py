@@ -52,9 +52,12 @@ class Step(NamedTuple):
 class BufferSpec:
     """The sizes of the buffers.
 
-    image_shape: (C, H, W). batch_size: B. num_labels: distinct labels, the null label included where a step
-    is guided; 1 without labels. num_steps: rows of the table. store_x0: whether the predicted x_0 is kept,
-    for the next step or a callback. injects_noise: whether the caller gives the noise.
+    image_shape: (C, H, W).
+    batch_size: B.
+    num_labels: distinct labels, the null label included where a step is guided; 1 without labels.
+    num_steps: rows of the table.
+    store_x0: whether the predicted x_0 is kept, for the next step or a callback.
+    injects_noise: whether the caller gives the noise.
     """
 
     image_shape: tuple[int, ...]
@@ -66,16 +69,17 @@ class BufferSpec:
 
 
 class SamplerBuffers:
-    """All that the steps of a batch read and write; see `kernels.reverse_step_` for most of it.
+    """All that the steps of a batch read and write.
 
-    x: x_t, float32 [B, C, H, W]. x0: the predicted x_0 of the last step, like x, or None. noise: the caller's
-    noise of this step, like x, or None. unet_input: [2 B, C, H, W] in `dtype` and channels_last, x_t twice; a
-    step without guidance reads and writes the first half. table: float64 [steps, 12]. counter: int64 [4].
-    sample_ids: int64 [B].
-
-    embeddings: [STEPS_EMBEDDED, labels, E], the timestep embedding of each step and label. label_index: int64
-    [2 B], the label of each image of unet_input, as an index into `embeddings`. graphs: the CUDA graphs that
-    were captured over these buffers.
+    x: x_t, float32 [B, C, H, W].
+    x0: the predicted x_0 of the last step, like x; None unless the spec says store_x0.
+    noise: the caller's noise of this step, like x; None unless the spec says injects_noise.
+    unet_input: x_t twice, [2 B, C, H, W] in the dtype of the UNet, channels_last. Steps without guidance read
+        and write the first half.
+    table, counter, sample_ids: as `kernels.reverse_step_` takes them.
+    embeddings: [STEPS_EMBEDDED, labels, E], the embedding of each timestep and distinct label.
+    label_index: int64 [2 B], the position in `embeddings` of the label of each image of unet_input.
+    graphs: the CUDA graphs that were captured over these buffers.
     """
 
     def __init__(self, spec: BufferSpec, embedding_size: int, device: torch.device, dtype: torch.dtype):
@@ -99,9 +103,9 @@ class SamplerBuffers:
     def load(
         self, batch: Batch, table: StepTable, guided: bool, null_label: int | None, backend: str
     ) -> None:
-        """Takes up a batch: its table, labels, sample ids and initial noise.
+        """Loads the table, labels, sample ids and initial noise of a batch.
 
-        guided: whether any step is. backend: of the kernel that draws the noise.
+        guided: whether any step is guided, by null_label. backend: of the kernel that draws the noise.
         """
         self.table.copy_(table.table)
         self.counter.copy_(kernels.step_counter(batch.seed, stream=1))
@@ -125,7 +129,7 @@ class SamplerBuffers:
         self.unet_input.unflatten(0, (2, len(self.x))).copy_(self.x)
 
     def _load_labels(self, labels: torch.Tensor | None, guided: bool, null_label: int | None) -> None:
-        """Sets distinct_labels, label_index into them, and image_labels, those of unet_input."""
+        """Sets distinct_labels; label_index; and image_labels, the labels of unet_input."""
         self.distinct_labels: list[int | None] = [None]
         self.image_labels = labels
         if labels is None:

@@ -7,19 +7,19 @@ from functools import cached_property
 from ..utils.validation import choice, known_names, refuse, typed
 
 RESAMPLING = ("conv", "resblock", "plain")
-MOST_CHANNELS = 65536
-MOST_LEVELS = 16
-MOST_PARAMETERS = 2**34  # 64 GiB in float32; the largest published UNets of pixels have 2 billion
+MAX_CHANNELS = 65536
+MAX_LEVELS = 16
+MAX_PARAMETERS = 2**34  # 64 GiB in float32; the largest published UNets of pixels have 2 billion
 
-# The range of each numeric field; the fields not listed have 1..MOST_CHANNELS.
+# The range of each numeric field; the fields not listed have 1..MAX_CHANNELS.
 _BOUNDS: dict[str, dict[str, float]] = {
-    "channels": {"least": 4, "most": MOST_CHANNELS},
+    "channels": {"least": 4, "most": MAX_CHANNELS},
     "channel_mult": {"above": 0, "most": 1024},
     "num_res_blocks": {"least": 1, "most": 64},
-    "attention_levels": {"least": 0, "most": MOST_LEVELS - 1},
-    "mid_attention_groups": {"least": 0, "most": MOST_CHANNELS},
+    "attention_levels": {"least": 0, "most": MAX_LEVELS - 1},
+    "mid_attention_groups": {"least": 0, "most": MAX_CHANNELS},
     "patch_size": {"least": 1, "most": 64},
-    "freq_shift": {"least": 0, "most": MOST_CHANNELS},
+    "freq_shift": {"least": 0, "most": MAX_CHANNELS},
     "timestep_scale": {"above": 0, "most": 1000},
     "norm_eps": {"least": 1e-12, "below": 1},
     "dropout": {"least": 0, "below": 1},
@@ -96,13 +96,13 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
-            bounds = _BOUNDS.get(name, {"least": 1, "most": MOST_CHANNELS})
+            bounds = _BOUNDS.get(name, {"least": 1, "most": MAX_CHANNELS})
             object.__setattr__(self, name, typed(name, getattr(self, name), hint, **bounds))
         levels, blocks = len(self.channel_mult), self.level_blocks
         if self.channels % 2:
             refuse("channels", "even", self.channels)
-        if not 1 <= levels <= MOST_LEVELS:
-            refuse("channel_mult", f"a number for each of 1..{MOST_LEVELS} levels", list(self.channel_mult))
+        if not 1 <= levels <= MAX_LEVELS:
+            refuse("channel_mult", f"a number for each of 1..{MAX_LEVELS} levels", list(self.channel_mult))
         if min(self.level_channels) < 1:
             refuse("channel_mult", "large enough for a channel", list(self.channel_mult))
         if len(blocks) != levels:
@@ -119,10 +119,10 @@ class UNetConfig:
                 refuse(name, f"a name, or {levels - 1} of them", list(kinds))
         choice("downsample_padding", self.downsample_padding, ("asymmetric", "symmetric"))
         self.check_size(self.image_shape)
-        if self.num_parameters > MOST_PARAMETERS:
+        if self.num_parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"a UNet of this configuration has {self.num_parameters:,} parameters, "
-                f"more than {MOST_PARAMETERS:,}"
+                f"more than {MAX_PARAMETERS:,}"
             )
 
     def _per_change(self, kinds: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ def at_timesteps(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> to
 
 
 def check_same_shape(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """ValueError unless `other`, called `name` in the error, has the shape of the images x."""
     if x.shape != other.shape:
         raise ValueError(f"{name} must have the images' shape {list(x.shape)}, not {list(other.shape)}")
 

@@ -16,10 +16,10 @@ from .schedule import NoiseSchedule
 def random_timesteps(
     count: int, T: int, device: torch.device | str = "cpu", cumulative: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Timesteps int64 [count], spread evenly over 0..T-1 from one uniform draw, which lowers the loss's
-    variance (Kingma et al. 2021, arXiv 2107.00630, appendix I.1). From PyTorch's global generators.
+    """Random timesteps, int64 [count] in 0..T-1, by PyTorch's global generators.
 
-    cumulative: float64 [T], the probability of each timestep or a smaller one; None for a uniform one.
+    They are spread evenly from one uniform draw, which lowers the variance of the loss (Kingma et al. 2021,
+    arXiv 2107.00630, appendix I.1). cumulative: their cumulative distribution, float64 [T]; None for uniform.
     """
     u = (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
     if cumulative is None:
@@ -30,8 +30,8 @@ def random_timesteps(
 def lognormal_timesteps(schedule: NoiseSchedule, mean: float, std: float) -> torch.Tensor:
     """The cumulative distribution of timesteps, float64 [T], whose noise level sigma / alpha is log-normal.
 
-    ln(sigma / alpha) is drawn from N(mean, std^2) as in Karras et al. 2022 (arXiv 2206.00364, table 1:
-    -1.2 and 1.2), and a timestep takes what is nearer to its own noise level than to its neighbours'.
+    ln(sigma / alpha) is from N(mean, std^2), as in Karras et al. 2022 (arXiv 2206.00364, table 1: -1.2 and
+    1.2). Each timestep has the probability of the levels that are nearer to its own than to another's.
     """
     level = 0.5 * torch.log((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
     between = ((level[1:] + level[:-1]) / 2 - mean) / std
@@ -42,8 +42,10 @@ def lognormal_timesteps(schedule: NoiseSchedule, mean: float, std: float) -> tor
 def target(
     schedule: NoiseSchedule, prediction_type: str, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    """What the model should put out for x_t = q_sample(schedule, x0, t, noise): noise, x0 or
-    v = alpha noise - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512, section 4). Shapes as in `q_sample`.
+    """The target of the model's output at x_t = q_sample(schedule, x0, t, noise), like x0.
+
+    It is noise for "epsilon", x0 for "sample", and v = alpha noise - sigma x_0 for "v_prediction" (Salimans &
+    Ho 2022, arXiv 2202.00512, section 4). Arguments and errors as in `q_sample`.
     """
     check_prediction_type(prediction_type)
     check_same_shape(x0, noise, "noise")

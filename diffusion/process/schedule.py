@@ -11,7 +11,7 @@ import torch
 
 from ..utils.validation import choice, number, numbers, shown, switch, typed, whole_number
 
-MOST_TIMESTEPS = 1_000_000  # T; published models have up to 4,000
+MAX_TIMESTEPS = 1_000_000  # T; published models have up to 4,000
 
 
 def _linspace(start: float, end: float, T: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def _kind(
     def checked(cls: Any, *args: P.args, **kwargs: P.kwargs) -> "NoiseSchedule":
         bound = arguments.bind(*args, **kwargs)
         bound.apply_defaults()
-        values: dict[str, Any] = {"T": whole_number("T", bound.arguments.pop("T"), 1, MOST_TIMESTEPS)}
+        values: dict[str, Any] = {"T": whole_number("T", bound.arguments.pop("T"), 1, MAX_TIMESTEPS)}
         values |= {name: number(name, value) for name, value in bound.arguments.items()}
         schedule = make(cls, **values)
         return cls(schedule.betas, {"kind": make.__name__, **values})
@@ -65,7 +65,7 @@ class NoiseSchedule:
             raise ValueError(
                 f"betas must be a list of at least one number, not of shape {list(self.betas.shape)}"
             )
-        whole_number("T", len(self.betas), 1, MOST_TIMESTEPS)
+        whole_number("T", len(self.betas), 1, MAX_TIMESTEPS)
         if not ((self.betas > 0) & (self.betas <= 1)).all():
             raise ValueError(
                 f"betas must be in (0, 1]; these lie in [{self.betas.min():g}, {self.betas.max():g}]"

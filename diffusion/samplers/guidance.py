@@ -27,20 +27,19 @@ def guidance_scales(
 
 
 def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float) -> torch.Tensor:
-    """Guided prediction with its standard deviation brought back, in part, to the conditional one's.
+    """The guided prediction, rescaled towards the standard deviation of the conditional one, like `guided`.
 
-    guided, cond: predictions [B, ...] (without variance channels); phi in [0, 1]: 0 changes nothing, 1 gives
-    every image of the batch the standard deviation of its conditional prediction (Lin et al. 2023, arXiv
-    2305.08891, eq. 15 and 16, whose experiments use 0.7). ValueError for other phi or shapes.
+    Lin et al. 2023, arXiv 2305.08891, eq. 15 and 16. guided, cond: predictions [B, ...] without variance
+    channels. phi: in [0, 1]; 0 changes nothing, and 1 gives each image the standard deviation of its
+    conditional prediction; the paper uses 0.7. ValueError for other phi or shapes.
     """
     phi = number("phi", phi, 0, 1)
     if guided.shape != cond.shape:
         raise ValueError(f"guided {list(guided.shape)} and cond {list(cond.shape)} must have one shape")
     dims = tuple(range(1, guided.ndim))
     std_guided, std_cond = (x.std(dim=dims, correction=0, keepdim=True) for x in (guided, cond))
-    ratio = torch.where(
-        std_guided > 0, std_cond / std_guided, 1
-    )  # a constant image has no contrast to restore
+    # A constant image has no contrast to restore.
+    ratio = torch.where(std_guided > 0, std_cond / std_guided, 1)
     return guided * (phi * ratio + (1 - phi))
 
 
@@ -49,8 +48,8 @@ def drop_labels(
 ) -> torch.Tensor:
     """labels, int64 [B], each replaced by null_label with probability p (Ho & Salimans 2022, algorithm 1).
 
-    generator: source of the randomness; torch's own for the labels' device if None. ValueError for p outside
-    [0, 1].
+    generator: of the random numbers; None for PyTorch's generator of the labels' device. ValueError for p
+    outside [0, 1].
     """
     p = number("the probability of dropping a label", p, 0, 1)
     device = labels.device if generator is None else generator.device

@@ -10,7 +10,7 @@ from ..utils.validation import choice, whole_number
 
 # sqrt(alphas_cumprod) where sampling starts, beyond that at T - 1. Above it, 2 % of the pixels in the bundled
 # model's background are grey; at 0.7, nearly all.
-MOST_SIGNAL = 0.2
+MAX_SIGNAL = 0.2
 SPACINGS = ("leading", "linspace", "trailing", "quad")
 
 
@@ -61,7 +61,7 @@ def visited_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, 
     timesteps = spaced_timesteps(schedule.T, steps, spacing, **how)
     first = int(timesteps[0])
     signal, at_end = schedule.alphas_cumprod[[first, -1]].sqrt().tolist()
-    if not _warned and signal - at_end > MOST_SIGNAL:
+    if not _warned and signal - at_end > MAX_SIGNAL:
         _warned = True
         warnings.warn(
             f"spacing {spacing!r} with steps={len(timesteps)} starts at timestep {first} of "

@@ -15,7 +15,7 @@ import diffusion
 from helpers.paths import FIXTURES
 from helpers.training import torchvision_works
 
-MOST_BYTES = 2**20
+MAX_BYTES = 2**20
 # An absolute path of POSIX or of Windows, but for what follows a URL's scheme or is part of a relative path.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~<])/\w[\w.-]*/[\w.-]+|(?<!\w)[A-Za-z]:\\\w")
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
@@ -95,7 +95,7 @@ def test_what_a_notebook_imports_is_there(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_stored(path):
     notebook = read(path)
-    assert path.stat().st_size < MOST_BYTES
+    assert path.stat().st_size < MAX_BYTES
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [cell.source for cell in cells if kinds(cell) & {"stderr", "error"}]

@@ -17,7 +17,7 @@ TILE = {
 }  # elements that registers hold, and the next power of two does not
 PER_THREAD = {"forward": (32, 16, 64), "backward": (32, 16)}  # elements of a tile, in the order of preference
 SPLIT_TILE = 4096
-MOST_CHUNKS = 64
+MAX_CHUNKS = 64
 PARTIAL_TILE = 2048  # partial statistics that are merged at once
 FEW_PROGRAMS = 256  # fewer leave a large GPU without work
 
@@ -73,7 +73,7 @@ def tilings(
         block_c = _power_of_two(width * group_size)
         block_s = min(max(SPLIT_TILE // block_c, 1), _power_of_two(positions))
         tiles = math.ceil(positions / block_s)
-        chunks = min(tiles, MOST_CHUNKS, max(1, math.ceil(2 * FEW_PROGRAMS / max(programs, 1))))
+        chunks = min(tiles, MAX_CHUNKS, max(1, math.ceil(2 * FEW_PROGRAMS / max(programs, 1))))
         if tiles > 1:
             candidates.append(Tiling(width, block_c, block_s, math.ceil(tiles / chunks) * block_s, 4))
     return candidates
@@ -174,7 +174,7 @@ def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
 
 
 def _chunk_rows(tiling: Tiling) -> int:
-    return min(max(PARTIAL_TILE // tiling.block_c, 1), MOST_CHUNKS)
+    return min(max(PARTIAL_TILE // tiling.block_c, 1), MAX_CHUNKS)
 
 
 def _backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, rstd):
