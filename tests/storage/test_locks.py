@@ -11,7 +11,7 @@ import pytest
 
 from diffusion.storage.locks import holder, locked
 
-pytest.importorskip("fcntl", reason="the system has no such locks", exc_type=ImportError)
+fcntl = pytest.importorskip("fcntl", reason="the system has no such locks", exc_type=ImportError)
 
 
 def test_one_holder_at_a_time(tmp_path):
@@ -63,6 +63,24 @@ def test_those_that_wait_never_hold_it_together(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(enter, range(400)))
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """The former holder removes the file after another process opened it, and before that one locks it."""
+    path, flock, calls = tmp_path / ".lock", fcntl.flock, []
+
+    def after_a_removal(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", after_a_removal)
+    with locked(path) as held:
+        assert held
+        assert len(calls) == 2
+        with locked(path) as second:
+            assert not second
 
 
 def test_a_file_system_without_locks_gives_the_lock_to_all(tmp_path, monkeypatch):
