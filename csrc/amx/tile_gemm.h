@@ -206,14 +206,10 @@ FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Overl
 template <int kSplits, class Overlapped>
 FD_HD void sum_products(int64_t rows, int64_t columns, const Factors& f, float* sums, int64_t step,
                         const Overlapped& overlapped) {
-  if (rows > 16 && columns > 16)
-    sum_products<2, 2, kSplits>(f, sums, step, overlapped);
-  else if (rows > 16)
-    sum_products<2, 1, kSplits>(f, sums, step, overlapped);
-  else if (columns > 16)
-    sum_products<1, 2, kSplits>(f, sums, step, overlapped);
-  else
-    sum_products<1, 1, kSplits>(f, sums, step, overlapped);
+  if (rows > 16 && columns > 16) sum_products<2, 2, kSplits>(f, sums, step, overlapped);
+  else if (rows > 16) sum_products<2, 1, kSplits>(f, sums, step, overlapped);
+  else if (columns > 16) sum_products<1, 2, kSplits>(f, sums, step, overlapped);
+  else sum_products<1, 1, kSplits>(f, sums, step, overlapped);
 }
 
 // Sums of 16 kM rows and 16 columns of limbs, int32 [unit][32 rows][16]. Unit u holds the products limb[i] * limb[j]

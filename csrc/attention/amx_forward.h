@@ -120,10 +120,8 @@ FD_HD void write_sums(const float* sums, T* out, int64_t step, int64_t count, in
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t at = 0; at < kBlock; at += kLanes) {
       const Vec value = load(sums + i * kBlock + at);
-      if (width - at >= kLanes)
-        store(out + i * step + at, value);
-      else if (width > at)
-        store(out + i * step + at, value, width - at);
+      if (width - at >= kLanes) store(out + i * step + at, value);
+      else if (width > at) store(out + i * step + at, value, width - at);
     }
   }
 }

@@ -92,20 +92,14 @@ void attention_amx_(const Tensor& q, const Tensor& k, const Tensor& v, double sc
 #if FD_AMX
   const auto with = [&](auto* type) {
     typedef std::remove_pointer_t<decltype(type)> T;
-    if (splits == 1)
-      run_or_record([=] { run<T, 1>(g); }, q, k, v, out);
-    else
-      run_or_record([=] { run<T, 3>(g); }, q, k, v, out);
+    if (splits == 1) run_or_record([=] { run<T, 1>(g); }, q, k, v, out);
+    else run_or_record([=] { run<T, 3>(g); }, q, k, v, out);
   };
   switch (q.scalar_type()) {
-    case ScalarType::Float:
-      return with(static_cast<float*>(nullptr));
-    case ScalarType::BFloat16:
-      return with(static_cast<BFloat16*>(nullptr));
-    case ScalarType::Half:
-      return with(static_cast<Half*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, "q must be float32, bfloat16 or float16");
+    case ScalarType::Float: return with(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16: return with(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Half: return with(static_cast<Half*>(nullptr));
+    default: STD_TORCH_CHECK(false, "q must be float32, bfloat16 or float16");
   }
 #endif
 }

@@ -94,10 +94,8 @@ FD_HD StridedRows columns_as_lhs(float* scratch, const T* from, int64_t row, int
 // The first `count` lanes, or all where there are more.
 template <class T>
 FD_HD void store_at_most(T* to, Vec value, int64_t count) {
-  if (count >= kLanes)
-    store(to, value);
-  else
-    store(to, value, count);
+  if (count >= kLanes) store(to, value);
+  else store(to, value, count);
 }
 
 // out[count][width] from from[width][kQueries], each query's numbers times its factor.

@@ -14,7 +14,7 @@ constexpr int64_t kPackedLanes = 16;  // output channels are padded to a multipl
 constexpr int kPairChunk = 32;        // channels of bfloat16 that AMX multiplies together
 constexpr int kByteChunk = 64;        // channels in bytes that AMX multiplies together
 constexpr int32_t kZero = 96;         // ImageScale::zero after SiLU, which is hardly below 0
-constexpr float kLargestDigit = 127;  // the top limb; the lower limbs add up to just under half a unit of it
+constexpr float kLargestLimb = 127;   // the top limb; the lower limbs add up to just under half a unit of it
 // Products of bytes that a sum of 32 bits can hold.
 constexpr int64_t kMaxProducts = ((int64_t{1} << 31) - 1) / (128 * (3 * 128 + kZero));
 constexpr int64_t kMaxRows = 48;  // pixels that a panel is multiplied by at a time, whose addresses are kept in a list

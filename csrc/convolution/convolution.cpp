@@ -296,10 +296,8 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   const auto run = [&](const auto& call) { run_or_record(call, x, weight, bias, affine, residual, out); };
   if (amx_limbs > 0) return run([=] { convolve_by_amx(g, amx_set); });
   const ConvolutionKernels set = kernels(type, pairs);
-  if (winograd_m == 0)
-    run([=] { direct(g, set, pairs ? 2 : 1, type); });
-  else
-    run([=] { winograd(g, set, winograd_m, pairs ? 2 : 1); });
+  if (winograd_m == 0) run([=] { direct(g, set, pairs ? 2 : 1, type); });
+  else run([=] { winograd(g, set, winograd_m, pairs ? 2 : 1); });
 }
 
 }  // namespace

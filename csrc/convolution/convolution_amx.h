@@ -52,10 +52,8 @@ struct Int8Format {
     alignas(64) static constexpr int32_t kZeros[48] = {};
     const int32_t* start = zero == 0 ? kZeros : reinterpret_cast<const int32_t*>(header + 64);
     int32_t* whole = reinterpret_cast<int32_t*>(sums);
-    if (rows > 16)
-      sum_limb_products<2>(f, start, whole, overlapped);
-    else
-      sum_limb_products<1>(f, start, whole, overlapped);
+    if (rows > 16) sum_limb_products<2>(f, start, whole, overlapped);
+    else sum_limb_products<1>(f, start, whole, overlapped);
   }
 
   static FD_HD Vec scales(const Convolution& g, const char* header, int64_t image) {
@@ -122,8 +120,8 @@ inline ImageScale amx_scale(const Convolution& g, const uint32_t* rows) {
   float largest;
   memcpy(&largest, &bits, sizeof largest);
   const float lowest = std::min(kLowestSilu, largest);
-  const float even = largest / kLargestDigit;
-  const float uneven = std::max(largest / (kLargestDigit + kZero), lowest / (kLargestDigit - kZero));
+  const float even = largest / kLargestLimb;
+  const float uneven = std::max(largest / (kLargestLimb + kZero), lowest / (kLargestLimb - kZero));
   const int32_t zero = g.silu && uneven < even ? kZero : 0;
   const float scale = zero == 0 ? even : uneven;
   return {scale, 65536 / scale, zero};
@@ -282,12 +280,9 @@ void amx_input(const Convolution& g, const AmxBlock& block, char* to, int64_t be
     return copy_pixels<kTransform, T, Format>(g, block, to, begin, end);
   };
   switch (transform_of(g)) {
-    case Transform::plain:
-      return run(std::integral_constant<Transform, Transform::plain>{});
-    case Transform::normalised:
-      return run(std::integral_constant<Transform, Transform::normalised>{});
-    case Transform::activated:
-      return run(std::integral_constant<Transform, Transform::activated>{});
+    case Transform::plain: return run(std::integral_constant<Transform, Transform::plain>{});
+    case Transform::normalised: return run(std::integral_constant<Transform, Transform::normalised>{});
+    case Transform::activated: return run(std::integral_constant<Transform, Transform::activated>{});
   }
 }
 

@@ -30,12 +30,9 @@ void copy_rows(const Convolution& g, const DirectBlock& block, void* to, int64_t
 template <class T, class Math>
 void direct_input(const Convolution& g, const DirectBlock& block, void* to, int64_t begin, int64_t end) {
   switch (transform_of(g)) {
-    case Transform::plain:
-      return copy_rows<Transform::plain, T, Math>(g, block, to, begin, end);
-    case Transform::normalised:
-      return copy_rows<Transform::normalised, T, Math>(g, block, to, begin, end);
-    case Transform::activated:
-      return copy_rows<Transform::activated, T, Math>(g, block, to, begin, end);
+    case Transform::plain: return copy_rows<Transform::plain, T, Math>(g, block, to, begin, end);
+    case Transform::normalised: return copy_rows<Transform::normalised, T, Math>(g, block, to, begin, end);
+    case Transform::activated: return copy_rows<Transform::activated, T, Math>(g, block, to, begin, end);
   }
 }
 

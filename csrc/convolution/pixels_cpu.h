@@ -29,10 +29,8 @@ struct InputReader {
     const Vec x = lanes == kLanes ? load(from) : load(from, lanes);
     if constexpr (kTransform == Transform::plain) return x;
     const Vec z = mul_add(x - centre, gain, offset);
-    if constexpr (kTransform == Transform::normalised)
-      return z;
-    else
-      return silu<T>(z);
+    if constexpr (kTransform == Transform::normalised) return z;
+    else return silu<T>(z);
   }
 };
 
@@ -44,10 +42,8 @@ FD_HD void finish_pixel(const Convolution& g, int64_t at, int64_t channel, int64
     const T* residual = static_cast<const T*>(g.residual) + at * g.residual_pixel + channel;
     value += lanes == kLanes ? load(residual) : load(residual, lanes);
   }
-  if (lanes == kLanes)
-    store(to, value);
-  else
-    store(to, value, lanes);
+  if (lanes == kLanes) store(to, value);
+  else store(to, value, lanes);
 }
 
 // How many of kLanes output channels, from `channel` on, exist.

@@ -121,18 +121,13 @@ template <class T, class Math>
 void winograd_input(const Convolution& g, const WinogradBlock& block, float* v, float* plane, int64_t begin,
                     int64_t end) {
   const auto run = [&](auto transform) FD_INLINE {
-    if (block.size == 2)
-      transform_planes<decltype(transform)::value, 2, T, Math>(g, block, v, plane, begin, end);
-    else
-      transform_planes<decltype(transform)::value, 4, T, Math>(g, block, v, plane, begin, end);
+    if (block.size == 2) transform_planes<decltype(transform)::value, 2, T, Math>(g, block, v, plane, begin, end);
+    else transform_planes<decltype(transform)::value, 4, T, Math>(g, block, v, plane, begin, end);
   };
   switch (transform_of(g)) {
-    case Transform::plain:
-      return run(std::integral_constant<Transform, Transform::plain>{});
-    case Transform::normalised:
-      return run(std::integral_constant<Transform, Transform::normalised>{});
-    case Transform::activated:
-      return run(std::integral_constant<Transform, Transform::activated>{});
+    case Transform::plain: return run(std::integral_constant<Transform, Transform::plain>{});
+    case Transform::normalised: return run(std::integral_constant<Transform, Transform::normalised>{});
+    case Transform::activated: return run(std::integral_constant<Transform, Transform::activated>{});
   }
 }
 
@@ -290,8 +285,6 @@ void transform_back(const Convolution& g, const WinogradBlock& block, const floa
 // Items: tiles.
 template <class T, class Math>
 void winograd_output(const Convolution& g, const WinogradBlock& block, const float* m, int64_t begin, int64_t end) {
-  if (block.size == 2)
-    transform_back<2, T, Math>(g, block, m, begin, end);
-  else
-    transform_back<4, T, Math>(g, block, m, begin, end);
+  if (block.size == 2) transform_back<2, T, Math>(g, block, m, begin, end);
+  else transform_back<4, T, Math>(g, block, m, begin, end);
 }

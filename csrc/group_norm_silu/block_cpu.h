@@ -92,10 +92,8 @@ struct Block {
       each_part(kChunk, [&](auto columns, int64_t c, int64_t from, int64_t rows, int64_t stride) FD_INLINE {
         const ColumnSums sums{channel.mean + c, channel.m2 + c,    channel.centre + c,
                               channel.of_x + c, channel.least + c, channel.greatest + c};
-        if (args.bounded)
-          add_rows<true>(columns, x + from, rows, stride, from - c == at, sums);
-        else
-          add_rows<false>(columns, x + from, rows, stride, from - c == at, sums);
+        if (args.bounded) add_rows<true>(columns, x + from, rows, stride, from - c == at, sums);
+        else add_rows<false>(columns, x + from, rows, stride, from - c == at, sums);
       });
       double* __restrict mean = channel.mean, * __restrict m2 = channel.m2;
       const float* __restrict base = channel.centre;

@@ -17,18 +17,14 @@ struct Columns {
 
   template <class T>
   FD_HD Vec read(const T* from, int i) const {
-    if constexpr (kPartial)
-      return load(from, lanes);
-    else
-      return load(from + i * kLanes);
+    if constexpr (kPartial) return load(from, lanes);
+    else return load(from + i * kLanes);
   }
 
   template <class T>
   FD_HD void write(T* to, int i, Vec value) const {
-    if constexpr (kPartial)
-      store(to, value, lanes);
-    else
-      store(to + i * kLanes, value);
+    if constexpr (kPartial) store(to, value, lanes);
+    else store(to + i * kLanes, value);
   }
 };
 

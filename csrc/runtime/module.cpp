@@ -40,7 +40,7 @@ py::dict limits() {
   limits["LANES"] = kPackedLanes;
   limits["CHUNK"] = kPairChunk;
   limits["BYTE_CHUNK"] = kByteChunk;
-  limits["LARGEST_DIGIT"] = static_cast<int>(kLargestDigit);
+  limits["LARGEST_DIGIT"] = static_cast<int>(kLargestLimb);
   limits["ZERO"] = kZero;
   limits["MAX_PRODUCTS"] = kMaxProducts;
   limits["MAX_AMX_POSITIONS"] = kMaxAmxPositions;

@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "common/floats.h"
-#include "common/targets.h"
 #include "simd/instruction_sets.h"
+#include "simd/targets.h"
 
 #define FD_ISA_BASELINE 1
 #define FD_ISA_AVX2 2

@@ -114,25 +114,13 @@ FD_HD void multiply_rows(const Lhs& lhs, int64_t begin, int64_t end, const float
     const int64_t count = divide_up(end - row, blocks);  // blocks of equal height, or of two heights that differ by 1
     switch (count) {
 #if FD_LANES >= 8
-      case 6:
-        multiply_block<Math, 6, kWidth>(lhs, row, b, b_step, finish);
-        break;
-      case 5:
-        multiply_block<Math, 5, kWidth>(lhs, row, b, b_step, finish);
-        break;
+      case 6: multiply_block<Math, 6, kWidth>(lhs, row, b, b_step, finish); break;
+      case 5: multiply_block<Math, 5, kWidth>(lhs, row, b, b_step, finish); break;
 #endif
-      case 4:
-        multiply_block<Math, 4, kWidth>(lhs, row, b, b_step, finish);
-        break;
-      case 3:
-        multiply_block<Math, 3, kWidth>(lhs, row, b, b_step, finish);
-        break;
-      case 2:
-        multiply_block<Math, 2, kWidth>(lhs, row, b, b_step, finish);
-        break;
-      default:
-        multiply_block<Math, 1, kWidth>(lhs, row, b, b_step, finish);
-        break;
+      case 4: multiply_block<Math, 4, kWidth>(lhs, row, b, b_step, finish); break;
+      case 3: multiply_block<Math, 3, kWidth>(lhs, row, b, b_step, finish); break;
+      case 2: multiply_block<Math, 2, kWidth>(lhs, row, b, b_step, finish); break;
+      default: multiply_block<Math, 1, kWidth>(lhs, row, b, b_step, finish); break;
     }
     row += count;
   }

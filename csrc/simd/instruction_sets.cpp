@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "common/targets.h"
+#include "simd/targets.h"
 
 #if FD_AMX
 #include <cpuid.h>

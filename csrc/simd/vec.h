@@ -99,19 +99,15 @@ FD_HD Bits16 narrowed(Vec value, Half*) {
 
 template <class T>
 FD_HD Vec load(const T* from) {
-  if constexpr (sizeof(T) == 4)
-    return *reinterpret_cast<const UnalignedVec*>(from);
-  else
-    return widened(*reinterpret_cast<const UnalignedBits16*>(from), static_cast<T*>(nullptr));
+  if constexpr (sizeof(T) == 4) return *reinterpret_cast<const UnalignedVec*>(from);
+  else return widened(*reinterpret_cast<const UnalignedBits16*>(from), static_cast<T*>(nullptr));
 }
 
 template <class T>
 FD_HD void store(T* to, Vec value) {
   const auto bits = narrowed(value, to);
-  if constexpr (sizeof(T) == 4)
-    *reinterpret_cast<UnalignedVec*>(to) = bits;
-  else
-    *reinterpret_cast<UnalignedBits16*>(to) = bits;
+  if constexpr (sizeof(T) == 4) *reinterpret_cast<UnalignedVec*>(to) = bits;
+  else *reinterpret_cast<UnalignedBits16*>(to) = bits;
 }
 
 // The first `count` lanes; the other lanes are 0.
@@ -119,10 +115,8 @@ template <class T>
 FD_HD Vec load(const T* from, int64_t count) {
 #if FD_LANES == 16
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-  if constexpr (sizeof(T) == 4)
-    return (Vec)_mm512_maskz_loadu_ps(mask, from);
-  else
-    return widened((Bits16)_mm256_maskz_loadu_epi16(mask, from), static_cast<T*>(nullptr));
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(mask, from);
+  else return widened((Bits16)_mm256_maskz_loadu_epi16(mask, from), static_cast<T*>(nullptr));
 #else
   T lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
@@ -135,10 +129,8 @@ template <class T>
 FD_HD void store(T* to, Vec value, int64_t count) {
 #if FD_LANES == 16
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-  if constexpr (sizeof(T) == 4)
-    _mm512_mask_storeu_ps(to, mask, value);
-  else
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)narrowed(value, to));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, mask, value);
+  else _mm256_mask_storeu_epi16(to, mask, (__m256i)narrowed(value, to));
 #else
   T lanes[kLanes];
   store(lanes, value);
