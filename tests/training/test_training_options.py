@@ -65,14 +65,16 @@ def test_compiled_steps_are_the_same(backend, monkeypatch):
 def test_steps_in_16_bits_are_close(dtype):
     """float16's first steps may be left out, while the scale of the loss is still too high."""
     recipe = replace(PLAIN, steps=60, learning_rate=3e-3)
-    losses = []
+    losses, norms = [], []
     for autocast in (None, dtype):
         trainer = make_trainer(recipe, autocast=autocast)
         for _ in range(60):
-            trainer.train_step()
+            norm = trainer.train_step()
         trainer.check_finite()
+        norms.append(norm.item())
         losses.append(trainer.validation_loss())
     assert losses[1] == pytest.approx(losses[0], rel=0.15)
+    assert 0.2 < norms[1] / norms[0] < 5  # the gradient that is clipped is without the scale of the loss
 
 
 def test_a_scaled_loss_resumes_as_if_it_had_not_stopped(tmp_path):
