@@ -1,6 +1,7 @@
 """UNetConfig: the architecture of a UNet, in numbers, checked."""
 
 import typing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
@@ -128,7 +129,7 @@ class UNetConfig:
     def _per_change(self, kinds: str | tuple[str, ...]) -> tuple[str, ...]:
         return (kinds,) * (len(self.channel_mult) - 1) if isinstance(kinds, str) else kinds
 
-    def check_size(self, size: tuple[int, int]) -> None:
+    def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved between all levels."""
         halvings = len(self.channel_mult) - 1
         multiple = self.patch_size * 2**halvings
@@ -190,7 +191,9 @@ class UNetConfig:
             return 4 * width * (width + 1) + 2 * width * norm
 
         def resampling(kind: str | None, width: int) -> int:
-            return {"conv": 9 * width * width + width, "resblock": residual(width, width)}.get(kind, 0)
+            if kind == "resblock":
+                return residual(width, width)
+            return 9 * width * width + width if kind == "conv" else 0
 
         count = (self.channels + 1) * embed + (embed + 1) * embed
         if self.num_classes is not None:

@@ -59,7 +59,7 @@ def altered(unet: nn.Module) -> str | None:
 def config_of(unet: nn.Module | None) -> UNetConfig:
     """The configuration of a model's network; ValueError unless it is a UNet or has a UNet's `config`."""
     config = getattr(unet, "config", None)
-    if not isinstance(config, UNetConfig):
+    if unet is None or not isinstance(config, UNetConfig):
         inner = getattr(getattr(unet, "module", None), "config", None)
         hint = "; its `module` is one" if isinstance(inner, UNetConfig) else ""
         raise ValueError(
@@ -76,7 +76,9 @@ def missing(unet: nn.Module) -> str | None:
         return None
     for name, built in configured(config_of(unet)).named_modules():
         *path, last = name.split(".")
-        parent = functools.reduce(lambda module, key: getattr(module, key, None), path, unet)
+        parent: object = unet
+        for key in path:
+            parent = getattr(parent, key, None)
         gone = isinstance(parent, nn.Module) and getattr(parent, last, built) is None
         if gone and not _can_go(built, last):
             return name
@@ -183,7 +185,7 @@ def _different_child(prefix: str, own: dict, expected: dict) -> str | None:
 class Snapshot:
     """The state of an unaltered UNet at one time, with its weights, for a later comparison."""
 
-    def __init__(self, unet: UNet):
+    def __init__(self, unet: nn.Module):
         self._modules = list(unet.modules())
         self._types = list(map(type, self._modules))
         self._attributes = [vars(module) for module in self._modules]

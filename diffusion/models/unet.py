@@ -1,6 +1,7 @@
 """UNet: the network of DDPM, improved DDPM and guided diffusion (ADM)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -35,6 +36,9 @@ class UNet(nn.Module):
     `forward` is `denoise(x, embed(timesteps, labels))`: `embed` holds all that depends on
     timestep and label alone, so that a sampler can compute it once for all steps.
     """
+
+    down: Sequence[Level]  # an nn.ModuleList, as `up` is
+    up: Sequence[Level]
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -85,7 +89,8 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         # A matrix that holds several weights: each gets its own fan-out.
         several = [m.qkv.weight.chunk(3) for m in self.modules() if isinstance(m, Attention)]
         for weights in (*several, self.embedding_projection.weight.split(self.embedding_sizes)):
@@ -118,17 +123,18 @@ class UNet(nn.Module):
         )
         embedding = self.time_mlp(waves.to(dtype))
         if config.num_classes is not None:
-            if labels is None and config.null_label is None:
-                raise ValueError("this model was trained without a null label, so it needs labels")
             if labels is None:
+                if config.null_label is None:
+                    raise ValueError("this model was trained without a null label, so it needs labels")
                 labels = torch.full_like(timesteps, config.null_label, dtype=torch.int64)
-            self._check_labels(labels, timesteps)
+            self._check_labels(labels, timesteps, config.num_classes + config.has_null_label)
             embedding = embedding + self.label_embedding(labels)
         elif labels is not None:
             raise ValueError("this model is unconditional; labels must be None")
         return self.embedding_projection(nn.functional.silu(embedding))
 
-    def _check_labels(self, labels: torch.Tensor, timesteps: torch.Tensor) -> None:
+    def _check_labels(self, labels: torch.Tensor, timesteps: torch.Tensor, rows: int) -> None:
+        """ValueError unless labels are integers [B] in 0..rows-1, as far as the values can be read."""
         if not isinstance(labels, torch.Tensor):
             raise ValueError(
                 f"labels must be a tensor of integers {list(timesteps.shape)}, not {type(labels).__name__}"
@@ -145,7 +151,6 @@ class UNet(nn.Module):
             labels = torch._C._functorch.get_unwrapped(labels)  # vmap passes one label; this is the batch
         if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        rows = self.config.num_classes + self.config.has_null_label
         if labels.numel() and not bool(((labels >= 0) & (labels < rows)).all()):
             null = "" if self.config.null_label is None else f" ({self.config.null_label} for no label)"
             raise ValueError(f"labels must be in 0..{rows - 1}{null}, not {labels.min()}..{labels.max()}")
