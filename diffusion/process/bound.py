@@ -41,7 +41,7 @@ def variational_bound_terms(
     learned = choice("variance", variance, VARIANCES) == "learned_range"
     if model_output.shape[1] != x0.shape[1] * (2 if learned else 1):
         raise ValueError(f"variance {variance!r} does not go with an output of {list(model_output.shape)}")
-    prediction, share = model_output.chunk(2, dim=1) if learned else (model_output, None)
+    prediction, *share = model_output.chunk(2 if learned else 1, dim=1)
     predicted = predict_x0(schedule, prediction_type, x_t, t, prediction)
     if clip is not None:
         predicted = predicted.clamp(-clip, clip)
@@ -55,7 +55,7 @@ def variational_bound_terms(
     posterior = torch.cat([posterior[1:2], posterior[1:]])  # it is 0 at t = 0
     small, large = (at_timesteps(table.log(), t, x0) for table in (posterior, betas))
     if learned:
-        fraction = (share + 1) / 2
+        fraction = (share[0] + 1) / 2
         log_variance = fraction * large + (1 - fraction) * small
     elif variance == "fixed_small":
         log_variance = small

@@ -37,7 +37,8 @@ def _kind(
         bound.apply_defaults()
         values: dict[str, Any] = {"T": whole_number("T", bound.arguments.pop("T"), 1, MAX_TIMESTEPS)}
         values |= {name: number(name, value) for name, value in bound.arguments.items()}
-        schedule = make(cls, **values)
+        build: Callable[..., NoiseSchedule] = make  # a dictionary does not fit P
+        schedule = build(cls, **values)
         return cls(schedule.betas, {"kind": make.__name__, **values})
 
     _KINDS[make.__name__] = tuple(arguments.parameters)

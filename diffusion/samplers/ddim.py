@@ -63,6 +63,7 @@ def ddim(
         clip,
         guidance_scale,
         guidance_interval,
+        learned_variance=False,
         sigma=sigma,
         **columns,
     )

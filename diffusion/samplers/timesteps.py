@@ -31,6 +31,7 @@ def spaced_timesteps(
     """
     choice("spacing", spacing, SPACINGS)
     steps = T if steps is None else whole_number("steps", steps, 1, T)
+    increasing: np.ndarray
     if steps == T:
         increasing = np.arange(T)
     elif spacing == "trailing":

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def save_npz(
     x: torch.Tensor | np.ndarray,
     path: str | os.PathLike,
     labels: Sequence[int] | torch.Tensor | None = None,
-    **metadata,
+    **metadata: Any,
 ) -> None:
     """Writes an .npz of `images` uint8 [N, H, W, C], the layout of evaluation suites, and `labels` int64 [N].
 
@@ -139,7 +140,7 @@ def save_npz(
     x = _as_tensor(x)
     if x.ndim != 4:
         raise ValueError(f"images must be [N, C, H, W], not {list(x.shape)}")
-    arrays = {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
+    arrays: dict[str, Any] = {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = whole_numbers("labels", labels).numpy()
     arrays.update({key: np.asarray(value) for key, value in metadata.items()})

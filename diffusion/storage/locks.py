@@ -11,7 +11,7 @@ from .reading import read_text
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment] # mypy knows no name for "a module or None"
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ Nothing here ever unpickles code. Any fault of a file is a ValueError of one lin
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
 from zipfile import BadZipFile
 
 import torch
@@ -43,7 +43,7 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def open_regular(path: str | os.PathLike, max_bytes: float | None = None) -> Iterator[BinaryIO]:
+def open_regular(path: str | os.PathLike, max_bytes: float | None = None) -> Iterator[io.BufferedReader]:
     """Opens a regular file, or one that a link leads to, for reading; never waits for a pipe or a device.
 
     max_bytes: largest size of the file; by default the memory of the machine. ValueError for a larger file,
@@ -77,7 +77,7 @@ def read_text(path: str | os.PathLike, max_bytes: float | None = None) -> str:
         raise ValueError(f"{path} is no text in UTF-8: {one_line(error)}") from error
 
 
-def name_of(file: BinaryIO, path: str | os.PathLike) -> str:
+def name_of(file: io.BufferedReader, path: str | os.PathLike) -> str:
     """A name of an open file, for libraries that open files themselves; `path` where the system has none.
 
     The name leads to the very file that was checked, even if another has taken its place since. It is ASCII,
@@ -273,7 +273,7 @@ def add_tensors(digest: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> No
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _digest(file: BinaryIO) -> str:
+def _digest(file: io.BufferedReader) -> str:
     digest, chunk = hashlib.sha256(), memoryview(bytearray(2**18))  # fits a processor's cache
     while size := file.readinto(chunk):
         digest.update(chunk[:size])

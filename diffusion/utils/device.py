@@ -30,7 +30,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """float32, bfloat16, float16 or float64, by name or as a torch.dtype; ValueError for others."""
-    return dtype if dtype in DTYPES.values() else DTYPES[choice("dtype", dtype, DTYPES)]
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    return DTYPES[choice("dtype", dtype, DTYPES)]
 
 
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:

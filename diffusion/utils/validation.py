@@ -16,6 +16,7 @@ import torch
 
 LARGEST_INTEGER = 2**63 - 1  # of int64
 LARGEST_NUMBER = torch.finfo(torch.float32).max  # networks and samplers compute in float32
+INTERVAL = "two numbers (low, high) with low <= high"
 MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -125,11 +126,13 @@ def numbers(name: str, values: Any) -> torch.Tensor:
         values = values.tolist()
     if not isinstance(values, list | tuple):
         refuse(name, "a list of numbers", values)
+    finite = []
     for value in values:
         found = _as_python(value)
         if found is None or not abs(found) <= LARGEST_NUMBER:
             refuse(name, "a list of finite numbers", value)
-    return torch.tensor([float(_as_python(value)) for value in values], dtype=torch.float64, device="cpu")
+        finite.append(float(found))
+    return torch.tensor(finite, dtype=torch.float64, device="cpu")
 
 
 def interval(name: str, value: Any) -> tuple[float, float]:
@@ -139,10 +142,11 @@ def interval(name: str, value: Any) -> tuple[float, float]:
         ends = list(value) if value.ndim == 1 and _is_dense(value) else None
     if isinstance(ends, list | tuple) and len(ends) == 2:
         low, high = (_as_python(end) for end in ends)
-        whole = None not in (low, high) and abs(low) <= LARGEST_NUMBER
-        if whole and (low <= high <= LARGEST_NUMBER or high == math.inf):
+        if low is None or high is None:
+            refuse(name, INTERVAL, value)
+        if abs(low) <= LARGEST_NUMBER and (low <= high <= LARGEST_NUMBER or high == math.inf):
             return float(low), float(high)
-    refuse(name, "two numbers (low, high) with low <= high", value)
+    refuse(name, INTERVAL, value)
 
 
 def plain_number(value: object) -> object:
@@ -188,8 +192,8 @@ def _converted(value: object, hint: Any, bounds: dict[str, float]) -> Any:
         options = args[:1] * len(value) if args[-1] is ... else args
         if len(options) != len(value):
             return _NO
-        found = tuple(_converted(item, option, bounds) for item, option in zip(value, options, strict=True))
-        return _NO if any(item is _NO for item in found) else found
+        items = tuple(_converted(item, option, bounds) for item, option in zip(value, options, strict=True))
+        return _NO if any(item is _NO for item in items) else items
     if hint in (int, float):
         found = _as_python(value)
         if found is None or (hint is int and not isinstance(found, int)):

@@ -119,6 +119,11 @@ def test_wrong_probability(p):
         drop_labels(torch.arange(3), p, 10)
 
 
+def test_drop_labels_needs_a_null_label():
+    with pytest.raises(ValueError, match="no null label"):
+        drop_labels(torch.arange(3), 0.5, None)
+
+
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.995, 1.0])
 @pytest.mark.parametrize("max_value", [1.0, 1.5, 100.0])
