@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..cli import Parser, take_any_name
-from ..data import NAMED_SETS, load_dataset
+from ..data import NAMED_SETS, ImageSet, load_dataset
 from ..storage.atomic import check_writable
 from .network import ARCHITECTURES, ClassifierConfig
 from .reference import draw_samples, measure_reference
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         channels, height, width = train.images.shape[1:]
         if height != width:
             raise ValueError(f"the classifier takes square images, not {height} x {width}")
-        classes = int(train.labels.max()) + 1
+        classes = int(train.known_labels().max()) + 1
         config = _config(options, channels, height, classes)
         if options.epochs is None:
             options.epochs = 18 if config.architecture == "plain" else 10
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.monotonic()
         classifier = train_classifier(
             train.images,
-            train.labels,
+            train.known_labels(),
             config=config,
             flip=channels == 3,
             epochs=options.epochs,
@@ -84,7 +84,7 @@ def _config(options: argparse.Namespace, channels: int, size: int, classes: int)
     return ClassifierConfig(channels, size, classes, width, features, architecture)
 
 
-def _load(options: argparse.Namespace):
+def _load(options: argparse.Namespace) -> list[ImageSet]:
     """The images to train on and those to test with, both labelled with the same classes."""
     if options.data in NAMED_SETS:
         sets = [
@@ -96,8 +96,7 @@ def _load(options: argparse.Namespace):
         train = load_dataset(options.data, progress=True)
         sets = [train, load_dataset(options.test_data, channels=train.images.shape[1], progress=True)]
     for images in sets:
-        if images.labels is None:
-            raise ValueError(f"{images.name} has no labels; put its images into a folder for each class")
+        images.known_labels()  # or the reason why they cannot be used
     if sets[0].images.shape[1:] != sets[1].images.shape[1:] or sets[0].classes != sets[1].classes:
         raise ValueError(f"{sets[0].name} and {sets[1].name} differ in their images' size or in classes")
     return sets

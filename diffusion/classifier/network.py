@@ -78,8 +78,11 @@ class Classifier(nn.Module):
     over the pixels of the last stage. Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) and ReLU
     follow each convolution.
 
-    `folder` is the folder from which `load_classifier` read the weights.
+    `folder` is the folder from which `load_classifier` read the weights; other classifiers lack it.
     """
+
+    folder: Path
+    hidden: nn.Module
 
     def __init__(self, config: ClassifierConfig | None = None) -> None:
         super().__init__()
@@ -91,7 +94,6 @@ class Classifier(nn.Module):
             self.convolutions, self.hidden = _residual(config), nn.Identity()
             self.dropout = nn.Dropout(0.0)
         self.output = nn.Linear(config.features, config.classes)
-        self.folder: Path | None = None
 
     @property
     def num_features(self) -> int:
@@ -151,6 +153,8 @@ class _Residual(nn.Module):
 
 class _Convolution(nn.Conv2d):
     """Computed by `kernels.conv2d`, whose weight gradient is faster than PyTorch's on processors with AMX."""
+
+    padding: tuple[int, ...]  # never one of PyTorch's names of paddings
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=self.padding[0])

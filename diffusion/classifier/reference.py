@@ -65,7 +65,7 @@ def measure_reference(
         real_random=tuple(frechet_distance(*moments(features[part]), mean, cov) for part in random),
         real_balanced=tuple(frechet_distance(*moments(features[part]), mean, cov) for part in balanced),
         sample_size=sample_size,
-        test_accuracy=(found == test.labels).double().mean().item(),
+        test_accuracy=(found == test.known_labels()).double().mean().item(),
         source=(
             f"{train.name}: {len(train.images):,} training images; {len(test.images):,} test images shuffled "
             f"with seed {seed}, {len(random)} disjoint samples at random, {len(balanced)} balanced"
@@ -87,7 +87,8 @@ def draw_samples(
         raise ValueError(too_few)
     wanted = torch.bincount(balanced_labels(sample_size, classes), minlength=classes).tolist()
     order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(seed), device="cpu")
-    pools = [_samples(order[test.labels[order] == label], wanted[label]) for label in range(classes)]
+    labels = test.known_labels()[order]
+    pools = [_samples(order[labels == label], wanted[label]) for label in range(classes)]
     balanced = [torch.cat(parts) for parts in zip(*pools, strict=False)]
     if not balanced:
         raise ValueError(f"{too_few}, as many of each class")

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,7 +52,8 @@ def load_classifier(
         load_weights(classifier, weights, folder / "model.safetensors")
         check_weights(stored, folder / "statistics.safetensors")
         check_finite(stored, folder / "statistics.safetensors")
-        real = {name: tuple(stored[name].tolist()) for name in ("real_random", "real_balanced")}
+        names = ("real_random", "real_balanced")
+        real: dict[str, Any] = {name: tuple(stored[name].tolist()) for name in names}
         reference = Reference(mean=stored["mean"], cov=stored["cov"], **real, **config["reference"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} holds no usable classifier: {one_line(error)}") from error

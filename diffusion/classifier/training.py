@@ -145,9 +145,9 @@ def _muon_and_adamw(classifier: Classifier, lr: float) -> list[torch.optim.Optim
     matrices = [kernel.detach().flatten(1).requires_grad_() for kernel in kernels]  # views
     muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01)
 
-    def take_gradients(*_) -> None:
+    def take_gradients(*_: object) -> None:
         for matrix, kernel in zip(matrices, kernels, strict=True):
-            matrix.grad = kernel.grad.flatten(1)
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
 
     muon.register_step_pre_hook(take_gradients)
     return [muon, _adamw(others, lr)]

@@ -25,7 +25,7 @@ MAX_PIXELS = 2**26  # of one image
 # Metadata in which Pillow finds the orientation.
 _ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 # What makes an image upright, by the value of its EXIF orientation; 1 is upright.
-_TURNS = {
+_TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

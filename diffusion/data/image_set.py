@@ -16,3 +16,9 @@ class ImageSet(NamedTuple):
     labels: torch.Tensor | None
     classes: tuple[str, ...] | None
     name: str
+
+    def known_labels(self) -> torch.Tensor:
+        """The labels. ValueError if there are none."""
+        if self.labels is None:
+            raise ValueError(f"{self.name} has no labels; put its images into a folder for each class")
+        return self.labels

@@ -105,6 +105,6 @@ def _joined(parts: list[ImageSet], path: Path) -> ImageSet:
     shapes = {tuple(part.images.shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise ValueError(f"the shards in {path} hold images of different shapes: {sorted(shapes)}")
-    labelled = all(part.labels is not None for part in parts)
-    labels = torch.cat([part.labels for part in parts]) if labelled else None
-    return ImageSet(torch.cat([part.images for part in parts]), labels, None, str(path))
+    labels = [part.labels for part in parts if part.labels is not None]
+    joined = torch.cat(labels) if len(labels) == len(parts) else None
+    return ImageSet(torch.cat([part.images for part in parts]), joined, None, str(path))

@@ -6,7 +6,7 @@ A new set is one entry of NAMED_SETS.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +69,7 @@ def load_cifar10(
     return images, torch.tensor(dataset.targets, device="cpu")
 
 
-def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str, download: bool):
+def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str, download: bool) -> Any:
     """The data set that torchvision calls `name`; `files` is the folder below data_dir that holds its files.
 
     ValueError if torchvision cannot be imported, or cannot read the files.

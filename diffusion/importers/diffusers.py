@@ -1,9 +1,9 @@
 """Reads the folders of diffusers: pipelines of a UNet2DModel and a scheduler."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from .imported import Imported
 from .naming import Parts, Source, convert
 
 NAME = "diffusers"
+T = TypeVar("T")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 # Values of the options that a UNet2DModel's configuration does not mention.
@@ -124,7 +125,7 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name if os.path.isdir(folder / name) else folder
 
 
-def _located(path: Path, function, *args):
+def _located(path: Path, function: Callable[..., T], *args: Any) -> T:
     """function(*args), whose errors get the name of the file."""
     try:
         return function(*args)
@@ -168,9 +169,9 @@ def unet_config(config: dict[str, Any]) -> UNetConfig:
         in_channels=options["in_channels"],
         out_channels=options["out_channels"],
         channels=widths[0],
-        channel_mult=[width / widths[0] for width in widths],
+        channel_mult=tuple(width / widths[0] for width in widths),
         num_res_blocks=options["layers_per_block"],
-        attention_levels=[level for level, (attends, _) in enumerate(down) if attends],
+        attention_levels=tuple(level for level, (attends, _) in enumerate(down) if attends),
         mid_attention=options["add_attention"],
         mid_attention_groups=0 if mid_groups is None and scale_shift else mid_groups,
         head_channels=options["attention_head_dim"],
@@ -178,8 +179,8 @@ def unet_config(config: dict[str, Any]) -> UNetConfig:
         scale_shift=scale_shift,
         flip_sin_to_cos=options["flip_sin_to_cos"],
         freq_shift=options["freq_shift"],
-        downsample=[how for _, how in down[:-1]],
-        upsample=[how for _, how in up[1:]],
+        downsample=tuple(how for _, how in down[:-1]),
+        upsample=tuple(how for _, how in up[1:]),
         downsample_padding="symmetric" if options["downsample_padding"] else "asymmetric",
         norm_groups=options["norm_num_groups"],
         norm_eps=options["norm_eps"],
@@ -269,8 +270,7 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, dict[str, Any
     ValueError naming the option that cannot be represented. The spacing of timesteps is ignored: it is an
     option of sampling, not of the model.
     """
-    name = config.get("_class_name")
-    _known("_class_name", name, _SCHEDULERS)
+    name = _known("_class_name", config.get("_class_name"), _SCHEDULERS)
     prediction = config.get("prediction_type", "epsilon" if config.get("predict_epsilon", True) else "sample")
     _known("prediction_type", prediction, PREDICTION_TYPES)
     variance = config.get("variance_type")

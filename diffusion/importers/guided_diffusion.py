@@ -21,7 +21,7 @@ from .naming import Parts, Source, convert
 NAME = "guided-diffusion and improved-diffusion"
 # Flags that do not change the model, only its training, its sampling, or how it is computed.
 _WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "timestep_respacing"}
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "image_size": 64,
     "num_channels": 128,
     "num_res_blocks": 2,
@@ -132,7 +132,7 @@ def _config(options: dict[str, Any], tensors: dict[str, torch.Tensor], path: Pat
         channels=options["num_channels"],
         channel_mult=mults,
         num_res_blocks=options["num_res_blocks"],
-        attention_levels=[level for level in range(len(mults)) if 2**level in factors],
+        attention_levels=tuple(level for level in range(len(mults)) if 2**level in factors),
         num_heads=heads,
         head_channels=None if options["num_head_channels"] == -1 else options["num_head_channels"],
         scale_shift=options["use_scale_shift_norm"],

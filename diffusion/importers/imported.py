@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from torch import nn
-
+from ..models.unet import UNet
 from ..process.schedule import NoiseSchedule
 
 
@@ -16,7 +15,7 @@ class Imported(NamedTuple):
     checkpoint does not tell and the caller did not give, with the values that were taken for them.
     """
 
-    unet: nn.Module
+    unet: UNet
     schedule: NoiseSchedule
     conventions: dict[str, Any]
     assumed: dict[str, Any] | None = None
