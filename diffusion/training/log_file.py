@@ -21,8 +21,9 @@ class LogFile:
 
     def __init__(self, path: Path, logged: int | None):
         self.path = path
-        rows = [] if logged is None or not path.exists() else self._rows()
-        rows = [(step, line) for step, line in rows if step <= logged]
+        rows = []
+        if logged is not None and path.exists():
+            rows = [(step, line) for step, line in self._rows() if step <= logged]
         with replacing(path) as (temporary,):
             temporary.write_text("".join([HEADER, *(line for _, line in rows)]), encoding="utf-8")
         last = rows[-1][0] if rows else 0

@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -278,7 +279,8 @@ def _save_samples(model: DDPM, path: Path, signals: list[int]) -> bool:
         if signals:
             raise _Stopped
 
-    config, options = model.unet.config, {"sampler": "ddim", "steps": min(50, model.schedule.T)}
+    config = model.unet.config
+    options: dict[str, Any] = {"sampler": "ddim", "steps": min(50, model.schedule.T)}
     options["callback"] = check_signals
     try:
         check_signals()

@@ -1,6 +1,7 @@
 """The optimisers that a recipe can name, over a network's weights."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,15 +25,14 @@ class Muon(torch.optim.Muon):
     On CPUs with AMX the orthogonalisation is `kernels.ops.newton_schulz`, so weights differ by rounding.
     """
 
-    def __init__(self, weights: list[torch.Tensor], **options):
+    def __init__(self, weights: list[torch.Tensor], **options: Any):
         super().__init__(weights, nesterov=True, adjust_lr_fn="match_rms_adamw", **options)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Moves the weights, all of which have gradients, by one step."""
-        if not supports(self.param_groups[0]["params"][0].device):
-            super().step(closure)
-            return
+        if closure is not None or not supports(self.param_groups[0]["params"][0].device):
+            return super().step(closure)
         for group in self.param_groups:
             weights = group["params"]
             for weight in weights:
@@ -76,11 +76,11 @@ class Optimizer:
             weight = contiguous_view(parameter.detach(), parameter)
             self.weights[name] = (weight.flatten(1) if name in matrices else weight).requires_grad_()
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-        options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
         fused = device.type in ("cpu", "cuda")
         adam = kind([w for name, w in self.weights.items() if name not in matrices], fused=fused, **options)
         self.parts: list[torch.optim.Optimizer] = [adam]
-        self._part_of = dict.fromkeys(self.weights, adam)
+        self._part_of: dict[str, torch.optim.Optimizer] = dict.fromkeys(self.weights, adam)
         if matrices:
             options |= {"momentum": MOMENTUM}
             muon = Muon([w for name, w in self.weights.items() if name in matrices], **options)
@@ -102,6 +102,7 @@ class Optimizer:
         """Hands the parameters' gradients to the optimiser's views of them."""
         for name, weight in self.weights.items():
             parameter = self.parameters[name]
+            assert parameter.grad is not None, f"the loss does not depend on {name}"
             weight.grad = contiguous_view(parameter.grad, parameter).reshape(weight.shape)
 
     def state(self, name: str) -> dict[str, torch.Tensor]:

@@ -90,12 +90,12 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         load_weights(average.unet, groups.get(f"ema{index}", {}), path)
     moments = groups.get("adam", {})
     for name, parameter in trainer.model.unet.named_parameters():
-        state = {key: moments.get(f"{key}.{name}") for key in trainer.optimizer.keys(name)}
-        found = [value is not None for value in state.values()]
-        if not any(found) and (about["step"] == 0 or about["scaler"]):
+        keys = trainer.optimizer.keys(name)
+        state = {key: moments[f"{key}.{name}"] for key in keys if f"{key}.{name}" in moments}
+        if not state and (about["step"] == 0 or about["scaler"]):
             continue  # no step yet: a step whose scaled gradients overflow is left out
-        shapes = [torch.Size() if key == "step" else parameter.shape for key in state]
-        if not all(found) or [value.shape for value in state.values()] != shapes:
+        shapes = {key: torch.Size() if key == "step" else parameter.shape for key in keys}
+        if {key: value.shape for key, value in state.items()} != shapes:
             raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
         squares = state.get("exp_avg_sq", torch.zeros(1, device="cpu"))
         if any(value.isnan().any() for value in state.values()) or (squares < 0).any():

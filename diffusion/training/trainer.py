@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ from .recipe import Recipe
 # Defaults for sampling the models trained here. "trailing" starts at the last timestep, where x_t is pure
 # noise; this matters with few steps (Lin et al. 2023, arXiv 2305.08891, section 3.3).
 _DEFAULTS = {"spacing": "trailing", "use_clipped_model_output": True}
-SAMPLER_OPTIONS = {
+SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
     sampler: {name: value for name, value in _DEFAULTS.items() if name in options_of(sampler)}
     for sampler in SAMPLERS
 }
@@ -107,7 +108,8 @@ class Trainer:
             schedule,
             prediction_type=recipe.prediction_type,
             sampler_options=SAMPLER_OPTIONS,
-        ).to(self.device, memory_format=self.format)
+        )
+        self.model.to(self.device, memory_format=self.format)  # type: ignore[call-overload] # torch's stub lacks it
         self.averages = {decay: self.model.copy() for decay in (recipe.ema_decay, *recipe.more_ema_decays)}
         for average in self.averages.values():
             average.unet.eval().requires_grad_(False)
@@ -164,13 +166,13 @@ class Trainer:
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         weights = list(self.optimizer.weights.values())
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if norm.device.type != "cpu" or norm > recipe.gradient_clip:  # on a GPU, comparing would wait
             torch.nn.utils.clip_grads_with_norm_(weights, recipe.gradient_clip, norm)
         for optimizer in self.optimizer.parts:
             self.scaler.step(optimizer)
         self.scaler.update()
-        parameters = list(self.model.unet.parameters())
+        parameters: list[torch.Tensor] = list(self.model.unet.parameters())
         with torch.no_grad():
             for decay, average in self.averages.items():
                 decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -192,6 +194,8 @@ class Trainer:
         Computed in the precision of the steps. batch_size: images evaluated at a time. None if `stopping`,
         the list of signals that came, is no longer empty before the last batch.
         """
+        if self.validation is None:
+            raise ValueError("there are no validation images")
         images, labels = self.validation
         total = 0.0
         with torch.random.fork_rng(), torch.no_grad(), self._precision():
@@ -208,11 +212,13 @@ class Trainer:
         dtype = self.autocast or torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.autocast is not None)
 
-    def _loss(self, x, labels, t, noise) -> torch.Tensor:
+    def _loss(
+        self, x: torch.Tensor, labels: torch.Tensor | None, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         with self._precision():
             return self.model.loss(x, labels, t=t, noise=noise, network=self.network, **self._weighting())
 
-    def _weighting(self) -> dict:
+    def _weighting(self) -> dict[str, Any]:
         recipe = self.recipe
         return {
             "weighting": recipe.loss_weighting,
@@ -222,7 +228,9 @@ class Trainer:
 
     def _without_sync(self, skip: bool) -> contextlib.AbstractContextManager[None]:
         """Within, a backward pass does not add up gradients over the ranks, if `skip`."""
-        return self.network.no_sync() if skip and self.ranks.world_size > 1 else contextlib.nullcontext()
+        if skip and isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
 
     def _rank_batch(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """This rank's part of the present step's batch: images, labels, timesteps and noise.
@@ -286,7 +294,7 @@ def _check_data(
             if config.num_classes is None
             else f"a class-conditional model needs labels, which the {what} do not have"
         )
-    if labels is None:
+    if labels is None or config.num_classes is None:
         return
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
