@@ -146,7 +146,7 @@ class DDPM(nn.Module):
             loss = loss + vlb_weight * self.schedule.T * terms.mean()
         return loss
 
-    def steps(self, sampler: str = "ddpm", steps: int | None = None, **options) -> StepTable:
+    def steps(self, sampler: str = "ddpm", steps: int | None = None, **options: Any) -> StepTable:
         """The table of a sampler for this model: "ddpm", "ddim" or "dpm++".
 
         steps: 1..T, or None for the full chain.
@@ -188,7 +188,7 @@ class DDPM(nn.Module):
         guidance_rescale: float = 0.0,
         dynamic_threshold: float | None = None,
         dynamic_threshold_max: float = math.inf,
-        **sampler_options,
+        **sampler_options: Any,
     ) -> torch.Tensor:
         """Samples images, float32 [N, C, H, W] on the model's device, in [-1, 1] unless clip=None is given.
 
@@ -271,7 +271,7 @@ class DDPM(nn.Module):
         check_fits(f"{count:,} images", size, next(self.unet.parameters()).device)
         return count
 
-    def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata) -> None:
+    def save(self, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, **metadata: Any) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, complete or not at all.
 
         dtype: of the stored weights, float32, bfloat16, float16 or float64; by default the model's own.
@@ -290,7 +290,9 @@ class DDPM(nn.Module):
         }
         checkpoint.write(folder, self.unet, config, dtype)
 
-    def _images(self, labels, num_samples, sample_ids) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _images(
+        self, labels: Any, num_samples: int | None, sample_ids: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Labels int64 [N] or None, and sample ids int64 [N], both on the CPU."""
         if labels is not None:
             if self.num_classes is None:
@@ -340,11 +342,19 @@ class DDPM(nn.Module):
         """
         return explain(self.unet, *self._where(device, dtype, precision), backend)
 
-    def _denoiser(self, device, dtype, precision: str, backend: str) -> Denoiser:
+    def _denoiser(
+        self,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        precision: str,
+        backend: str,
+    ) -> Denoiser:
         """The network that samples: the UNet planned for the CPU if it can be, else in eval mode."""
         return self._denoisers.get(self.unet, *self._where(device, dtype, precision), backend)
 
-    def _where(self, device, dtype, precision: str) -> tuple[torch.device, torch.dtype]:
+    def _where(
+        self, device: str | torch.device | None, dtype: str | torch.dtype | None, precision: str
+    ) -> tuple[torch.device, torch.dtype]:
         """The device that samples, and the dtype that the UNet has there."""
         config_of(self.unet)
         device = resolve_device(next(self.unet.parameters()).device if device is None else device)

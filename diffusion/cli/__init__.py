@@ -4,7 +4,8 @@ import argparse
 import io
 import sys
 import warnings
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..kernels._native import check_environment
@@ -23,7 +24,7 @@ COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         for word in words:  # Python 3.11 makes an empty list of it, and 3.13 a value
             option, equals, value = word.partition("=")
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        summary = command.__doc__.splitlines()[0]
+        summary = (command.__doc__ or "").partition("\n")[0]
         subparser = subparsers.add_parser(name, help=summary, description=command.__doc__)
         command.add_arguments(subparser)
     parsed = parser.parse_args(arguments)

@@ -58,16 +58,20 @@ def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tupl
     """A label for each image (None: unconditional) and the number of images, from the command line."""
     if num is not None:
         num = model.check_count(num, "--num")
-    if words == ["none"] or (words is None and model.num_classes is None):
+    labels: list[int] | None
+    if words is None:
+        labels = None if model.num_classes is None else list(range(model.num_classes))
+    else:
+        labels = None if words == ["none"] else parse_labels(words)
+    if labels is None:
         return None, num or 20
-    labels = list(range(model.num_classes)) if words is None else parse_labels(words)
     num = num or len(labels) * (4 if words is None else 1)
     return [labels[i % len(labels)] for i in range(num)], num
 
 
 def parse_labels(words: list[str]) -> list[int]:
     """["0-3", "7"] or ["0-3,7"] to [0, 1, 2, 3, 7]; ValueError for anything else."""
-    labels = []
+    labels: list[int] = []
     for word in " ".join(words).replace(",", " ").split():
         first, dash, last = word.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):

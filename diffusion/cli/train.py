@@ -212,7 +212,8 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for float32. ValueError if the device lacks the chosen one."""
     if choice != "auto":
-        if AUTOCAST[choice] is not None:
-            check_dtype(device, AUTOCAST[choice])
-        return AUTOCAST[choice]
+        dtype = AUTOCAST[choice]
+        if dtype is not None:
+            check_dtype(device, dtype)
+        return dtype
     return torch.bfloat16 if torch_multiplies_bfloat16(device) else None

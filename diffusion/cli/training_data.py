@@ -80,7 +80,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe) -> TrainingData:
 
 def _fixed_fields(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
     """The fields of the network that the user wrote, each with the option or file that holds it."""
-    fixed = {}
+    fixed: dict[str, str] = {}
     if args.recipe is not None and args.recipe not in RECIPES:
         fixed |= dict.fromkeys(load_recipe(args.recipe).unet, args.recipe)
     if args.init is not None:
@@ -145,10 +145,10 @@ def _with_classes(recipe: Recipe, data: ImageSet, fixed: dict[str, str]) -> Reci
 
 
 def _classes(data: ImageSet) -> int:
-    return len(data.classes) if data.classes else int(data.labels.max()) + 1
+    return len(data.classes) if data.classes else int(data.known_labels().max()) + 1
 
 
-def _about_classes(data: ImageSet, count: int, wanted: int) -> str:
+def _about_classes(data: ImageSet, count: int, wanted: int | None) -> str:
     """Number and names of the trained classes, and those without images."""
     had = "" if count == wanted else f" (the recipe had {wanted})"
     names = f": {_names(data.classes)}" if data.classes else ""
@@ -197,5 +197,5 @@ def _some(validation: ImageSet | None, config: UNetConfig) -> tuple[torch.Tensor
         return None
     count = min(VALIDATION_IMAGES, len(validation.images))
     chosen = torch.arange(count, device="cpu") * len(validation.images) // count
-    conditional = config.num_classes is not None and validation.labels is not None
-    return validation.images[chosen], validation.labels[chosen] if conditional else None
+    labels = validation.labels if config.num_classes is not None else None
+    return validation.images[chosen], None if labels is None else labels[chosen]
