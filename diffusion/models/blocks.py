@@ -16,7 +16,7 @@ from .config import UNetConfig
 M = TypeVar("M", bound=nn.Module)
 
 
-def run(module: nn.Module, *inputs: torch.Tensor, backend: str, **modulation: torch.Tensor) -> torch.Tensor:
+def run(module: nn.Module, *inputs: object, backend: str, **modulation: torch.Tensor) -> torch.Tensor:
     """Calls a part of the network, or a module that a user put in its place.
 
     backend: passed on to modules that take one, unless it is "auto".
@@ -52,12 +52,14 @@ class Conv2d(nn.Conv2d):
     a convolution whose `_conv_forward` was replaced, as for images that are seamless in one direction.
     """
 
+    padding: tuple[int, ...]  # a name of PyTorch's, such as "same", is left to torch.nn.Conv2d
+
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         if not self._is_plain():
             return super().forward(x)
         backend = "reference" if backend == "reference" else "auto"
-        options = {"stride": self.stride[0], "padding": self.padding[0], "backend": backend}
-        return conv2d(x, self.weight, self.bias, **options)
+        stride, padding = self.stride[0], self.padding[0]
+        return conv2d(x, self.weight, self.bias, stride=stride, padding=padding, backend=backend)
 
     def _is_plain(self) -> bool:
         if (
@@ -82,8 +84,16 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor, backend: str = "auto", **modulation: torch.Tensor) -> torch.Tensor:
-        options = {"activation": self.activation, "backend": backend}
-        return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, **options, **modulation)
+        return group_norm_silu(
+            x,
+            self.groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            backend=backend,
+            **modulation,
+        )
 
 
 class Downsample(nn.Module):
