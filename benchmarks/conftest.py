@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from diffusion.kernels import benchmarking
+from diffusion.kernels import benchmarks
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,8 @@ def comparison():
         if key not in kept:
             kept.clear()
             gc.collect()
-            case = benchmarking.SUBJECTS[name].cases[case]
-            kept[key] = benchmarking.Comparison(name, case, dtype, device, backward=backward, peers=peers)
+            case = benchmarks.SUBJECTS[name].cases[case]
+            kept[key] = benchmarks.Comparison(name, case, dtype, device, backward=backward, peers=peers)
         return kept[key]
 
     return get

@@ -6,7 +6,7 @@ Nothing whose result is wrong is timed. diffusion.kernels.benchmark_table has th
 import pytest
 import torch
 
-from diffusion.kernels.benchmarking import SUBJECTS
+from diffusion.kernels.benchmarks import SUBJECTS
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=5, warmup=False)
 

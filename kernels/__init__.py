@@ -4,16 +4,16 @@ import inspect
 from collections.abc import Callable
 
 from ._native import build_info
-from .benchmarking import benchmark_table
+from .benchmarks import benchmark_table
 from .ops import attention as _attention
 from .ops import group_norm_silu as _group_norm_silu
 from .ops import philox as _philox
 from .ops import reverse_step as _reverse_step
 from .ops.attention import attention
-from .ops.convolution import conv2d as _conv2d
-from .ops.convolution import conv3x3 as _conv3x3
-from .ops.convolution.conv2d import conv2d
-from .ops.convolution.conv3x3 import conv3x3, pack_conv3x3
+from .ops.convolution import differentiable as _conv2d
+from .ops.convolution import fused as _conv3x3
+from .ops.convolution.differentiable import conv2d
+from .ops.convolution.fused import conv3x3, pack_conv3x3
 from .ops.group_norm_silu import group_norm_silu
 from .ops.philox import philox_normal
 from .ops.reverse_step import StepCoefficients, in_place, reverse_step

@@ -18,9 +18,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ..kernels import _native
 from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_amx_
-from ..kernels.ops.convolution import conv3x3_native as convolutions
+from ..kernels.ops.convolution import native as convolutions
+from ..kernels.ops.convolution.library import upsample_nearest2x_
 from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
-from ..kernels.ops.convolution.upsample import upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 from ..models.blocks import Attention, Downsample, Norm, Resample, ResBlock, Upsample
 from ..models.unet import UNet

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels._native import allows
-from ..kernels.ops.convolution.conv3x3_native import multiplies_pairs
+from ..kernels.ops.convolution.native import multiplies_pairs
 from .errors import first_line
 from .validation import choice
 

@@ -17,7 +17,7 @@ import torch
 import diffusion
 from diffusion.kernels import _native
 from diffusion.kernels._recorded_calls import recording
-from diffusion.kernels.ops.convolution.conv3x3_native import convolution_
+from diffusion.kernels.ops.convolution.native import convolution_
 from diffusion.kernels.ops.convolution.packing import choose_packing, pack
 from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 
@@ -238,7 +238,7 @@ def test_an_operator_without_memory_raises_memory_error():
         import resource, torch
         from diffusion.kernels import _native, conv3x3
         from diffusion.kernels._recorded_calls import recording
-        from diffusion.kernels.ops.convolution.conv3x3_native import convolution_
+        from diffusion.kernels.ops.convolution.native import convolution_
         from diffusion.kernels.ops.convolution.packing import Packing, pack
 
         torch.set_num_threads(2)

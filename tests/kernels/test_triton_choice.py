@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusion.kernels import _triton
-from diffusion.kernels.ops.attention import triton_impl as attention_impl
-from diffusion.kernels.ops.group_norm_silu import triton_impl as norm_impl
+from diffusion.kernels.ops.attention import triton_launch as attention_impl
+from diffusion.kernels.ops.group_norm_silu import triton_launch as norm_impl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffusion.kernels import _triton
-from diffusion.kernels.ops.attention import triton_impl as attention_impl
-from diffusion.kernels.ops.group_norm_silu import triton_impl as norm_impl
-from diffusion.kernels.ops.philox import triton_impl as philox_impl
-from diffusion.kernels.ops.reverse_step import triton_impl as step_impl
+from diffusion.kernels.ops.attention import triton_launch as attention_impl
+from diffusion.kernels.ops.group_norm_silu import triton_launch as norm_impl
+from diffusion.kernels.ops.philox import triton_launch as philox_impl
+from diffusion.kernels.ops.reverse_step import triton_launch as step_impl
 
 if _triton.MISSING is not None or _triton.INTERPRETED:
     pytest.skip("no Triton, or its interpreter", allow_module_level=True)

@@ -4,7 +4,7 @@ import torch
 
 from ..._arguments import check_number, check_tensors
 from ..._dispatch import Backend, Op, always
-from . import native_impl, reference, triton_impl
+from . import native, reference, triton_launch
 
 
 def _validate(q, k, v, *, scale=None) -> None:
@@ -26,9 +26,9 @@ def _validate(q, k, v, *, scale=None) -> None:
 op = Op(
     "attention",
     {
-        "cuda": Backend(native_impl.attention, native_impl.supports_cuda),
-        "triton": Backend(triton_impl.attention, triton_impl.supports),
-        "cpp": Backend(native_impl.attention, native_impl.supports_cpp, native_impl.slower_cpp),
+        "cuda": Backend(native.attention, native.supports_cuda),
+        "triton": Backend(triton_launch.attention, triton_launch.supports),
+        "cpp": Backend(native.attention, native.supports_cpp, native.slower_cpp),
         "reference": Backend(reference.attention, always),
     },
     _validate,

@@ -4,7 +4,7 @@ import torch
 
 from ..._arguments import check_integer, check_number, check_tensors
 from ..._dispatch import Backend, Op, always
-from . import native_impl, reference, triton_impl
+from . import native, reference, triton_launch
 
 ACTIVATIONS = ("silu", "none")
 
@@ -38,9 +38,9 @@ def _validate(
 op = Op(
     "group_norm_silu",
     {
-        "cuda": Backend(native_impl.group_norm_silu, native_impl.supports_cuda),
-        "triton": Backend(triton_impl.group_norm_silu, triton_impl.supports),
-        "cpp": Backend(native_impl.group_norm_silu, native_impl.supports_cpp),
+        "cuda": Backend(native.group_norm_silu, native.supports_cuda),
+        "triton": Backend(triton_launch.group_norm_silu, triton_launch.supports),
+        "cpp": Backend(native.group_norm_silu, native.supports_cpp),
         "reference": Backend(reference.group_norm_silu, always),
     },
     _validate,

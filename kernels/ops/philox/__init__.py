@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._arguments import check_integer
 from ..._dispatch import Backend, Op, always
-from . import native_impl, reference, triton_impl
+from . import native, reference, triton_launch
 
 __all__ = ["op", "philox_normal", "validate_counters"]
 
@@ -51,9 +51,9 @@ def _validate(shape, *, seed, sample_ids, stream, device):
 op = Op(
     "philox_normal",
     {
-        "cuda": Backend(native_impl.philox_normal, native_impl.supports_cuda),
-        "cpp": Backend(native_impl.philox_normal, native_impl.supports_cpp),
-        "triton": Backend(triton_impl.philox_normal, triton_impl.supports),
+        "cuda": Backend(native.philox_normal, native.supports_cuda),
+        "cpp": Backend(native.philox_normal, native.supports_cpp),
+        "triton": Backend(triton_launch.philox_normal, triton_launch.supports),
         "reference": Backend(reference.philox_normal, always),
     },
     _validate,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..._arguments import check_tensors
 from ..._dispatch import Backend, Op, always
 from ..philox import validate_counters
-from . import native_impl, reference, triton_impl
+from . import native, reference, triton_launch
 from .coefficients import ROW_LENGTH, StepCoefficients, as_coefficients
 
 __all__ = ["ROW_LENGTH", "StepCoefficients", "as_coefficients", "op", "reverse_step"]
@@ -57,9 +57,9 @@ def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed
 op = Op(
     "reverse_step",
     {
-        "cuda": Backend(native_impl.reverse_step, native_impl.supports_cuda),
-        "cpp": Backend(native_impl.reverse_step, native_impl.supports_cpp),
-        "triton": Backend(triton_impl.reverse_step, triton_impl.supports),
+        "cuda": Backend(native.reverse_step, native.supports_cuda),
+        "cpp": Backend(native.reverse_step, native.supports_cpp),
+        "triton": Backend(triton_launch.reverse_step, triton_launch.supports),
         "reference": Backend(reference.reverse_step, always),
     },
     _validate,

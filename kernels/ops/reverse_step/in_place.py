@@ -6,7 +6,7 @@ from torch import Tensor
 from ..._arguments import check_tensors
 from ..._dispatch import Backend, Op, always
 from ..philox import validate_counters
-from . import native_impl, reference, triton_impl
+from . import native, reference, triton_launch
 from .coefficients import ROW_LENGTH
 
 
@@ -16,7 +16,7 @@ def step_counter(seed: int, *, stream: int = 1, device: torch.device | str = "cp
     It holds the step, seed in [0, 2**64), the noise stream of step 0, in [0, 2**32), and a 0 of its own.
     """
     validate_counters((0,), seed=seed, sample_ids=None, stream=stream)
-    return native_impl.step_counter(seed, stream, device)
+    return native.step_counter(seed, stream, device)
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -78,9 +78,9 @@ def _validate(x, model_output, table, counter, *, sample_ids, model_output_uncon
 op = Op(
     "reverse_step_",
     {
-        "cuda": Backend(native_impl.reverse_step_, native_impl.supports_cuda_in_place),
-        "cpp": Backend(native_impl.reverse_step_, native_impl.supports_cpp_in_place),
-        "triton": Backend(triton_impl.reverse_step_, triton_impl.supports_in_place),
+        "cuda": Backend(native.reverse_step_, native.supports_cuda_in_place),
+        "cpp": Backend(native.reverse_step_, native.supports_cpp_in_place),
+        "triton": Backend(triton_launch.reverse_step_, triton_launch.supports_in_place),
         "reference": Backend(reference.reverse_step_, always),
     },
     _validate,

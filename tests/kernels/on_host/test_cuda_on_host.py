@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusion.kernels import philox_normal, reverse_step_, step_counter
-from diffusion.kernels.ops.philox import native_impl as philox
-from diffusion.kernels.ops.reverse_step import native_impl as step
+from diffusion.kernels.ops.philox import native as philox
+from diffusion.kernels.ops.reverse_step import native as step
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
 from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401

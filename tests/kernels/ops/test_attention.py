@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.kernels import _native, attention, explain
-from diffusion.kernels.ops.attention import native_impl, op, reference
+from diffusion.kernels.ops.attention import native, op, reference
 from diffusion.kernels.ops.attention.cases import CASES
 from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
 from helpers.native import every_variant, requires_native
@@ -309,20 +309,20 @@ class TestWhereCudaServes:
     @pytest.fixture(autouse=True)
     def device(self, monkeypatch):
         monkeypatch.setattr(_native, "CUDA_MISSING", None)
-        monkeypatch.setattr(native_impl, "_shared_memory", lambda index: 101_376)
+        monkeypatch.setattr(native, "_shared_memory", lambda index: 101_376)
 
     @staticmethod
     def reason(*shape, dtype=torch.float32, device="cuda:0"):
         with FakeTensorMode():
             x = torch.empty(*shape, dtype=dtype, device=device)
-        return native_impl.supports_cuda(x, x, x)
+        return native.supports_cuda(x, x, x)
 
     def test_widths(self, monkeypatch):
         assert self.reason(1, 1, 16, 128) is None
         assert self.reason(1, 1, 16, 300) == "the width of a head is 300, more than 256"
         needs_more = "a head of width 129 needs more shared memory than this device has"
         assert self.reason(1, 1, 16, 129) == needs_more
-        monkeypatch.setattr(native_impl, "_shared_memory", lambda index: 166_912)
+        monkeypatch.setattr(native, "_shared_memory", lambda index: 166_912)
         assert self.reason(1, 1, 16, 129) is None
 
     def test_devices_and_dtypes(self):

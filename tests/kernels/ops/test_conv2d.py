@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.kernels import conv2d, explain
 from diffusion.kernels.ops.convolution.conv2d_cases import CASES
-from diffusion.kernels.ops.convolution.conv2d_native import convolution_weight_gradient
+from diffusion.kernels.ops.convolution.weight_gradient import convolution_weight_gradient
 from helpers.native import requires_amx
 from helpers.tolerance import assert_close
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from diffusion.kernels import _native, conv3x3, explain, pack_conv3x3
 from diffusion.kernels._tolerance import wrong
-from diffusion.kernels.ops.convolution import conv3x3_reference
-from diffusion.kernels.ops.convolution.conv3x3_cases import CASES
-from diffusion.kernels.ops.convolution.conv3x3_native import convolution_, multiplies_pairs
+from diffusion.kernels.ops.convolution import reference
+from diffusion.kernels.ops.convolution.cases import CASES
+from diffusion.kernels.ops.convolution.native import convolution_, multiplies_pairs
 from diffusion.kernels.ops.convolution.packing import PANEL, Packing, choose_packing, pack
 from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
 from helpers.native import requires_amx, requires_native
@@ -29,14 +29,12 @@ def as_double(value):
 
 
 def expected_of(args, options):
-    return conv3x3_reference.conv3x3(
-        *map(as_double, args), **{name: as_double(v) for name, v in options.items()}
-    )
+    return reference.conv3x3(*map(as_double, args), **{name: as_double(v) for name, v in options.items()})
 
 
 def complaint(actual, args, options, packed) -> str | None:
     """Why `actual` is too far from float64: by the one rule, and what the algorithm is documented to lose."""
-    peer = conv3x3_reference.conv3x3(*args, **options)
+    peer = reference.conv3x3(*args, **options)
     return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
 
 
@@ -375,7 +373,7 @@ def test_bounds_of_a_map(dtype, shape, silu, size, shift):
 
 
 def relative_error(actual, x, weight, **options):
-    expected = conv3x3_reference.conv3x3(x.double(), weight.double(), **options)
+    expected = reference.conv3x3(x.double(), weight.double(), **options)
     return (actual - expected).abs().max() / expected.abs().max()
 
 

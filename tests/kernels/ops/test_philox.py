@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from diffusion.kernels import philox_normal
-from diffusion.kernels.ops.philox import native_impl, op
+from diffusion.kernels.ops.philox import native, op
 from diffusion.kernels.ops.philox.cases import CASES
 from diffusion.kernels.ops.philox.reference import box_muller, philox_bits
 from helpers.native import every_variant, requires_native
@@ -187,6 +187,6 @@ def test_compiles_into_one_graph(backend):
 @pytest.mark.parametrize("case", ["odd", "empty_batch", "large_ids"])
 def test_opcheck(case):
     (shape,), kwargs = CASES[case].inputs()
-    ids = native_impl.sample_ids_tensor(kwargs["sample_ids"], shape[0], "cpu")
-    arguments = (ids, native_impl.signed(kwargs["seed"]), kwargs["stream"], math.prod(shape[1:]))
+    ids = native.sample_ids_tensor(kwargs["sample_ids"], shape[0], "cpu")
+    arguments = (ids, native.signed(kwargs["seed"]), kwargs["stream"], math.prod(shape[1:]))
     torch.library.opcheck(torch.ops.fused_diffusion.philox_normal.default, arguments)

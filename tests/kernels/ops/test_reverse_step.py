@@ -8,7 +8,7 @@ import torch
 
 from diffusion.kernels import StepCoefficients, philox_normal, reverse_step
 from diffusion.kernels._native import SOURCES
-from diffusion.kernels.ops.philox import native_impl as philox_native
+from diffusion.kernels.ops.philox import native as philox_native
 from diffusion.kernels.ops.reverse_step import ROW_LENGTH, op
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from helpers.native import every_variant, requires_native

@@ -11,9 +11,9 @@ import torch
 
 from diffusion.kernels import _triton, attention, group_norm_silu, philox_normal
 from diffusion.kernels.ops.attention import cases as attention_cases
-from diffusion.kernels.ops.attention import triton_impl as attention_impl
+from diffusion.kernels.ops.attention import triton_launch as attention_impl
 from diffusion.kernels.ops.group_norm_silu import cases as norm_cases
-from diffusion.kernels.ops.group_norm_silu import triton_impl as norm_impl
+from diffusion.kernels.ops.group_norm_silu import triton_launch as norm_impl
 from helpers.tolerance import assert_close
 
 DEVICE = "cpu" if _triton.INTERPRETED else "cuda"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion.kernels.ops.convolution.upsample import upsample_nearest2x_
+from diffusion.kernels.ops.convolution.library import upsample_nearest2x_
 from helpers.native import requires_native
 from helpers.tensors import channels_last
 

@@ -28,12 +28,12 @@ from ._tolerance import wrong
 from .ops.attention import attention
 from .ops.attention import cases as attention_cases
 from .ops.attention import op as attention_op
+from .ops.convolution import cases as conv3x3_cases
 from .ops.convolution import conv2d_cases as conv2d_cases
-from .ops.convolution import conv3x3_cases as conv3x3_cases
-from .ops.convolution.conv2d import conv2d
-from .ops.convolution.conv2d import op as conv2d_op
-from .ops.convolution.conv3x3 import conv3x3, pack_conv3x3
-from .ops.convolution.conv3x3 import op as conv3x3_op
+from .ops.convolution.differentiable import conv2d
+from .ops.convolution.differentiable import op as conv2d_op
+from .ops.convolution.fused import conv3x3, pack_conv3x3
+from .ops.convolution.fused import op as conv3x3_op
 from .ops.group_norm_silu import cases as norm_cases
 from .ops.group_norm_silu import group_norm_silu
 from .ops.group_norm_silu import op as norm_op

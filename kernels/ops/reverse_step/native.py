@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..philox.native_impl import sample_ids_tensor, signed
+from ..philox.native import sample_ids_tensor, signed
 from .coefficients import StepCoefficients, as_coefficients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the UNet's input and output

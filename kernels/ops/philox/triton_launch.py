@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .native_impl import SCHEMA, fake, sample_ids_tensor, signed
+from .native import SCHEMA, fake, sample_ids_tensor, signed
 
 BLOCKS = 256  # noise blocks of four normals to a program
 

@@ -4,7 +4,7 @@ import torch
 
 from ..._arguments import check_integer, check_tensors
 from ..._dispatch import Backend, Op, always
-from . import conv2d_native, conv2d_reference
+from . import conv2d_reference, weight_gradient
 
 
 def _validate(x, weight, bias=None, *, stride=1, padding=0) -> None:
@@ -24,7 +24,7 @@ def _validate(x, weight, bias=None, *, stride=1, padding=0) -> None:
 op = Op(
     "conv2d",
     {
-        "cpp": Backend(conv2d_native.conv2d, conv2d_native.supports, conv2d_native.slower),
+        "cpp": Backend(weight_gradient.conv2d, weight_gradient.supports, weight_gradient.slower),
         "reference": Backend(conv2d_reference.conv2d, always),
     },
     _validate,

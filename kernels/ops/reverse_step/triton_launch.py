@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .native_impl import arguments, define, unsupported, unsupported_in_place
+from .native import arguments, define, unsupported, unsupported_in_place
 
 BLOCKS = 256  # noise blocks of four elements to a program
 

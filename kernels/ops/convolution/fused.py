@@ -7,7 +7,7 @@ from ... import _native
 from ..._arguments import check_integer, check_number, check_tensors
 from ..._dispatch import Backend, Op, always
 from ..group_norm_silu import ACTIVATIONS
-from . import conv3x3_native, conv3x3_reference
+from . import native, reference
 from .packing import PackedWeight, choose_packing, pack
 
 
@@ -65,8 +65,8 @@ def _validate(
 op = Op(
     "conv3x3",
     {
-        "cpp": Backend(conv3x3_native.conv3x3, conv3x3_native.supports),
-        "reference": Backend(conv3x3_reference.conv3x3, always),
+        "cpp": Backend(native.conv3x3, native.supports),
+        "reference": Backend(reference.conv3x3, always),
     },
     _validate,
 )
