@@ -40,29 +40,10 @@ NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}  # the last is PTX
 
 MODULE = "csrc/runtime/module.cpp"  # the only source that includes Python's headers
+# Every op's folder of csrc/, and those that the ops share.
 SOURCES = {
-    "diffusion.kernels._cpp": [
-        "csrc/attention/attention.cpp",
-        "csrc/attention/attention_amx.cpp",
-        "csrc/convolution/convolution.cpp",
-        "csrc/convolution/upsample.cpp",
-        "csrc/convolution/weight_gradient.cpp",
-        "csrc/group_norm_silu/group_norm_silu.cpp",
-        "csrc/newton_schulz/newton_schulz.cpp",
-        "csrc/philox/philox.cpp",
-        "csrc/reverse_step/reverse_step.cpp",
-        MODULE,
-        "csrc/runtime/recorded_calls.cpp",
-        "csrc/simd/instruction_sets.cpp",
-    ],
-    "diffusion.kernels._cuda": [
-        "csrc/attention/attention.cu",
-        "csrc/attention/attention_backward.cu",
-        "csrc/group_norm_silu/group_norm_silu.cu",
-        "csrc/group_norm_silu/group_norm_silu_backward.cu",
-        "csrc/philox/philox.cu",
-        "csrc/reverse_step/reverse_step.cu",
-    ],
+    "diffusion.kernels._cpp": sorted(path.as_posix() for path in Path("csrc").glob("*/*.cpp")),
+    "diffusion.kernels._cuda": sorted(path.as_posix() for path in Path("csrc").glob("*/*.cu")),
 }
 
 

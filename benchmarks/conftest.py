@@ -17,7 +17,7 @@ def comparison():
         if key not in kept:
             kept.clear()
             gc.collect()
-            case = benchmarks.SUBJECTS[name].cases[case]
+            case = benchmarks.timed_cases(name)[case]
             kept[key] = benchmarks.Comparison(name, case, dtype, device, backward=backward, peers=peers)
         return kept[key]
 

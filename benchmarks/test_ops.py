@@ -6,7 +6,7 @@ Nothing whose result is wrong is timed. diffusion.kernels.benchmark_table has th
 import pytest
 import torch
 
-from diffusion.kernels.benchmarks import SUBJECTS
+from diffusion.kernels.benchmarks import subjects, timed_cases
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=5, warmup=False)
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def cases(op):
     return [
-        (op, case, dtype) for case in SUBJECTS[op].cases for dtype in DTYPES if dtype in SUBJECTS[op].dtypes
+        (op, case, dtype) for case in timed_cases(op) for dtype in DTYPES if dtype in subjects()[op].dtypes
     ]
 
 

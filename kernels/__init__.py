@@ -1,63 +1,44 @@
-"""The ops: each one public function that chooses among backends which compute the same."""
+"""The ops. Each is a public function that chooses among backends that compute the same.
+
+An op is a folder of `ops/`, registered by being there. The imports below repeat the public names of the
+folders, so that editors and type checkers follow them.
+"""
 
 import inspect
 from collections.abc import Callable
 
-from ._native import build_info
-from .benchmarks import benchmark_table
-from .ops import attention as _attention
-from .ops import group_norm_silu as _group_norm_silu
-from .ops import philox as _philox
-from .ops import reverse_step as _reverse_step
-from .ops.attention import attention
-from .ops.convolution import differentiable as _conv2d
-from .ops.convolution import fused as _conv3x3
-from .ops.convolution.differentiable import conv2d
-from .ops.convolution.fused import conv3x3, pack_conv3x3
-from .ops.group_norm_silu import group_norm_silu
-from .ops.philox import philox_normal
-from .ops.reverse_step import StepCoefficients, in_place, reverse_step
-from .ops.reverse_step.in_place import reverse_step_, step_counter
+from . import ops
+from ._native import build_info as build_info
+from ._registry import discover, folders
+from .benchmarks import benchmark_table as benchmark_table
+from .ops.attention import attention as attention
+from .ops.convolution import conv2d as conv2d
+from .ops.convolution import conv3x3 as conv3x3
+from .ops.convolution import pack_conv3x3 as pack_conv3x3
+from .ops.group_norm_silu import group_norm_silu as group_norm_silu
+from .ops.philox import philox_normal as philox_normal
+from .ops.reverse_step import StepCoefficients as StepCoefficients
+from .ops.reverse_step import reverse_step as reverse_step
+from .ops.reverse_step import reverse_step_ as reverse_step_
+from .ops.reverse_step import step_counter as step_counter
 
-__all__ = [
-    "StepCoefficients",
-    "attention",
-    "benchmark_table",
-    "build_info",
-    "conv2d",
-    "conv3x3",
-    "explain",
-    "group_norm_silu",
-    "pack_conv3x3",
-    "philox_normal",
-    "reverse_step",
-    "reverse_step_",
-    "step_counter",
-]
+OPS = discover(ops)
 
-_OPS = {
-    function.__name__: (function, folder.op)
-    for function, folder in (
-        (attention, _attention),
-        (conv2d, _conv2d),
-        (conv3x3, _conv3x3),
-        (group_norm_silu, _group_norm_silu),
-        (philox_normal, _philox),
-        (reverse_step, _reverse_step),
-        (reverse_step_, in_place),
-    )
-}
+__all__ = ["benchmark_table", "build_info", "explain"]
+__all__ += [name for folder in folders(ops) for name in folder.__all__]
 
 
 def explain(op: str | Callable, *args, **kwargs) -> str:
-    """Which backend an op (its name or public function) would run for these arguments, and why no other.
+    """The backend that an op would run for these arguments, and the reason why no other: a line for each.
 
-    The arguments are those of the public function, `backend` included. Raises ValueError where it would.
+    op: the name of a public function, or the function. The other arguments are that function's, `backend`
+    included. ValueError where the function would raise it, or for an unknown op.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _OPS:
-        raise ValueError(f"unknown op {name!r}; choose from: {', '.join(_OPS)}")
-    function, implementation = _OPS[name]
-    call = inspect.signature(function).bind(*args, **kwargs)
+    if name not in OPS:
+        raise ValueError(f"unknown op {name!r}; choose from: {', '.join(OPS)}")
+    public = OPS[name]
+    call = inspect.signature(public.function).bind(*args, **kwargs)
     call.apply_defaults()
-    return implementation.explain(*call.args, **call.kwargs)
+    backend = call.arguments.pop("backend")
+    return public.op.explain(public.arguments(**call.arguments), backend)

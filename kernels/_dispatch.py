@@ -1,8 +1,9 @@
 """Which implementation of an op runs, and why the others do not.
 
-A backend is a few functions that take the op's arguments: `run` computes, and `supports` returns None where
-`run` can serve these arguments, or else the reason why not, as a short sentence for the user. `slower` gives
-the reason why "auto" passes over a backend that could serve, where the benchmarks favour another one.
+A backend is a few functions of the op's arguments, which are one record (`kernels/ops/<op>/arguments.py`):
+`run` computes. `supports` returns None where `run` can serve these arguments, or else the reason why not, as
+a short sentence for the user. `slower` gives the reason why "auto" passes over a backend that could serve,
+where the benchmarks favour another one.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from torch.utils._device import DeviceContext
 from ._native import check_environment
 
 
-def always(*args, **kwargs) -> None:
+def always(arguments: object) -> None:
     """The `supports` of a backend that serves every valid call, such as a plain PyTorch reference."""
 
 
 def constant_in_graphs(function: Callable) -> Callable:
-    """Has torch.compile call the function once, as torch.compiler.assume_constant_result does.
+    """Makes torch.compile call the function once, as torch.compiler.assume_constant_result does.
 
     That decorator imports the whole compiler, which takes longer than all of this package.
     """
@@ -32,13 +33,16 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 @constant_in_graphs
 def vectorised() -> bool:
-    """Whether torch.vmap is active: its tensors know no memory layout but the contiguous one."""
+    """Whether torch.vmap is active. Its tensors have no memory layout but the contiguous one."""
     levels = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def transformed() -> str | None:
-    """Why no compiled operator can run here: their derivatives are those of one reverse pass."""
+    """Reason the compiled backends are unusable here, or None: they implement reverse mode only.
+
+    torch.func transforms and forward-mode derivatives need plain PyTorch.
+    """
     if torch.compiler.is_compiling():
         return "torch.vmap is active" if vectorised() else None
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -60,9 +64,9 @@ _FUNCTIONS = {
 
 
 def intercepted() -> str | None:
-    """Why "auto" takes plain PyTorch: someone watches or changes its functions. None if nobody does.
+    """Reason "auto" takes plain PyTorch here, or None: its functions are watched or were replaced.
 
-    The mode of torch.set_default_device changes only where tensors are made.
+    The mode of torch.set_default_device does not count: it changes only where tensors are made.
     """
     if torch.compiler.is_compiling():
         return None
@@ -79,59 +83,62 @@ def intercepted() -> str | None:
 
 
 class Backend(NamedTuple):
-    run: Callable[..., Any]
-    supports: Callable[..., str | None]
-    slower: Callable[..., str | None] = always
+    """Functions of the op's record of arguments; see above."""
+
+    run: Callable[[Any], Any]
+    supports: Callable[[Any], str | None]
+    slower: Callable[[Any], str | None] = always
 
 
 class Op:
     """An op and its backends, listed in the order in which "auto" tries them.
 
     The last is plain PyTorch: it serves every call, is never slower, and takes part in every transform.
-    `validate` raises ValueError for arguments that no backend could serve; it runs before the choice.
+    `validate` raises ValueError or TypeError for arguments that no backend could serve. It runs before the
+    choice. `arguments` is always the op's record of arguments.
     """
 
-    def __init__(self, name: str, backends: dict[str, Backend], validate: Callable[..., None] = always):
+    def __init__(self, name: str, backends: dict[str, Backend], validate: Callable[[Any], None] = always):
         self.name = name
         self.backends = backends
         self.validate = validate
 
-    def _refusal(self, name: str, *args, **kwargs) -> str | None:
+    def _refusal(self, name: str, arguments: Any) -> str | None:
         reason = None if name == next(reversed(self.backends)) else transformed()
-        return reason or self.backends[name].supports(*args, **kwargs)
+        return reason or self.backends[name].supports(arguments)
 
-    def serving(self, *args, **kwargs) -> list[str]:
+    def serving(self, arguments: Any) -> list[str]:
         """Names of the backends that could serve this call, in the order of preference."""
-        return [name for name in self.backends if self._refusal(name, *args, **kwargs) is None]
+        return [name for name in self.backends if self._refusal(name, arguments) is None]
 
-    def choose(self, backend: str, *args, **kwargs) -> str:
-        """Name of the backend that `backend` stands for; ValueError with the reason if it cannot serve."""
+    def choose(self, arguments: Any, backend: str = "auto") -> str:
+        """Name of the backend that `backend` stands for. ValueError with the reason if it cannot serve."""
         check_environment()
-        self.validate(*args, **kwargs)
+        self.validate(arguments)
         if backend == "auto" and intercepted():
             return next(reversed(self.backends))
         if backend == "auto":
-            serving = self.serving(*args, **kwargs)
-            return next(name for name in serving if self.backends[name].slower(*args, **kwargs) is None)
+            serving = self.serving(arguments)
+            return next(name for name in serving if self.backends[name].slower(arguments) is None)
         if not isinstance(backend, str) or backend not in self.backends:
             raise ValueError(
                 f"{self.name} has no backend {backend!r}; choose from: auto, {', '.join(self.backends)}"
             )
-        reason = self._refusal(backend, *args, **kwargs)
+        reason = self._refusal(backend, arguments)
         if reason is not None:
             raise ValueError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
         return backend
 
-    def __call__(self, *args, backend: str = "auto", **kwargs):
-        return self.backends[self.choose(backend, *args, **kwargs)].run(*args, **kwargs)
+    def __call__(self, arguments: Any, backend: str = "auto") -> Any:
+        return self.backends[self.choose(arguments, backend)].run(arguments)
 
-    def explain(self, *args, backend: str = "auto", **kwargs) -> str:
-        """One line for each backend: the one that runs, and for the others why they do not."""
-        chosen = self.choose(backend, *args, **kwargs)
+    def explain(self, arguments: Any, backend: str = "auto") -> str:
+        """One line for each backend: the one that runs, and the reason for each of the others."""
+        chosen = self.choose(arguments, backend)
         lines = [f"{self.name}: {chosen}"]
         for name, candidate in self.backends.items():
             if name != chosen:
-                reason = self._refusal(name, *args, **kwargs) or candidate.slower(*args, **kwargs)
+                reason = self._refusal(name, arguments) or candidate.slower(arguments)
                 reason = reason or (intercepted() if backend == "auto" else None)
                 reason = reason or f"available; {chosen!r} is preferred"
                 lines.append(f"  not {name}: {reason}")

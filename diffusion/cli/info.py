@@ -37,16 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def explanations(device: str) -> list[str]:
-    """For each op, the backend that a float32 call on this device gets, and why not the others."""
-    x = torch.zeros(2, 32, 8, 8, device=device)
-    tokens = torch.zeros(2, 1, 64, 32, device=device)
-    row = kernels.StepCoefficients(*[0.0] * len(kernels.StepCoefficients._fields))
-    return [
-        kernels.explain("group_norm_silu", x, 32),
-        kernels.explain("attention", tokens, tokens, tokens),
-        kernels.explain("reverse_step", x, x, row),
-        kernels.explain("philox_normal", x.shape, seed=0, device=device),
-    ]
+    """For each op, the backend that a small call on this device gets, and why not the others."""
+    return [public.op.explain(public.example(device)) for public in kernels.OPS.values()]
 
 
 def describe(name: str) -> None:

@@ -18,10 +18,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ..kernels import _native
 from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_amx_
-from ..kernels.ops.convolution import native as convolutions
-from ..kernels.ops.convolution.library import upsample_nearest2x_
+from ..kernels.ops.convolution import native as convolution
+from ..kernels.ops.convolution.arguments import Conv3x3Arguments
+from ..kernels.ops.convolution.library import convolution_, convolution_arguments, upsample_nearest2x_
 from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
-from ..kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
+from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..models.blocks import Attention, Downsample, Norm, Resample, ResBlock, Upsample
 from ..models.unet import UNet
 from ..utils.device import DTYPES
@@ -31,7 +32,7 @@ _Call = tuple[Callable, tuple]
 ChannelAffine = tuple[Tensor | None, bool]  # [affine_rows, N, C] of a norm, or None; whether SiLU follows
 _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, by category
     group_norm_affine_: "norm",
-    convolutions.convolution_: "convolution",
+    convolution_: "convolution",
     attention_amx_: "attention",
     upsample_nearest2x_: "rest",
 }
@@ -55,7 +56,7 @@ class PlannedUNet:
             raise ValueError(f"this UNet cannot be planned for the CPU: {reason}")
         self.unet, self.dtype = unet, dtype
         self.simd = _native.simd_in_use()
-        self._largest_tile = self._affordable_tile()
+        self._largest_m = self._affordable_m()
         # Products in int8 limbs need a fourth row, a bound on the magnitude of each channel.
         uses_limbs = self.simd == "amx" and dtype != torch.bfloat16
         self.affine_rows = 4 if uses_limbs else 3
@@ -80,20 +81,20 @@ class PlannedUNet:
         """
         return [(_kind(call[0]), _bound([call])[0]) for call in self._thread_local.plan.calls]
 
-    def _affordable_tile(self) -> int:
-        """The largest Winograd tile whose packed weights fit MAX_SHARE_OF_MEMORY; 0 for none."""
+    def _affordable_m(self) -> int:
+        """The largest m of Winograd's algorithm whose packed weights fit MAX_SHARE_OF_MEMORY; 0 for none."""
         convs = [m for m in self.unet.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        size = 2 if self.dtype == torch.bfloat16 and convolutions.multiplies_pairs() else 4
+        size = 2 if self.dtype == torch.bfloat16 and convolution.multiplies_bf16_pairs() else 4
         numbers = sum(m.weight.numel() for m in convs) * size
         budget = MAX_SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
-        return next((tile for tile in (4, 2) if numbers * (tile + 2) ** 2 / 9 <= budget), 0)
+        return next((m for m in (4, 2) if numbers * (m + 2) ** 2 / 9 <= budget), 0)
 
     def weight(self, module: nn.Conv2d | nn.Linear, height: int, width: int, winograd: bool) -> PackedWeight:
         """The module's weight, packed for a feature map of this size; a linear layer is a convolution."""
         weight = module.weight.detach()
         weight = weight if weight.ndim == 4 else weight[:, :, None, None]
         packing = choose_packing(weight.shape, height, width, self.dtype, self.simd, winograd)
-        packing = packing._replace(tile=min(packing.tile, self._largest_tile))
+        packing = packing._replace(winograd_m=min(packing.winograd_m, self._largest_m))
         if (module, packing) not in self._weights:
             self._weights[module, packing] = pack(weight, packing)
         return self._weights[module, packing]
@@ -124,11 +125,11 @@ def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:
             return f"{name} is {kind}, not {first.dtype} on {first.device} as others are"
     if first.dtype not in DTYPES.values():
         return f"its weights are {first.dtype}, in which nothing can be embedded"
-    if dtype not in convolutions.DTYPES:
+    if dtype not in convolution.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
     x = torch.empty(0, 1, 4, 4, dtype=dtype, device="cpu")
     packed = PackedWeight(x.new_empty(1, 1, 3, 3), x.new_empty(0, dtype=torch.float32), Packing())
-    return convolutions.supports(x, packed)
+    return convolution.supports(Conv3x3Arguments(x, packed))
 
 
 class _Plan:
@@ -203,25 +204,22 @@ class _Plan:
         upsampling of x before the convolution.
         """
         kernel = module.weight.shape[-1] if module.weight.ndim == 4 else 1
-        padding = kernel // 2 if padding is None else padding
         height, width = out.shape[2:]
         packed = self.planned.weight(module, height, width, winograd=kernel == 3 and stride == 1)
-        bias = self.planned.vector(module.bias)
-        self._call(
-            convolutions.convolution_,
+        affine, silu = norm
+        arguments = convolution_arguments(
             x,
-            packed.data,
-            kernel,
-            stride,
-            padding,
-            scale,
-            packed.packing.tile,
-            packed.packing.parts,
-            bias,
-            *norm,
-            residual,
+            packed,
             out,
+            stride=stride,
+            padding=padding,
+            scale=scale,
+            bias=self.planned.vector(module.bias),
+            affine=affine,
+            silu=silu,
+            residual=residual,
         )
+        self._call(convolution_, *arguments)
 
     def _residual_block(self, block: ResBlock, x: Tensor, embedding: Tensor, out: Tensor) -> None:
         size = out.shape[2], out.shape[3]

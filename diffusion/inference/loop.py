@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.ops.reverse_step.arguments import InPlaceArguments
 from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
 from ..samplers.guidance import rescale_guidance
 from ..samplers.table import StepTable
@@ -210,19 +211,17 @@ def runs_cuda_kernels(denoiser: Denoiser, buffers: SamplerBuffers) -> bool:
     """Whether the reverse step runs as a CUDA or Triton kernel, which reads its row on the device."""
     if denoiser.device.type != "cuda":
         return False
-    backend = reverse_step_op.choose(
-        denoiser.backend,
+    arguments = InPlaceArguments(
         buffers.x,
         buffers.inputs(False),
         buffers.table,
         buffers.counter,
-        sample_ids=buffers.sample_ids,
-        model_output_uncond=None,
+        buffers.sample_ids,
         x0=buffers.x0,
         noise=buffers.noise,
         unet_input=buffers.unet_input,
     )
-    return backend != "reference"
+    return reverse_step_op.choose(arguments, denoiser.backend) != "reference"
 
 
 def replay_step(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> None:

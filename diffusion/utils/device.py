@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels._native import allows
-from ..kernels.ops.convolution.native import multiplies_pairs
+from ..kernels.ops.convolution.native import multiplies_bf16_pairs
 from .errors import first_line
 from .validation import choice
 
@@ -50,7 +50,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether this package's kernels multiply bfloat16 in hardware on the device, so that it is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_pairs()
+    return device.type == "cpu" and multiplies_bf16_pairs()
 
 
 def torch_multiplies_bfloat16(device: torch.device) -> bool:

@@ -196,7 +196,7 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
         network = PlannedUNet(unet, torch.float32)
         with torch.no_grad():
             outputs.append(network.denoise(x, unet.embed(t)).clone())
-        tiles.append({packing.tile for _, packing in network._weights})
+        tiles.append({packing.winograd_m for _, packing in network._weights})
     assert tiles == [{0, 4}, {0, 2}, {0}]  # 0: convolutions by 1 x 1
     torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)

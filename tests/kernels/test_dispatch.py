@@ -23,6 +23,7 @@ from diffusion.kernels import (
 )
 from diffusion.kernels._dispatch import Backend, Op, always
 from diffusion.kernels.ops.group_norm_silu import op as group_norm_silu_op
+from diffusion.kernels.ops.group_norm_silu.arguments import Arguments
 from diffusion.kernels.ops.reverse_step.cases import CASES
 from helpers.native import requires_native
 
@@ -276,14 +277,14 @@ def test_plain_pytorch_runs_where_its_functions_are_watched(monkeypatch):
             return function(*args, **(kwargs or {}))
 
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
-    chosen = group_norm_silu_op.choose("auto", x, 2)
+    chosen = group_norm_silu_op.choose(Arguments(x, 2))
     with Watch():
-        assert group_norm_silu_op.choose("auto", x, 2) == "reference"
-        assert "Watch is active, a TorchFunctionMode" in group_norm_silu_op.explain(x, 2)
+        assert group_norm_silu_op.choose(Arguments(x, 2)) == "reference"
+        assert "Watch is active, a TorchFunctionMode" in group_norm_silu_op.explain(Arguments(x, 2))
         if chosen != "reference":  # who asks for a backend gets it
-            assert group_norm_silu_op.choose(chosen, x, 2) == chosen
+            assert group_norm_silu_op.choose(Arguments(x, 2), chosen) == chosen
     with torch.device("cpu"):
-        assert group_norm_silu_op.choose("auto", x, 2) == chosen
+        assert group_norm_silu_op.choose(Arguments(x, 2)) == chosen
     monkeypatch.setattr(torch.nn.functional, "silu", lambda x: x)
-    assert group_norm_silu_op.choose("auto", x, 2) == "reference"
-    assert "torch.nn.functional.silu was replaced" in group_norm_silu_op.explain(x, 2)
+    assert group_norm_silu_op.choose(Arguments(x, 2)) == "reference"
+    assert "torch.nn.functional.silu was replaced" in group_norm_silu_op.explain(Arguments(x, 2))

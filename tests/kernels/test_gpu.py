@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import diffusion
+from diffusion import kernels
 from diffusion.kernels import (
     attention,
     group_norm_silu,
@@ -14,12 +15,8 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
-from diffusion.kernels.ops.attention import op as attention_op
 from diffusion.kernels.ops.attention.cases import CASES as ATTENTION_CASES
-from diffusion.kernels.ops.group_norm_silu import op as norm_op
 from diffusion.kernels.ops.group_norm_silu.cases import CASES as NORM_CASES
-from diffusion.kernels.ops.philox import op as philox_op
-from diffusion.kernels.ops.reverse_step import op as step_op
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
 from helpers.tensors import cast
@@ -28,18 +25,19 @@ from helpers.tolerance import assert_close
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 FUNCTIONS = {"group_norm_silu": group_norm_silu, "attention": attention}
-OPS = {"group_norm_silu": (norm_op, NORM_CASES), "attention": (attention_op, ATTENTION_CASES)}
+OPS = {"group_norm_silu": NORM_CASES, "attention": ATTENTION_CASES}
 BACKENDS = ("cuda", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ALL = [(name, case) for name, (_, cases) in OPS.items() for case in cases]
+ALL = [(name, case) for name, cases in OPS.items() for case in cases]
 
 
 def served(op, backend, args, kwargs):
     """Skips where the backend does not serve the call, with its reason."""
-    if backend not in op.backends:
-        pytest.skip(f"{op.name} has no {backend} backend")
+    public = kernels.OPS[op]
+    if backend not in public.op.backends:
+        pytest.skip(f"{op} has no {backend} backend")
     try:
-        op.choose(backend, *args, **kwargs)
+        public.op.choose(public.arguments(*args, **kwargs), backend)
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -48,10 +46,10 @@ def served(op, backend, args, kwargs):
 @pytest.mark.parametrize(("name", "case"), ALL)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value(backend, name, case, dtype):
-    op, cases = OPS[name]
+    cases = OPS[name]
     call = cases[case].inputs(dtype)
     args, kwargs = cast(*call, device="cuda")
-    served(op, backend, args, kwargs)
+    served(name, backend, args, kwargs)
     out = FUNCTIONS[name](*args, backend=backend, **kwargs)
     assert (
         out.stride() == FUNCTIONS[name](*args, backend="reference", **kwargs).stride() or name == "attention"
@@ -67,9 +65,9 @@ def test_value(backend, name, case, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient(backend, name, case, dtype):
     """Every tensor's gradient under a random weighting of the output."""
-    op, cases = OPS[name]
+    cases = OPS[name]
     call = cases[case].inputs(dtype)
-    served(op, backend, *cast(*call, device="cuda"))
+    served(name, backend, *cast(*call, device="cuda"))
     weights = torch.randn(call[0][0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def gradients(backend, **to):
@@ -77,7 +75,7 @@ def test_gradient(backend, name, case, dtype):
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         for tensor in tensors:
             tensor.requires_grad_()
-        served(op, backend, args, kwargs)
+        served(name, backend, args, kwargs)
         out = FUNCTIONS[name](*args, backend=backend, **kwargs)
         grads = torch.autograd.grad(out, tensors, weights.to(out.device, out.dtype))
         return [grad.cpu() for grad in grads]
@@ -94,7 +92,7 @@ def test_gradient(backend, name, case, dtype):
 def test_reverse_step(backend, dtype, case):
     call = STEP_CASES[case].inputs(dtype)
     args, kwargs = cast(*call, device="cuda")
-    served(step_op, backend, args, kwargs)
+    served("reverse_step", backend, args, kwargs)
     actual = reverse_step(*args, backend=backend, **kwargs)
     exact = cast(*call, dtype=torch.float64)
     expected = reverse_step(*exact[0], backend="reference", **exact[1])
@@ -106,7 +104,7 @@ def test_reverse_step(backend, dtype, case):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_normals(backend):
     """The integers are the same, and so are the normals, to 2 ulp."""
-    if backend not in philox_op.backends:
+    if backend not in kernels.OPS["philox_normal"].op.backends:
         pytest.skip(f"philox_normal has no {backend} backend")
     shape, ids = (5, 3, 65, 67), torch.tensor([0, 7, 2**35, 2**62, 1])
     arguments = dict(seed=2**63 + 5, stream=9)
@@ -183,10 +181,10 @@ def test_a_captured_step_is_a_sampler(channels_last):
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_capture_and_replay(backend, name):
-    op, cases = OPS[name]
+    cases = OPS[name]
     case = "cifar10" if "cifar10" in cases else next(iter(cases))
     args, kwargs = cast(*cases[case].inputs(torch.bfloat16), device="cuda")
-    served(op, backend, args, kwargs)
+    served(name, backend, args, kwargs)
     expected = FUNCTIONS[name](*args, backend=backend, **kwargs)  # also tunes and compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -202,7 +200,7 @@ def test_more_than_2_to_the_31_elements(backend):
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("less than 24 GiB of free memory")
     x = torch.randn(2, 1024, 1025, 1024, device="cuda", dtype=torch.bfloat16)
-    served(norm_op, backend, (x, 32), {})
+    served("group_norm_silu", backend, (x, 32), {})
     y = group_norm_silu(x, 32, backend=backend)
     expected = group_norm_silu(x[-1:, -32:].float(), 1, backend="reference")
     torch.testing.assert_close(y[-1:, -32:].float(), expected, rtol=0.02, atol=0.02)
@@ -216,7 +214,7 @@ def test_attention_of_positions_beyond_two_billion_numbers(backend):
     far = memory.as_strided((1, 1, 2, 8), (0, 0, 2**31, 1))
     near = torch.linspace(-2, 2, 16, device="cuda").to(torch.bfloat16).reshape(1, 1, 2, 8)
     far.copy_(near)
-    served(attention_op, backend, (far, far, far), {})
+    served("attention", backend, (far, far, far), {})
     assert torch.equal(
         attention(far, far, far, backend=backend), attention(near, near, near, backend=backend)
     )

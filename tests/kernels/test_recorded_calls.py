@@ -17,9 +17,9 @@ import torch
 import diffusion
 from diffusion.kernels import _native
 from diffusion.kernels._recorded_calls import recording
-from diffusion.kernels.ops.convolution.native import convolution_
+from diffusion.kernels.ops.convolution.library import convolution_
 from diffusion.kernels.ops.convolution.packing import choose_packing, pack
-from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
+from diffusion.kernels.ops.group_norm_silu.library import group_norm_affine_
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -30,10 +30,24 @@ def make_calls(batch=2, seed=0):
     x = torch.randn(batch, 32, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 32, 3, 3, generator=generator)
     packed = pack(weight, choose_packing(weight.shape, 8, 8, torch.float32, _native.simd_in_use()))
-    map = torch.empty(4 if packed.packing.parts == 3 else 3, batch, 32)
+    map = torch.empty(4 if packed.packing.amx_limbs == 3 else 3, batch, 32)
     out = torch.zeros(batch, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     norm = (x, 8, None, None, 1e-5, None, None, None, True, map)
-    conv = (x, packed.data, 3, 1, 1, 1, packed.packing.tile, packed.packing.parts, None, map, True, None, out)
+    conv = (
+        x,
+        packed.data,
+        3,
+        1,
+        1,
+        1,
+        packed.packing.winograd_m,
+        packed.packing.amx_limbs,
+        None,
+        map,
+        True,
+        None,
+        out,
+    )
     return x, out, [(group_norm_affine_, norm), (convolution_, conv)]
 
 
@@ -238,13 +252,13 @@ def test_an_operator_without_memory_raises_memory_error():
         import resource, torch
         from diffusion.kernels import _native, conv3x3
         from diffusion.kernels._recorded_calls import recording
-        from diffusion.kernels.ops.convolution.native import convolution_
+        from diffusion.kernels.ops.convolution.library import convolution_, convolution_arguments
         from diffusion.kernels.ops.convolution.packing import Packing, pack
 
         torch.set_num_threads(2)
         x = torch.ones(2, 64, 64, 64).contiguous(memory_format=torch.channels_last)
         out = torch.zeros(2, 64, 64, 64).contiguous(memory_format=torch.channels_last)
-        weight = pack(torch.ones(64, 64, 3, 3), Packing(tile=4)).data
+        weight = pack(torch.ones(64, 64, 3, 3), Packing(winograd_m=4)).data
         torch.zeros(1 << 20).add_(1)  # starts the threads
         with recording() as calls:
             convolution_(x, weight, 3, 1, 1, 1, 4, 0, None, None, False, None, out)

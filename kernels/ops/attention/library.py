@@ -1,7 +1,7 @@
 """attention as torch.library operators: schemas, fakes and the derivative, the same for every backend.
 
-`fused_diffusion::attention` is implemented by the compiled libraries. A backend in Python registers operators
-of its own with the same schemas:
+The compiled libraries implement `fused_diffusion::attention`. A backend in Python registers operators of its
+own with the same schemas:
 
     register("attention_triton", forward, backward)
     out, logsumexp = torch.ops.fused_diffusion.attention_triton(q, k, v, scale)
@@ -9,13 +9,16 @@ of its own with the same schemas:
 q, k, v: [B, H, S, D] of one dtype, any strides but a contiguous last dimension (usually views of one
 [B, S, 3, H, D] tensor). out, dq, dk and dv: of q's shape and dtype, in the memory of a contiguous
 [B, S, H, D], so that merging the heads copies nothing. logsumexp: float32 [B, H, S], the logarithm of the
-softmax's denominator, max included; it carries no gradient.
+softmax's denominator, with the maximum added back; it carries no gradient.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ..._library import Definition, define_with_backward, implement
+from ..._library import define as define_operator
 
 FORWARD = "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor logsumexp)"
 BACKWARD = (
@@ -46,47 +49,35 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("the gradient of attention cannot be differentiated again")
+def _derivative(run_backward, ctx, grad, _):
+    if grad.stride(-1) != 1:  # the gradient of a sum, for example, is one number with strides of 0
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    return *run_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 def define(name: str) -> None:
     """Defines fused_diffusion::<name> and fused_diffusion::<name>_backward, as yet without kernels."""
-    forward, backward = f"fused_diffusion::{name}", f"fused_diffusion::{name}_backward"
-    torch.library.define(forward, FORWARD)
-    torch.library.define(backward, BACKWARD)
-    torch.library.register_fake(forward, _fake)
-    torch.library.register_fake(backward, _fake_backward)
-    run_backward = getattr(torch.ops.fused_diffusion, f"{name}_backward")
-
-    def derivative(ctx, grad, _):
-        if grad.stride(-1) != 1:  # such as the gradient of a sum, which is one number everywhere
-            grad = grad.clone(memory_format=torch.contiguous_format)
-        return *run_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-    torch.library.register_autograd(forward, derivative, setup_context=_setup_context)
-    torch.library.register_autograd(backward, _no_second_derivative)
+    define_with_backward(
+        name,
+        Definition(FORWARD, _fake),
+        Definition(BACKWARD, _fake_backward),
+        op="attention",
+        setup_context=_setup_context,
+        derivative=_derivative,
+    )
 
 
 def register(name: str, forward: Callable, backward: Callable) -> None:
     """Defines both operators and implements them in Python, on the CPU and on CUDA devices."""
     define(name)
-    torch.library.impl(f"fused_diffusion::{name}", ("cpu", "cuda"), forward)
-    torch.library.impl(f"fused_diffusion::{name}_backward", ("cpu", "cuda"), backward)
+    implement(name, forward)
+    implement(f"{name}_backward", backward)
 
 
 define("attention")
 
-# Without a gradient, on a CPU with AMX. splits: 1 rounds to bfloat16, 3 splits a number into three bfloat16.
-torch.library.define(
-    "fused_diffusion::attention_amx_",
-    "(Tensor q, Tensor k, Tensor v, float scale, int splits, Tensor(a!) out) -> ()",
+# Without a gradient, on a CPU with AMX. splits: 1 multiplies bfloat16, 3 splits each float32 into three
+# bfloat16.
+attention_amx_ = define_operator(
+    "attention_amx_", "(Tensor q, Tensor k, Tensor v, float scale, int splits, Tensor(a!) out) -> ()"
 )
-
-
-@torch.library.register_fake("fused_diffusion::attention_amx_")
-def _fake_amx(q, k, v, scale, splits, out) -> None:
-    return None
-
-
-attention_amx_ = torch.ops.fused_diffusion.attention_amx_

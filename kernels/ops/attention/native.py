@@ -10,6 +10,7 @@ from ... import _native
 from ..._dispatch import constant_in_graphs
 from ..._limits import MAX_AMX_POSITIONS, MAX_CUDA_WIDTH, WIDE_HEAD, WIDE_SHARED_MEMORY
 from . import library as library  # defines the operators that the libraries implement
+from .arguments import Arguments
 
 
 @constant_in_graphs
@@ -17,7 +18,8 @@ def _shared_memory(device_index: int | None) -> int:
     return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
 
 
-def _supports(q, k, v) -> str | None:
+def _supports(arguments: Arguments) -> str | None:
+    q, k, v, _ = arguments
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {q.dtype}, not float32, bfloat16 or float16"
     if q.shape[-1] == 0:
@@ -28,13 +30,15 @@ def _supports(q, k, v) -> str | None:
     return None
 
 
-def supports_cpp(q, k, v, *, scale=None) -> str | None:
-    if q.device.type != "cpu":
-        return f"it runs on the CPU, not on {q.device}"
-    return _native.CPP_MISSING or _supports(q, k, v)
+def supports_cpp(arguments: Arguments) -> str | None:
+    device = arguments.q.device
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    return _native.CPP_MISSING or _supports(arguments)
 
 
-def supports_cuda(q, k, v, *, scale=None) -> str | None:
+def supports_cuda(arguments: Arguments) -> str | None:
+    q = arguments.q
     if q.device.type != "cuda":
         return f"it runs on CUDA devices, not on {q.device}"
     if _native.CUDA_MISSING:
@@ -44,11 +48,11 @@ def supports_cuda(q, k, v, *, scale=None) -> str | None:
         return f"the width of a head is {width}, more than {MAX_CUDA_WIDTH}"
     if width > WIDE_HEAD and _shared_memory(q.device.index) < WIDE_SHARED_MEMORY:
         return f"a head of width {width} needs more shared memory than this device has"
-    return _supports(q, k, v)
+    return _supports(arguments)
 
 
-def slower_cpp(q, k, v, *, scale=None) -> str | None:
-    """Where PyTorch's own op wins on a CPU, by benchmarks/test_ops.py.
+def slower_cpp(arguments: Arguments) -> str | None:
+    """Reason PyTorch's own op is faster on a CPU, or None, by benchmarks/test_ops.py.
 
     In float32 on AVX-512 the forward pass is 1.1 to 1.4 times as fast from 2**19 products of the logits on;
     below it is 0.6 to 1.0 times, since calling the operator takes 8 us longer. On AVX2 it is 0.98 times at
@@ -59,6 +63,7 @@ def slower_cpp(q, k, v, *, scale=None) -> str | None:
     simd = _native.simd_in_use()
     if simd == "baseline":
         return "without AVX2 it has not been measured"
+    q, k, v, _ = arguments
     batch, heads, positions, width = q.shape
     single, tiles = q.dtype == torch.float32, q.dtype == torch.bfloat16 and simd == "amx"
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -74,6 +79,6 @@ def slower_cpp(q, k, v, *, scale=None) -> str | None:
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.fused_diffusion.attention(q, k, v, scale)[0]
+def attention(arguments: Arguments) -> Tensor:
+    q, k, v, _ = arguments
+    return torch.ops.fused_diffusion.attention(q, k, v, arguments.scale_or_default())[0]

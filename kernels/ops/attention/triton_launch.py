@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 
 from ... import _triton
+from .arguments import Arguments
 from .library import empty_like_heads, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
-FEW_PROGRAMS = 128  # fewer leave a large GPU without work
+MIN_PROGRAMS = 128  # fewer programs leave a large GPU idle
 
 
 class Tiling(NamedTuple):
-    """rows: what a program owns (queries, or keys where it computes their gradient). step: of its loop."""
+    """How a kernel divides its work, and the resources of a program.
+
+    rows: queries of a program, or keys where it computes their gradient. step: rows of the other tensors that
+    an iteration of its loop reads.
+    """
 
     rows: int
     step: int
@@ -55,7 +60,7 @@ def tilings(dtype: torch.dtype, width: int, heads: int, positions: int, directio
     heads: of the whole batch.
     """
     candidates = _TILINGS[direction][dtype.itemsize, max(64, padded(width))]
-    filling = [i for i, t in enumerate(candidates) if heads * math.ceil(positions / t.rows) >= FEW_PROGRAMS]
+    filling = [i for i, t in enumerate(candidates) if heads * math.ceil(positions / t.rows) >= MIN_PROGRAMS]
     best = max(filling, default=0)
     return [candidates[i] for i in (best, best - 1, best + 1) if 0 <= i < len(candidates)]
 
@@ -134,7 +139,8 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum
 register("attention_triton", _forward, _backward)
 
 
-def supports(q, k, v, *, scale=None) -> str | None:
+def supports(arguments: Arguments) -> str | None:
+    q, k, v, _ = arguments
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}, not float32, bfloat16 or float16"
     if q.shape[-1] > MAX_WIDTH:
@@ -145,6 +151,6 @@ def supports(q, k, v, *, scale=None) -> str | None:
     return _triton.unsupported(q.device)
 
 
-def attention(q, k, v, *, scale=None) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.fused_diffusion.attention_triton(q, k, v, scale)[0]
+def attention(arguments: Arguments) -> Tensor:
+    q, k, v, _ = arguments
+    return torch.ops.fused_diffusion.attention_triton(q, k, v, arguments.scale_or_default())[0]

@@ -1,14 +1,96 @@
-"""Nearest-neighbour upsampling to twice the size: csrc/convolution/upsample.cpp."""
+"""The operators of csrc/convolution/ for torch.library: schemas and fakes.
+
+Each writes into tensors of the caller, or computes a gradient that conv2d's autograd function asks for; none
+has a derivative of its own.
+"""
+
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-# x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor; out: [N, C, 2 H, 2 W], too.
-torch.library.define("fused_diffusion::upsample_nearest2x_", "(Tensor x, Tensor(a!) out) -> ()")
-
-
-@torch.library.register_fake("fused_diffusion::upsample_nearest2x_")
-def _fake(x, out) -> None:
-    return None
+from ..._library import define
+from .packing import PackedWeight
 
 
-upsample_nearest2x_ = torch.ops.fused_diffusion.upsample_nearest2x_
+class ConvolutionArguments(NamedTuple):
+    """The arguments of `convolution_`, in the order of its schema.
+
+    x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
+    weight, winograd_m, amx_limbs: see `packing.PackedWeight`. kernel: 1 or 3, the side of the filter.
+    padding: zeros on the left and above; out's size says how many are on the right and below.
+    scale: 2 reads each pixel of x as 2 x 2, 1 as it is.
+    bias: float32 [K].
+    affine, silu: the normalisation and the activation of x before the convolution; see `group_norm_affine_`.
+    """
+
+    x: Tensor
+    weight: Tensor
+    kernel: int
+    stride: int
+    padding: int
+    scale: int
+    winograd_m: int
+    amx_limbs: int
+    bias: Tensor | None
+    affine: Tensor | None
+    silu: bool
+    residual: Tensor | None
+    out: Tensor
+
+
+def convolution_arguments(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    scale: int = 1,
+    bias: Tensor | None = None,
+    affine: Tensor | None = None,
+    silu: bool = False,
+    residual: Tensor | None = None,
+) -> ConvolutionArguments:
+    """Those of a call with a packed weight. padding: default kernel // 2."""
+    kernel = weight.shape[-1]
+    return ConvolutionArguments(
+        x=x,
+        weight=weight.data,
+        kernel=kernel,
+        stride=stride,
+        padding=kernel // 2 if padding is None else padding,
+        scale=scale,
+        winograd_m=weight.packing.winograd_m,
+        amx_limbs=weight.packing.amx_limbs,
+        bias=bias,
+        affine=affine,
+        silu=silu,
+        residual=residual,
+        out=out,
+    )
+
+
+convolution_ = define(
+    "convolution_",
+    "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int winograd_m, "
+    "int amx_limbs, Tensor? bias, Tensor? affine, bool silu, Tensor? residual, Tensor(a!) out) -> ()",
+)
+
+# Nearest-neighbour upsampling. x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor.
+# out: [N, C, 2 H, 2 W], likewise.
+upsample_nearest2x_ = define("upsample_nearest2x_", "(Tensor x, Tensor(a!) out) -> ()")
+
+
+def _fake_weight_gradient(grad, x, side, stride, padding):
+    shape = (grad.shape[1], side, side, x.shape[1])
+    return tuple(grad.new_empty(size, dtype=torch.float32) for size in (shape, shape[:1]))
+
+
+# grad: [N, K, H', W'], x: [N, C, H, W], bfloat16, channels_last. side: of the kernel, 1 or 3. stride: 1 or 2.
+# padding: less than the side. weight: float32 [K, side, side, C]. bias: float32 [K].
+convolution_weight_gradient = define(
+    "convolution_weight_gradient",
+    "(Tensor grad, Tensor x, int side, int stride, int padding) -> (Tensor weight, Tensor bias)",
+    _fake_weight_gradient,
+)

@@ -1,49 +1,31 @@
-"""conv3x3 in plain PyTorch: what every other backend is tested against."""
+"""conv2d and conv3x3 in plain PyTorch, the truth for every other backend."""
 
 import torch
 import torch.nn.functional as F
 
 from ..group_norm_silu.reference import group_norm_silu
+from .arguments import Conv2dArguments, Conv3x3Arguments
 from .packing import PackedWeight
 
 
-def conv3x3(
-    x,
-    weight,
-    bias=None,
-    *,
-    num_groups=None,
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-5,
-    add=None,
-    scale=None,
-    shift=None,
-    activation="none",
-    residual=None,
-    upsample=False,
-) -> torch.Tensor:
+def conv2d(arguments: Conv2dArguments) -> torch.Tensor:
+    x, weight, bias, stride, padding = arguments
+    return F.conv2d(x, weight, bias, stride=stride, padding=padding)
+
+
+def conv3x3(arguments: Conv3x3Arguments) -> torch.Tensor:
+    h, weight, bias, residual = arguments.x, arguments.weight, arguments.bias, arguments.residual
     if isinstance(weight, PackedWeight):
         weight = weight.weight
-    h = x
-    if num_groups is not None:
-        h = group_norm_silu(
-            x,
-            num_groups,
-            norm_weight,
-            norm_bias,
-            eps,
-            add=add,
-            scale=scale,
-            shift=shift,
-            activation=activation,
-        )
+    norm = arguments.norm()
+    if norm is not None:
+        h = group_norm_silu(norm)
     bias = None if bias is None else bias.to(h.dtype)
-    if 0 in (len(weight), *h.shape[2:]):  # which PyTorch's ops refuse
-        h = h.repeat_interleave(2, 2).repeat_interleave(2, 3) if upsample else h
+    if 0 in (len(weight), *h.shape[2:]):  # PyTorch's ops refuse empty maps and no outputs
+        h = h.repeat_interleave(2, 2).repeat_interleave(2, 3) if arguments.upsample else h
         h = torch.einsum("nchw,kcij->nkhw", h, weight.to(h.dtype))
         h = h if bias is None else h + bias[:, None, None]
     else:
-        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if upsample else h
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if arguments.upsample else h
         h = F.conv2d(h, weight.to(h.dtype), bias, padding=1)
     return h if residual is None else h + residual.to(h.dtype)

@@ -1,29 +1,16 @@
-"""The convolution whose weight has its gradient from csrc/convolution/weight_gradient.cpp."""
+"""conv2d whose weight gets its gradient from csrc/convolution/weight_gradient.cpp."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _native
-
-# grad: [N, K, H', W'], x: [N, C, H, W], bfloat16, channels_last. side: of the kernel, 1 or 3. stride: 1 or 2.
-# padding: less than the side. weight: float32 [K, side, side, C]; bias: float32 [K].
-torch.library.define(
-    "fused_diffusion::convolution_weight_gradient",
-    "(Tensor grad, Tensor x, int side, int stride, int padding) -> (Tensor weight, Tensor bias)",
-)
+from .arguments import Conv2dArguments
+from .library import convolution_weight_gradient
 
 
-@torch.library.register_fake("fused_diffusion::convolution_weight_gradient")
-def _fake(grad, x, side, stride, padding):
-    shape = (grad.shape[1], side, side, x.shape[1])
-    return tuple(grad.new_empty(size, dtype=torch.float32) for size in (shape, shape[:1]))
-
-
-convolution_weight_gradient = torch.ops.fused_diffusion.convolution_weight_gradient
-
-
-def supports(x, weight, bias=None, *, stride=1, padding=0) -> str | None:
+def supports(arguments: Conv2dArguments) -> str | None:
+    x, weight, bias, stride, padding = arguments
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"it runs on the CPU, not on {x.device}"
     if _native.CPP_MISSING:
@@ -46,13 +33,14 @@ def supports(x, weight, bias=None, *, stride=1, padding=0) -> str | None:
     return None
 
 
-def slower(x, weight, bias=None, *, stride=1, padding=0) -> str | None:
-    """Where PyTorch's own op is as fast, by benchmarks/test_ops.py.
+def slower(arguments: Conv2dArguments) -> str | None:
+    """Reason PyTorch's own op is as fast, or None, by benchmarks/test_ops.py.
 
     With one thread the gradient of the weight alone is 1.6 to 2 times as fast on maps of 32 x 32 and 16 x 16,
     3 to 7 times on smaller ones, 1.5 to 1.7 times for kernels of 1 x 1, and no faster for images of 3
     channels.
     """
+    weight = arguments.weight
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return "without a gradient of the weight it is PyTorch's own op"
     if min(weight.shape[:2]) < 16:
@@ -60,7 +48,8 @@ def slower(x, weight, bias=None, *, stride=1, padding=0) -> str | None:
     return None
 
 
-def conv2d(x, weight, bias=None, *, stride=1, padding=0) -> Tensor:
+def conv2d(arguments: Conv2dArguments) -> Tensor:
+    x, weight, bias, stride, padding = arguments
     return _Conv2d.apply(_channels_last(x), weight, bias, stride, padding)
 
 
@@ -69,7 +58,7 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 class _Conv2d(torch.autograd.Function):
-    """x: in bfloat16 and channels_last."""
+    """x: bfloat16, channels_last. The convolution multiplies the weight rounded to bfloat16."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
@@ -85,7 +74,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """Of the inputs of a convolution, and in their dtypes; it has none of its own."""
+    """The gradients of a convolution's inputs, in the dtypes of these; not differentiable again."""
 
     @staticmethod
     def forward(ctx, grad, x, weight, bias, rounded, stride, padding, wanted):

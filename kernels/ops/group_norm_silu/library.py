@@ -1,23 +1,26 @@
 """group_norm_silu as torch.library operators: schemas, fakes and the derivative, the same for every backend.
 
-`fused_diffusion::group_norm_silu` is implemented by the compiled libraries. A backend in Python registers
-operators of its own with the same schemas:
+The compiled libraries implement `fused_diffusion::group_norm_silu`. A backend in Python registers operators
+of its own with the same schemas:
 
     register("group_norm_silu_triton", forward, backward)
     y, mean, rstd = torch.ops.fused_diffusion.group_norm_silu_triton(
         x, num_groups, weight, bias, eps, add, scale, shift, silu)
 
 x: [N, C, *spatial], contiguous or channels_last, and y like it. mean, rstd: float64 and float32 [N, G], of
-x + add; they carry no gradient; rounded to float32, a mean far from 0 would cost the gradient digits. The
-backward operator gives dx, and for each sample and channel three sums over space, float32 [N, C]: of dz, the
-gradient of what goes into the activation; of dz times the normalised x; and of dx. All other gradients follow
-from these.
+x + add. Not differentiable. mean is float64 because a float32 mean far from 0 would lose digits in the
+gradient. The backward operator returns dx, and for each sample and channel three sums over space, float32
+[N, C]: of dz, the gradient of the activation's input; of dz times the normalised x; and of dx. All other
+gradients follow from these.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ..._library import Definition, define_with_backward, implement
+from ..._library import define as define_operator
 
 FORWARD = (
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, "
@@ -31,15 +34,15 @@ BACKWARD = (
 
 
 def memory_layout(x: Tensor) -> torch.memory_format:
-    """contiguous_format, or the layout in which channels lie side by side."""
+    """channels_last or channels_last_3d if x is stored so and not contiguous, else contiguous_format."""
     for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.ndim == ndim and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
             return layout
     return torch.contiguous_format
 
 
-def in_a_layout(x: Tensor) -> Tensor:
-    """x as it is where it is contiguous or channels_last; else a contiguous copy."""
+def as_supported_layout(x: Tensor) -> Tensor:
+    """x itself if it is contiguous or channels_last, else a contiguous copy."""
     return x.contiguous(memory_format=memory_layout(x))
 
 
@@ -67,55 +70,62 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("the gradient of group_norm_silu cannot be differentiated again")
+def _derivative(run_backward, ctx, grad, *_):
+    x, weight, bias, add, scale, shift, mean, rstd = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=memory_layout(x))
+    dx, sum_dz, sum_dz_xhat, sum_dx = run_backward(
+        grad, x, ctx.num_groups, weight, bias, add, scale, shift, ctx.silu, mean, rstd
+    )
+
+    def wanted(position: int, like: Tensor | None, gradient: Callable[[], Tensor]) -> Tensor | None:
+        return gradient().to(like.dtype) if ctx.needs_input_grad[position] else None
+
+    def d_scale() -> Tensor:
+        affine = sum_dz_xhat if weight is None else weight.float() * sum_dz_xhat
+        return affine if bias is None else affine + bias.float() * sum_dz
+
+    gain = 1 if scale is None else 1 + scale.float()
+    return (
+        dx,
+        None,
+        wanted(2, weight, lambda: (gain * sum_dz_xhat).sum(0)),
+        wanted(3, bias, lambda: (gain * sum_dz).sum(0)),
+        None,
+        wanted(5, add, lambda: sum_dx),
+        wanted(6, scale, d_scale),
+        wanted(7, shift, lambda: sum_dz),
+        None,
+    )
 
 
 def define(name: str) -> None:
     """Defines fused_diffusion::<name> and fused_diffusion::<name>_backward, as yet without kernels."""
-    forward, backward = f"fused_diffusion::{name}", f"fused_diffusion::{name}_backward"
-    torch.library.define(forward, FORWARD)
-    torch.library.define(backward, BACKWARD)
-    torch.library.register_fake(forward, _fake)
-    torch.library.register_fake(backward, _fake_backward)
-    run_backward = getattr(torch.ops.fused_diffusion, f"{name}_backward")
-
-    def derivative(ctx, grad, *_):
-        x, weight, bias, add, scale, shift, mean, rstd = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=memory_layout(x))
-        dx, sum_dz, sum_dz_xhat, sum_dx = run_backward(
-            grad, x, ctx.num_groups, weight, bias, add, scale, shift, ctx.silu, mean, rstd
-        )
-
-        def wanted(position: int, like: Tensor | None, gradient: Callable[[], Tensor]) -> Tensor | None:
-            return gradient().to(like.dtype) if ctx.needs_input_grad[position] else None
-
-        def d_scale() -> Tensor:
-            affine = sum_dz_xhat if weight is None else weight.float() * sum_dz_xhat
-            return affine if bias is None else affine + bias.float() * sum_dz
-
-        gain = 1 if scale is None else 1 + scale.float()
-        return (
-            dx,
-            None,
-            wanted(2, weight, lambda: (gain * sum_dz_xhat).sum(0)),
-            wanted(3, bias, lambda: (gain * sum_dz).sum(0)),
-            None,
-            wanted(5, add, lambda: sum_dx),
-            wanted(6, scale, d_scale),
-            wanted(7, shift, lambda: sum_dz),
-            None,
-        )
-
-    torch.library.register_autograd(forward, derivative, setup_context=_setup_context)
-    torch.library.register_autograd(backward, _no_second_derivative)
+    define_with_backward(
+        name,
+        Definition(FORWARD, _fake),
+        Definition(BACKWARD, _fake_backward),
+        op="group_norm_silu",
+        setup_context=_setup_context,
+        derivative=_derivative,
+    )
 
 
 def register(name: str, forward: Callable, backward: Callable) -> None:
     """Defines both operators and implements them in Python, on the CPU and on CUDA devices."""
     define(name)
-    torch.library.impl(f"fused_diffusion::{name}", ("cpu", "cuda"), forward)
-    torch.library.impl(f"fused_diffusion::{name}_backward", ("cpu", "cuda"), backward)
+    implement(name, forward)
+    implement(f"{name}_backward", backward)
 
 
 define("group_norm_silu")
+
+# A normalisation as one affine function of each channel, for an op that applies it to its input
+# (csrc/group_norm_silu/norm_cpu.h). x: [N, C, ...] in channels_last, or a range of the channels of such a
+# tensor. affine: float32 [3, N, C] or [4, N, C]: centre, gain, offset and bound. The activation's input is
+# (x - centre) * gain + offset; with SiLU, gain and offset are multiplied by -log2(e). bound: an upper bound
+# of a channel's magnitudes after the activation, which a convolution by int8 limbs needs.
+group_norm_affine_ = define_operator(
+    "group_norm_affine_",
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, "
+    "Tensor? shift, bool silu, Tensor(a!) affine) -> ()",
+)

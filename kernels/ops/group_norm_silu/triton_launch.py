@@ -7,19 +7,18 @@ import torch
 from torch import Tensor
 
 from ... import _triton
+from .arguments import Arguments
 from .library import empty_like_x, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_GROUP_SIZE = 4096  # channels: a tile has at least 4 positions of a group
-TILE = {
-    "forward": 32768,
-    "backward": 16384,
-}  # elements that registers hold, and the next power of two does not
-PER_THREAD = {"forward": (32, 16, 64), "backward": (32, 16)}  # elements of a tile, in the order of preference
-SPLIT_TILE = 4096
+MAX_GROUP_SIZE = 4096  # channels of a group, so that a tile has at least 4 of its positions
+# Elements of the largest tile, a power of two, that the registers of a program hold.
+MAX_TILE = {"forward": 32768, "backward": 16384}
+PER_THREAD = {"forward": (32, 16, 64), "backward": (32, 16)}  # elements of a tile, the preferred number first
+SPLIT_TILE = 4096  # elements of a tile of the two kernels with a split reduction
 MAX_CHUNKS = 64
-PARTIAL_TILE = 2048  # partial statistics that are merged at once
-FEW_PROGRAMS = 256  # fewer leave a large GPU without work
+PARTIAL_TILE = 2048  # partial statistics that are merged at a time
+MIN_PROGRAMS = 256  # fewer programs leave a large GPU idle
 
 
 class Tiling(NamedTuple):
@@ -63,17 +62,17 @@ def tilings(
     for width in _widths(group_size, groups, positions, channels_last):
         block_c, block_s = _power_of_two(width * group_size), _power_of_two(positions)
         size = block_c * block_s
-        if size <= TILE[direction]:
+        if size <= MAX_TILE[direction]:
             warps = [size // (32 * each) for each in PER_THREAD[direction]]
             warps = [w for w in warps if 1 <= w <= 16][:2] or [1]
             candidates += [Tiling(width, block_c, block_s, 0, w) for w in warps]
     width = _widths(group_size, groups, positions, channels_last)[0]
     programs = samples * math.ceil(groups / width)
-    if not candidates or programs < FEW_PROGRAMS // 4:
+    if not candidates or programs < MIN_PROGRAMS // 4:
         block_c = _power_of_two(width * group_size)
         block_s = min(max(SPLIT_TILE // block_c, 1), _power_of_two(positions))
         tiles = math.ceil(positions / block_s)
-        chunks = min(tiles, MAX_CHUNKS, max(1, math.ceil(2 * FEW_PROGRAMS / max(programs, 1))))
+        chunks = min(tiles, MAX_CHUNKS, max(1, math.ceil(2 * MIN_PROGRAMS / max(programs, 1))))
         if tiles > 1:
             candidates.append(Tiling(width, block_c, block_s, math.ceil(tiles / chunks) * block_s, 4))
     return candidates
@@ -85,7 +84,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _rows(matrix: Tensor | None) -> tuple[Tensor | None, int]:
-    """A matrix [N, C] whose rows are contiguous, as the halves of a chunked one are, and their stride."""
+    """A matrix [N, C] with contiguous rows, such as half of a chunked one, and the stride of its rows."""
     if matrix is None:
         return None, 0
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
@@ -93,7 +92,7 @@ def _rows(matrix: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 class _Problem:
-    """What the forward and the backward launches share."""
+    """The sizes, strides and parameters that the forward and the backward launches share."""
 
     def __init__(self, x, num_groups, weight, bias, add, scale, shift, silu, direction):
         self.x = _flat(x)
@@ -218,9 +217,8 @@ def _backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, 
 register("group_norm_silu_triton", _forward, _backward)
 
 
-def supports(
-    x, num_groups, weight=None, bias=None, eps=1e-5, *, add=None, scale=None, shift=None, activation="silu"
-) -> str | None:
+def supports(arguments: Arguments) -> str | None:
+    x, num_groups = arguments.x, arguments.num_groups
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, not float32, bfloat16 or float16"
     if x.shape[1] // num_groups > MAX_GROUP_SIZE:
@@ -228,9 +226,6 @@ def supports(
     return _triton.unsupported(x.device)
 
 
-def group_norm_silu(
-    x, num_groups, weight=None, bias=None, eps=1e-5, *, add=None, scale=None, shift=None, activation="silu"
-) -> Tensor:
-    return torch.ops.fused_diffusion.group_norm_silu_triton(
-        x, num_groups, weight, bias, eps, add, scale, shift, activation == "silu"
-    )[0]
+def group_norm_silu(arguments: Arguments) -> Tensor:
+    *parameters, activation = arguments
+    return torch.ops.fused_diffusion.group_norm_silu_triton(*parameters, activation == "silu")[0]

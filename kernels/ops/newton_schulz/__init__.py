@@ -1,22 +1,16 @@
-"""The iteration by which Muon orthogonalises a matrix: csrc/newton_schulz/newton_schulz.cpp."""
+"""The iteration by which Muon orthogonalises a matrix: csrc/newton_schulz/newton_schulz.cpp.
+
+The optimizer calls it; it is no public op, so `OPS` is empty.
+"""
 
 import torch
 
 from ... import _native
+from ..._registry import PublicOp
+from .library import newton_schulz as newton_schulz
 
-# x: bfloat16 [m, n], contiguous, m <= n. Returns bfloat16 [m, n]: x after `steps` times
-# x <- a x + (b G + c G G) x, where G = x x^T.
-torch.library.define(
-    "fused_diffusion::newton_schulz", "(Tensor x, int steps, float a, float b, float c) -> Tensor"
-)
-
-
-@torch.library.register_fake("fused_diffusion::newton_schulz")
-def _fake(x, steps, a, b, c):
-    return torch.empty_like(x)
-
-
-newton_schulz = torch.ops.fused_diffusion.newton_schulz
+__all__: list[str] = []
+OPS: tuple[PublicOp, ...] = ()
 
 
 def supports(device: torch.device) -> bool:

@@ -1,41 +1,43 @@
-"""Philox4x32-10 and Box-Muller in plain PyTorch: the ground truth for every other backend."""
+"""Philox4x32-10 and Box-Muller in plain PyTorch, the truth for every other backend."""
 
 import math
 
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
+from .arguments import Arguments
+
+UINT32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * word; int64 holds every intermediate without overflow."""
-    low = constant * (word & 0xFFFF)
-    high = constant * (word >> 16) + (low >> 16)
+def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of constant * value; int64 holds every intermediate without overflow."""
+    low = constant * (value & 0xFFFF)
+    high = constant * (value >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox_bits(counter: Tensor, seed: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011) of each counter [..., 4]: uint32 words, held in int64."""
+    """Philox4x32-10 (Salmon et al. 2011) of each counter [..., 4]: four uint32, held in int64."""
     c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = seed & WORD, seed >> 32
+    k0, k1 = seed & UINT32, seed >> 32
     for _ in range(ROUNDS):
         high0, low0 = _multiply(MULTIPLIERS[0], c0)
         high1, low1 = _multiply(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+        k0, k1 = (k0 + WEYL[0]) & UINT32, (k1 + WEYL[1]) & UINT32
     return torch.stack([c0, c1, c2, c3], -1)
 
 
-def box_muller(words: Tensor) -> Tensor:
-    """Two float32 normals for each pair of uint32 words (held in int64), [..., 2] -> [..., 2].
+def box_muller(integers: Tensor) -> Tensor:
+    """Two float32 normals for each pair of uint32 (held in int64), [..., 2] -> [..., 2].
 
     The uniforms are float32; the logarithm, root and rotation are float64, rounded once at the end.
     """
-    u = (words.to(torch.float32) * 2.0**-32 + 2.0**-33).double()
+    u = (integers.to(torch.float32) * 2.0**-32 + 2.0**-33).double()
     radius = torch.sqrt(-2 * torch.log(u[..., 0]))
     quarter = torch.round(4 * u[..., 1])  # the angle is reduced in turns, where that is exact
     angle = (4 * u[..., 1] - quarter) * (math.pi / 2)
@@ -45,7 +47,8 @@ def box_muller(words: Tensor) -> Tensor:
     return torch.stack([radius * cos, radius * sin], -1).float()
 
 
-def philox_normal(shape, *, seed: int, sample_ids=None, stream: int = 0, device="cpu") -> Tensor:
+def philox_normal(arguments: Arguments) -> Tensor:
+    shape, seed, sample_ids, stream, device = arguments
     device = torch.device(device)
     work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     ids = torch.arange(shape[0], device=work) if sample_ids is None else sample_ids
@@ -54,8 +57,8 @@ def philox_normal(shape, *, seed: int, sample_ids=None, stream: int = 0, device=
     blocks = torch.arange((elements + 3) // 4, device=work)
     grid = ids[:, None].expand(-1, len(blocks))
     counter = torch.stack(
-        [blocks.expand_as(grid), torch.full_like(grid, stream), grid & WORD, (grid >> 32) & WORD], -1
+        [blocks.expand_as(grid), torch.full_like(grid, stream), grid & UINT32, (grid >> 32) & UINT32], -1
     )
-    words = philox_bits(counter, seed)
-    normals = box_muller(words.unflatten(-1, (2, 2))).reshape(len(ids), 4 * len(blocks))
+    bits = philox_bits(counter, seed)
+    normals = box_muller(bits.unflatten(-1, (2, 2))).reshape(len(ids), 4 * len(blocks))
     return normals[:, :elements].reshape(shape).to(device)

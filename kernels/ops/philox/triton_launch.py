@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .native import SCHEMA, fake, sample_ids_tensor, signed
+from ..._library import implement
+from .arguments import Arguments
+from .library import define, fake, operator_arguments
 
 BLOCKS = 256  # noise blocks of four normals to a program
 
@@ -24,16 +26,14 @@ def _philox_normal(sample_ids: Tensor, seed: int, stream: int, elements: int) ->
     return z
 
 
-torch.library.define("fused_diffusion::philox_normal_triton", SCHEMA)
-torch.library.register_fake("fused_diffusion::philox_normal_triton", fake)
-torch.library.impl("fused_diffusion::philox_normal_triton", ("cpu", "cuda"), _philox_normal)
+define("philox_normal_triton")
+implement("philox_normal_triton", _philox_normal)
 
 
-def supports(shape, *, seed, sample_ids, stream, device) -> str | None:
-    return _triton.unsupported(torch.device(device))
+def supports(arguments: Arguments) -> str | None:
+    return _triton.unsupported(torch.device(arguments.device))
 
 
-def philox_normal(shape, *, seed, sample_ids, stream, device) -> Tensor:
-    ids = sample_ids_tensor(sample_ids, shape[0], device)
-    elements = math.prod(shape[1:])
-    return torch.ops.fused_diffusion.philox_normal_triton(ids, signed(seed), stream, elements).reshape(shape)
+def philox_normal(arguments: Arguments) -> Tensor:
+    inputs = operator_arguments(arguments)
+    return torch.ops.fused_diffusion.philox_normal_triton(*inputs).reshape(arguments.shape)

@@ -5,54 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._arguments import check_tensors
 from ..._dispatch import Backend, Op, always
-from ..philox import validate_counters
+from ..._registry import PublicOp
 from . import native, reference, triton_launch
-from .coefficients import ROW_LENGTH, StepCoefficients, as_coefficients
+from .arguments import Arguments, InPlaceArguments, validate
+from .coefficients import ROW_LENGTH, StepCoefficients
+from .in_place import op as op_in_place
+from .in_place import reverse_step_, step_counter
 
-__all__ = ["ROW_LENGTH", "StepCoefficients", "as_coefficients", "op", "reverse_step"]
-
-
-def _same(shape, other) -> bool:
-    if not torch.compiler.is_compiling():
-        return shape == other
-    # Size by size: whole symbolic shapes compared at once cost torch.compile half a minute.
-    return len(shape) == len(other) and all(m == n for m, n in zip(shape, other, strict=True))
-
-
-def _validate(x, model_output, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream):
-    optional = {"model_output_uncond": model_output_uncond, "x0_prev": x0_prev, "noise": noise}
-    check_tensors("reverse_step", optional, x=x, model_output=model_output)
-    if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x is a {x.dim()}-dimensional {x.dtype} tensor, not float32 or float64 [B, C, ...]")
-    fits = _same(model_output.shape, x.shape)
-    if not fits:
-        learned = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        fits = _same(model_output.shape, learned)
-    if not fits or not model_output.is_floating_point():
-        raise ValueError(
-            f"model_output is {model_output.dtype} {tuple(model_output.shape)}, not floating-point "
-            f"{tuple(x.shape)}, or [B, 2C, ...] with learned variance"
-        )
-    for name, tensor, like, whose in (
-        ("model_output", model_output, model_output, "model_output"),
-        ("model_output_uncond", model_output_uncond, model_output, "model_output"),
-        ("x0_prev", x0_prev, x, "x"),
-        ("noise", noise, x, "x"),
-    ):
-        if tensor is None:
-            continue
-        if not _same(tensor.shape, like.shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {whose}'s {tuple(like.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, not on x's {x.device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, not floating-point")
-    if as_coefficients(row).coef_x0_prev != 0 and x0_prev is None:
-        raise ValueError("row.coef_x0_prev is not 0, so x0_prev (the previous step's x0) is needed")
-    validate_counters(x.shape, seed=seed, sample_ids=sample_ids, stream=stream)
-
+__all__ = ["StepCoefficients", "reverse_step", "reverse_step_", "step_counter"]
 
 op = Op(
     "reverse_step",
@@ -62,7 +23,7 @@ op = Op(
         "triton": Backend(triton_launch.reverse_step, triton_launch.supports),
         "reference": Backend(reference.reverse_step, always),
     },
-    _validate,
+    validate,
 )
 
 
@@ -103,14 +64,24 @@ def reverse_step(
     TypeError: what is no tensor, integer or row.
     """
     return op(
-        x,
-        model_output,
-        row,
-        model_output_uncond=model_output_uncond,
-        x0_prev=x0_prev,
-        noise=noise,
-        seed=seed,
-        sample_ids=sample_ids,
-        stream=stream,
-        backend=backend,
+        Arguments(x, model_output, row, model_output_uncond, x0_prev, noise, seed, sample_ids, stream),
+        backend,
     )
+
+
+def _example(device: str) -> Arguments:
+    x = torch.zeros(2, 3, 8, 8, device=device)
+    return Arguments(x, x, StepCoefficients(*[0.0] * ROW_LENGTH))
+
+
+def _example_in_place(device: str) -> InPlaceArguments:
+    x = torch.zeros(2, 3, 8, 8, device=device)
+    table = torch.zeros(1, ROW_LENGTH, dtype=torch.float64, device=device)
+    ids = torch.arange(2, device=device)
+    return InPlaceArguments(x, x, table, step_counter(0, device=device), ids)
+
+
+OPS = (
+    PublicOp(reverse_step, op, Arguments, _example),
+    PublicOp(reverse_step_, op_in_place, InPlaceArguments, _example_in_place),
+)

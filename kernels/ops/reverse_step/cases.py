@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .coefficients import StepCoefficients
-from .native import step_counter
+from .library import step_counter
 
 # DDPM's step t = 500 of the linear schedule, T = 1000, for each prediction type: out's share in x0.
 POSTERIOR = dict(coef_x=0.9949, coef_x0=0.0051, coef_x0_prev=0.0, coef_output=0.0, sigma=0.1003)

@@ -1,24 +1,16 @@
-"""The reverse step in plain PyTorch: the ground truth for every other backend."""
+"""The reverse step in plain PyTorch, the truth for every other backend."""
 
 import torch
 from torch import Tensor
 
+from ..philox.arguments import Arguments as PhiloxArguments
 from ..philox.reference import philox_normal
+from .arguments import Arguments, InPlaceArguments
 from .coefficients import StepCoefficients, as_coefficients
 
 
-def reverse_step(
-    x: Tensor,
-    model_output: Tensor,
-    row,
-    *,
-    model_output_uncond: Tensor | None = None,
-    x0_prev: Tensor | None = None,
-    noise: Tensor | None = None,
-    seed: int = 0,
-    sample_ids=None,
-    stream: int = 0,
-) -> tuple[Tensor, Tensor]:
+def reverse_step(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    x, model_output, row, model_output_uncond, x0_prev, noise, seed, sample_ids, stream = arguments
     row = as_coefficients(row)
     channels = x.shape[1]
     out = model_output[:, :channels].to(x.dtype)
@@ -31,7 +23,7 @@ def reverse_step(
         x_next = x_next + row.coef_x0_prev * x0_prev
     if row.sigma != 0:
         if noise is None:
-            noise = philox_normal(x.shape, seed=seed, sample_ids=sample_ids, stream=stream, device=x.device)
+            noise = philox_normal(PhiloxArguments(x.shape, seed, sample_ids, stream, x.device))
         sigma = row.sigma
         if model_output.shape[1] != channels:
             fraction = (model_output[:, channels:].to(x.dtype) + 1) / 2
@@ -40,24 +32,25 @@ def reverse_step(
     return x_next, x0
 
 
-def reverse_step_(
-    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
-) -> None:
+def reverse_step_(arguments: InPlaceArguments) -> None:
+    x, model_output, table, counter, sample_ids, model_output_uncond, x0, noise, unet_input = arguments
     step, seed, stream, _ = counter.tolist()
     if not 0 <= step < len(table):
         raise RuntimeError(f"step {step} is outside of the table's {len(table)}")
     if table[step, StepCoefficients._fields.index("coef_x0_prev")] != 0 and x0 is None:
         raise RuntimeError("row.coef_x0_prev is not 0, so the previous x0 is needed")
     x_next, predicted = reverse_step(
-        x,
-        model_output,
-        table[step],
-        model_output_uncond=model_output_uncond,
-        x0_prev=x0,
-        noise=noise,
-        seed=seed % 2**64,
-        sample_ids=sample_ids,
-        stream=(stream + step) % 2**32,
+        Arguments(
+            x,
+            model_output,
+            table[step],
+            model_output_uncond=model_output_uncond,
+            x0_prev=x0,
+            noise=noise,
+            seed=seed % 2**64,
+            sample_ids=sample_ids,
+            stream=(stream + step) % 2**32,
+        )
     )
     x.copy_(x_next)
     if x0 is not None:

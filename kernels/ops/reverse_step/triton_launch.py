@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from .native import arguments, define, unsupported, unsupported_in_place
+from ..._library import implement
+from .arguments import Arguments, InPlaceArguments
+from .library import define, in_place_arguments, operator_arguments
+from .native import unsupported, unsupported_in_place
 
 BLOCKS = 256  # noise blocks of four elements to a program
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
-    """Strides of sample, channel and position, and whether a sample's elements lie in their own order."""
+    """Strides of sample, channel and position, and whether a sample's elements are contiguous."""
     flat = tensor.flatten(2) if tensor.ndim > 2 else tensor.unsqueeze(-1)
     _, channels, positions = flat.shape
     sample, channel, position = flat.stride()
@@ -64,33 +67,21 @@ def _reverse_step_(
 
 
 define("reverse_step_triton")
-torch.library.impl("fused_diffusion::reverse_step_triton", ("cpu", "cuda"), _reverse_step)
-torch.library.impl("fused_diffusion::reverse_step_triton_", ("cpu", "cuda"), _reverse_step_)
+implement("reverse_step_triton", _reverse_step)
+implement("reverse_step_triton_", _reverse_step_)
 
 
-def supports(
-    x, model_output, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream
-) -> str | None:
-    return _triton.unsupported(x.device) or unsupported(
-        x, model_output, model_output_uncond, x0_prev=x0_prev, noise=noise
-    )
+def supports(arguments: Arguments) -> str | None:
+    return _triton.unsupported(arguments.x.device) or unsupported(arguments)
 
 
-def supports_in_place(
-    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
-) -> str | None:
-    return _triton.unsupported(x.device) or unsupported_in_place(
-        x, model_output, model_output_uncond, x0, noise, unet_input
-    )
+def supports_in_place(arguments: InPlaceArguments) -> str | None:
+    return _triton.unsupported(arguments.x.device) or unsupported_in_place(arguments)
 
 
-def reverse_step(x: Tensor, model_output: Tensor, row, **options) -> tuple[Tensor, Tensor]:
-    return torch.ops.fused_diffusion.reverse_step_triton(*arguments(x, model_output, row, **options))
+def reverse_step(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    return torch.ops.fused_diffusion.reverse_step_triton(*operator_arguments(arguments))
 
 
-def reverse_step_(
-    x, model_output, table, counter, *, sample_ids, model_output_uncond, x0, noise, unet_input
-) -> None:
-    torch.ops.fused_diffusion.reverse_step_triton_(
-        x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
-    )
+def reverse_step_(arguments: InPlaceArguments) -> None:
+    torch.ops.fused_diffusion.reverse_step_triton_(*in_place_arguments(arguments))

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from diffusion.kernels.ops.attention import library, reference
+from diffusion import kernels
+from diffusion.kernels.ops.attention import library
 from diffusion.kernels.ops.attention.cases import CASES, Case
 from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
 from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
@@ -68,7 +69,7 @@ def test_gradient(case, dtype):
     """Against PyTorch's fused op, whose gradient starts from the rounded output too."""
     args, kwargs = ALL[case].inputs(dtype)
     actual = with_gradients(partial(attention, **kwargs), args)
-    peer = with_gradients(partial(reference.attention, **kwargs), args)
+    peer = with_gradients(partial(kernels.attention, backend="reference", **kwargs), args)
     expected = with_gradients(partial(formula, **kwargs), args, torch.float64)
     for one, other, truth in zip(actual[1:], peer[1:], expected[1:], strict=True):
         assert one.dtype == dtype
@@ -128,7 +129,10 @@ class TestMeaning:
         (q, k, v), _ = Case(1, 1, 70, 16).inputs(dtype)
         args = q.abs() + 3, -k.abs() - 3, v
         actual = with_gradients(partial(attention, scale=1.0), args)
-        peer = torch_ops(*args, scale=1.0), *with_gradients(partial(reference.attention, scale=1.0), args)[1:]
+        peer = (
+            torch_ops(*args, scale=1.0),
+            *with_gradients(partial(kernels.attention, backend="reference", scale=1.0), args)[1:],
+        )
         expected = with_gradients(partial(formula, scale=1.0), args, torch.float64)
         for one, other, truth in zip(actual, peer, expected, strict=True):
             assert_close(one, other, truth)

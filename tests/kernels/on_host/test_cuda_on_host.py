@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from diffusion.kernels import philox_normal, reverse_step_, step_counter
-from diffusion.kernels.ops.philox import native as philox
-from diffusion.kernels.ops.reverse_step import native as step
+from diffusion.kernels.ops.philox import library as philox
+from diffusion.kernels.ops.reverse_step import library as step
+from diffusion.kernels.ops.reverse_step.arguments import Arguments
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
 from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
@@ -21,7 +22,7 @@ ON_HOST = ("philox", "reverse_step")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = torch.ops.fused_diffusion
 
-torch.library.define("fused_diffusion::on_host_philox_normal", philox.SCHEMA)
+philox.define("on_host_philox_normal")
 step.define("on_host_reverse_step")
 
 
@@ -49,7 +50,7 @@ def test_reverse_step(case, dtype):
     exact_args, exact_kwargs = cast(args, kwargs, torch.float64)
     peer_args, peer_kwargs = cast(args, kwargs, torch.float32)
     expected, peer = formula(*exact_args, **exact_kwargs), formula(*peer_args, **peer_kwargs)
-    aligned = step.arguments(*args, **kwargs)
+    aligned = step.operator_arguments(Arguments(*args, **kwargs))
     for arguments in (aligned, tuple(map(misaligned, aligned))):
         for one, other, truth in zip(OPS.on_host_reverse_step(*arguments), peer, expected, strict=True):
             assert_close(one, other, truth)

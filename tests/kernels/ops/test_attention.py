@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.kernels import _native, attention, explain
-from diffusion.kernels.ops.attention import native, op, reference
+from diffusion.kernels.ops.attention import native, op
+from diffusion.kernels.ops.attention.arguments import Arguments
 from diffusion.kernels.ops.attention.cases import CASES
 from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
 from helpers.native import every_variant, requires_native
@@ -20,7 +21,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 def serving(device):
     args, kwargs = CASES["mnist_coarse"].inputs(device=device)
-    return op.serving(*args, **kwargs)
+    return op.serving(Arguments(*args, **kwargs))
 
 
 BACKENDS = [(backend, device) for device in DEVICES for backend in serving(device)]
@@ -36,7 +37,7 @@ def test_value_and_gradient(backend, device, case, dtype):
     actual = with_gradients(lambda *a: attention(*a, backend=backend, **kwargs), args)
     peer = with_gradients(lambda *a: torch_ops(*a, **kwargs), args)
     if backend != "cpp":  # the gradient of PyTorch's fused op, like theirs, starts from the rounded output
-        peer = peer[0], *with_gradients(lambda *a: reference.attention(*a, **kwargs), args)[1:]
+        peer = peer[0], *with_gradients(lambda *a: attention(*a, backend="reference", **kwargs), args)[1:]
     expected = with_gradients(lambda *a: formula(*a, **kwargs), args, torch.float64)
     for one, other, truth in zip(actual, peer, expected, strict=True):
         assert one.dtype == dtype
@@ -315,7 +316,7 @@ class TestWhereCudaServes:
     def reason(*shape, dtype=torch.float32, device="cuda:0"):
         with FakeTensorMode():
             x = torch.empty(*shape, dtype=dtype, device=device)
-        return native.supports_cuda(x, x, x)
+        return native.supports_cuda(Arguments(x, x, x))
 
     def test_widths(self, monkeypatch):
         assert self.reason(1, 1, 16, 128) is None

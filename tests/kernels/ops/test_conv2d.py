@@ -7,8 +7,8 @@ from torch.func import grad as gradient_of
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.kernels import conv2d, explain
-from diffusion.kernels.ops.convolution.conv2d_cases import CASES
-from diffusion.kernels.ops.convolution.weight_gradient import convolution_weight_gradient
+from diffusion.kernels.ops.convolution.cases import CONV2D_CASES as CASES
+from diffusion.kernels.ops.convolution.library import convolution_weight_gradient
 from helpers.native import requires_amx
 from helpers.tolerance import assert_close
 

@@ -8,20 +8,20 @@ import torch.nn.functional as F
 
 from diffusion.kernels import _native, conv3x3, explain, pack_conv3x3
 from diffusion.kernels._tolerance import wrong
-from diffusion.kernels.ops.convolution import reference
-from diffusion.kernels.ops.convolution.cases import CASES
-from diffusion.kernels.ops.convolution.native import convolution_, multiplies_pairs
+from diffusion.kernels.ops.convolution.cases import CONV3X3_CASES as CASES
+from diffusion.kernels.ops.convolution.library import convolution_
+from diffusion.kernels.ops.convolution.native import multiplies_bf16_pairs
 from diffusion.kernels.ops.convolution.packing import PANEL, Packing, choose_packing, pack
-from diffusion.kernels.ops.group_norm_silu.channel_affine import group_norm_affine_
+from diffusion.kernels.ops.group_norm_silu.library import group_norm_affine_
 from helpers.native import requires_amx, requires_native
 from helpers.tensors import channels_last
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
 PACKINGS = [Packing(0), Packing(2), Packing(4)]
-PACKINGS += [Packing(0, pairs=True), Packing(2, pairs=True)] if multiplies_pairs() else []
-PACKINGS += [Packing(parts=1), Packing(parts=3)] if "amx" in _native.simd_variants() else []
-EXACT = [packing for packing in PACKINGS if not packing.pairs and packing.parts != 1]
+PACKINGS += [Packing(0, bf16_pairs=True), Packing(2, bf16_pairs=True)] if multiplies_bf16_pairs() else []
+PACKINGS += [Packing(amx_limbs=1), Packing(amx_limbs=3)] if "amx" in _native.simd_variants() else []
+EXACT = [packing for packing in PACKINGS if not packing.bf16_pairs and packing.amx_limbs != 1]
 
 
 def as_double(value):
@@ -29,12 +29,14 @@ def as_double(value):
 
 
 def expected_of(args, options):
-    return reference.conv3x3(*map(as_double, args), **{name: as_double(v) for name, v in options.items()})
+    return conv3x3(
+        *map(as_double, args), **{name: as_double(v) for name, v in options.items()}, backend="reference"
+    )
 
 
 def complaint(actual, args, options, packed) -> str | None:
     """Why `actual` is too far from float64: by the one rule, and what the algorithm is documented to lose."""
-    peer = reference.conv3x3(*args, **options)
+    peer = conv3x3(*args, **options, backend="reference")
     return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
 
 
@@ -73,7 +75,7 @@ def test_what_auto_and_packing_choose(case, dtype):
     args, options = CASES[case].inputs(dtype)
     factor = 2 if options["upsample"] else 1
     packed = pack_conv3x3(args[1], *(factor * size for size in args[0].shape[2:]), dtype)
-    assert packed.packing in (EXACT if dtype != torch.bfloat16 or not multiplies_pairs() else PACKINGS)
+    assert packed.packing in (EXACT if dtype != torch.bfloat16 or not multiplies_bf16_pairs() else PACKINGS)
     assert complaint(conv3x3(args[0], packed, args[2], **options), args, options, packed) is None
 
 
@@ -189,7 +191,9 @@ def bounded(map, x, silu=False):
     ],
 )
 def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, simd):
-    packings = [packing for packing in EXACT if not packing.tile and (simd == "amx" or not packing.parts)]
+    packings = [
+        packing for packing in EXACT if not packing.winograd_m and (simd == "amx" or not packing.amx_limbs)
+    ]
     for packing in packings:
         check_other_convolution(kernel, stride, padding, below, normalised, dtype, packing)
 
@@ -204,12 +208,12 @@ def check_other_convolution(kernel, stride, padding, below, normalised, dtype, p
     room = channels_last(2, 90, height, width, dtype=dtype)
     before, out = room.clone(), room[:, 11:81]
     map = torch.randn(3, 2, 23, generator=torch.Generator().manual_seed(2)) if normalised else None
-    if normalised and packing.parts == 3:
+    if normalised and packing.amx_limbs == 3:
         map = bounded(map, x)
     packed = pack(weight, packing)
     residual = before[:, 11:81].clone(memory_format=torch.channels_last)
     convolution_(
-        x, packed.data, kernel, stride, padding, 1, 0, packing.parts, bias, map, False, out, out
+        x, packed.data, kernel, stride, padding, 1, 0, packing.amx_limbs, bias, map, False, out, out
     )  # the residual is out
 
     def plain(dtype):
@@ -256,7 +260,7 @@ def test_compiled_without_a_graph_break():
 def runnable(simd, packings=PACKINGS):
     """The packings that an instruction set multiplies."""
     pairs = simd in ("avx512_bf16", "amx")
-    return [p for p in packings if (not p.parts or simd == "amx") and (not p.pairs or pairs)]
+    return [p for p in packings if (not p.amx_limbs or simd == "amx") and (not p.bf16_pairs or pairs)]
 
 
 @pytest.mark.thinned
@@ -272,7 +276,7 @@ def test_what_is_not_finite_spoils_what_reads_it(row, column, value, simd):
         packed = pack(weight, packing)
         actual = conv3x3(x, packed, backend="cpp")
         assert torch.equal(actual.isfinite(), expected.isfinite()), packing
-        if packing in EXACT and not packing.parts:
+        if packing in EXACT and not packing.amx_limbs:
             assert torch.equal(actual.isnan(), expected.isnan()), packing
         sound = expected.isfinite()
         error = (actual - expected)[sound].abs().max() / expected[sound].abs().max()
@@ -294,11 +298,11 @@ def test_large_numbers_whose_sums_are_finite(size, dtype, scale, simd):
     residual[1] *= size
     scaled = F.interpolate(x.double(), scale_factor=scale) if scale > 1 else x.double()
     expected = F.conv2d(scaled, weight.double(), bias.double(), padding=1) + residual.to(dtype).double()
-    for packing in runnable(simd, [p for p in PACKINGS if p.parts != 3]):
+    for packing in runnable(simd, [p for p in PACKINGS if p.amx_limbs != 3]):
         packed, out = pack(weight, packing), residual.to(dtype, copy=True)
         convolution_(
             x.to(dtype),
-            *(packed.data, 3, 1, 1, scale, packing.tile, packing.parts, bias, map, False, out, out),
+            *(packed.data, 3, 1, 1, scale, packing.winograd_m, packing.amx_limbs, bias, map, False, out, out),
         )
         for actual, image in zip(out, expected, strict=True):
             error = (actual.double() - image).abs().max() / image.abs().max()
@@ -339,7 +343,7 @@ def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale
     scaled = torch.nn.functional.interpolate(x, scale_factor=scale) if scale > 1 else x
     expected = torch.nn.functional.conv2d(torch.nn.functional.pad(scaled, padded), weight, stride=stride)
     out = torch.empty_like(expected, memory_format=torch.channels_last)
-    data = pack(weight, Packing(parts=3)).data
+    data = pack(weight, Packing(amx_limbs=3)).data
     convolution_(x, data, kernel, stride, padding, scale, 0, 3, None, None, False, None, out)
     assert torch.equal(out.isfinite(), expected.isfinite())
     assert torch.equal(out.isnan(), ~out.isfinite())
@@ -373,7 +377,7 @@ def test_bounds_of_a_map(dtype, shape, silu, size, shift):
 
 
 def relative_error(actual, x, weight, **options):
-    expected = reference.conv3x3(x.double(), weight.double(), **options)
+    expected = conv3x3(x.double(), weight.double(), **options, backend="reference")
     return (actual - expected).abs().max() / expected.abs().max()
 
 
@@ -440,7 +444,7 @@ def test_the_packed_weight_is_whole():
 def test_the_weight_in_tiles_is_whole():
     """[panel][chunk][tap][tile][pair of channels][output][2], zero beyond the weight."""
     weight = torch.randn(40, 35, 3, 3, generator=torch.Generator().manual_seed(0))
-    data = pack(weight, Packing(parts=1)).data
+    data = pack(weight, Packing(amx_limbs=1)).data
     words = 2 * 9 * 512  # of a tile in each chunk and tap
     assert data.dtype == torch.bfloat16
     assert data.shape == (3 * words,)
@@ -459,7 +463,7 @@ def test_the_weight_in_bytes_is_whole():
     weight[18] *= 1e30
     weight[:, 5] *= 1e-3
     weight[:, 6] = 0
-    data = pack(weight, Packing(parts=3)).data
+    data = pack(weight, Packing(amx_limbs=3)).data
     assert data.dtype == torch.int8
     shares, data = data[: 4 * 128].view(torch.float32).double(), data[4 * 128 :]
     heads, tiles = data.view(2, -1).split([256, 2 * 9 * 3 * 1024], 1)
@@ -484,7 +488,7 @@ def test_the_weight_in_bytes_is_whole():
 def test_few_channels_stand_beside_those_of_the_next_taps(channels, beside):
     weight = torch.randn(20, channels, 3, 3, generator=torch.Generator().manual_seed(0))
     taps, own = -(-3 // beside), 16 if channels <= 16 else 32
-    shares, data = pack(weight, Packing(parts=3)).data.tensor_split([4 * 64])
+    shares, data = pack(weight, Packing(amx_limbs=3)).data.tensor_split([4 * 64])
     shares = shares.view(torch.float32)[:channels, None]
     heads, tiles = data.view(2, -1).split([256, 3 * taps * 3 * 1024], 1)
     digits = tiles.reshape(2, 3, taps, 3, 4, 4, 16, 4).double()  # [panel, row, taps, digit, i, j, output, k]
@@ -505,7 +509,7 @@ def test_channels_of_unequal_size(channels):
     """Channels a thousand times as large as others, with weights as much smaller, cost the others nothing."""
     x, weight = channels_last(2, channels, 9, 9), channels_last(20, channels, 3, 3, seed=1)
     sizes = torch.logspace(-6, 6, channels)
-    packed = pack(weight / sizes[:, None, None], Packing(parts=3))
+    packed = pack(weight / sizes[:, None, None], Packing(amx_limbs=3))
     unequal = x * sizes[:, None, None]
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
     actual = conv3x3(unequal, packed, backend="cpp")
@@ -520,14 +524,14 @@ def test_packings_by_size(size, small, large, pairs):
     single, half, vectors = torch.float32, torch.bfloat16, "avx512_bf16"
     assert choose_packing((96, 96, 3, 3), size, 64, single, vectors) == Packing(small)
     assert choose_packing((256, 256, 3, 3), 64, size, single, vectors) == Packing(large)
-    assert choose_packing((96, 96, 3, 3), size, size, half, vectors) == Packing(pairs, pairs=True)
+    assert choose_packing((96, 96, 3, 3), size, size, half, vectors) == Packing(pairs, bf16_pairs=True)
     assert choose_packing((96, 96, 3, 3), size, size, half, "avx512") == Packing(small)
     assert choose_packing((96, 96, 3, 3), size, size, single, vectors, winograd=False) == Packing()
     assert choose_packing((64, 3, 3, 3), size, size, single, "amx") == Packing()
     for shape in ((96, 96, 3, 3), (256, 256, 3, 3), (256, 256, 1, 1)):
-        assert choose_packing(shape, size, 64, single, "amx", winograd=shape[2] == 3) == Packing(parts=3)
+        assert choose_packing(shape, size, 64, single, "amx", winograd=shape[2] == 3) == Packing(amx_limbs=3)
     assert choose_packing((16, 3884, 3, 3), size, size, single, "amx") == Packing(large)
-    assert choose_packing((96, 96, 3, 3), size, size, half, "amx") == Packing(parts=1)
+    assert choose_packing((96, 96, 3, 3), size, size, half, "amx") == Packing(amx_limbs=1)
 
 
 @pytest.mark.parametrize(
@@ -537,10 +541,10 @@ def test_packings_by_size(size, small, large, pairs):
         ((8, 8, 3, 1), Packing()),
         ((8, 8, 5, 5), Packing()),
         ((8, 8, 3, 3), Packing(3)),
-        ((8, 8, 3, 3), Packing(parts=2)),
-        ((8, 8, 3, 3), Packing(2, parts=1)),
-        ((8, 8, 3, 3), Packing(4, parts=3)),
-        ((8, 8, 3, 3), Packing(pairs=True, parts=1)),
+        ((8, 8, 3, 3), Packing(amx_limbs=2)),
+        ((8, 8, 3, 3), Packing(2, amx_limbs=1)),
+        ((8, 8, 3, 3), Packing(4, amx_limbs=3)),
+        ((8, 8, 3, 3), Packing(bf16_pairs=True, amx_limbs=1)),
     ],
     ids=str,
 )
@@ -552,7 +556,7 @@ def test_what_cannot_be_packed(shape, packing):
 @requires_native
 def test_weights_for_another_processor():
     """Packed for AMX, and then run without it."""
-    packed = pack(W, Packing(parts=3))
+    packed = pack(W, Packing(amx_limbs=3))
     _native.use_simd("baseline")
     try:
         assert "not cpp: the weight is packed for a processor with AMX" in explain("conv3x3", X, packed)
@@ -606,18 +610,22 @@ def test_gradients_are_the_references():
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_without_channels(packing):
     x, out = channels_last(1, 0, 4, 4), channels_last(1, 16, 4, 4)
-    weight = torch.zeros(0, dtype=torch.bfloat16 if packing.pairs or packing.parts else torch.float32)
+    weight = torch.zeros(
+        0, dtype=torch.bfloat16 if packing.bf16_pairs or packing.amx_limbs else torch.float32
+    )
     with pytest.raises(RuntimeError, match="x must have a channel"):
-        convolution_(x, weight, 3, 1, 1, 1, packing.tile, packing.parts, None, None, False, None, out)
+        convolution_(
+            x, weight, 3, 1, 1, 1, packing.winograd_m, packing.amx_limbs, None, None, False, None, out
+        )
 
 
-@pytest.mark.skipif(not multiplies_pairs(), reason="this processor has no AVX512_BF16")
+@pytest.mark.skipif(not multiplies_bf16_pairs(), reason="this processor has no AVX512_BF16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pairs_by_one_pixel(dtype):
     """Only what is bfloat16 is read in place."""
     x, out = channels_last(1, 32, 4, 4, dtype=dtype), channels_last(1, 16, 4, 4, dtype=dtype)
     weight = channels_last(16, 32, 1, 1, seed=1) / 32**0.5
-    packed = pack(weight, Packing(pairs=True))
+    packed = pack(weight, Packing(bf16_pairs=True))
     convolution_(x, packed.data, 1, 1, 0, 1, 0, 0, None, None, False, None, out)
     peer, expected = F.conv2d(x, weight.to(dtype)), F.conv2d(x.double(), weight.double())
     assert wrong(out, peer, expected, accuracy=packed.accuracy) is None
@@ -632,7 +640,9 @@ def test_what_silu_makes_nothing_of(value, packing):
     x, out = torch.full((1, 16, 8, 8), value), channels_last(1, 16, 8, 8)
     x = x.contiguous(memory_format=torch.channels_last)
     map = torch.stack([torch.zeros(1, 16), torch.full((1, 16), -1 / math.log(2)), torch.zeros(1, 16)])
-    map = bounded(map, x, silu=True) if packing.parts == 3 else map
+    map = bounded(map, x, silu=True) if packing.amx_limbs == 3 else map
     packed = pack(torch.ones(16, 16, 3, 3), packing)
-    convolution_(x, packed.data, 3, 1, 1, 1, packing.tile, packing.parts, None, map, True, None, out)
+    convolution_(
+        x, packed.data, 3, 1, 1, 1, packing.winograd_m, packing.amx_limbs, None, map, True, None, out
+    )
     assert out.abs().max() <= 1e-30

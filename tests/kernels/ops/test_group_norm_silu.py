@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion.kernels import explain, group_norm_silu
 from diffusion.kernels.ops.group_norm_silu import op
+from diffusion.kernels.ops.group_norm_silu.arguments import Arguments
 from diffusion.kernels.ops.group_norm_silu.cases import CASES, Case
 from helpers.group_norm_silu import (
     DTYPES,
@@ -29,7 +30,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 def serving(device):
     args, kwargs = CASES["mnist"].inputs(device=device)
-    return op.serving(*args, **kwargs)
+    return op.serving(Arguments(*args, **kwargs))
 
 
 BACKENDS = [(backend, device) for device in DEVICES for backend in serving(device)]

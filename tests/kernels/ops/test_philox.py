@@ -7,12 +7,14 @@ import torch
 from scipy import stats
 
 from diffusion.kernels import philox_normal
-from diffusion.kernels.ops.philox import native, op
+from diffusion.kernels.ops.philox import op
+from diffusion.kernels.ops.philox.arguments import Arguments
 from diffusion.kernels.ops.philox.cases import CASES
+from diffusion.kernels.ops.philox.library import operator_arguments
 from diffusion.kernels.ops.philox.reference import box_muller, philox_bits
 from helpers.native import every_variant, requires_native
 
-BACKENDS = op.serving((1,), seed=0, sample_ids=None, stream=0, device="cpu")
+BACKENDS = op.serving(Arguments((1,), seed=0))
 ONES = 0xFFFFFFFF
 
 
@@ -187,6 +189,5 @@ def test_compiles_into_one_graph(backend):
 @pytest.mark.parametrize("case", ["odd", "empty_batch", "large_ids"])
 def test_opcheck(case):
     (shape,), kwargs = CASES[case].inputs()
-    ids = native.sample_ids_tensor(kwargs["sample_ids"], shape[0], "cpu")
-    arguments = (ids, native.signed(kwargs["seed"]), kwargs["stream"], math.prod(shape[1:]))
+    arguments = operator_arguments(Arguments(shape, **kwargs))
     torch.library.opcheck(torch.ops.fused_diffusion.philox_normal.default, arguments)

@@ -8,9 +8,11 @@ import torch
 
 from diffusion.kernels import StepCoefficients, philox_normal, reverse_step
 from diffusion.kernels._native import SOURCES
-from diffusion.kernels.ops.philox import native as philox_native
-from diffusion.kernels.ops.reverse_step import ROW_LENGTH, op
+from diffusion.kernels.ops.philox.library import as_int64, sample_ids_tensor
+from diffusion.kernels.ops.reverse_step import op
+from diffusion.kernels.ops.reverse_step.arguments import Arguments
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
+from diffusion.kernels.ops.reverse_step.coefficients import ROW_LENGTH
 from helpers.native import every_variant, requires_native
 from helpers.reverse_step import formula
 from helpers.tensors import cast
@@ -26,7 +28,7 @@ def call(case, dtype=torch.float32):
 
 def backends():
     args, kwargs = call("mnist")
-    return op.serving(*args, **kwargs)
+    return op.serving(Arguments(*args, **kwargs))
 
 
 BACKENDS = backends()
@@ -219,8 +221,8 @@ def test_the_reference_is_differentiable():
 def op_arguments(case, dtype=torch.float32):
     (x, out, row), kwargs = call(case, dtype)
     rows = torch.tensor([[math.nan] * 12, row, [math.nan] * 12], dtype=torch.float64)
-    counter = torch.tensor([1, philox_native.signed(kwargs["seed"]), kwargs["stream"] - 1, 0])
-    ids = philox_native.sample_ids_tensor(kwargs["sample_ids"], len(x), "cpu")
+    counter = torch.tensor([1, as_int64(kwargs["seed"]), kwargs["stream"] - 1, 0])
+    ids = sample_ids_tensor(kwargs["sample_ids"], len(x), "cpu")
     return [x, out, kwargs["model_output_uncond"], kwargs["x0_prev"], kwargs["noise"], rows, counter, ids]
 
 

@@ -13,6 +13,7 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
+from diffusion.kernels.ops.reverse_step.arguments import InPlaceArguments
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from diffusion.kernels.ops.reverse_step.in_place import op
 from helpers.native import every_variant, requires_native
@@ -40,10 +41,7 @@ def buffers(dtype=torch.float32, channels_last=False, shape=SHAPE, seed=0, learn
 def backends():
     x, both, x0, table, ids = buffers()
     cond, uncond = both.chunk(2)
-    return op.serving(
-        x, cond, table, step_counter(0), sample_ids=ids, model_output_uncond=uncond, x0=x0,
-        noise=None, unet_input=None,
-    )  # fmt: skip
+    return op.serving(InPlaceArguments(x, cond, table, step_counter(0), ids, uncond, x0))
 
 
 BACKENDS = backends()

@@ -108,7 +108,7 @@ def small_tiles(monkeypatch):
 def test_norm_with_a_split_reduction(case, dtype, small_tiles):
     (x, groups, *_), _ = SPLIT_CASES[case].inputs()
     sizes = (*x.flatten(2).shape, groups, SPLIT_CASES[case].channels_last)
-    assert all(norm_impl.tilings(*sizes, direction)[0].chunk > 0 for direction in norm_impl.TILE)
+    assert all(norm_impl.tilings(*sizes, direction)[0].chunk > 0 for direction in norm_impl.MAX_TILE)
     args, kwargs = SPLIT_CASES[case].inputs(dtype, DEVICE)
     check(group_norm_silu, args, kwargs, dtype)
 
@@ -118,7 +118,7 @@ def test_norm_with_a_split_reduction(case, dtype, small_tiles):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_norm_with_every_tiling(channels_last, index, monkeypatch):
     monkeypatch.setattr(_triton, "fastest", lambda *args: args[2][min(index, len(args[2]) - 1)])
-    monkeypatch.setattr(norm_impl, "FEW_PROGRAMS", 4096)
+    monkeypatch.setattr(norm_impl, "MIN_PROGRAMS", 4096)
     case = NormCase((1, 64, 16, 16), 16, add=True, scale_shift=True, channels_last=channels_last)
     args, kwargs = case.inputs(torch.bfloat16, DEVICE)
     check(group_norm_silu, args, kwargs, torch.bfloat16)

@@ -1,0 +1,75 @@
+"""How an op's folder says what it holds, and how the folders are found.
+
+`kernels/ops/<op>/__init__.py` has `__all__`, the public names, and `OPS`, the public functions that choose
+among backends. `kernels/ops/<op>/peers.py` has `SUBJECTS`, their cases and what they are timed against.
+"""
+
+import functools
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from ._dispatch import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PublicOp(NamedTuple):
+    """function: the public function; its keyword `backend` names a backend of `op`.
+
+    arguments: makes the record that `op` takes from the function's arguments, without `backend`. example: the
+    record of a small call on a device, for `diffusion info`.
+    """
+
+    function: Callable[..., Any]
+    op: Op
+    arguments: Callable[..., Any]
+    example: Callable[[str], Any]
+
+
+class Subject(NamedTuple):
+    """What a public op is tested and timed with.
+
+    cases: named inputs. benchmarked: the names of those that a real model has; default: all.
+    inputs: the arguments of a call, positional and by keyword, from case, dtype, device and seed.
+    torch_ops: what a user of PyTorch alone writes, from the case and the arguments of a call.
+    differentiable: forward together with backward is timed too. in_place: the op returns None and has
+    overwritten its arguments. in_graph: a CUDA graph can hold a call, which copies nothing from the host.
+    accuracy: what the op is documented to lose, from its positional arguments; see `_tolerance.wrong`.
+    """
+
+    cases: dict[str, Any]
+    torch_ops: Callable[..., Any]
+    benchmarked: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    inputs: Callable[..., tuple[tuple, dict]] = lambda case, *where: case.inputs(*where)
+    differentiable: bool = False
+    in_place: bool = False
+    in_graph: bool = True
+    accuracy: Callable[[tuple], float] = lambda args: 0.0
+
+
+def folders(package: ModuleType) -> list[ModuleType]:
+    """The folders of a package, imported, in the order of their names."""
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if info.ispkg)
+    return [import_module(f"{package.__name__}.{name}") for name in names]
+
+
+@functools.cache
+def discover(package: ModuleType) -> dict[str, PublicOp]:
+    """Every op of the folders of a package, by the name of its public function."""
+    return {op.function.__name__: op for folder in folders(package) for op in folder.OPS}
+
+
+@functools.cache
+def subjects(package: ModuleType) -> dict[str, Subject]:
+    """The cases and peers of every op of a package, by the name of its public function."""
+    found: dict[str, Subject] = {}
+    for folder in folders(package):
+        if folder.OPS:
+            found |= import_module(f"{folder.__name__}.peers").SUBJECTS
+    return found

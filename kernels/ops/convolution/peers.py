@@ -1,0 +1,53 @@
+"""The cases of conv2d and conv3x3, and what a user of PyTorch alone would call instead."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._registry import Subject
+from ..group_norm_silu.peers import group_norm_silu_of_torch
+from .arguments import Conv3x3Arguments
+from .cases import CONV2D_BENCHMARKED, CONV2D_CASES, CONV3X3_BENCHMARKED, CONV3X3_CASES
+from .fused import pack_conv3x3
+
+
+def _conv2d(case, x, weight, bias, *, stride, padding):
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _conv3x3_inputs(case, dtype, device, seed):
+    """With the weight packed for the size of the map."""
+    (x, weight, bias), options = case.inputs(dtype, device, seed)
+    factor = 2 if options["upsample"] else 1
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    packed = pack_conv3x3(weight, *(factor * size for size in x.shape[2:]), dtype)
+    options = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in options.items()}
+    return (x, packed, None if bias is None else bias.to(dtype)), options
+
+
+def _conv3x3(case, *args, **options):
+    arguments = Conv3x3Arguments(*args, **options)
+    norm = arguments.norm()
+    h = arguments.x if norm is None else group_norm_silu_of_torch(case, *norm)
+    if arguments.upsample:
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+    h = F.conv2d(h, arguments.weight.weight, arguments.bias, padding=1)
+    return h if arguments.residual is None else h + arguments.residual
+
+
+SUBJECTS = {
+    "conv2d": Subject(
+        CONV2D_BENCHMARKED | CONV2D_CASES,
+        _conv2d,
+        tuple(CONV2D_BENCHMARKED),
+        dtypes=(torch.bfloat16,),
+        differentiable=True,
+    ),
+    "conv3x3": Subject(
+        CONV3X3_BENCHMARKED | CONV3X3_CASES,
+        _conv3x3,
+        tuple(CONV3X3_BENCHMARKED),
+        inputs=_conv3x3_inputs,
+        accuracy=lambda args: args[1].accuracy,
+    ),
+}

@@ -1,0 +1,21 @@
+"""The cases of philox_normal, and what a user of PyTorch alone would call instead."""
+
+import torch
+
+from ..._registry import Subject
+from .cases import BENCHMARKED, CASES
+
+
+def _philox_normal(case, shape, *, device, **counters):
+    return torch.randn(shape, device=device)
+
+
+SUBJECTS = {
+    "philox_normal": Subject(
+        CASES,
+        _philox_normal,
+        BENCHMARKED,
+        dtypes=(torch.float32,),
+        inputs=lambda case, dtype, device, seed: case.inputs(device),
+    )
+}

@@ -1,0 +1,32 @@
+"""The cases of reverse_step and reverse_step_, and what a user of PyTorch alone would write instead."""
+
+import torch
+
+from ..._registry import Subject
+from . import reference
+from .arguments import Arguments
+from .cases import BENCHMARKED, CASES, InPlace
+
+
+def _reverse_step(case, x, model_output, row, *, noise, seed, sample_ids, stream, **options):
+    noise = torch.randn_like(x) if noise is None else noise
+    return reference.reverse_step(Arguments(x, model_output, row, noise=noise, **options))
+
+
+def _reverse_step_(case, x, model_output, table, counter, *, sample_ids, x0, noise, unet_input, **options):
+    noise = torch.randn_like(x) if noise is None else noise
+    x_next, predicted = reference.reverse_step(
+        Arguments(x, model_output, case.case.row, x0_prev=x0, noise=noise, **options)
+    )
+    x.copy_(x_next)
+    if x0 is not None:
+        x0.copy_(predicted)
+    unet_input.unflatten(0, (-1, len(x))).copy_(x)
+
+
+IN_PLACE = {name: InPlace(case) for name, case in CASES.items()}
+
+SUBJECTS = {
+    "reverse_step": Subject(CASES, _reverse_step, BENCHMARKED, in_graph=False),
+    "reverse_step_": Subject(IN_PLACE, _reverse_step_, BENCHMARKED, in_place=True),
+}
