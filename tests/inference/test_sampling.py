@@ -74,10 +74,11 @@ def test_sample_equals_diffusers(sampler, options, prediction_type, steps):
     assert wrong(x, peer, expected, accuracy=1e-4) is None  # some chains make much of the peer's own rounding
 
 
-def test_full_chain_equals_diffusers():
-    model, noise = make_model(), fixed_noise(2)
-    scheduler = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02)
-    expected = diffusers_chain(model, scheduler, noise, 1000)
+@pytest.mark.parametrize("T", [100, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_full_chain_equals_diffusers(T):
+    model, noise = make_model(T=T), fixed_noise(2)
+    scheduler = diffusers.DDPMScheduler(T, beta_start=1e-4, beta_end=20 / T)
+    expected = diffusers_chain(model, scheduler, noise, T)
     torch.testing.assert_close(model.sample(num_samples=2, noise=noise), expected, atol=1e-4, rtol=1e-4)
 
 
