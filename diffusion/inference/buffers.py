@@ -83,18 +83,20 @@ class SamplerBuffers:
     """
 
     def __init__(self, spec: BufferSpec, embedding_size: int, device: torch.device, dtype: torch.dtype):
-        batch = spec.batch_size
+        self.batch_size = batch = spec.batch_size
+        self.steps_embedded = STEPS_EMBEDDED
         self.x = torch.zeros(batch, *spec.image_shape, device=device, dtype=torch.float32)
         self.x0 = torch.zeros_like(self.x) if spec.store_x0 else None
         self.noise = torch.zeros_like(self.x) if spec.injects_noise else None
         inputs = torch.zeros(2 * batch, *spec.image_shape, device=device, dtype=dtype)
         self.unet_input = inputs.contiguous(memory_format=torch.channels_last)
+        self._half = self.unet_input[:batch]
         self.table = torch.zeros(spec.num_steps, ROW_LENGTH, dtype=torch.float64, device=device)
         self.counter = kernels.step_counter(0, device=device)
         self.sample_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.label_index = torch.zeros(2 * batch, dtype=torch.int64, device=device)
         self.embeddings = torch.zeros(
-            (STEPS_EMBEDDED, spec.num_labels, embedding_size),
+            (self.steps_embedded, spec.num_labels, embedding_size),
             device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         )
@@ -126,7 +128,7 @@ class SamplerBuffers:
                     backend=backend,
                 )
             )
-        self.unet_input.unflatten(0, (2, len(self.x))).copy_(self.x)
+        self.unet_input.unflatten(0, (2, self.batch_size)).copy_(self.x)
 
     def _load_labels(self, labels: torch.Tensor | None, guided: bool, null_label: int | None) -> None:
         """Sets distinct_labels; label_index; and image_labels, the labels of unet_input."""
@@ -142,7 +144,7 @@ class SamplerBuffers:
 
     def inputs(self, guided: bool) -> torch.Tensor:
         """The part of unet_input that a step reads: all of it, or the first half without guidance."""
-        return self.unet_input if guided else self.unet_input[: len(self.x)]
+        return self.unet_input if guided else self._half
 
     def timesteps_and_labels(self, images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copies of this step's timestep [images], int64 if all are whole numbers, and labels [images]."""

@@ -101,13 +101,14 @@ def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[T
     """The UNet's output at x_t, and in a guided step the unconditional output: each [B, C, H, W], or
     [B, 2 C, H, W] with learned variance."""
     inputs = buffers.inputs(step.guided)  # [B or 2 B, C, H, W]
+    images = 2 * buffers.batch_size if step.guided else buffers.batch_size
     if isinstance(denoiser.unet, SplitUNet):
-        now = buffers.counter[:1] % len(buffers.embeddings)
+        now = buffers.counter[:1] % buffers.steps_embedded
         embedding = buffers.embeddings.index_select(0, now)[0]  # [labels, E]
-        embedding = embedding.index_select(0, buffers.label_index[: len(inputs)])  # [B or 2 B, E]
+        embedding = embedding.index_select(0, buffers.label_index[:images])  # [B or 2 B, E]
         output = denoiser.unet.denoise(inputs, embedding)
     else:  # code of others may keep or change its arguments, so it gets copies
-        output = denoiser.unet(inputs.clone(), *buffers.timesteps_and_labels(len(inputs)))
+        output = denoiser.unet(inputs.clone(), *buffers.timesteps_and_labels(images))
     if not step.learned_variance:  # drops the variance channels of a UNet that has them
         output = output[:, : buffers.x.shape[1]]
     if not step.guided:
@@ -173,7 +174,7 @@ def eager_step(
         buffers.x0.copy_(x0)
     buffers.counter[0] += 1
     if step.next_guided is not None:
-        buffers.inputs(step.next_guided).unflatten(0, (-1, len(x))).copy_(x)
+        buffers.inputs(step.next_guided).unflatten(0, (-1, buffers.batch_size)).copy_(x)
     return None
 
 
@@ -193,7 +194,7 @@ def embed_timesteps(denoiser: Denoiser, buffers: SamplerBuffers, i: int) -> None
 
     Each label is embedded on its own, so that no image depends on the others of its batch.
     """
-    together = len(buffers.embeddings)
+    together = buffers.steps_embedded
     if i % together == 0 and isinstance(denoiser.unet, SplitUNet):
         timesteps = buffers.timesteps[i : i + together].to(denoiser.device)
         for position, label in enumerate(buffers.distinct_labels):
