@@ -85,6 +85,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     assert [code for code, _ in finish(start(tmp_path, resume=True))] == [0, 0]
 
 
+def test_the_parts_of_all_ranks_are_the_batch():
+    """Images, labels, timesteps and noise; the first steps hardly depend on the labels."""
+    recipe = replace(PLAIN, horizontal_flip=True)
+    ranks = [Ranks(rank=rank, world_size=3, local_rank=rank) for rank in range(3)]
+    found = [make_trainer(recipe, ranks=each)._rank_batch() for each in ranks]
+    for parts, whole in zip(zip(*found, strict=True), make_trainer(recipe)._rank_batch(), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_a_step_of_several_ranks_shares_its_gradients():
     trainer = make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=2, local_rank=0))
     with pytest.raises(RuntimeError, match=r"within distributed\.shared_gradients"):
