@@ -186,7 +186,7 @@ def test_every_image_is_seen_once_an_epoch():
 def test_every_step_draws_its_own_timesteps_and_noise():
     trainer, drawn = make_trainer(), []
     for trainer.step in (0, 1, 1):
-        _, _, t, noise = trainer._share()
+        _, _, t, noise = trainer._rank_batch()
         drawn.append((t, noise))
     for first, second, again in zip(*drawn, strict=True):
         assert torch.equal(second, again)
