@@ -1,4 +1,4 @@
-"""What the ops ask of arguments that are no part of a shape."""
+"""Type checks of op arguments."""
 
 import operator
 

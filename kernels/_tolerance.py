@@ -1,4 +1,4 @@
-"""The one rule for how far a kernel may be from the truth."""
+"""The one rule for the error that a kernel may have."""
 
 from torch import Tensor, finfo, float64
 

@@ -1,4 +1,4 @@
-"""Operations in which Triton's interpreter differs from a GPU: rounded there as they are on the device."""
+"""Operations that Triton's interpreter rounds otherwise than a GPU, made to round as on the device."""
 
 import triton
 import triton.language as tl

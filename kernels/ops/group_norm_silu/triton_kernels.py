@@ -103,11 +103,11 @@ def forward_tile_kernel(
         value = tl.where(mask, value, 0.0)
     count = 1.0 * GROUP_SIZE * positions
     m = over_groups(column_sum(value), GROUPS, GROUP_SIZE, BLOCK_C) / count
-    centred = value - m[None, :]  # where the mask is off too: to mask the sums alone takes fewer registers
-    left = column_sum(tl.where(mask, centred, 0.0))
-    rest = over_groups(left, GROUPS, GROUP_SIZE, BLOCK_C) / count  # what rounding left of m
-    centred -= rest[None, :]
-    m += rest
+    centred = value - m[None, :]  # unmasked: to mask only the sums takes fewer registers
+    sums = column_sum(tl.where(mask, centred, 0.0))
+    residue = over_groups(sums, GROUPS, GROUP_SIZE, BLOCK_C) / count  # the rounding error of m
+    centred -= residue[None, :]
+    m += residue
     squares = column_sum(tl.where(mask, centred * centred, 0.0))
     squares = over_groups(squares, GROUPS, GROUP_SIZE, BLOCK_C)
     r = _reciprocal_root(squares / count + eps)
@@ -192,8 +192,8 @@ def forward_apply_kernel(
         size = tl.minimum(positions - k * chunk_size, chunk_size).to(tl.float32)
         at = from_sample + k[:, None] * 2 * channels + c[None, :]
         delta = tl.load(at, mask=known, other=0.0) - centre[None, :]
-        own = tl.load(at + channels, mask=known, other=0.0)
-        squares += column_sum(tl.where(known, own + delta * delta * size[:, None], 0.0))
+        within = tl.load(at + channels, mask=known, other=0.0)
+        squares += column_sum(tl.where(known, within + delta * delta * size[:, None], 0.0))
     r = _reciprocal_root(over_groups(squares, GROUPS, GROUP_SIZE, BLOCK_C) / count + eps)
     if chunk == 0:
         _store_statistics(mean, rstd, reference + group_mean, r, sample, groups, c, valid, GROUP_SIZE)

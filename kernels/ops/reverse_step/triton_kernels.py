@@ -54,8 +54,8 @@ def _entry(table, step, inside, column: tl.constexpr):
 
 
 @triton.jit
-def _place(sample, within, positions, stride_n, stride_c, stride_p, LINEAR: tl.constexpr):
-    """Where elements of a sample are in a tensor of some layout; LINEAR: in their own order."""
+def _offsets(sample, within, positions, stride_n, stride_c, stride_p, LINEAR: tl.constexpr):
+    """Offsets of a sample's elements in a tensor with these strides. LINEAR: the sample is contiguous."""
     if LINEAR:
         return sample * stride_n + within
     else:
@@ -96,7 +96,7 @@ def reverse_step_kernel(
     within = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
     mask = within < elements
     at = sample * elements + within
-    out_at = _place(sample, within, positions, out_n, out_c, out_p, OUT_LINEAR)
+    out_at = _offsets(sample, within, positions, out_n, out_c, out_p, OUT_LINEAR)
 
     x_t = tl.load(x + at, mask=mask)
     out = tl.load(cond + out_at, mask=mask).to(tl.float32)
@@ -120,7 +120,7 @@ def reverse_step_kernel(
         if LEARNED:
             log_var_min = _entry(table, step, inside, _LOG_VAR_MIN)
             log_var_max = _entry(table, step, inside, _LOG_VAR_MAX)
-            variance_at = _place(sample, within + elements, positions, out_n, out_c, out_p, OUT_LINEAR)
+            variance_at = _offsets(sample, within + elements, positions, out_n, out_c, out_p, OUT_LINEAR)
             v = tl.load(cond + variance_at, mask=mask).to(tl.float32)
             fraction = (v + 1.0) * 0.5
             log_variance = fraction * log_var_max + (1.0 - fraction) * log_var_min
@@ -133,7 +133,7 @@ def reverse_step_kernel(
     if unet_input is not None:
         for copy in tl.static_range(COPIES):
             image = sample + copy * batch
-            in_at = _place(image, within, positions, in_n, in_c, in_p, IN_LINEAR)
+            in_at = _offsets(image, within, positions, in_n, in_c, in_p, IN_LINEAR)
             tl.store(unet_input + in_at, cast(value, unet_input.dtype.element_ty), mask=mask)
     if ADVANCE:
         tl.debug_barrier()  # every thread has read the counter
