@@ -6,6 +6,7 @@ folders, so that editors and type checkers follow them.
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from . import ops
 from ._native import build_info as build_info
@@ -28,7 +29,7 @@ __all__ = ["benchmark_table", "build_info", "explain"]
 __all__ += [name for folder in folders(ops) for name in folder.__all__]
 
 
-def explain(op: str | Callable, *args, **kwargs) -> str:
+def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
     """The backend that an op would run for these arguments, and the reason why no other: a line for each.
 
     op: the name of a public function, or the function. The other arguments are that function's, `backend`

@@ -1,11 +1,13 @@
 """Type checks of op arguments."""
 
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 
-def check_tensors(op: str, optional: dict[str, object] | None = None, **required: object) -> None:
+def check_tensors(op: str, optional: Mapping[str, object] | None = None, **required: object) -> None:
     """TypeError unless each is a tensor, or None where that is allowed."""
     for name, value in required.items():
         if not isinstance(value, Tensor):
@@ -15,7 +17,7 @@ def check_tensors(op: str, optional: dict[str, object] | None = None, **required
             raise TypeError(f"{op}: {name} must be a tensor or None, not {type(value).__name__}")
 
 
-def check_integer(name: str, value: object) -> None:
+def check_integer(name: str, value: Any) -> None:
     """TypeError unless it is an integer of Python, NumPy or a compiled graph; no bool, float or tensor."""
     if isinstance(value, int) and not isinstance(value, bool):
         return

@@ -27,7 +27,7 @@ def constant_in_graphs(function: Callable) -> Callable:
 
     That decorator imports the whole compiler, which takes longer than all of this package.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compile reads it
     return function
 
 

@@ -5,7 +5,7 @@ compiled library is loaded or `implement` gives it one in Python.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -56,10 +56,10 @@ def define_with_backward(
     define(name, *forward)
     run_backward = define(f"{name}_backward", *backward)
 
-    def differentiate(ctx, *grads):
+    def differentiate(ctx: Any, *grads: torch.Tensor) -> tuple:
         return derivative(run_backward, ctx, *grads)
 
-    def no_second_derivative(ctx, *grads):
+    def no_second_derivative(ctx: Any, *grads: torch.Tensor) -> NoReturn:
         raise NotImplementedError(f"the gradient of {op} cannot be differentiated again")
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup_context)

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ MISSING = None if importlib.util.find_spec("triton") else "the package triton is
 OLDEST_CAPABILITY = (8, 0)
 
 Candidate = TypeVar("Candidate")
-_fastest: dict[Hashable, object] = {}
+_fastest: dict[Hashable, Any] = {}
 
 
 @constant_in_graphs
@@ -80,7 +80,13 @@ def fastest(
     return _fastest[key]
 
 
-def _measured(op, problem, candidates, launch, device) -> int:
+def _measured(
+    op: str,
+    problem: tuple[Hashable, ...],
+    candidates: Sequence[Candidate],
+    launch: Callable[[Candidate], object],
+    device: torch.device,
+) -> int:
     import triton
     from triton.runtime.cache import get_cache_manager
 

@@ -61,7 +61,7 @@ class Call(NamedTuple):
         return cls(args, kwargs, upstream, leaves)
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> "Call":
-        def one(t):
+        def one(t: Any) -> Any:
             return convert(t.detach()) if isinstance(t, Tensor) else t
 
         kwargs = {name: one(t) for name, t in self.kwargs.items()}
@@ -186,7 +186,7 @@ class Comparison:
             once = {name: min(clock(run, 1) for _ in range(3)) for name, run in passes.items()}
             times = {name: min(MAX_CALLS, max(1, round(MIN_SAMPLE / one))) for name, one in once.items()}
             rounds = int(seconds / sum(times[name] * once[name] for name in passes))
-            samples = {name: [] for name in passes}
+            samples: dict[str, list[float]] = {name: [] for name in passes}
             for _ in range(min(ROUNDS[1], max(ROUNDS[0], rounds))):
                 for name, run in passes.items():
                     samples[name].append(clock(run, times[name]))
@@ -209,7 +209,7 @@ class Comparison:
             "us": us,
             "wrong": self.wrong,
             "auto": self.auto,
-            "fastest": min(backends, key=backends.get),
+            "fastest": min(backends, key=lambda name: backends[name]),
             "auto_is_fastest": right and us[self.auto] <= TIE * min(backends.values()),
             "peer": peer,
             "ratio": us[peer] / us[self.auto] if right else None,
@@ -311,9 +311,9 @@ def benchmark_table(
     if unknown:
         raise ValueError(f"unknown case {unknown[0]!r}; choose from: {', '.join(known)}")
     dtypes = DTYPES if dtypes is None else tuple(dtypes)
-    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if unknown:
-        raise ValueError(f"unknown dtype {unknown[0]!r}; choose from: {', '.join(map(str, DTYPES))}")
+    others = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if others:
+        raise ValueError(f"unknown dtype {others[0]!r}; choose from: {', '.join(map(str, DTYPES))}")
     return [
         Comparison(name, case, dtype, device, backward=direction).row(case_name, seconds)
         for name in names

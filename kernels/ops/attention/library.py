@@ -13,6 +13,7 @@ softmax's denominator, with the maximum added back; it carries no gradient.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +34,15 @@ def empty_like_heads(q: Tensor) -> Tensor:
     return q.new_empty((batch, positions, heads, width)).transpose(1, 2)
 
 
-def _fake(q, k, v, scale):
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _fake_backward(grad, q, k, v, out, logsumexp, scale):
+def _fake_backward(grad: Tensor, q: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return empty_like_heads(q), empty_like_heads(q), empty_like_heads(q)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, ctx.scale = inputs
     out, logsumexp = output
     ctx.save_for_backward(q, k, v, out, logsumexp)
@@ -49,7 +50,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _derivative(run_backward, ctx, grad, _):
+def _derivative(run_backward: Callable, ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     if grad.stride(-1) != 1:  # the gradient of a sum, for example, is one number with strides of 0
         grad = grad.clone(memory_format=torch.contiguous_format)
     return *run_backward(grad, *ctx.saved_tensors, ctx.scale), None

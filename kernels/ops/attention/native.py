@@ -15,7 +15,8 @@ from .arguments import Arguments
 
 @constant_in_graphs
 def _shared_memory(device_index: int | None) -> int:
-    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device_index)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # not in torch's stub
 
 
 def _supports(arguments: Arguments) -> str | None:

@@ -1,12 +1,13 @@
 """The cases of attention, and what a user of PyTorch alone would call instead."""
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..._registry import Subject
 from .cases import BENCHMARKED, CASES, LARGE
 
 
-def _attention(case, q, k, v, *, scale=None):
+def _attention(case: object, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 

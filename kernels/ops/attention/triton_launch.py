@@ -1,7 +1,8 @@
 """attention in Triton: fused_diffusion::attention_triton and its backward, and their tilings."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _even(tiling: Tiling, positions: int) -> bool:
     return positions % math.lcm(tiling.rows, tiling.step) == 0
 
 
-def _fastest(direction, q, launch) -> None:
+def _fastest(direction: str, q: Tensor, launch: Callable[..., None]) -> None:
     batch, heads, positions, width = q.shape
     precision = _precision(q.dtype)
     candidates = tilings(q.dtype, width, batch * heads, positions, direction)
@@ -95,12 +96,12 @@ def _fastest(direction, q, launch) -> None:
         launch_tiling(_triton.fastest(f"attention {direction}", problem, candidates, launch_tiling, q.device))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float):
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from .triton_kernels import forward_kernel
 
     out, logsumexp = empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    def launch(tiling, grid, sizes, options) -> None:
+    def launch(tiling: Tiling, grid: tuple[int], sizes: tuple[int, ...], options: dict[str, Any]) -> None:
         forward_kernel[grid](
             q, k, v, out, logsumexp, scale, *sizes, *_strides(q, k, v, out),
             BLOCK_M=tiling.rows, BLOCK_N=tiling.step, **options,
@@ -111,7 +112,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float):
     return out, logsumexp
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float):
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     from .triton_kernels import backward_keys_kernel, backward_queries_kernel, delta_kernel
 
     dq, dk, dv = empty_like_heads(q), empty_like_heads(q), empty_like_heads(q)
@@ -120,7 +123,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum
     delta = torch.empty_like(logsumexp)
     strides = _strides(grad, q, k, v, dq)
 
-    def launch(tiling, grid, sizes, options) -> None:
+    def launch(tiling: Tiling, grid: tuple[int], sizes: tuple[int, ...], options: dict[str, Any]) -> None:
         shape = {name: options[name] for name in ("WIDTH", "BLOCK_D", "EVEN", "num_warps")}
         delta_kernel[grid](out, grad, delta, *sizes, *_strides(out, grad), BLOCK_M=tiling.rows, **shape)
         numbers = (logsumexp, delta, scale, *sizes, *strides)

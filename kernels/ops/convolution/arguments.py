@@ -41,8 +41,17 @@ class Conv3x3Arguments(NamedTuple):
         """Those of the normalisation before the convolution, or None without one."""
         if self.num_groups is None:
             return None
-        _, _, _, num_groups, *parameters, _, _ = self
-        return NormArguments(self.x, num_groups, *parameters)
+        return NormArguments(
+            self.x,
+            self.num_groups,
+            self.norm_weight,
+            self.norm_bias,
+            self.eps,
+            self.add,
+            self.scale,
+            self.shift,
+            self.activation,
+        )
 
 
 def validate_conv2d(arguments: Conv2dArguments) -> None:
@@ -61,8 +70,8 @@ def validate_conv2d(arguments: Conv2dArguments) -> None:
 
 
 def validate_conv3x3(arguments: Conv3x3Arguments) -> None:
-    x, weight, bias, num_groups, norm_weight, norm_bias, eps, add, scale, shift, *others = arguments
-    activation, residual, upsample = others
+    x, weight, bias, num_groups, norm_weight, norm_bias, eps, add, scale, shift = arguments[:10]
+    activation, residual, upsample = arguments[10:]
     plain = weight.weight if isinstance(weight, PackedWeight) else weight
     vectors, matrices = {"norm_weight": norm_weight, "norm_bias": norm_bias}, {"add": add, "scale": scale}
     matrices["shift"] = shift
@@ -82,9 +91,9 @@ def validate_conv3x3(arguments: Conv3x3Arguments) -> None:
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"conv3x3: {name} must have shape {list(shape)}, not {list(tensor.shape)}")
     factor = 2 if upsample else 1
-    shape = (n, k, factor * x.shape[2], factor * x.shape[3])
-    if residual is not None and residual.shape != shape:
-        raise ValueError(f"conv3x3: residual must have shape {list(shape)}, not {list(residual.shape)}")
+    output = (n, k, factor * x.shape[2], factor * x.shape[3])
+    if residual is not None and residual.shape != output:
+        raise ValueError(f"conv3x3: residual must have shape {list(output)}, not {list(residual.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv3x3: activation must be 'silu' or 'none', not {activation!r}")
     check_number("eps", eps)

@@ -19,7 +19,9 @@ class Conv2dCase(NamedTuple):
     stride: int = 1
     padding: int | None = None
 
-    def inputs(self, dtype: torch.dtype, device="cpu", seed: int = 0) -> tuple[tuple, dict[str, Any]]:
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> tuple[tuple, dict[str, Any]]:
         """Arguments of a call, of order one; the weight has the variance that keeps the output so."""
         generator = torch.Generator().manual_seed(seed)
         n, c, height, width = self.shape
@@ -108,7 +110,9 @@ class Conv3x3Case(NamedTuple):
     mean: float = 0.0
     layout: str = "channels_last"
 
-    def inputs(self, dtype: torch.dtype, device="cpu", seed: int = 0) -> tuple[tuple, dict[str, Any]]:
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> tuple[tuple, dict[str, Any]]:
         """Arguments of a call, of order one; the weight has the variance that keeps the output so."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -143,7 +147,7 @@ class Conv3x3Case(NamedTuple):
         return (x, weight.to(device), None if bias is None else bias.to(device)), moved
 
 
-def _block(shape, channels, **options) -> Conv3x3Case:
+def _block(shape: tuple[int, int, int, int], channels: int, **options: Any) -> Conv3x3Case:
     return Conv3x3Case(shape, channels, num_groups=32, activation="silu", **options)
 
 

@@ -82,7 +82,7 @@ convolution_ = define(
 upsample_nearest2x_ = define("upsample_nearest2x_", "(Tensor x, Tensor(a!) out) -> ()")
 
 
-def _fake_weight_gradient(grad, x, side, stride, padding):
+def _fake_weight_gradient(grad: Tensor, x: Tensor, side: int, *_: int) -> tuple[Tensor, ...]:
     shape = (grad.shape[1], side, side, x.shape[1])
     return tuple(grad.new_empty(size, dtype=torch.float32) for size in (shape, shape[:1]))
 

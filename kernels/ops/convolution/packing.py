@@ -84,7 +84,7 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     pack = 2 if packing.bf16_pairs else 1
     dtype = torch.bfloat16 if packing.bf16_pairs else torch.float32
     rows, columns = -(-c // pack) * pack, -(-k // LANES) * LANES
-    panels = []
+    panels: list[Tensor] = []
     for panel in weight.split(PANEL):  # one panel at a time, since float64 takes twice the memory
         factors = _factors(panel.double(), packing.winograd_m)
         padded = factors.new_zeros(len(factors), rows, min(PANEL, columns - PANEL * len(panels)))

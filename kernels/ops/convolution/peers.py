@@ -1,5 +1,7 @@
 """The cases of conv2d and conv3x3, and what a user of PyTorch alone would call instead."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,31 +9,39 @@ from torch import Tensor
 from ..._registry import Subject
 from ..group_norm_silu.peers import group_norm_silu_of_torch
 from .arguments import Conv3x3Arguments
-from .cases import CONV2D_BENCHMARKED, CONV2D_CASES, CONV3X3_BENCHMARKED, CONV3X3_CASES
+from .cases import CONV2D_BENCHMARKED, CONV2D_CASES, CONV3X3_BENCHMARKED, CONV3X3_CASES, Conv3x3Case
 from .fused import pack_conv3x3
+from .packing import PackedWeight
 
 
-def _conv2d(case, x, weight, bias, *, stride, padding):
+def _conv2d(
+    case: object, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int
+) -> Tensor:
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-def _conv3x3_inputs(case, dtype, device, seed):
+def _conv3x3_inputs(
+    case: Conv3x3Case, dtype: torch.dtype, device: str, seed: int
+) -> tuple[tuple, dict[str, Any]]:
     """With the weight packed for the size of the map."""
     (x, weight, bias), options = case.inputs(dtype, device, seed)
     factor = 2 if options["upsample"] else 1
     weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-    packed = pack_conv3x3(weight, *(factor * size for size in x.shape[2:]), dtype)
+    height, width = x.shape[2:]
+    packed = pack_conv3x3(weight, factor * height, factor * width, dtype)
     options = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in options.items()}
     return (x, packed, None if bias is None else bias.to(dtype)), options
 
 
-def _conv3x3(case, *args, **options):
+def _conv3x3(case: Conv3x3Case, *args: Any, **options: Any) -> Tensor:
     arguments = Conv3x3Arguments(*args, **options)
     norm = arguments.norm()
     h = arguments.x if norm is None else group_norm_silu_of_torch(case, *norm)
     if arguments.upsample:
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-    h = F.conv2d(h, arguments.weight.weight, arguments.bias, padding=1)
+    weight = arguments.weight
+    plain = weight.weight if isinstance(weight, PackedWeight) else weight
+    h = F.conv2d(h, plain, arguments.bias, padding=1)
     return h if arguments.residual is None else h + arguments.residual
 
 

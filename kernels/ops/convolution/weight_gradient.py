@@ -1,5 +1,7 @@
 """conv2d whose weight gets its gradient from csrc/convolution/weight_gradient.cpp."""
 
+from typing import Any, NoReturn
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +63,9 @@ class _Conv2d(torch.autograd.Function):
     """x: bfloat16, channels_last. The convolution multiplies the weight rounded to bfloat16."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int
+    ) -> Tensor:
         rounded = _channels_last(weight)
         ctx.save_for_backward(x, weight, bias, rounded)
         ctx.geometry = stride, padding
@@ -69,15 +73,25 @@ class _Conv2d(torch.autograd.Function):
         return F.conv2d(x, rounded, bias, stride, padding)
 
     @staticmethod
-    def backward(ctx, grad):
-        return *_Gradient.apply(grad, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad), None, None
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return *_Gradient.apply(*grads, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad), None, None
 
 
 class _Gradient(torch.autograd.Function):
     """The gradients of a convolution's inputs, in the dtypes of these; not differentiable again."""
 
     @staticmethod
-    def forward(ctx, grad, x, weight, bias, rounded, stride, padding, wanted):
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rounded: Tensor,
+        stride: int,
+        padding: int,
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad, d_x, d_weight, d_bias = _channels_last(grad), None, None, None
         if wanted[0]:
             options = None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
@@ -89,5 +103,5 @@ class _Gradient(torch.autograd.Function):
         return d_x, d_weight, d_bias
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise NotImplementedError("the gradient of conv2d cannot be differentiated again")

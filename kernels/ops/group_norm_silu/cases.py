@@ -1,6 +1,6 @@
 """Named inputs of group_norm_silu, for the tests and the benchmarks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ class Case(NamedTuple):
         """Positional and keyword arguments of one call, the same for one seed on every device."""
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(*shape, mean=0.0, std=1.0):
+        def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
             draw = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
             return (draw * std + mean).to(device, dtype)
 
@@ -33,7 +33,7 @@ class Case(NamedTuple):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
         weight, bias = (normal(c), normal(c)) if self.affine else (None, None)
-        modulation = {"activation": self.activation}
+        modulation: dict[str, Any] = {"activation": self.activation}
         if self.add:
             modulation["add"] = normal(n, c)
         if self.scale_shift:

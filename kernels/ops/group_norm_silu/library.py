@@ -15,6 +15,7 @@ gradients follow from these.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,18 +52,18 @@ def empty_like_x(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_layout(x))
 
 
-def _fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
+def _fake(x: Tensor, num_groups: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     statistics = (x.shape[0], num_groups)
     mean, rstd = (x.new_empty(statistics, dtype=dtype) for dtype in (torch.float64, torch.float32))
     return empty_like_x(x), mean, rstd
 
 
-def _fake_backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, rstd):
+def _fake_backward(grad: Tensor, x: Tensor, *_: object) -> tuple[Tensor, ...]:
     sums = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(3)]
     return empty_like_x(x), *sums
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, ctx.num_groups, weight, bias, _, add, scale, shift, ctx.silu = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, add, scale, shift, mean, rstd)
@@ -70,7 +71,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _derivative(run_backward, ctx, grad, *_):
+def _derivative(run_backward: Callable, ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     x, weight, bias, add, scale, shift, mean, rstd = ctx.saved_tensors
     grad = grad.contiguous(memory_format=memory_layout(x))
     dx, sum_dz, sum_dz_xhat, sum_dx = run_backward(
@@ -78,7 +79,9 @@ def _derivative(run_backward, ctx, grad, *_):
     )
 
     def wanted(position: int, like: Tensor | None, gradient: Callable[[], Tensor]) -> Tensor | None:
-        return gradient().to(like.dtype) if ctx.needs_input_grad[position] else None
+        if like is None or not ctx.needs_input_grad[position]:
+            return None
+        return gradient().to(like.dtype)
 
     def d_scale() -> Tensor:
         affine = sum_dz_xhat if weight is None else weight.float() * sum_dz_xhat

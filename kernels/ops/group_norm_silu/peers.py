@@ -1,13 +1,16 @@
 """The cases of group_norm_silu, and what a user of PyTorch alone would call instead."""
 
+from typing import Any
+
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..._registry import Subject
 from .arguments import Arguments
 from .cases import BENCHMARKED, CASES
 
 
-def group_norm_silu_of_torch(case, *args, **options):
+def group_norm_silu_of_torch(case: object, *args: Any, **options: Any) -> Tensor:
     x, num_groups, weight, bias, eps, add, scale, shift, activation = Arguments(*args, **options)
     spatial = (1,) * (x.ndim - 2)
     if add is not None:

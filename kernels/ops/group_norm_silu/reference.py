@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..._dispatch import vectorised
 from .arguments import Arguments
@@ -15,10 +16,7 @@ def group_norm_silu(arguments: Arguments) -> torch.Tensor:
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     spatial = (1,) * (x.ndim - 2)
 
-    def cast(t):
-        return None if t is None else t.to(compute)
-
-    def per_channel(t):
+    def per_channel(t: Tensor) -> Tensor:
         return t.to(compute).reshape(*t.shape, *spatial)
 
     h = x.to(compute)
@@ -28,9 +26,10 @@ def group_norm_silu(arguments: Arguments) -> torch.Tensor:
     # 0, and its backward is several times slower than two copies and the contiguous kernel.
     if 0 in h.shape[1:]:  # PyTorch's op refuses empty channels
         for vector in (weight, bias):
-            h = h if vector is None else h + cast(vector).reshape(-1, *spatial)
+            h = h if vector is None else h + vector.to(compute).reshape(-1, *spatial)
     else:
-        h = torch.group_norm(h.contiguous(), num_groups, cast(weight), cast(bias), eps)
+        weight, bias = (None if vector is None else vector.to(compute) for vector in (weight, bias))
+        h = torch.group_norm(h.contiguous(), num_groups, weight, bias, eps)
     if scale is not None:
         h = h * (1 + per_channel(scale))
     if shift is not None:

@@ -1,6 +1,7 @@
 """group_norm_silu in Triton: fused_diffusion::group_norm_silu_triton and its backward, and their tilings."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,18 @@ def _rows(matrix: Tensor | None) -> tuple[Tensor | None, int]:
 class _Problem:
     """The sizes, strides and parameters that the forward and the backward launches share."""
 
-    def __init__(self, x, num_groups, weight, bias, add, scale, shift, silu, direction):
+    def __init__(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        add: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+        direction: str,
+    ):
         self.x = _flat(x)
         self.samples, self.channels, self.positions = self.x.shape
         self.groups, self.group_size, self.silu = num_groups, self.channels // num_groups, silu
@@ -107,7 +119,7 @@ class _Problem:
         present = tuple(t is not None for t in (weight, bias, add, scale, shift))
         self.key = (*self.x.shape, num_groups, self.channels_last, x.dtype, silu, present)
 
-    def fastest(self, launch) -> None:
+    def fastest(self, launch: Callable[[Tiling], None]) -> None:
         """Launches with the tiling that is the fastest for this problem."""
         sizes = (self.samples, self.channels, self.positions, self.groups)
         candidates = tilings(*sizes, self.channels_last, self.direction)
@@ -133,7 +145,17 @@ class _Problem:
         return math.ceil(self.groups / tiling.groups)
 
 
-def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
+def _forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     from .triton_kernels import forward_apply_kernel, forward_partial_kernel, forward_tile_kernel
 
     result = empty_like_x(x)
@@ -176,7 +198,19 @@ def _chunk_rows(tiling: Tiling) -> int:
     return min(max(PARTIAL_TILE // tiling.block_c, 1), MAX_CHUNKS)
 
 
-def _backward(grad, x, num_groups, weight, bias, add, scale, shift, silu, mean, rstd):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, ...]:
     from .triton_backward import backward_apply_kernel, backward_partial_kernel, backward_tile_kernel
 
     result = empty_like_x(x)

@@ -20,7 +20,9 @@ class Arguments(NamedTuple):
     device: torch.device | str = "cpu"
 
 
-def validate_counters(shape, *, seed: int, sample_ids, stream: int) -> None:
+def validate_counters(
+    shape: Sequence[int], *, seed: int, sample_ids: Tensor | Sequence[int] | None, stream: int
+) -> None:
     """Checks that every normal of `shape` has its own 128-bit counter under a 64-bit key.
 
     ValueError: an argument is out of range. TypeError: a size, seed, stream or sample id is no integer.

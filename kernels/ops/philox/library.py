@@ -5,6 +5,7 @@ seed: the int64 with the bits of the uint64 (`as_int64`). Returns float32 [B, el
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .arguments import Arguments
 SCHEMA = "(Tensor sample_ids, int seed, int stream, SymInt elements) -> Tensor"
 
 
-def fake(sample_ids, seed, stream, elements) -> Tensor:
+def fake(sample_ids: Tensor, seed: int, stream: int, elements: int) -> Tensor:
     return sample_ids.new_empty((sample_ids.shape[0], elements), dtype=torch.float32)
 
 
@@ -32,7 +33,9 @@ def as_int64(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def sample_ids_tensor(sample_ids, batch: int, device) -> Tensor:
+def sample_ids_tensor(
+    sample_ids: Tensor | Sequence[int] | None, batch: int, device: torch.device | str
+) -> Tensor:
     """int64 [B] on the device: `sample_ids`, or 0 .. B-1 for None."""
     if sample_ids is None:
         return torch.arange(batch, device=device)

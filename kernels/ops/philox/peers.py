@@ -6,7 +6,7 @@ from ..._registry import Subject
 from .cases import BENCHMARKED, CASES
 
 
-def _philox_normal(case, shape, *, device, **counters):
+def _philox_normal(case: object, shape: tuple[int, ...], *, device: str, **counters: object) -> torch.Tensor:
     return torch.randn(shape, device=device)
 
 

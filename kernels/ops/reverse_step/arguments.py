@@ -39,7 +39,7 @@ class InPlaceArguments(NamedTuple):
     unet_input: Tensor | None = None
 
 
-def _same(shape, other) -> bool:
+def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
     if not torch.compiler.is_compiling():
         return shape == other
     # Size by size, since to compare whole symbolic shapes takes torch.compile half a minute.

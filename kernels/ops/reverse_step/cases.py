@@ -1,6 +1,7 @@
 """Named inputs of reverse_step, for the tests and the benchmarks."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,9 @@ class Case(NamedTuple):
         """Positional and keyword arguments of one call, model outputs in `dtype`, the rest float32."""
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(shape, dtype=torch.float32, spread=self.spread):
+        def normal(
+            shape: Sequence[int], dtype: torch.dtype = torch.float32, spread: float = self.spread
+        ) -> torch.Tensor:
             values = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") * spread
             return values.to(device, dtype)
 

@@ -26,7 +26,7 @@ SCHEMA_IN_PLACE = (
 )
 
 
-def _fake(x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids):
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
@@ -39,7 +39,7 @@ def define(name: str) -> None:
 define("reverse_step")
 
 
-def step_counter(seed: int, stream: int, device) -> Tensor:
+def step_counter(seed: int, stream: int, device: torch.device | str) -> Tensor:
     return torch.tensor([0, as_int64(seed), stream, 0], dtype=torch.int64, device=device)
 
 

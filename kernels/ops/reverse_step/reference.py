@@ -20,11 +20,12 @@ def reverse_step(arguments: Arguments) -> tuple[Tensor, Tensor]:
     x0 = torch.clamp(row.x0_from_x * x + row.x0_from_output * out, -row.clip_x0, row.clip_x0)
     x_next = row.coef_x * x + row.coef_x0 * x0 + row.coef_output * out
     if row.coef_x0_prev != 0:
+        assert x0_prev is not None  # by `validate`
         x_next = x_next + row.coef_x0_prev * x0_prev
     if row.sigma != 0:
         if noise is None:
             noise = philox_normal(PhiloxArguments(x.shape, seed, sample_ids, stream, x.device))
-        sigma = row.sigma
+        sigma: float | Tensor = row.sigma
         if model_output.shape[1] != channels:
             fraction = (model_output[:, channels:].to(x.dtype) + 1) / 2
             sigma = sigma * torch.exp(0.5 * (fraction * row.log_var_max + (1 - fraction) * row.log_var_min))

@@ -26,10 +26,14 @@ def _layout(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
     return (sample, channel, position), position == 1 and channel == positions
 
 
+# x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
+
+
 def _launch(
-    x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids, x_next, x0, unet_input,
-    *, advance: bool,
-) -> None:  # fmt: skip
+    inputs: Inputs, x_next: Tensor, x0: Tensor | None, unet_input: Tensor | None, *, advance: bool
+) -> None:
+    x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids = inputs
     from .triton_kernels import reverse_step_kernel
 
     batch, channels = x.shape[:2]
@@ -48,20 +52,37 @@ def _launch(
         )  # fmt: skip
 
 
-def _reverse_step(*inputs):
-    x = inputs[0]
+def _reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    x0_prev: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    counter: Tensor,
+    sample_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, model_output, model_output_uncond, x0_prev, noise, table, counter, sample_ids)
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
     if x.numel() > 0:
-        _launch(*inputs, x_next, x0, None, advance=False)
+        _launch(inputs, x_next, x0, None, advance=False)
     return x_next, x0
 
 
 def _reverse_step_(
-    x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    x0: Tensor | None,
+    noise: Tensor | None,
+    table: Tensor,
+    counter: Tensor,
+    sample_ids: Tensor,
+    unet_input: Tensor | None,
 ) -> None:
     if x.numel() > 0:
         inputs = (x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids)
-        _launch(*inputs, x, x0, unet_input, advance=True)
+        _launch(inputs, x, x0, unet_input, advance=True)
     else:
         counter[:1] += 1  # an empty batch still has its step
 
