@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import ImageSet
+from ..data import NAMED_SETS, ImageSet
 from ..data.npz import load_images
 from ..ddpm import DDPM, load
 from ..evaluation.accuracy import evaluate, format_report
@@ -17,44 +17,80 @@ from ..evaluation.features import load_features
 from ..evaluation.guidance_sweep import save_sweep, sweep
 from ..evaluation.likelihood import bits_per_dimension
 from ..evaluation.protocol import ema_decay
+from ..samplers import SAMPLERS
 from ..storage.atomic import check_writable, replacing
 from ..storage.images import to_uint8
 from ..utils.validation import whole_number
 from .options import add_computation_options, choose_labels, default_device
 
+# The options that not every measure uses, with their values where they are not given.
+DEFAULTS: dict[str, Any] = {
+    "model": "mnist",
+    "num": 1000,
+    "guidance_scale": None,
+    "sampler": "ddim",
+    "steps": 50,
+    "seed": 0,
+    "data_dir": None,
+    "classifier": None,
+    "reference": None,
+    "split": "train",
+    "samples": None,
+    "metrics": list(METRICS),
+    "features": "inception",
+    "batch_size": None,
+    "device": None,
+    "precision": "exact",
+    "dtype": None,
+    "backend": "auto",
+}
+COMPUTATION = ("batch_size", "device", "precision", "dtype", "backend")
+SAMPLING = ("model", "num", "guidance_scale", "sampler", "steps", "seed", *COMPUTATION)
+COMPARISON = ("data_dir", "reference", "split", "metrics", "features")
+# The options of DEFAULTS that each measure uses; every other one is refused.
+USED = {
+    "--sweep": ("model", "num", "seed", "classifier", *COMPUTATION),
+    "--bits-per-dim": ("model", "num", "seed", "data_dir", "reference", "split", "device"),
+    "--samples": ("samples", *COMPARISON),
+    "--reference": (*SAMPLING, *COMPARISON),
+    "accuracy": (*SAMPLING, "data_dir", "classifier"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="mnist", help="a bundled name, a folder, or hf:owner/name (default: %(default)s)")
-    add("--num", type=int, default=1000, help="number of samples for each measure (default: %(default)s)")
+    add("--model", help="a bundled name, a folder, or hf:owner/name (default: mnist)")
+    add("--num", type=int, help=f"number of samples for each measure (default: {DEFAULTS['num']})")
     add(
         "--guidance-scale",
         type=float,
         help="of classifier-free guidance (default: 2 for accuracy, 1 for distances)",
     )
-    add("--sampler", default="ddim", help="ddpm, ddim or dpm++ (default: %(default)s)")
-    add("--steps", type=int, default=50, help="number of steps, 1 to T (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    add("--sampler", help=f"{', '.join(SAMPLERS)} (default: {DEFAULTS['sampler']})")
+    add("--steps", type=int, help=f"number of steps, 1 to T (default: {DEFAULTS['steps']})")
+    add("--seed", type=int, help=f"seed of the samples (default: {DEFAULTS['seed']})")
     add(
         "--data-dir",
-        help="torchvision's folder of mnist or cifar10; without --reference, real images there are measured "
-        "again (default: the figures that come with the classifier)",
+        help=f"torchvision's folder of {' or '.join(NAMED_SETS)}; without --reference, real images there "
+        "are measured again (default: the figures that come with the classifier)",
     )
     add("--classifier", metavar="DIR", help="folder of a classifier made by `python -m diffusion.classifier`")
-    add("--reference", metavar="IMAGES", help="images to compare with: mnist, cifar10, a folder, zip or .npz")
-    add("--split", default="train", help="train or test, of mnist or cifar10 (default: %(default)s)")
+    add(
+        "--reference",
+        metavar="IMAGES",
+        help=f"images to compare with: {', '.join(NAMED_SETS)}, a folder, zip or .npz",
+    )
+    add("--split", help=f"train or test, of {' or '.join(NAMED_SETS)} (default: {DEFAULTS['split']})")
     add("--samples", metavar="IMAGES", help="images to compare with the reference, instead of a model's")
     add(
         "--metrics",
         nargs="+",
-        default=list(METRICS),
         help=f"measures of the comparison (default: {' '.join(METRICS)})",
     )
     add(
         "--features",
-        default="inception",
         help="inception, efficientnet-lite0, classifier (of digits), or the folder of a classifier "
-        "(default: %(default)s)",
+        f"(default: {DEFAULTS['features']})",
     )
     add("--bits-per-dim", action="store_true", help="compute the variational bound on --num reference images")
     add(
@@ -64,9 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_computation_options(parser)
     add("--out", metavar="FILE.json", help="also write the result to this file")
+    parser.set_defaults(**dict.fromkeys(DEFAULTS))  # `run` puts the defaults in, after the check of USED
 
 
 def run(args: argparse.Namespace) -> None:
+    _check_used(args)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     whole_number("--num", args.num, 1)
     if args.out:
         check_writable(args.out)
@@ -74,11 +115,9 @@ def run(args: argparse.Namespace) -> None:
         return _sweep(args)
     if args.bits_per_dim:
         result, text = _bits(args)
-    elif args.reference:
+    elif args.reference is not None or args.samples is not None:
         result = _compare(args)
         text = format_result(result)
-    elif args.samples:
-        raise ValueError("--reference is missing: the images to compare --samples with")
     else:
         result = evaluate(
             _model(args),
@@ -98,6 +137,26 @@ def run(args: argparse.Namespace) -> None:
     return None
 
 
+def _check_used(args: argparse.Namespace) -> None:
+    """ValueError for an option that the chosen measure does not use."""
+    if args.sweep and args.bits_per_dim:
+        raise ValueError("--sweep and --bits-per-dim are different measures: give one of them")
+    if args.sweep:
+        measure = "--sweep"
+    elif args.bits_per_dim:
+        measure = "--bits-per-dim"
+    elif args.samples is not None:
+        measure = "--samples"
+    elif args.reference is not None:
+        measure = "--reference"
+    else:
+        measure = "accuracy"
+    for name in DEFAULTS:
+        if getattr(args, name) is not None and name not in USED[measure]:
+            where = "without --reference" if measure == "accuracy" else f"with {measure}"
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {where}: leave it out")
+
+
 def _model(args: argparse.Namespace) -> DDPM:
     return load(args.model, args.device or default_device())
 
@@ -108,6 +167,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.reference:
+        raise ValueError("--reference is missing: the images to compare --samples with")
     features = load_features(args.features)
     reference = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
     protocol: dict[str, Any] = {}

@@ -19,7 +19,7 @@ def add_computation_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         default="exact",
-        help="exact or fast, which computes in bfloat16 (default: %(default)s)",
+        help="exact or fast, which computes in bfloat16 (default: exact)",
     )
     add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: that of --precision)")
     add(

@@ -1,5 +1,6 @@
 """Distances between sets of images: against direct formulas, known answers, and what is refused."""
 
+import argparse
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffusion.classifier import load_classifier
-from diffusion.cli import main
+from diffusion.cli import evaluate, main
 from diffusion.data import ImageSet
 from diffusion.data.npz import load_images
 from diffusion.evaluation.compare import compare, format_result
@@ -365,6 +366,43 @@ def test_what_is_missing_is_told(words, expected, capsys, tmp_path, monkeypatch)
         main(["evaluate", *words])
     assert caught.value.code == 2
     assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "measure", [["--sweep"], ["--bits-per-dim"], ["--samples", "a"], ["--reference", "a"], []]
+)
+def test_an_option_without_effect_is_refused(measure, capsys, tmp_path, monkeypatch):
+    """Each option is used, or refused in one line that names it."""
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    of_pairs, of_model = "reference split metrics features data-dir", "model num seed device"
+    sampling = f"{of_model} guidance-scale sampler steps batch-size precision dtype backend"
+    used = {
+        "--sweep": f"{of_model} batch-size precision dtype backend classifier",
+        "--bits-per-dim": f"{of_model} reference split data-dir",
+        "--samples": f"{of_pairs} samples",
+        "--reference": f"{of_pairs} {sampling} samples",  # with both, --samples decides
+        "": f"{sampling} data-dir classifier reference samples",  # the last two choose another measure
+    }[measure[0] if measure else ""].split()
+    options = [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
+    for option in {*options} - {"--help", "--out", "--sweep", "--bits-per-dim"}:
+        if option[2:] in used:
+            continue
+        value = "1" if option in ("--num", "--guidance-scale", "--steps", "--seed", "--batch-size") else "fid"
+        with pytest.raises(SystemExit) as caught:
+            main(["evaluate", *measure, option, value])
+        assert caught.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        where = f"with {measure[0]}" if measure else "without --reference"
+        assert line == f"diffusion: {option} has no effect {where}: leave it out"
+
+
+def test_two_measures_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--sweep", "--bits-per-dim"])
+    assert caught.value.code == 2
+    assert "--sweep and --bits-per-dim are different measures" in capsys.readouterr().err
 
 
 def test_an_old_torch_fidelity_is_told(pair, monkeypatch):
