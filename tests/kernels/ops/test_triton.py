@@ -96,7 +96,7 @@ def test_norm(case, dtype):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(norm_impl, "TILE", {"forward": 64, "backward": 64})
+    monkeypatch.setattr(norm_impl, "MAX_TILE", {"forward": 64, "backward": 64})
     monkeypatch.setattr(norm_impl, "SPLIT_TILE", 256)
     monkeypatch.setattr(norm_impl, "MAX_CHUNKS", 8)
     monkeypatch.setattr(norm_impl, "PARTIAL_TILE", 64)
