@@ -1,6 +1,7 @@
 """Training of the classifier."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,8 @@ def train_classifier(
         with torch.device("cpu"):
             classifier = Classifier(config).train()
         if not residual:
-            classifier.to(memory_format=torch.channels_last)
+            layout: dict[str, Any] = {"memory_format": torch.channels_last}  # not in the stub of torch 2.13
+            classifier.to(**layout)
         optimizers = _muon_and_adamw(classifier, lr) if residual else [_adamw(classifier.parameters(), lr)]
         schedules = [
             torch.optim.lr_scheduler.OneCycleLR(
