@@ -14,7 +14,7 @@ from .process.schedule import NoiseSchedule
 from .samplers import StepTable
 from .storage.images import save_gif, save_grid
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "DDPM",

@@ -10,7 +10,8 @@ from mkdocs.structure.files import File
 from op_names import reference
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {"README.md": "index.md"}
+PAGES |= {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "NOTICE.md", "SECURITY.md")}
 RESULTS = "benchmarks/results/"  # reports and plots, under the same path in the site
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)([^)]*)\)")
 _sources = tempfile.TemporaryDirectory()

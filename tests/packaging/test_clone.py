@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from diffusion import __version__
 from diffusion.kernels import _native
 from diffusion.kernels._sources import digest_of_sources
 from helpers.native import requires_native
@@ -28,9 +29,10 @@ def clone(tmp_path):
     shutil.copy(_native.FOLDER / _native.CPP_FILE, installed)
     record = {"sources": digest_of_sources(ROOT / "csrc"), "cpp": {}}
     (installed / "_build.json").write_text(json.dumps(record))
-    information = site / "fused_diffusion-0.1.0.dist-info"
+    information = site / f"fused_diffusion-{__version__}.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fused-diffusion\nVersion: 0.1.0\n")
+    metadata = f"Metadata-Version: 2.1\nName: fused-diffusion\nVersion: {__version__}\n"
+    (information / "METADATA").write_text(metadata)
     return clone, site
 
 

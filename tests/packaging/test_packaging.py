@@ -21,7 +21,7 @@ from helpers.native import requires_native
 from helpers.paths import ROOT
 
 TREE = ["csrc", "diffusion", "kernels", "tests", "setup.py", "pyproject.toml", "MANIFEST.in"]
-TREE += ["README.md", "LICENSE.txt"]
+TREE += ["README.md", "LICENSE.txt", "NOTICE.md"]
 SETTINGS = ("DIFFUSION_NO_NATIVE", "DIFFUSION_NO_CUDA", "CXX", "CXXFLAGS", "PYTHONPATH")
 
 
