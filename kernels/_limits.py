@@ -1,16 +1,16 @@
-"""What Python and the compiled code agree on: layouts of packed weights, sizes up to which kernels serve.
+"""Constants shared with the compiled code: layouts of packed weights, and the largest sizes for kernels.
 
-csrc/ states the same in the `args.h` of each op. `_native.py` refuses a library that says otherwise.
+The `args.h` of each op in csrc/ has the same constants. `_native.py` refuses a library in which they differ.
 """
 
 # Packed weights (docs/packed-weights.md), csrc/convolution/args.h.
 PANEL = 64  # output channels of a panel
 LANES = 16  # output channels are padded to a multiple
 CHUNK = 32  # channels of bfloat16 that AMX multiplies together
-BYTE_CHUNK = 64  # channels in bytes that AMX multiplies together
-LARGEST_DIGIT = 127  # of the first byte of a number
-ZERO = 96  # the first byte of 0 in a map that is mostly above 0
-MAX_PRODUCTS = (2**31 - 1) // (128 * (3 * 128 + ZERO))  # of bytes to a sum of 32 bits
+BYTE_CHUNK = 64  # channels of int8 that AMX multiplies together
+LARGEST_LIMB = 127  # largest magnitude of the top limb
+ZERO = 96  # zero point of the top limb after SiLU
+MAX_PRODUCTS = (2**31 - 1) // (128 * (3 * 128 + ZERO))  # products of int8 that a 32-bit sum can hold
 
 # csrc/attention/args.h
 MAX_AMX_POSITIONS = 1024

@@ -1,16 +1,16 @@
 // Matrix products by AMX, in tiles of 16 rows by 16 columns. Included after simd/vec.h.
 //
-// bfloat16: 32 numbers to a row of 64 bytes, sums in float32. A float32 is then the sum of three bfloat16 splits, each
-// the rounded rest of those before. Of the nine products of splits, the three smallest, 2^-24 of the whole and less,
-// are left out.
+// bfloat16: a row of 64 bytes holds 32 numbers, sums are float32. A float32 is the sum of three bfloat16 splits: each
+// split is the rounded difference between the number and the sum of the splits before it. Three of the nine products
+// of splits are omitted: each is at most 2^-24 of the whole.
 //
-// int8: 64 numbers to a row, in half the time, sums in int32. A float32 is then an integer of three limbs,
+// int8: a row holds 64 numbers, takes half the time, sums are int32. A float32 is an integer of three limbs,
 // q = limb[0] * 2^16 + limb[1] * 2^8 + limb[2], times a scale that all numbers of a sum share. limb[0] is from -127 to
-// 127, the others from -128 to 127. Of the nine products of limbs, the three smallest are left out.
+// 127, the others from -128 to 127. The three smallest of the nine products of limbs are omitted.
 
 constexpr int64_t kRowBytes = 64, kTileBytes = 1024;
 
-// 32 numbers as kSplits splits of bfloat16, `split_step` bytes apart: each is the rounded rest of those before.
+// 32 numbers as kSplits splits of bfloat16, `split_step` bytes apart.
 template <int kSplits>
 FD_HD void store_splits(char* to, int64_t split_step, Vec first, Vec second) {
 #pragma GCC unroll 3

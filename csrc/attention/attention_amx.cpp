@@ -29,7 +29,7 @@ constexpr int64_t kWorkPerThread = 1 << 13;  // in cycles, roughly
 // values, as right factors [block of the width].
 struct PackedKeysValues {
   int64_t keys, width;   // in blocks
-  int64_t splits;        // of a number into bfloat16: 1 or 3
+  int64_t splits;        // bfloat16 splits of each number: 1 or 3
   int64_t first, heads;  // first head of the group, count
   char* data;
 
@@ -44,7 +44,7 @@ struct PackedKeysValues {
 #include "simd/foreach_isa.inc"
 
 #if FD_AMX
-// kSplits: of each number into bfloat16, 1 or 3.
+// kSplits: bfloat16 splits of each number, 1 or 3.
 template <class T, int kSplits>
 void run(const AttentionArguments& g) {
   PackedKeysValues packed{divide_up(g.positions, kBlock), divide_up(g.width, kBlock), kSplits, 0, 0, nullptr};

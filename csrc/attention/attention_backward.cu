@@ -10,7 +10,7 @@ namespace {
 
 // With weights p = exp(q k^T scale - logsumexp) and their gradients ds = p (grad v^T - delta):
 //     dq = scale ds k    dk = scale ds^T q    dv = p^T grad
-enum class Of { queries, keys, values };  // whose gradient
+enum class Of { queries, keys, values };  // the tensor whose gradient a block computes
 
 // Two warps share 16 of the block's 32 rows; each takes half of the columns of every tile.
 template <class T, int kWidth>

@@ -38,7 +38,7 @@ __attribute__((noinline)) void multiply(StridedRows lhs, const float* b, int64_t
 }
 
 #include "attention/pack_cpu.h"
-// Both use the copies of pack_cpu.h.
+// forward_cpu.h and backward_cpu.h use the copies of pack_cpu.h.
 #include "attention/backward_cpu.h"
 #include "attention/forward_cpu.h"
 

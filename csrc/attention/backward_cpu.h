@@ -1,8 +1,8 @@
 // Attention's gradient on one instruction set.
 //
-// The softmax is computed again from whole rows of logits, and so is the weighted mean of the weights' gradients, which
-// the softmax's gradient subtracts. Where one weight is nearly 1, that difference is small: taken from the rounded
-// output and logsumexp instead, it would be mostly rounding error.
+// The gradient of the softmax P is dS_i = P_i (dP_i - D), where D = sum over j of P_j dP_j. Both P and D are computed
+// again from whole rows of logits: where one P is nearly 1, dP - D cancels, and from the rounded output and logsumexp
+// it would be mostly rounding error.
 
 // On entry p and dp, [keys][kQueries], hold logits and the gradients of the weights. On return they hold the weights
 // and the gradients of the logits times the scale, as units of kPack queries; ds holds the latter as units of kPack

@@ -62,7 +62,7 @@ __attribute__((noinline)) void pack_stacked(float* to, const T* from, int64_t ro
   }
 }
 
-// Rows of a tensor as a left factor [count][width / kPack]: in place, or copied to `scratch` as what is multiplied.
+// Rows of a tensor as a left factor [count][width / kPack]: in place, or converted and copied to `scratch`.
 template <class Math, class T>
 FD_HD StridedRows rows_as_lhs(float* scratch, const T* from, int64_t row, int64_t count, int64_t width) {
   const int64_t units = units_of<Math>(width);

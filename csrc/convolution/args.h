@@ -12,15 +12,15 @@ namespace fused_diffusion {
 constexpr int64_t kPanel = 64;        // output channels of a panel of weights
 constexpr int64_t kPackedLanes = 16;  // output channels are padded to a multiple
 constexpr int kPairChunk = 32;        // channels of bfloat16 that AMX multiplies together
-constexpr int kByteChunk = 64;        // channels in bytes that AMX multiplies together
+constexpr int kByteChunk = 64;        // channels of int8 that AMX multiplies together
 constexpr int32_t kZero = 96;         // ImageScale::zero after SiLU, which is hardly below 0
-constexpr float kLargestLimb = 127;   // the top limb; the lower limbs add up to just under half a unit of it
-// Products of bytes that a sum of 32 bits can hold.
+constexpr float kLargestLimb = 127;   // largest magnitude of the top limb; the lower two add less than half a unit
+// Products of int8 that a 32-bit sum can hold.
 constexpr int64_t kMaxProducts = ((int64_t{1} << 31) - 1) / (128 * (3 * 128 + kZero));
 constexpr int64_t kMaxRows = 48;  // pixels that a panel is multiplied by at a time, whose addresses are kept in a list
 
-// The quantisation of an image for products of bytes by AMX: x is about q * scale / 2^16 for the integer
-// q = round(x * inverse), and the bytes hold q - zero * 2^16, as three int8 limbs.
+// The quantisation of an image for AMX's int8 products: x is about q * scale / 2^16 for the integer
+// q = round(x * inverse), and three int8 limbs hold q - zero * 2^16.
 struct ImageScale {
   float scale, inverse;
   int32_t zero;
@@ -34,8 +34,8 @@ struct Convolution {
   const float *weight, *bias;               // packed; bias: [out_channels], may be null
   const float *centre, *gain, *offset;      // [images, channels] each, or all null
   const float* bounds;                      // [images, channels] of the magnitudes of act(...), or null
-  const float* channel_scales;              // [channels, padded]: inputs are multiplied by them, for AMX in bytes
-  const ImageScale* scales;                 // [images], for AMX in bytes
+  const float* channel_scales;              // [channels, padded]: inputs are multiplied by them, for AMX's int8
+  const ImageScale* scales;                 // [images], for AMX's int8
   int64_t images, channels, height, width;  // of x, before it is upsampled
   int64_t out_channels, out_height, out_width;
   int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements
@@ -71,7 +71,7 @@ struct WinogradBlock {
     high = (g.out_height + size - 1) / size;
     inputs = round_up(g.channels, 16) / pack;
     outputs = g.padded_out();
-    // 16 more, so that the steps are no powers of two: all frequencies of a tile would meet in one set of the cache.
+    // + 16: with a power of two as step, all frequencies of a tile would share one set of the cache.
     input_step = strips * wide * inputs + 16;
     output_step = strips * wide * outputs + 16;
   }
@@ -93,7 +93,7 @@ struct DirectBlock {
 };
 
 // How many neighbouring pixels are packed into one row of AMX's left factor, which has room for `vectors` vectors of 16
-// channels. More than one where there are few channels: one product then serves several taps of the filter.
+// channels. With few channels it is more than one, and one product serves several taps of the filter.
 FD_HD int64_t merged_pixels(const Convolution& g, int64_t vectors) {
   const int64_t fit = vectors / ((g.channels + 15) / 16);
   return g.kernel == 1 || fit < 2 ? 1 : fit < g.kernel ? fit : g.kernel;
@@ -114,7 +114,7 @@ struct AmxBlock {
   bool flat;                 // whether a run is a whole image
   bool panels_first;         // the order of the work items: all pixels of a panel, or all panels of some pixels
 
-  // The first pixel of row `row` of inputs, counted over the block's images; behind each image is one pixel more.
+  // The first pixel of row `row` of inputs, counted over the block's images. One extra pixel follows each image.
   FD_HD int64_t input(int64_t row) const { return row * columns + row / in_rows; }
 
   // The input pixel of a run's first output and the filter's first tap.

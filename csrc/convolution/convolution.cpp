@@ -254,7 +254,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     amx_set = amx_kernels(type, amx_limbs);
     packed &= weight_type == (amx_limbs == 1 ? ScalarType::BFloat16 : ScalarType::Char) &&
               weight.numel() * weight.element_size() == amx_set.weight_bytes(g);
-    STD_TORCH_CHECK(amx_limbs == 1 || matrices * g.channels <= kMaxProducts, "the sums of bytes would be too large");
+    STD_TORCH_CHECK(amx_limbs == 1 || matrices * g.channels <= kMaxProducts, "the sums of products would be too large");
   } else {
     packed &= (pairs || weight_type == ScalarType::Float) &&
               weight.numel() == matrices * round_up(g.channels, pairs ? 2 : 1) * g.padded_out();

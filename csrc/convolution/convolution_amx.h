@@ -1,13 +1,13 @@
 // Convolutions by AMX: the left factors are pixels, the right factors weights. Included after convolution/pixels_cpu.h
 // and amx/tile_gemm.h.
 
-// ---- Formats of what AMX multiplies: kPieces rows of 64 bytes for kChunk channels of a pixel.
+// ---- Formats of AMX's factors: kPieces rows of 64 bytes for kChunk channels of a pixel.
 
 // Numbers rounded to bfloat16.
 struct Bfloat16Format {
   static constexpr int kPieces = 1, kChunk = kPairChunk, kOutputs = 32, kSums = 1;
   static constexpr int64_t kHeaderBytes = 0;  // before the weights of a panel
-  // Whether neighbouring pixels are merged into one row. Not here: a zero weight times a NaN neighbour would be NaN.
+  // Whether neighbouring pixels are merged into one row. False: a zero weight times a NaN neighbour would be NaN.
   static constexpr bool kMerges = false;
 
   static FD_HD Vec factor(const Convolution&, int64_t, int64_t) { return Vec{}; }
@@ -35,7 +35,7 @@ struct Int8Format {
   static constexpr int64_t kHeaderBytes = 256;  // for each output its scale, then the initial sums for zero = kZero
   static constexpr bool kMerges = true;
 
-  // The factor that makes integers of a channel's numbers.
+  // The factor that scales a channel's numbers to integers.
   static FD_HD Vec factor(const Convolution& g, int64_t image, int64_t channel) {
     return load(g.channel_scales + channel) * spread(g.scales[image].inverse);
   }
@@ -138,7 +138,7 @@ struct Readers {
   }
 };
 
-// Sets outputs to NaN that depend on a NaN or infinity, for which there are no limbs. rows: from amx_largest.
+// Sets every output that depends on a NaN or infinity to NaN, because limbs cannot hold one. rows: from amx_largest.
 template <class T>
 void amx_poison_non_finite(const Convolution& g, int64_t image, const uint32_t* rows) {
   for (int64_t row = 0; row < g.height; ++row) {

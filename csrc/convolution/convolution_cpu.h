@@ -4,7 +4,7 @@
 #include "simd/gemm.h"
 
 #include "convolution/pixels_cpu.h"
-// Both use pixels_cpu.h.
+// direct.h and winograd.h use pixels_cpu.h.
 #include "convolution/direct.h"
 #include "convolution/winograd.h"
 

@@ -1,7 +1,7 @@
 // Reading and writing pixels in the convolutions of one instruction set: x is normalised and activated as it is read,
 // and outputs get their bias and residual. Included after simd/exp.h.
 
-enum class Transform { plain, normalised, activated };  // of what is read
+enum class Transform { plain, normalised, activated };  // applied to each number as it is read
 
 FD_HD Transform transform_of(const Convolution& g) {
   return g.centre == nullptr ? Transform::plain : g.silu ? Transform::activated : Transform::normalised;

@@ -33,8 +33,8 @@ struct ChannelMap {
   float centre, gain, offset;
 };
 
-// z = xhat * slope + intercept for the normalised xhat. The exact centre is the mean of x, mean - add; what float32
-// cannot represent of it goes into the offset.
+// z = xhat * slope + intercept for the normalised xhat. The exact centre is the mean of x, mean - add; its
+// rounding error to float32 goes into the offset.
 FD_HD ChannelMap channel_map(double mean, double add, float rstd, float slope, float intercept) {
   const double exact = mean - add;
   const float centre = static_cast<float>(exact), residue = static_cast<float>(exact - centre);

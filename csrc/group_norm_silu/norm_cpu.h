@@ -3,9 +3,9 @@
 #include "simd/exp.h"
 
 #include "group_norm_silu/statistics_cpu.h"
-// Blocks of channels are built on the statistics.
+// block_cpu.h uses the statistics.
 #include "group_norm_silu/block_cpu.h"
-// The gradient is of such a block.
+// gradient_cpu.h uses block_cpu.h.
 #include "group_norm_silu/gradient_cpu.h"
 
 // ---- The forward pass.

@@ -1,8 +1,8 @@
 // How CUDA's group_norm_silu divides its work. A block works on a tile: positions of some whole groups of one sample.
 //
-// A tile is rows of packs of 16 bytes; a row is a position in channels_last, else a channel. A thread has some lines of
-// packs, always the same ones: down the rows in channels_last, so that its channels stay the same, and along a row
-// otherwise. So the same code serves both layouts, with the numbers of kChannels channels in registers.
+// A tile is rows of packs of 16 bytes; a row is a position in channels_last, else a channel. A thread owns fixed lines
+// of packs: columns of the tile in channels_last, so that its channels stay the same, and segments of a row otherwise.
+// So the same code serves both layouts, with the numbers of kChannels channels in registers.
 #pragma once
 
 #include "cuda/launch.h"

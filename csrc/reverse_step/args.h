@@ -37,7 +37,7 @@ struct StepArguments {
   ImageLayout output, input;
   Type output_type, input_type;
   bool learned_variance;  // cond and uncond then hold 2 * channels
-  bool has_x0_prev;       // not whether x0_prev is null, as it is for an empty x too
+  bool has_x0_prev;       // separate, because x0_prev is also null for an empty x
   bool in_place;          // whether the counter's step is incremented
 };
 

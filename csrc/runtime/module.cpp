@@ -1,5 +1,5 @@
-// The Python module diffusion.kernels._cpp: everything that is no tensor op. Tensor ops are registered with PyTorch's
-// dispatcher when this library is loaded. The only source that knows Python, so that the others build without it.
+// The Python module diffusion.kernels._cpp: everything but tensor ops, which are registered with PyTorch's dispatcher
+// when this library is loaded. No other source includes Python, so that the others build without it.
 #include <pybind11/pybind11.h>
 
 #include <iterator>
@@ -40,7 +40,7 @@ py::dict limits() {
   limits["LANES"] = kPackedLanes;
   limits["CHUNK"] = kPairChunk;
   limits["BYTE_CHUNK"] = kByteChunk;
-  limits["LARGEST_DIGIT"] = static_cast<int>(kLargestLimb);
+  limits["LARGEST_LIMB"] = static_cast<int>(kLargestLimb);
   limits["ZERO"] = kZero;
   limits["MAX_PRODUCTS"] = kMaxProducts;
   limits["MAX_AMX_POSITIONS"] = kMaxAmxPositions;
@@ -70,8 +70,8 @@ py::dict build() {
 }  // namespace
 }  // namespace fused_diffusion
 
-// Not declared: several interpreters, in which PyTorch does not work either, and running without the GIL, which is not
-// tested. A free-threaded Python turns its GIL on when it imports this module.
+// Subinterpreters and free threading are not declared: PyTorch does not work in the former, and the latter is untested.
+// A free-threaded Python turns its GIL on when it imports this module.
 PYBIND11_MODULE(_cpp, m) {
   using namespace fused_diffusion;
   m.doc() = "Recorded calls, instruction sets, limits and build information of the C++ ops.";

@@ -42,7 +42,7 @@ class RecordedCalls : public std::enable_shared_from_this<RecordedCalls> {
 RecordedCalls* innermost_recording();  // this thread's, or null
 
 // For an operator that has checked its arguments. `call` holds them by value and runs now, or whenever the recorded
-// calls do; those own `tensors`, whose memory `call` points to.
+// calls run. The recording keeps `tensors` alive, because `call` holds raw pointers to their memory.
 template <class Call, class... Tensors>
 void run_or_record(const Call& call, const Tensors&... tensors) {
   RecordedCalls* recording = innermost_recording();

@@ -14,7 +14,7 @@ constexpr int kBlockRows = 6, kBlockVectors = 2;  // of 16 registers: 12 sums, 2
 constexpr int kBlockRows = 4, kBlockVectors = 2;  // of 16 registers
 #endif
 
-// ---- What is multiplied, and how: kPack numbers of either factor in 32 bits.
+// ---- Element types of the factors and their multiply-add: kPack numbers of either factor in 32 bits.
 
 // float32; the bits of a sum are the same on every instruction set.
 struct Float32Fma {

@@ -2,8 +2,8 @@
 
 Winograd's algorithm F(m x m, 3 x 3) computes m x m outputs from (m + 2)^2 products for each pair of channels,
 instead of 9 m^2 (Lavin & Gray 2016, arXiv:1509.09308): 2.25 times fewer for m = 2, and 4 times fewer for
-m = 4, whose transforms by the points 0, 1, -1, 2, -2 and infinity lose a decimal digit. Processors with AMX
-compute the direct convolution, as products of tiles.
+m = 4. The transforms for m = 4, by the points 0, 1, -1, 2, -2 and infinity, lose about one decimal digit.
+Processors with AMX compute the direct convolution, as products of tiles.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._limits import BYTE_CHUNK, CHUNK, LANES, LARGEST_DIGIT, MAX_PRODUCTS, PANEL, ZERO
+from ..._limits import BYTE_CHUNK, CHUNK, LANES, LARGEST_LIMB, MAX_PRODUCTS, PANEL, ZERO
 
 SMALL_WEIGHT = 1 << 15  # C * K; transformed for m = 4, such a weight takes 4.7 MB
 
@@ -50,7 +50,7 @@ class Packing(NamedTuple):
 class PackedWeight:
     """A convolution's weight [K, C, 3, 3] or [K, C, 1, 1], ready for the C++ backend; see `pack`.
 
-    weight: the one that was packed. data: float32, bfloat16 (bf16_pairs, or amx_limbs = 1) or int8.
+    weight: the original weight. data: float32, bfloat16 (bf16_pairs, or amx_limbs = 1) or int8.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class PackedWeight:
 
     @property
     def accuracy(self) -> float:
-        """The error that the algorithm may add to that of every kernel, in units of the largest output."""
+        """The algorithm's allowed extra error, relative to the largest output; see `_tolerance.wrong`."""
         m = self.packing.winograd_m
         if self.packing.bf16_pairs or self.packing.amx_limbs == 1:
             return {0: 6e-3, 2: 1e-2, 4: 0.2}[m]
@@ -95,9 +95,9 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
 
 
 def _merge_taps(weight: Tensor) -> Tensor:
-    """For few input channels: concatenates neighbouring horizontal taps along C to fill a row of 64 bytes.
+    """Concatenates neighbouring horizontal taps along C: few input channels would not fill a row of 64 bytes.
 
-    merge_pixels (csrc/convolution/convolution_amx.h) does the same with the pixels of the input.
+    merge_pixels (csrc/convolution/convolution_amx.h) merges the pixels of the input in the same order.
     """
     k, c, height, width = weight.shape
     padded = -(-c // LANES) * LANES
@@ -128,7 +128,7 @@ def _bf16_tile_panels(weight: Tensor) -> Tensor:
 
 
 def _channel_scales(weight: Tensor) -> Tensor:
-    """float64 [C]: powers of two, by which inputs are multiplied and weights divided.
+    """float64 [C]: powers of two; inputs are multiplied by them and weights divided.
 
     The weights of all channels are then about equally large, so that the range of int8 follows each input
     channel's contribution to the output.
@@ -156,7 +156,7 @@ def _int8_tile_panels(weight: Tensor) -> Tensor:
     numbers = wide.new_zeros(panels * LANES, taps, chunks * BYTE_CHUNK)
     numbers[:k, :, :c] = wide.permute(0, 2, 3, 1).flatten(1, 2)
     largest = numbers.abs().flatten(1).amax(1) if numbers.numel() else numbers.new_zeros(panels * LANES)
-    scales = (largest / LARGEST_DIGIT).float().clamp_min(2.0**-126)
+    scales = (largest / LARGEST_LIMB).float().clamp_min(2.0**-126)
     numbers *= 2.0**16 / scales.double()[:, None, None]
     # The sum and the exclusive or give each byte the sign of an int8. Bytes: limbs 2, 1 and 0, and one
     # unused.
@@ -210,7 +210,7 @@ def choose_packing(
     The limits come from benchmarks/test_ops.py. They do not depend on the size of the batch, so that an
     image's result does not either. Where the map is small and the weight is not, most bytes read are the
     weight's, which grows with m. With few channels, the transforms take more time than they save. AMX needs
-    no transform, but its chunks are nearly empty with very few channels. F(4 x 4, 3 x 3) rounded to bfloat16
+    no transform; below 8 channels its tiles are mostly padding. F(4 x 4, 3 x 3) rounded to bfloat16
     would lose up to a tenth of the largest output.
     """
     bf16, few = dtype == torch.bfloat16, shape[1] < 8
