@@ -1,4 +1,4 @@
-"""The ops. Each is a public function that chooses among backends that compute the same.
+"""The ops. Each is a public function with several backends for the same computation.
 
 An op is a folder of `ops/`, registered by being there. The imports below repeat the public names of the
 folders, so that editors and type checkers follow them.
@@ -30,7 +30,7 @@ __all__ += [name for folder in folders(ops) for name in folder.__all__]
 
 
 def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
-    """The backend that an op would run for these arguments, and the reason why no other: a line for each.
+    """One line for each backend of an op: the backend that would run, and the reason against each other one.
 
     op: the name of a public function, or the function. The other arguments are that function's, `backend`
     included. ValueError where the function would raise it, or for an unknown op.

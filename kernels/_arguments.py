@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def check_tensors(op: str, optional: Mapping[str, object] | None = None, **required: object) -> None:
-    """TypeError unless each is a tensor, or None where that is allowed."""
+    """TypeError unless every argument is a tensor; those of `optional` may be None."""
     for name, value in required.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
@@ -18,7 +18,7 @@ def check_tensors(op: str, optional: Mapping[str, object] | None = None, **requi
 
 
 def check_integer(name: str, value: Any) -> None:
-    """TypeError unless it is an integer of Python, NumPy or a compiled graph; no bool, float or tensor."""
+    """TypeError unless `value` is an integer of Python, NumPy or a compiled graph, not a bool or tensor."""
     if isinstance(value, int) and not isinstance(value, bool):
         return
     try:
@@ -30,7 +30,7 @@ def check_integer(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """TypeError unless it is a real number; no tensor, bool or string. ValueError beyond floats."""
+    """TypeError unless `value` is a real number and not a tensor or bool. ValueError beyond floats' range."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**1023:
         raise ValueError(f"{name} must be a number that a float can hold")
     if isinstance(value, Tensor | bool) or not hasattr(type(value), "__float__"):

@@ -25,7 +25,7 @@ def always(arguments: object) -> None:
 def constant_in_graphs(function: Callable) -> Callable:
     """Makes torch.compile call the function once, as torch.compiler.assume_constant_result does.
 
-    That decorator imports the whole compiler, which takes longer than all of this package.
+    PyTorch's decorator imports the whole compiler, which takes longer than all of this package.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compile reads it
     return function

@@ -8,8 +8,8 @@ from 2.10 on.
 In a clone, whose sources Python prefers to an installation, there may be no libraries beside this file. Those
 of the installation serve then, if they were built from the same csrc/.
 
-The environment variable DIFFUSION_SIMD names the widest instruction set that may run, so that a processor can
-do what a lesser one does.
+The environment variable DIFFUSION_SIMD names the widest instruction set that may run, so that a new processor
+can be tested as an older one.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ import torch
 from . import _limits
 from ._sources import digest_of_sources
 
-RECORD = "_build.json"  # what setup.py built, or why not
+RECORD = "_build.json"  # the libraries that setup.py built, and reasons for the missing ones
 CPP_FILE = "_cpp" + EXTENSION_SUFFIXES[0]  # such as _cpp.cpython-311-x86_64-linux-gnu.so
 CUDA_FILE = "_cuda.so"
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ CAP = os.environ.get("DIFFUSION_SIMD") or None
 
 
 def _installed() -> Path | None:
-    """Where an installation has its libraries, if there is one beside this clone."""
+    """The folder of an installation's libraries, if fused-diffusion is installed beside this clone."""
     for distribution in importlib.metadata.distributions(name="fused-diffusion"):
         folder = Path(str(distribution.locate_file("diffusion/kernels")))
         if (folder / RECORD).is_file() and folder != HERE:
@@ -52,7 +52,7 @@ def _read_record(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _find() -> tuple[Path, dict[str, dict[str, str]], str]:
-    """The folder with the libraries, what setup.py recorded there, and why nothing may be found."""
+    """The folder of the libraries, setup.py's record there, and the reason if there are none."""
     if (HERE / RECORD).exists() or not SOURCES.is_dir():
         return HERE, _read_record(HERE), "this installation has no record of a build"
     folder = _installed()
@@ -84,7 +84,7 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def _load_cpp(path: Path) -> tuple[ModuleType | None, str | None]:
-    """The imported module, or the reason why there is none, as a short sentence."""
+    """The imported module, or the reason why it is missing, as a short sentence."""
     if not path.exists():
         others = ", ".join(sorted(other.name for other in path.parent.glob("_cpp*.so")))
         if others and "reason" not in _record.get("cpp", {}):
@@ -115,7 +115,7 @@ def _load_cpp(path: Path) -> tuple[ModuleType | None, str | None]:
 
 
 def _load_cuda(path: Path) -> str | None:
-    """Loads the library. The reason why there is none, as a short sentence, or None."""
+    """Loads the library. Returns None, or the reason why it is missing, as a short sentence."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -129,7 +129,7 @@ def _load_cuda(path: Path) -> str | None:
     return None
 
 
-# Everything that Python asks the module for; `_cpp.pyi` describes it.
+# The names that Python uses of the module; `_cpp.pyi` describes them.
 _PARTS = ("BUILD", "LIMITS", "SIMD_VARIANTS", "RecordedCalls", "best_simd", "simd_in_use", "use_simd")
 FOLDER, _record, _missing = _find()
 _cpp, CPP_MISSING = _load_cpp(FOLDER / CPP_FILE)
@@ -138,7 +138,7 @@ _found = "" if _cpp is None else _cpp.best_simd()
 
 
 def library() -> ModuleType:
-    """The module of the C++ ops. RuntimeError: there is none."""
+    """The module of the C++ ops. RuntimeError: it is missing."""
     if _cpp is None:
         raise RuntimeError(CPP_MISSING)
     return _cpp
@@ -147,7 +147,7 @@ def library() -> ModuleType:
 def simd_in_use() -> str:
     """The instruction set that the C++ ops run with; empty where they are missing.
 
-    ValueError: DIFFUSION_SIMD names none.
+    ValueError: DIFFUSION_SIMD names no instruction set.
     """
     check_environment()
     return _simd
@@ -157,9 +157,9 @@ def use_simd(variant: str) -> None:
     """Runs the C++ ops with one instruction set: "baseline", "avx2", "avx512", "avx512_bf16", "amx" or
     "best".
 
-    The bits of every result are the same in all of them, but for attention in bfloat16, which avx512_bf16
-    multiplies in pairs and amx in tiles, for group_norm_silu, whose sums over a contiguous tensor run in the
-    order of the vectors, and for conv3x3, whose weights are packed for one of them; conv2d is for amx alone.
+    Results have the same bits on every instruction set, with these exceptions: attention in bfloat16, which
+    avx512_bf16 multiplies in pairs and amx in tiles; group_norm_silu, which sums a contiguous tensor in the
+    order of the vectors; and conv3x3, whose weights are packed for one instruction set. conv2d needs amx.
     ValueError if the processor does not have it, or DIFFUSION_SIMD does not allow it.
     """
     global _simd
@@ -185,7 +185,7 @@ def simd_variants() -> list[str]:
 
 
 def allows(variant: str) -> bool:
-    """Whether DIFFUSION_SIMD leaves what depends on an instruction set to the processor."""
+    """Whether DIFFUSION_SIMD permits this instruction set. ValueError: it names no instruction set."""
     check_environment()
     return CAP is None or VARIANTS.index(variant) <= VARIANTS.index(CAP)
 
@@ -197,7 +197,7 @@ def check_environment() -> None:
 
 
 def build_info() -> dict[str, str]:
-    """What is built and loaded, as lines to print: each library, the instruction sets, the CUDA archs."""
+    """The state of each library, the instruction sets and the CUDA archs, as lines to print by name."""
     check_environment()
     cuda = _record.get("cuda", {})
     info = {"cpp": CPP_MISSING or "loaded", "cuda": CUDA_MISSING or "loaded"}
@@ -206,8 +206,8 @@ def build_info() -> dict[str, str]:
         info["bindings"] = f"pybind11 {_cpp.BUILD['pybind11']}, for Python {_cpp.BUILD['python']}"
         info["simd"] = simd_in_use()
         if CAP is not None:
-            lesser = VARIANTS.index(_found) < VARIANTS.index(CAP)
-            beyond = f", which this processor lacks; its best is {_found}" if lesser else ""
+            lacking = VARIANTS.index(_found) < VARIANTS.index(CAP)
+            beyond = f", which this processor lacks; its best is {_found}" if lacking else ""
             info["simd cap"] = f"DIFFUSION_SIMD={CAP}{beyond}"
         info["simd variants"] = ", ".join(simd_variants())
     if _cpp is not None and FOLDER != HERE:

@@ -1,5 +1,6 @@
-"""Calls of compiled operators, recorded once and then run without the dispatcher and the checks of arguments,
-which take as long as a small operator."""
+"""Records calls of compiled operators, to run them again without the dispatcher and the checks of arguments.
+
+Both together take as long as a small operator."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ def recording() -> RecordedCalls:
     group_norm_affine_, convolution_, attention_amx_ and upsample_nearest2x_. They check their arguments while
     recording. All other code runs at once. Recordings nest, and each thread has its own.
 
-    `len(calls)` is the number of recorded calls; a call on empty tensors has nothing to do and is not one.
+    `len(calls)` is the number of recorded calls; calls on empty tensors have no work and are not counted.
     `calls.run()` runs them in their order, as often as wanted, without the GIL; two threads take turns. The
     calls own their tensors, and each run reads and writes the tensors' memory.
 
-    Errors: RuntimeError without the compiled library; from `run` where the recording has not ended, or ended
-    in an exception; from leaving the context in another thread, or before a recording within it. `run` raises
-    what an operator does, such as MemoryError. TypeError from copy and pickle.
+    RuntimeError: there is no compiled library; `run` is called before the recording has ended, or after it
+    ended in an exception; the context is left in another thread, or before a recording within it. `run`
+    passes on the errors of operators, such as MemoryError. copy and pickle raise TypeError.
     """
     return _native.library().RecordedCalls()

@@ -1,7 +1,7 @@
-"""How an op's folder says what it holds, and how the folders are found.
+"""Finds the ops: one folder each, with its public names, functions and cases.
 
 `kernels/ops/<op>/__init__.py` has `__all__`, the public names, and `OPS`, the public functions that choose
-among backends. `kernels/ops/<op>/peers.py` has `SUBJECTS`, their cases and what they are timed against.
+among backends. `kernels/ops/<op>/peers.py` has `SUBJECTS`, their cases and PyTorch's ops for comparison.
 """
 
 import functools
@@ -32,14 +32,14 @@ class PublicOp(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What a public op is tested and timed with.
+    """The inputs with which a public op is tested and timed.
 
     cases: named inputs. benchmarked: the names of those that a real model has; default: all.
     inputs: the arguments of a call, positional and by keyword, from case, dtype, device and seed.
-    torch_ops: what a user of PyTorch alone writes, from the case and the arguments of a call.
+    torch_ops: the same computation in PyTorch's own ops, from the case and the arguments of a call.
     differentiable: forward together with backward is timed too. in_place: the op returns None and has
-    overwritten its arguments. in_graph: a CUDA graph can hold a call, which copies nothing from the host.
-    accuracy: what the op is documented to lose, from its positional arguments; see `_tolerance.wrong`.
+    overwritten its arguments. in_graph: a CUDA graph can hold a call: it copies nothing from the host.
+    accuracy: the documented extra error of the op, from its positional arguments; see `_tolerance.wrong`.
     """
 
     cases: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The one rule for the error that a kernel may have."""
+"""The error bound for every backend."""
 
 from torch import Tensor, finfo, float64
 
@@ -10,12 +10,12 @@ def _largest(t: Tensor) -> float:
 def wrong(
     actual: Tensor, peer: Tensor, expected: Tensor, ulps: float = 4, accuracy: float = 0.0
 ) -> str | None:
-    """Why `actual` is too far from `expected`, which is in float64; None where it is not.
+    """The reason why `actual` is too far from the float64 `expected`, or None if it is within the bound.
 
-    Its error may be twice that of `peer`, plus a few ulps, where `peer` is what PyTorch's own ops give in
-    actual's dtype and an ulp is one of the largest expected value. In float64, where the formula itself
-    rounds, the error may be 1e-10 of the largest value. accuracy: the error may be this share of the largest
-    value besides, where an algorithm is documented to trade so much for speed.
+    The error may be twice the error of `peer`, plus a few ulps. `peer` is the result of PyTorch's own ops in
+    actual's dtype; an ulp is that of the largest expected value. In float64 the formula itself rounds, so the
+    error may be 1e-10 of the largest value. accuracy: further error, relative to the largest value, that the
+    algorithm is documented to trade for speed.
     """
     if actual.shape != expected.shape:
         return f"its shape is {tuple(actual.shape)}, not {tuple(expected.shape)}"

@@ -1,6 +1,6 @@
-"""Whether Triton can run here, and which of a few launch configurations is the fastest there.
+"""Tells whether Triton can run on a device, and measures which of a few launch configurations is the fastest.
 
-Triton itself is imported by the modules that hold kernels, at the first call: not every platform has it.
+Not every platform has Triton, so only the modules with kernels import it, at the first call.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 
 from ._dispatch import constant_in_graphs
 
-# Triton decides when it is imported whether kernels run compiled or, with this, in Python on any tensor.
+# With TRITON_INTERPRET=1, kernels run in Python on any tensor. Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MISSING = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 OLDEST_CAPABILITY = (8, 0)
@@ -38,7 +38,7 @@ def _too_old(device_index: int | None) -> str | None:
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Why no Triton kernel can run on `device`, or None."""
+    """The reason why no Triton kernel can run on `device`, or None."""
     if MISSING is not None:
         return MISSING
     if INTERPRETED:
@@ -51,7 +51,7 @@ def unsupported(device: torch.device) -> str | None:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of this package's kernels, so that a choice outlives no change of theirs."""
+    """A digest of this package's kernels. A stored choice is valid only for the same kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*triton*.py")):
         digest.update(path.read_bytes())
@@ -68,7 +68,7 @@ def fastest(
     """The candidate whose `launch` is the fastest for `problem`: measured once, kept in Triton's cache.
 
     The first candidate stands in where nothing can be measured: in the interpreter, and while a CUDA graph
-    is captured. A candidate that the device has not the resources for is passed over.
+    is captured. Candidates beyond the device's resources are skipped.
     """
     if len(candidates) == 1 or INTERPRETED:
         return candidates[0]

@@ -82,8 +82,8 @@ def _double(t: Tensor) -> Tensor:
 class Comparison:
     """An op's backends and their peers on one case, ready to be timed.
 
-    backward: with the gradient by every tensor. peers: what is timed beside the backends, called with the
-    case and the op's arguments. Ratios refer to the first. Default: {"torch": PyTorch's own ops}.
+    backward: with the gradient by every tensor. peers: functions that are timed beside the backends, called
+    with the case and the op's arguments. Ratios refer to the first. Default: {"torch": PyTorch's own ops}.
 
     runs: the functions to time, by name of backend or peer. wrong: the reason, by backend whose result is
     wrong; such a backend is not in `runs`.
@@ -127,7 +127,7 @@ class Comparison:
         arguments = self.arguments(*args, **kwargs)
         self.auto = self.op.choose(arguments)
         serving = self.op.serving(arguments)
-        if _triton.INTERPRETED:  # the time of Python
+        if _triton.INTERPRETED:  # it would time Python
             serving = [backend for backend in serving if backend != "triton"]
         backends = {backend: partial(self.function, backend=backend) for backend in serving}
         expected = [t.double() for t in self._results(backends["reference"], _double)]
@@ -179,7 +179,7 @@ class Comparison:
         return run
 
     def medians(self, seconds: float) -> dict[str, float]:
-        """Seconds of one call of each of `runs`, by name. seconds: for about so long all are measured."""
+        """Median seconds of one call of each of `runs`, by name. seconds: duration of all measurements."""
         clock = _cuda_clock if self.device.type == "cuda" else _cpu_clock
         with self.grad_mode():
             passes = {name: self._pass(name) for name in self.runs}
@@ -247,7 +247,7 @@ def _cuda_clock(run: Callable[[], None], times: int) -> float:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """All that times depend on: device, threads, versions and libraries."""
+    """Everything that the times depend on: device, threads, versions and libraries."""
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -288,7 +288,7 @@ def benchmark_table(
 
     Returns a row for each op, case, dtype and direction:
         op, case, dtype, device, direction  strings; direction is "forward" or "forward+backward"
-        shape            of the first tensor, as a list
+        shape            shape of the first tensor, as a list
         us               median microseconds of a call, by backend, and of the peer
         wrong            the reason, by backend that gave a wrong result; such a backend is not timed
         auto, fastest    names of backends

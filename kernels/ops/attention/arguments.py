@@ -8,7 +8,7 @@ from ..._arguments import check_number, check_tensors
 
 
 class Arguments(NamedTuple):
-    """Those of the public function, but for `backend`."""
+    """The arguments of the public function, except `backend`."""
 
     q: Tensor
     k: Tensor

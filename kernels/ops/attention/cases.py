@@ -44,7 +44,7 @@ CASES = {
     "contiguous": Case(2, 3, 100, 40),
     "scaled": Case(2, 2, 65, 16, scale=0.5),
     "peaked": Case(2, 2, 64, 32, std=8.0),
-    "extreme": Case(8, 2, 40, 64, std=30.0),  # many: of so few weights that matter, rounding is a lottery
+    "extreme": Case(8, 2, 40, 64, std=30.0),  # many positions: with few, single roundings dominate
     "reversed": Case(1, 2, 33, 24, scale=-0.4, std=2.0),
     "uniform": Case(1, 2, 20, 12, scale=0.0),
     "many_tiles": Case(1, 1, 300, 33, packed=True),
@@ -57,7 +57,7 @@ CASES = {
     "empty_batch": Case(0, 2, 16, 8),
 }
 
-# Too large for every test: for the benchmarks.
+# Benchmarks only: too large for the tests.
 LARGE = {
     "mnist_bundled": Case(64, 1, 49, 64, packed=True),
     "mnist_wide": Case(64, 1, 49, 96, packed=True),

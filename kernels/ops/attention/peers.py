@@ -1,4 +1,4 @@
-"""The cases of attention, and what a user of PyTorch alone would call instead."""
+"""The cases of attention, and the calls that replace it in plain PyTorch."""
 
 import torch.nn.functional as F
 from torch import Tensor

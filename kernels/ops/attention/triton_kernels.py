@@ -1,9 +1,9 @@
 """attention in Triton: the online softmax of FlashAttention (Dao et al. 2022, algorithm 1) in small tiles.
 
-Weights are powers of e: where scores are large, a score in base 2 would be one rounding further from the
-logsumexp, and every weight of its row with it. Tensors are read through their
-strides (batch, head, position), with a contiguous last dimension of WIDTH, padded to BLOCK_D. EVEN says that
-every tile lies inside of the positions. PRECISION is that of products of float32: "ieee" or "tf32".
+Weights are powers of e. With powers of 2, a large score would be rounded once more than the logsumexp, and
+the error would reach every weight of its row. Tensors are read through their strides (batch, head, position),
+with a contiguous last dimension of WIDTH, padded to BLOCK_D. EVEN: every tile lies within the positions.
+PRECISION: of float32 products, "ieee" or "tf32".
 """
 
 import triton

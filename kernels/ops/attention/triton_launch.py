@@ -58,7 +58,7 @@ def padded(width: int) -> int:
 def tilings(dtype: torch.dtype, width: int, heads: int, positions: int, direction: str) -> list[Tiling]:
     """The few tilings worth measuring: the largest that fills the chip, then its neighbours.
 
-    heads: of the whole batch.
+    heads: their number in the whole batch.
     """
     candidates = _TILINGS[direction][dtype.itemsize, max(64, padded(width))]
     filling = [i for i, t in enumerate(candidates) if heads * math.ceil(positions / t.rows) >= MIN_PROGRAMS]
@@ -72,7 +72,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Of batch, head and position, for each tensor."""
+    """The strides of batch, head and position, for each tensor."""
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 

@@ -11,7 +11,7 @@ from .packing import PackedWeight
 
 
 class Conv2dArguments(NamedTuple):
-    """Those of conv2d, but for `backend`."""
+    """The arguments of conv2d, except `backend`."""
 
     x: Tensor
     weight: Tensor
@@ -21,7 +21,7 @@ class Conv2dArguments(NamedTuple):
 
 
 class Conv3x3Arguments(NamedTuple):
-    """Those of conv3x3, but for `backend`."""
+    """The arguments of conv3x3, except `backend`."""
 
     x: Tensor
     weight: Tensor | PackedWeight
@@ -38,7 +38,7 @@ class Conv3x3Arguments(NamedTuple):
     upsample: bool = False
 
     def norm(self) -> NormArguments | None:
-        """Those of the normalisation before the convolution, or None without one."""
+        """The arguments of the normalisation before the convolution, or None without one."""
         if self.num_groups is None:
             return None
         return NormArguments(

@@ -32,8 +32,8 @@ def conv2d(
     bias: [K].
     stride: at least 1. padding: at least 0, of zeros on every side.
     Returns [N, K, H', W'] in x's dtype, or autocast's. The C++ backend, for bfloat16 on processors with AMX,
-    sums the gradients of weight and bias in float32 and returns them in the dtypes of weight and bias. An
-    infinity or NaN gives NaN in every gradient that depends on it, and maybe in others. ValueError: shapes
+    sums the gradients of weight and bias in float32 and returns them in the dtypes of weight and bias. A
+    non-finite input gives NaN in every gradient that depends on it, perhaps in more. ValueError: shapes
     that do not fit, or a backend that cannot serve the call. TypeError: an argument of another type.
     Forward-mode derivatives and torch.func are the reference's.
     """

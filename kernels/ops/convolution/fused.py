@@ -29,7 +29,7 @@ def pack_conv3x3(
     the direct one; maps of another size get correct results, but slower. dtype: bfloat16 lets processors with
     AMX or AVX512_BF16 multiply in bfloat16; other dtypes, and other processors, multiply in float32 or as
     exactly. The packed weight takes up to four times the memory. Later changes of `weight` do not change it.
-    ValueError: another shape. TypeError: the weight is no tensor.
+    ValueError: another shape. TypeError: the weight is not a tensor.
     """
     check_tensors("pack_conv3x3", weight=weight)
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):

@@ -19,7 +19,7 @@ class ConvolutionArguments(NamedTuple):
     x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
     weight, winograd_m, amx_limbs: see `packing.PackedWeight`. kernel: 1 or 3, the side of the filter.
     padding: zeros on the left and above; out's size says how many are on the right and below.
-    scale: 2 reads each pixel of x as 2 x 2, 1 as it is.
+    scale: 2 reads each pixel of x as 2 x 2 pixels, 1 as one.
     bias: float32 [K].
     affine, silu: the normalisation and the activation of x before the convolution; see `group_norm_affine_`.
     """
@@ -52,7 +52,7 @@ def convolution_arguments(
     silu: bool = False,
     residual: Tensor | None = None,
 ) -> ConvolutionArguments:
-    """Those of a call with a packed weight. padding: default kernel // 2."""
+    """The arguments of a call with a packed weight. padding: default kernel // 2."""
     kernel = weight.shape[-1]
     return ConvolutionArguments(
         x=x,

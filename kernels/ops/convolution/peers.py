@@ -1,4 +1,4 @@
-"""The cases of conv2d and conv3x3, and what a user of PyTorch alone would call instead."""
+"""The cases of conv2d and conv3x3, and the calls that replace them in plain PyTorch."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _conv2d(
 def _conv3x3_inputs(
     case: Conv3x3Case, dtype: torch.dtype, device: str, seed: int
 ) -> tuple[tuple, dict[str, Any]]:
-    """With the weight packed for the size of the map."""
+    """The inputs of a case, with the weight packed for the size of the map."""
     (x, weight, bias), options = case.inputs(dtype, device, seed)
     factor = 2 if options["upsample"] else 1
     weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)

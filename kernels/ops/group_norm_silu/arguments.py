@@ -10,7 +10,7 @@ ACTIVATIONS = ("silu", "none")
 
 
 class Arguments(NamedTuple):
-    """Those of the public function, but for `backend`."""
+    """The arguments of the public function, except `backend`."""
 
     x: Tensor
     num_groups: int

@@ -1,4 +1,4 @@
-"""The cases of group_norm_silu, and what a user of PyTorch alone would call instead."""
+"""The cases of group_norm_silu, and the calls that replace it in plain PyTorch."""
 
 from typing import Any
 

@@ -39,12 +39,12 @@ def _group_sums(
 ):  # fmt: skip
     """From a channel's sums of dz, dz * xhat and xhat: the two means that dx takes, and the sum of dx / rstd.
 
-    The sum follows from how far the channel's are from their means over the channels of the group: sums of
-    what was rounded would not cancel as they must, where a channel is alone in its group.
+    The sum of dx / rstd comes from the differences between the channel's sums and the means over its group. A
+    sum of rounded dx would not cancel: for a channel that is alone in its group, the exact sum is 0.
     """
     weighted = tl.where(
         valid, gamma * s1, 0.0
-    )  # rounded, as it is in its mean: not part of a fused multiply-add
+    )  # rounded, like the summands of its mean: not part of a fused multiply-add
     dz_sum = over_groups(weighted, GROUPS, GROUP_SIZE, BLOCK_C) / GROUP_SIZE
     xhat_sum = over_groups(s3, GROUPS, GROUP_SIZE, BLOCK_C) / GROUP_SIZE
     m1 = dz_sum / positions

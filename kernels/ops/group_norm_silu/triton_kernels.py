@@ -19,7 +19,7 @@ def program(chunks, blocks):
 
 @triton.jit
 def block_channels(block, channels, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channel numbers [BLOCK_C], and which of them belong to this block."""
+    """Channel numbers [BLOCK_C], and a mask of those that belong to this block."""
     local = tl.arange(0, BLOCK_C)
     c = block * (GROUPS * GROUP_SIZE) + local
     return c, (local < GROUPS * GROUP_SIZE) & (c < channels)
@@ -165,8 +165,8 @@ def forward_apply_kernel(
 ):  # fmt: skip
     """Merges the partial statistics, BLOCK_K chunks at a time, then normalises one chunk.
 
-    Means are differences: of a channel from its value at the first position, of a group from that of its
-    first channel, so that they keep their digits far from zero.
+    Means are kept as differences, which are accurate far from zero: a channel's mean from its value at the
+    first position, a group's mean from the mean of its first channel.
     """
     sample, chunk, block = program(chunks, blocks)
     c, valid = block_channels(block, channels, GROUPS, GROUP_SIZE, BLOCK_C)

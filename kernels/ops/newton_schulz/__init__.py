@@ -1,6 +1,6 @@
 """The iteration by which Muon orthogonalises a matrix: csrc/newton_schulz/newton_schulz.cpp.
 
-The optimizer calls it; it is no public op, so `OPS` is empty.
+Only the optimizer calls it. It is not a public op, so `OPS` is empty.
 """
 
 import torch

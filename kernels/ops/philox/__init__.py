@@ -48,7 +48,7 @@ def philox_normal(
     backend: "auto", "cuda", "cpp", "triton" or "reference"; they agree to 2 units in the last place.
 
     ValueError: an argument is out of range, or the backend cannot serve this call.
-    TypeError: a size, seed, stream or sample id is no integer.
+    TypeError: a size, seed, stream or sample id is not an integer.
     """
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be [B, ...], not {shape!r}")

@@ -11,7 +11,7 @@ from ..._arguments import check_integer
 
 
 class Arguments(NamedTuple):
-    """Those of the public function, but for `backend`."""
+    """The arguments of the public function, except `backend`."""
 
     shape: Sequence[int]
     seed: int
@@ -25,7 +25,7 @@ def validate_counters(
 ) -> None:
     """Checks that every normal of `shape` has its own 128-bit counter under a 64-bit key.
 
-    ValueError: an argument is out of range. TypeError: a size, seed, stream or sample id is no integer.
+    ValueError: an argument is out of range. TypeError: a size, seed, stream or sample id is not an integer.
     """
     for size in shape:
         check_integer("a size in shape", size)

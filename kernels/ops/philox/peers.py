@@ -1,4 +1,4 @@
-"""The cases of philox_normal, and what a user of PyTorch alone would call instead."""
+"""The cases of philox_normal, and the calls that replace it in plain PyTorch."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """csrc/philox/math.h in Triton, operation for operation.
 
-Launch with enable_fp_fusion=False, as its users do.
+Launch with enable_fp_fusion=False: contraction would change the bits.
 """
 
 import triton

@@ -61,7 +61,7 @@ def reverse_step(
     backend: "auto", "cuda", "cpp", "triton" or "reference"; only the reference is differentiable.
 
     ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.
-    TypeError: what is no tensor, integer or row.
+    TypeError: an argument is not a tensor, an integer or a row, where it must be.
     """
     return op(
         Arguments(x, model_output, row, model_output_uncond, x0_prev, noise, seed, sample_ids, stream),

@@ -12,7 +12,7 @@ from .coefficients import ROW_LENGTH, StepCoefficients, as_coefficients
 
 
 class Arguments(NamedTuple):
-    """Those of reverse_step, but for `backend`."""
+    """The arguments of reverse_step, except `backend`."""
 
     x: Tensor
     model_output: Tensor
@@ -26,7 +26,7 @@ class Arguments(NamedTuple):
 
 
 class InPlaceArguments(NamedTuple):
-    """Those of reverse_step_, but for `backend`."""
+    """The arguments of reverse_step_, except `backend`."""
 
     x: Tensor
     model_output: Tensor
@@ -42,7 +42,7 @@ class InPlaceArguments(NamedTuple):
 def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
     if not torch.compiler.is_compiling():
         return shape == other
-    # Size by size, since to compare whole symbolic shapes takes torch.compile half a minute.
+    # Sizes are compared one by one: for whole symbolic shapes torch.compile takes half a minute.
     return len(shape) == len(other) and all(m == n for m, n in zip(shape, other, strict=True))
 
 

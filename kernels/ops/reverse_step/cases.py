@@ -95,10 +95,10 @@ BENCHMARKED = (
 
 
 class InPlace(NamedTuple):
-    """A case of `reverse_step_`, which also writes the next input of a UNet: twice where it is guided."""
+    """A case of `reverse_step_`, which also writes the next input of a UNet: twice with guidance."""
 
     case: Case
-    rows: int = 1 << 16  # each of them the same, for as many calls
+    rows: int = 1 << 16  # identical rows, one for each call
 
     def inputs(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0

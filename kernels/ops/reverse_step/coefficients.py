@@ -17,7 +17,7 @@ class StepCoefficients(NamedTuple):
         x0     = clamp(x0_from_x * x + x0_from_output * out, -clip_x0, clip_x0)
         x_next = coef_x * x + coef_x0 * x0 + coef_x0_prev * x0_prev + coef_output * out + sigma * z
 
-    with z ~ N(0, I); see `reverse_step`. timestep: that of x, for the UNet; `reverse_step` does not need it.
+    with z ~ N(0, I); see `reverse_step`. timestep: x's, for the UNet; `reverse_step` does not need it.
     clip_x0: inf for no clipping. log_var_min, log_var_max: the logarithms between which a model with learned
     variance interpolates; sigma then multiplies the standard deviation that results.
     """

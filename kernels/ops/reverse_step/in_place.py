@@ -13,7 +13,7 @@ def step_counter(seed: int, *, stream: int = 1, device: torch.device | str = "cp
     """The state of `reverse_step_` before its first step: int64 [4] on `device`.
 
     It holds the step, the seed, the noise stream of step 0, and one reserved slot, 0. seed: in [0, 2**64).
-    stream: in [0, 2**32). ValueError: another value; TypeError: no integer.
+    stream: in [0, 2**32). ValueError: a value out of range. TypeError: not an integer.
     """
     validate_counters((0,), seed=seed, sample_ids=None, stream=stream)
     return library.step_counter(seed, stream, device)
@@ -56,8 +56,8 @@ def reverse_step_(
     sample_ids: int64 [B].
     x0: the previous step's x0 on entry, which matters where row.coef_x0_prev is not 0; this step's on return.
     noise: z of this step, instead of the counter-based noise.
-    unet_input: is overwritten with x_{t-1}, in its dtype and layout: [B, C, ...], or [2B, C, ...] for
-        x_{t-1} twice, as guidance needs it.
+    unet_input: overwritten with x_{t-1} in unet_input's dtype and layout: [B, C, ...], or for guidance
+        [2B, C, ...] with x_{t-1} twice.
     backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     ValueError: shapes, dtypes or devices do not fit, or the backend cannot serve this call.

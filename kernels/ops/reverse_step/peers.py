@@ -1,4 +1,4 @@
-"""The cases of reverse_step and reverse_step_, and what a user of PyTorch alone would write instead."""
+"""The cases of reverse_step and reverse_step_, and the code that replaces them in plain PyTorch."""
 
 from typing import Any
 

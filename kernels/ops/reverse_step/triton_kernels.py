@@ -1,4 +1,4 @@
-"""math.h and the kernel of reverse_step.cu, in csrc/reverse_step/, in Triton, operation for operation."""
+"""csrc/reverse_step/math.h and the kernel of reverse_step.cu in Triton, operation for operation."""
 
 import triton
 import triton.language as tl
