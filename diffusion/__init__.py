@@ -3,7 +3,7 @@
 from pathlib import Path
 
 if not (Path(__file__).parent / "kernels").is_dir():
-    # Run from a clone, where kernels/ lies beside this folder; installed, it lies within.
+    # In a clone, kernels/ lies beside this folder; in an installation, within it.
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import kernels

@@ -206,8 +206,8 @@ class DDPM(nn.Module):
         backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
         precision: "exact" computes in the model's own dtype, the widest if there are several; "fast" computes
             the UNet in bfloat16 where the device multiplies in it. docs/speed.md compares their images.
-        dtype: of the UNet, "float32", "bfloat16", "float16" or "float64", instead of the precision's; the
-            latent is always float32.
+        dtype: of the UNet, "float32", "bfloat16", "float16" or "float64", instead of the precision's; x_t
+            is always float32.
         device: where to compute, by default where the model is.
         progress: show a bar with images/s.
         callback: called as callback(i, x, x0) after step i of a batch. Changes that it makes to the network
@@ -319,7 +319,7 @@ class DDPM(nn.Module):
         return labels, sample_ids
 
     def _guidance(self, guidance_scale: float, labels: torch.Tensor | None) -> float:
-        """The guidance scale; ValueError for another than 1 where there is nothing to guide towards."""
+        """The guidance scale; ValueError unless it is 1, or there are labels and a null label."""
         guidance = number("guidance_scale", guidance_scale)
         if labels is None and guidance != 1:
             raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
@@ -335,7 +335,7 @@ class DDPM(nn.Module):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> str:
-        """How `sample` would run the UNet for these arguments, and one line for each reason why no faster.
+        """How `sample` would run the UNet for these arguments, with the reasons against a faster way.
 
         "unet: fused", or "unet: modules", the UNet's own code, for example on another device than the CPU, or
         for an altered UNet. An altered UNet gives what its modules compute, only slower. Errors as `sample`.
@@ -380,7 +380,7 @@ def load(
     flags: settings that a foreign checkpoint does not hold, by name, such as {"class_cond": True}; see
         `diffusion.importers`. A UserWarning names the values that are assumed for all others.
 
-    ValueError if the model is missing, damaged, or no model.
+    ValueError if the model is missing or damaged, or the file or folder is not a model.
     """
     device = resolve_device("cpu" if device is None else device)
     unet, schedule, conventions, assumed = importers.read(name, verify=verify, flags=flags)
@@ -421,7 +421,7 @@ def _any_schedule() -> NoiseSchedule:
 
 
 def _check_images(x0: torch.Tensor) -> None:
-    """ValueError for images that are no tensor, none at all, bytes, or floats of 0..255."""
+    """ValueError for images that are not a tensor, an empty batch, bytes, or floats of 0..255."""
     if not isinstance(x0, torch.Tensor):
         raise ValueError(f"images must be a tensor [B, C, H, W], not {type(x0).__name__}")
     if x0.ndim != 4 or len(x0) == 0:
@@ -430,7 +430,8 @@ def _check_images(x0: torch.Tensor) -> None:
         raise ValueError(
             f"images must be floats in [-1, 1], not {x0.dtype}; those of 0..255 become so by x / 127.5 - 1"
         )
-    if x0.device.type != "cpu" or not x0.numel() or not readable(x0):  # elsewhere, looking means waiting
+    # On other devices reading values would synchronise.
+    if x0.device.type != "cpu" or not x0.numel() or not readable(x0):
         return
     low, high = x0.detach().aminmax()
     if not -MAX_PIXEL <= low <= high <= MAX_PIXEL:

@@ -1,9 +1,9 @@
-"""A classifier that reads the samples of diffusion models; it is trained without any diffusion model.
+"""A classifier that judges the samples of diffusion models; it is trained without any diffusion model.
 
 `python -m diffusion.classifier --data mnist --data-dir DIR --out FOLDER` trains it on MNIST's 60,000 training
 digits and writes the files that the package ships: the weights, the moments of its features over the training
-set, and the Fréchet distances of real test digits. cifar10 and folders and zips of images work alike. Images
-in colour get a residual network, which is trained in another way (`train_classifier`).
+set, and the Fréchet distances of real test digits. cifar10 and folders and zips of images work alike. Colour
+images get a residual network, which is trained differently (see `train_classifier`).
 """
 
 from .network import Classifier, classify

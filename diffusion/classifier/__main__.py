@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = _config(options, channels, height, classes)
         if options.epochs is None:
             options.epochs = 18 if config.architecture == "plain" else 10
-        draw_samples(test, classes, options.sample_size)  # fails now, not after the training
+        draw_samples(test, classes, options.sample_size)  # fails now rather than after the training
         start = time.monotonic()
         classifier = train_classifier(
             train.images,
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _config(options: argparse.Namespace, channels: int, size: int, classes: int) -> ClassifierConfig:
-    """The configuration of the options, with defaults for gray digits and for small photographs."""
+    """The configuration that the options give, with defaults for gray digits and for small photographs."""
     gray = channels == 1
     architecture = options.architecture or ("plain" if gray else "residual")
     plain = architecture == "plain"
@@ -85,7 +85,7 @@ def _config(options: argparse.Namespace, channels: int, size: int, classes: int)
 
 
 def _load(options: argparse.Namespace) -> list[ImageSet]:
-    """The images to train on and those to test with, both labelled with the same classes."""
+    """The training images and the test images, both labelled with the same classes."""
     if options.data in NAMED_SETS:
         sets = [
             load_dataset(options.data, split=split, data_dir=options.data_dir) for split in ("train", "test")
@@ -96,7 +96,7 @@ def _load(options: argparse.Namespace) -> list[ImageSet]:
         train = load_dataset(options.data, progress=True)
         sets = [train, load_dataset(options.test_data, channels=train.images.shape[1], progress=True)]
     for images in sets:
-        images.known_labels()  # or the reason why they cannot be used
+        images.known_labels()  # ValueError without labels
     if sets[0].images.shape[1:] != sets[1].images.shape[1:] or sets[0].classes != sets[1].classes:
         raise ValueError(f"{sets[0].name} and {sets[1].name} differ in their images' size or in classes")
     return sets

@@ -19,7 +19,8 @@ MAX_PARAMETERS = 2**28  # 1 GiB in float32; the classifiers of the package have 
 class ClassifierConfig:
     """The architecture of a classifier. The defaults are those of the package's classifier of digits.
 
-    channels, size: of the square images; size is at least 12 pixels. classes: number of classes, at least 2.
+    channels, size: channels and side of the square images; size is at least 12 pixels.
+    classes: number of classes, at least 2.
     width: channels of the first convolutions. features: size of the penultimate layer, a multiple of 4 for a
     residual network. architecture: "plain" or "residual", see `Classifier`. ValueError for other values, or
     more than 2**28 parameters.

@@ -1,4 +1,4 @@
-"""Real images as a classifier sees them: the reference that samples are measured against."""
+"""The reference for samples: statistics of real images in the features of a classifier."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from .network import Classifier, classify
 class Reference:
     """Real images in the features of one classifier, which samples are measured against.
 
-    mean [F], cov [F, F]: float64, moments of the features over a training set. real_random, real_balanced:
-    Fréchet distances to that set of disjoint samples of `sample_size` real test images,
-        drawn at random or with as many of each class. Random samples vary in their shares of the classes and
-        so lie further off; compare samples with real images that are drawn in the same way.
+    mean [F], cov [F, F]: float64, moments of the features over a training set.
+    real_random, real_balanced: Fréchet distances to the training set of disjoint samples of `sample_size`
+        real test images, drawn at random or with equally many of each class. The shares of the classes vary
+        in random samples, so these lie further off. Compare samples with real images drawn alike.
     sample_size: real test images in each of these samples.
-    test_accuracy: share of all test images that the classifier reads correctly, in [0, 1].
+    test_accuracy: share of all test images that the classifier predicts correctly, in [0, 1].
     source: one line that names the images.
 
     ValueError for values of another type or range.
@@ -53,8 +53,8 @@ def measure_reference(
 ) -> Reference:
     """The reference of a classifier from training images and labelled test images.
 
-    sample_size, seed: of the samples that `draw_samples` cuts from the test images. ValueError if there are
-    too few.
+    sample_size, seed: arguments of `draw_samples`, which cuts samples from the test images. ValueError if
+    there are too few images.
     """
     random, balanced = draw_samples(test, classifier.config.classes, sample_size, seed)
     mean, cov = moments(classify(classifier, train.images)[0])
@@ -76,10 +76,10 @@ def measure_reference(
 def draw_samples(
     test: ImageSet, classes: int, sample_size: int, seed: int = 0
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Indices int64 [sample_size] of disjoint samples: drawn at random, and with as many of each class.
+    """Indices int64 [sample_size] of disjoint samples: drawn at random, and with equally many of each class.
 
-    The images are shuffled by the seed first, because other people wrote the second half of MNIST's test
-    digits than the first. ValueError if there are too few images.
+    The images are shuffled by the seed first, because different people wrote the two halves of MNIST's test
+    digits. ValueError if there are too few images.
     """
     sample_size = whole_number("sample_size", sample_size)
     too_few = f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}"

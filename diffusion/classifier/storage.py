@@ -33,8 +33,8 @@ def load_classifier(
 ) -> tuple[Classifier, Reference]:
     """The classifier in a folder, ready for inference on the CPU, and the reference stored beside it.
 
-    folder: one that `python -m diffusion.classifier` wrote; by default that of the bundled classifier of
-    digits. verify: refuse files that have another SHA-256 than config.json says, if it says one. ValueError
+    folder: written by `python -m diffusion.classifier`; by default the folder of the bundled classifier of
+    digits. verify: refuse files whose SHA-256 differs from the one in config.json, if it has one. ValueError
     if a file is missing, damaged or of another architecture.
     """
     folder = Path(folder) if folder is not None else BUNDLED

@@ -19,8 +19,8 @@ MUON_RATE = 0.05  # largest learning rate: the length of a step of each row of a
 def augment(images: torch.Tensor, flip: bool = False) -> torch.Tensor:
     """Rotates, scales, shears and moves images uint8 [N, C, H, W] a little; gives float32 in [-1, 1].
 
-    By up to 12 degrees, 12 %, 0.15 and 2 pixels of 28, uniformly, from PyTorch's global generator. flip: also
-    mirror half of the images.
+    The amounts are uniform, up to 12 degrees, 12 %, 0.15 and 2 of 28 pixels, from PyTorch's global generator.
+    flip: also mirror half of the images.
     """
     turn, width, height, shear, right, down = torch.rand(6, len(images), device="cpu").mul(2).sub(1).unbind()
     angle = turn * (12 * torch.pi / 180)
@@ -80,8 +80,8 @@ def train_classifier(
     The learning rate follows one cycle (Smith and Topin 2017, arXiv 1708.07120) that ends at zero; labels are
     smoothed by 0.05. A plain network is trained by AdamW, on images that `augment` changes and, with flip,
     mirrors. A residual network is trained by Muon (Jordan et al. 2024) for the kernels of its convolutions
-    and by AdamW for all else, on images that `crop` changes, and in bfloat16 if the processor multiplies it
-    in hardware.
+    and by AdamW for all other weights, on images that `crop` changes, and in bfloat16 if the processor
+    multiplies it in hardware.
 
     ValueError if there are fewer images than one batch, or for numbers out of range.
     """

@@ -22,14 +22,14 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, without the usage."""
+    """An argument parser whose errors are one line, without the usage."""
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        for word in words:  # Python 3.11 makes an empty list of it, and 3.13 a value
+        for word in words:  # argparse parses `--opt=--` differently between versions
             option, equals, value = word.partition("=")
             if option.startswith("--") and equals and value == "--":
-                self.error(f"{option} needs a value, and -- is none")
+                self.error(f"{option} needs a value; '--' is not one")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """Prints a warning in one line, without the place in the code."""
+    """Prints a warning in one line, without its position in the code."""
     print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

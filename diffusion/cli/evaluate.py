@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance-scale",
         type=float,
-        help="of classifier-free guidance (default: 2 for accuracy, 1 for distances)",
+        help="scale of classifier-free guidance (default: 2 for accuracy, 1 for distances)",
     )
     add("--sampler", help=f"{', '.join(SAMPLERS)} (default: {DEFAULTS['sampler']})")
     add("--steps", type=int, help=f"number of steps, 1 to T (default: {DEFAULTS['steps']})")
@@ -220,7 +220,7 @@ def _sweep(args: argparse.Namespace) -> None:
     result["protocol"]["model"] = args.model
     save_sweep(result, args.out)
     for point in result["points"]:
-        accuracy = "" if point["accuracy"] is None else f"  read as asked {point['accuracy']:.1%}"
+        accuracy = "" if point["accuracy"] is None else f"  class accuracy {point['accuracy']:.1%}"
         print(
             f"{point['sampler']:6s}{point['steps']:5d} steps  guidance {point['guidance']:<4g} "
             f"distance {point['distance']:.4f}{accuracy}"

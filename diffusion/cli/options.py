@@ -21,14 +21,16 @@ def add_computation_options(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="exact or fast, which computes in bfloat16 (default: exact)",
     )
-    add("--dtype", help="of the UNet: float32, bfloat16, float16 or float64 (default: that of --precision)")
+    add("--dtype", help="dtype of the UNet: float32, bfloat16, float16 or float64 (default: by --precision)")
     add(
-        "--backend", default="auto", help="of the kernels: auto, reference, cpp, cuda, triton (default: auto)"
+        "--backend",
+        default="auto",
+        help="backend of the kernels: auto, reference, cpp, cuda, triton (default: auto)",
     )
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that not every sampler has; None where one is not given.
+    """Adds the options of single samplers; an option that is not given is None.
 
     Type and help come from the `Annotated` type of the sampler's argument.
     """
@@ -46,7 +48,7 @@ def default_device() -> str:
 
 
 def choose_device(name: str | None, ranks: Ranks) -> torch.device:
-    """The device asked for; of several ranks on one machine each has a GPU of its own."""
+    """The device of this name or by default; each of several ranks on one machine has its own GPU."""
     device = resolve_device(name or default_device())
     if device.type == "cuda" and ranks.world_size > 1:
         device = resolve_device(f"cuda:{ranks.local_rank}")

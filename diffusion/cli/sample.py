@@ -23,7 +23,7 @@ from .options import (
     choose_labels,
 )
 
-GIF_FRAMES = 50  # at most, spread evenly over the steps
+GIF_FRAMES = 50  # largest number of frames, spread evenly over the steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--num", type=int, help="number of images; the labels repeat in turn (default: 4 for each class)")
     add(
-        "--guidance-scale", type=float, help="of classifier-free guidance; 1 is none (default: 2 with labels)"
+        "--guidance-scale",
+        type=float,
+        help="scale of classifier-free guidance; 1: no guidance (default: 2 with labels)",
     )
     add(
         "--guidance-interval",
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     add("--steps", type=int, help="number of steps, 1 to T (default: 50; for ddpm, T)")
-    add("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)} (default: the model's)")
+    add("--spacing", help=f"spacing of the timesteps: {', '.join(SPACINGS)} (default: the model's)")
     add_sampler_options(parser)
     add(
         "--dynamic-threshold",
@@ -146,23 +148,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def is_folder(out: str) -> bool:
-    """Whether images go into a folder of this name: it is one, ends as one, or has no suffix."""
+    """Whether images go into a folder of this name: it is a folder, ends in "/", or has no suffix."""
     return out.endswith(("/", os.sep)) or os.path.isdir(out) or not Path(out).suffix
 
 
 class _Frames:
-    """Keeps the latents of GIF_FRAMES steps, over all batches of one call of `sample`."""
+    """Keeps x_t at GIF_FRAMES steps, over all batches of one call of `sample`."""
 
     def __init__(self, num: int, steps: int):
         self.kept = sorted({round(i * (steps - 1) / (GIF_FRAMES - 1)) for i in range(GIF_FRAMES)})
-        self.latents: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
+        self.images: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
 
     def __call__(self, i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
         if i == 0:  # a batch begins; it may be a smaller one after running out of memory
-            whole = len(self.latents[self.kept[-1]])
-            self.latents = {step: latents[:whole] for step, latents in self.latents.items()}
-        if i in self.latents:
-            self.latents[i].append(x.cpu())
+            whole = len(self.images[self.kept[-1]])
+            self.images = {step: images[:whole] for step, images in self.images.items()}
+        if i in self.images:
+            self.images[i].append(x.cpu())
 
     def batches(self, images: int) -> list[torch.Tensor]:
-        return [torch.cat(self.latents[i])[:images] for i in self.kept]
+        return [torch.cat(self.images[i])[:images] for i in self.kept]

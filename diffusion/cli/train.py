@@ -88,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of images at a time, for less memory (default: all)",
     )
-    add("--checkpointing", action="store_true", help="compute activations again in backward, for less memory")
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass, for less memory",
+    )
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add(
         "--channels-last",
@@ -96,23 +100,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="use the memory format channels_last (default: yes)",
     )
-    add("--save-every", type=int, default=500, metavar="STEPS", help="between two checkpoints (default: 500)")
+    add(
+        "--save-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="steps between checkpoints (default: 500)",
+    )
     add(
         "--sample-every",
         type=int,
         default=2500,
         metavar="STEPS",
-        help="between two sample grids (default: 2500)",
+        help="steps between sample grids (default: 2500)",
     )
     add(
         "--validate-every",
         type=int,
         default=500,
         metavar="STEPS",
-        help="between two validations (default: 500)",
+        help="steps between validations (default: 500)",
     )
     add(
-        "--log-every", type=int, default=50, metavar="STEPS", help="between two rows of log.csv (default: 50)"
+        "--log-every",
+        type=int,
+        default=50,
+        metavar="STEPS",
+        help="steps between rows of log.csv (default: 50)",
     )
 
 
@@ -191,7 +205,7 @@ def _suggest_options(device: torch.device) -> Iterator[None]:
 
 
 def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
-    """The recipe, with the changes that the options make to it. init: the model of --init."""
+    """The recipe with the changes of the options. init: the model of --init."""
     name = args.recipe or (args.data if args.data in NAMED_SETS and args.data in RECIPES else None)
     if name is None:
         raise ValueError(

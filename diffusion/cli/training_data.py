@@ -93,7 +93,7 @@ def _fixed_fields(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
 
 
 def _of_the_run(args: argparse.Namespace, recipe: Recipe, fixed: dict[str, str]) -> Recipe:
-    """The recipe with the classes and channels that the run to resume took from its data."""
+    """The recipe with the classes and channels that the resumed run took from its data."""
     own = read_state(Path(args.out) / STATE)["recipe"].unet
     taken = {name: own[name] for name in ("in_channels", "out_channels") if name in own}
     if None not in (own.get("num_classes"), recipe.unet.get("num_classes")):

@@ -21,10 +21,10 @@ from ..storage.locks import locked
 from ..storage.reading import name_of, open_regular
 from .image_files import FORMATS, ImageFiles
 
-MAX_PIXELS = 2**26  # of one image
-# Metadata in which Pillow finds the orientation.
+MAX_PIXELS = 2**26  # pixels of one image
+# Keys of the metadata that can hold the orientation.
 _ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-# What makes an image upright, by the value of its EXIF orientation; 1 is upright.
+# Transposition for each EXIF orientation; an image of orientation 1 is upright.
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,7 +46,7 @@ def _is_colour(source: ImageFiles, name: str) -> bool:
 
 
 def open_image(source: ImageFiles, name: str) -> Image.Image:
-    """An image of which only the header is read; ValueError if it is none, or larger than MAX_PIXELS."""
+    """An image with only its header read; ValueError if the file is not an image or exceeds MAX_PIXELS."""
     data = source.read(name)
     try:
         image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
@@ -123,7 +123,7 @@ class Decoder:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The turn or reflection that makes a loaded image upright, by its EXIF or XMP; None for none."""
+    """The transposition that makes a loaded image upright, by its EXIF or XMP; None if it is upright."""
     if image.info.keys().isdisjoint(_ORIENTATION_KEYS):  # parsing EXIF takes time
         return None
     try:

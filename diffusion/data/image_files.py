@@ -14,15 +14,16 @@ from ..utils.errors import one_line
 
 # Suffixes of the files that are read, and Pillow's names of their formats.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
-MAX_FILE_BYTES = 2**28  # of one file
+MAX_FILE_BYTES = 2**28  # bytes of one file
 LABELS_FILE = "dataset.json"
 
 
 class ImageFiles:
     """The files of a data set, by their paths below it, with "/" between folders.
 
-    names: of the images, sorted. folders: of all folders that are not hidden. stamps: for each file, a tuple
-    that changes when the file does (size and modification time, or CRC). ValueError if there is no image.
+    names: paths of the images, sorted. folders: paths of all folders that are not hidden.
+    stamps: for each file, a tuple that changes when the file does (size and modification time, or CRC).
+    ValueError if there is no image.
     """
 
     def __init__(self, path: Path, stamps: dict[str, tuple], folders: set[str]):

@@ -9,7 +9,7 @@ class ImageSet(NamedTuple):
     """Images with their labels.
 
     images: uint8 [N, C, H, W]. labels: int64 [N], or None. classes: the names of the labels 0, 1 and so on,
-    or None where they have no names. name: of the data set, for messages.
+    or None where they have no names. name: the data set's, for messages.
     """
 
     images: torch.Tensor

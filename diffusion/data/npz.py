@@ -1,4 +1,4 @@
-"""Reads 8-bit images for evaluation: .npz files, folders of shards, and whatever `load_dataset` reads."""
+"""Reads 8-bit images for evaluation: .npz files, folders of shards, and the data sets of `load_dataset`."""
 
 import os
 import zipfile
@@ -13,7 +13,7 @@ from ..utils.validation import whole_numbers
 from . import load_dataset
 from .image_set import ImageSet
 
-MAX_BYTES = 2**36  # of one array
+MAX_BYTES = 2**36  # bytes of one array
 MAX_LABEL = 2**31 - 1
 # Names of the array of images and of the arrays that may hold the labels: this package's, and those that
 # np.savez gives to arrays without names, as guided-diffusion's scripts save them.
@@ -27,7 +27,7 @@ def load_images(
     data_dir: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> ImageSet:
-    """Images uint8 [N, C, H, W] from a .npz file, a folder of shard-*.npz, or what `data.load_dataset` reads.
+    """Images uint8 [N, C, H, W] from a .npz file, a folder of shard-*.npz, or `data.load_dataset`.
 
     A .npz holds `images` uint8 [N, H, W, C] and perhaps `labels` [N], integers from 0 on, as
     `images.save_npz` writes them, or `arr_0` and perhaps `arr_1`, as guided-diffusion's scripts do. split,

@@ -1,1 +1,1 @@
-"""Measures of models and their samples: class accuracy, FID and its kind, and the variational bound."""
+"""Measures of models and samples: class accuracy, FID and similar distances, and the variational bound."""

@@ -1,4 +1,4 @@
-"""The quality of a model's images: the classes that a classifier reads, and the distance to real images."""
+"""The quality of a model's images: class accuracy, and the distance to real images."""
 
 import os
 import statistics
@@ -17,11 +17,11 @@ from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_de
 
 
 def class_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """The share of samples whose class, as a classifier read it, is the label that was asked for.
+    """The share of samples whose predicted class is their label.
 
     predicted, labels: int64 [N]. Returns `samples`, `correct`, `accuracy` in [0, 1], `by_class` (the accuracy
-    of each label) and `misread` (for each confused pair, most frequent first, the label `asked` for, the
-    class `seen` and the `count`). ValueError if N is 0 or differs.
+    of each label) and `misread` (for each confused pair, most frequent first, the label `asked`, the
+    predicted class `seen` and the `count`). ValueError if N is 0 or differs.
     """
     if predicted.shape != labels.shape or predicted.ndim != 1 or len(predicted) == 0:
         raise ValueError(
@@ -142,7 +142,7 @@ def format_report(result: dict[str, Any]) -> str:
     ]
     if accuracy:
         lines.append(
-            f"accuracy    {accuracy['accuracy']:.1%} are seen as the class asked for "
+            f"accuracy    {accuracy['accuracy']:.1%} class accuracy "
             f"({accuracy['correct']:,} of {accuracy['samples']:,}, guidance {accuracy['guidance_scale']:g})"
         )
         shares = (f"{entry['asked']}: {entry['accuracy']:.1%}" for entry in accuracy["by_class"])

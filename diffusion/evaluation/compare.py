@@ -14,7 +14,7 @@ from .protocol import ROUNDING
 
 METRICS = ("fid", "kid", "is", "precision-recall")
 FRECHET = "fused-diffusion's, in float64 (evaluation/fid.py)"
-NEIGHBOURS = 3  # of precision and recall
+NEIGHBOURS = 3  # for precision and recall
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Feature extractors for FID and its kind: Inception, EfficientNet-Lite0, or a classifier of this package."""
+"""Feature extractors for FID and the like: Inception, EfficientNet-Lite0, or a classifier of this package."""
 
 import os
 from collections.abc import Callable
@@ -19,9 +19,9 @@ EFFICIENTNET_SIZE = 224  # pixels a side of the images that EfficientNet-Lite0 w
 
 @dataclass(frozen=True)
 class Features:
-    """A network whose features images are compared in.
+    """A network in whose features images are compared.
 
-    name: of the network. sha256: of the file of its weights. shape: [C, H, W] of the images that it takes, or
+    name: the network's. sha256: digest of the file of its weights. shape: [C, H, W] of its input images, or
     None for any. extract: images uint8 [B, C, H, W] to features [B, F] and logits [B, K]. input: how
     `extract` resizes and scales images, unless the network's name says it. batch: images evaluated at a time.
     """

@@ -84,8 +84,8 @@ def load(folder: str | os.PathLike, /, **flags: Any) -> Imported:
     folder: with `unet/` and `scheduler/`, or the files of both side by side. The conventions are
     "prediction_type" ("epsilon", "sample" or "v_prediction"), "variance" ("fixed_small", "fixed_large" or
     "learned_range") and "clip" (the largest absolute value of a predicted image, or None). ValueError, in one
-    line: a file that is missing or damaged, an option that cannot be represented, or a flag: the
-    configurations tell all.
+    line: a file that is missing or damaged, an option that cannot be represented, or any
+    flag (the configuration files are complete).
     """
     if flags:
         raise ValueError(f"{folder} takes no flag {min(flags)}: diffusers' folders say how they were trained")

@@ -53,7 +53,7 @@ _CHANNEL_MULT = {
 
 
 def recognises(path: str | os.PathLike) -> bool:
-    """Whether the path is that of a PyTorch checkpoint: a file that ends in .pt or .pth."""
+    """Whether the path is a PyTorch checkpoint: a file that ends in .pt or .pth."""
     return os.path.isfile(path) and Path(path).suffix in (".pt", ".pth")
 
 

@@ -1,4 +1,4 @@
-"""The interface of importers: the functions that one has, and the model that it returns."""
+"""The interface of importers: the functions of an importer, and the model that it returns."""
 
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +24,7 @@ class Imported(NamedTuple):
 class Importer(Protocol):
     """A module of this folder that reads the checkpoints of one project, listed in `importers.REGISTRY`.
 
-    NAME: the project's, for messages.
+    NAME: the name of the project, for messages.
     """
 
     NAME: str

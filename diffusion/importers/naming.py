@@ -24,7 +24,7 @@ class Parts(NamedTuple):
 class Source:
     """A foreign state dict from which each tensor is taken once.
 
-    origin: its name in messages. ValueError for a tensor that is no weight.
+    origin: its name in messages. ValueError for a tensor that is not a weight.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], origin: str):
@@ -35,7 +35,7 @@ class Source:
         return name in self.tensors
 
     def take(self, name: str) -> torch.Tensor:
-        """Removes and returns a tensor; ValueError if there is none of this name."""
+        """Removes and returns a tensor; ValueError if no tensor has this name."""
         if name not in self.tensors:
             raise ValueError(f"{self.origin} is of another architecture than its configuration: no {name}")
         return self.tensors.pop(name)

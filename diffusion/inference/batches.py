@@ -21,7 +21,7 @@ MAX_BATCH_ELSEWHERE = 512
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while sampling. images: float32 [M, C, H, W], the first M, of the batches that were finished."""
+    """Ctrl-C while sampling. images: float32 [M, C, H, W], those of the finished batches."""
 
     def __init__(self, images: torch.Tensor):
         super().__init__("sampling was interrupted")

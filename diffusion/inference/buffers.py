@@ -38,8 +38,8 @@ class Step(NamedTuple):
     """How one step runs. Steps that are equal share a CUDA graph.
 
     guided: the UNet evaluates the conditional and the unconditional half of the batch. next_guided: the same
-    of the next step, whose UNet input this step writes; None in the last step. injects_noise: the noise is
-    the caller's. learned_variance: the UNet's second half of channels is the variance of the step.
+    for the next step, whose UNet input this step writes; None in the last step. injects_noise: the caller
+    gives the noise. learned_variance: the UNet's second half of channels is the variance of the step.
     """
 
     guided: bool
@@ -69,7 +69,7 @@ class BufferSpec:
 
 
 class SamplerBuffers:
-    """All that the steps of a batch read and write.
+    """The tensors that the steps of a batch read and write.
 
     x: x_t, float32 [B, C, H, W].
     x0: the predicted x_0 of the last step, like x; None unless the spec says store_x0.

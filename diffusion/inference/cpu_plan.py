@@ -37,11 +37,11 @@ _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, b
     upsample_nearest2x_: "rest",
 }
 MAX_SHARE_OF_MEMORY = 1 / 4  # of all memory, for packed weights
-MAX_AMX_POSITIONS = 2048  # in attention by AMX, which holds the logits of some queries at all positions
+MAX_AMX_POSITIONS = 2048  # for attention by AMX, which holds the logits of some queries at all positions
 
 
 class PlannedUNet:
-    """`UNet.denoise` on the CPU, by a plan for each size of input, with the UNet's weights as they are now.
+    """`UNet.denoise` on the CPU, by a plan for each size of input, with a copy of the UNet's present weights.
 
     dtype: of the feature maps, float32, bfloat16 or float16. In bfloat16, processors that multiply in it do
     so; elsewhere the arithmetic is in float32. The result of an image does not depend on its batch.
@@ -100,7 +100,7 @@ class PlannedUNet:
         return self._weights[module, packing]
 
     def norm(self, norm: Norm) -> Norm:
-        """A copy of a norm, with its weights as they are now."""
+        """A copy of a norm, with its present weights."""
         if norm not in self._norms:
             self._norms[norm] = copy.deepcopy(norm)
         return self._norms[norm]
@@ -269,7 +269,7 @@ class _Plan:
         heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
         scale = q.shape[-1] ** -0.5
         if self.planned.simd == "amx" and height * width <= MAX_AMX_POSITIONS:
-            splits = 1 if self.planned.dtype == torch.bfloat16 else 3  # of a float32 into bfloat16
+            splits = 1 if self.planned.dtype == torch.bfloat16 else 3  # bfloat16 splits of each number
             self._call(attention_amx_, q, k, v, scale, splits, heads)
         else:
             self._call(_attention_into, heads, q, k, v, scale)
@@ -386,7 +386,7 @@ def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
 
 
 def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Always by one operator: "auto" chooses by batch size, and an image must not depend on its batch."""
+    """Attention by one fixed operator: "auto" chooses by batch size, and images must not depend on it."""
     out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
 
 

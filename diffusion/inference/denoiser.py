@@ -45,7 +45,7 @@ class Denoiser:
     """The network that samples: a UNet in eval mode, on one device and in one dtype.
 
     unet: called with x [B, C, H, W] in `dtype`, timesteps [B], and labels int64 [B] or None, as UNet.forward.
-        If it is not a SplitUNet, nothing is known of it: it is called as a whole in each step.
+        If it is not a SplitUNet, it is called as a whole in each step.
     null_label: the label that stands for no label, or None.
     backend: of the kernels of the reverse step.
     """
@@ -84,7 +84,7 @@ def make_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, bac
     """The Denoiser of a UNet: planned for the CPU (`cpu_plan`) where that is possible, else its modules.
 
     An altered UNet (`models.structure.altered`) is called as a whole in each step. It keeps its own dtype,
-    and autocast narrows it where `dtype` is narrower, so that code of others gets the weights it knows.
+    and autocast narrows it where `dtype` is narrower, so that user code sees the original weights.
     ValueError: a module that is None, or a backend that cannot be passed on.
     """
     return _make_denoiser(unet, device, dtype, backend, altered(unet) is not None)
@@ -108,7 +108,7 @@ def _make_denoiser(
 
 
 def explain(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> str:
-    """How a UNet samples, "fused" or "modules", and the reasons for nothing faster, a line each."""
+    """How a UNet samples, "fused" or "modules", and the reasons against a faster way, a line each."""
     reason = altered(unet)
     if reason is None:
         reason = _not_planned(unet, device, dtype, backend)
@@ -131,7 +131,7 @@ def _not_planned(unet: nn.Module, device: torch.device, dtype: torch.dtype, back
 def own_dtype(unet: nn.Module) -> torch.dtype:
     """The dtype in which a UNet samples unless another is chosen: its own, or the widest of several.
 
-    For an altered UNet with several dtypes, that of its first parameter: its code may need them as they are.
+    For an altered UNet with several dtypes, that of its first parameter, because its code may need several.
     ValueError: a dtype in which no UNet can sample.
     """
     found = {parameter.dtype for parameter in unet.parameters()}
@@ -182,7 +182,7 @@ def _altered_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype,
 
 
 def _copy_with_hooks(unet: nn.Module) -> nn.Module:
-    """A deep copy that shares the hooks: one that collects what it sees must collect from the copy, too."""
+    """A deep copy that shares the hooks, so that a hook that collects values collects the copy's, too."""
     hooks = [
         hook
         for module in unet.modules()

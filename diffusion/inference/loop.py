@@ -4,7 +4,7 @@
         output, uncond = evaluate(denoiser, buffers, step)
         x = reverse_step(x, output, uncond)
 
-x, the input of the UNet and all else that a step needs are in `SamplerBuffers`, so that `take_step`, the two
+x, the input of the UNet and all other tensors of a step are in `SamplerBuffers`, so that `take_step`, the two
 lines above, can be captured in a CUDA graph.
 """
 
@@ -107,7 +107,7 @@ def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[T
         embedding = buffers.embeddings.index_select(0, now)[0]  # [labels, E]
         embedding = embedding.index_select(0, buffers.label_index[:images])  # [B or 2 B, E]
         output = denoiser.unet.denoise(inputs, embedding)
-    else:  # code of others may keep or change its arguments, so it gets copies
+    else:  # user code may keep or change its arguments, so it gets copies
         output = denoiser.unet(inputs.clone(), *buffers.timesteps_and_labels(images))
     if not step.learned_variance:  # drops the variance channels of a UNet that has them
         output = output[:, : buffers.x.shape[1]]

@@ -1,1 +1,1 @@
-"""The UNet: its configuration, its blocks, and what was altered in one."""
+"""The UNet: its configuration, its blocks, and a check for alterations."""

@@ -129,8 +129,8 @@ class ResBlock(nn.Module):
     normalisation and convolution (Song et al. 2021, arXiv 2011.13456, appendix H).
 
     embedding: [B, out], added before the second normalisation, or [B, 2 out], its scale and shift.
-    checkpointing: keep only the input, and compute all activations again in backward (Chen et al. 2016,
-    arXiv 1604.06174).
+    checkpointing: keep only the input, and recompute all activations in the backward pass (Chen et al.
+    2016, arXiv 1604.06174).
     """
 
     checkpointing = False

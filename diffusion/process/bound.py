@@ -35,7 +35,7 @@ def variational_bound_terms(
 
     x0, x_t: [B, C, H, W], x0 in [-1, 1]; t: int64 [B]; model_output: [B, C, H, W], or [B, 2 C, H, W] for
     variance "learned_range" (Nichol & Dhariwal 2021, eq. 15); "fixed_small" is the posterior's variance,
-    "fixed_large" beta_t, and the posterior's of t = 1 at t = 0. clip: predicted images are held to
+    "fixed_large" beta_t, but at t = 0 the posterior variance of t = 1. clip: predicted images are held to
     [-clip, clip], or not for None. ValueError for another variance or number of channels.
     """
     learned = choice("variance", variance, VARIANCES) == "learned_range"
@@ -77,13 +77,13 @@ def variational_bound_terms(
 
 
 def _log_likelihood(x0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Of 8-bit images: the normal distribution's mass around each of 256 values (Ho et al. 2020, eq. 13).
+    """Log-likelihood of 8-bit images: the normal mass around each of 256 values (Ho et al. 2020, eq. 13).
 
-    A mass below 1e-12 counts as that, as in improved-diffusion, which approximates the distribution by tanh.
+    A mass below 1e-12 counts as 1e-12, as in improved-diffusion, which approximates the distribution by tanh.
     """
     deviation = (log_variance / 2).exp()
     above, below = (x0 - mean + 1 / 255) / deviation, (x0 - mean - 1 / 255) / deviation
-    # The mass between is that between the mirrored bounds; on the left of 0 it has all its digits.
+    # The lower tail avoids cancellation: Phi(b) - Phi(a) = Phi(-a) - Phi(-b).
     above, below = torch.where(below > 0, -below, above), torch.where(below > 0, -above, below)
     mass = torch.special.ndtr(above) - torch.special.ndtr(below)
     inside = mass.clamp(min=LEAST).log()

@@ -15,7 +15,7 @@ def at_timesteps(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> to
     """table[t] for t [B], cast for arithmetic with `like` [B, ...] and shaped [B, 1, ...]."""
     if t.dtype != torch.int64 or t.shape != like.shape[:1]:
         raise ValueError(
-            f"t must be int64 of shape [{len(like)}], one timestep an image, not {t.dtype} {list(t.shape)}"
+            f"t must be int64 of shape [{len(like)}], one timestep per image, not {t.dtype} {list(t.shape)}"
         )
     if t.device.type == "cpu" and len(t) and readable(t) and not 0 <= t.min() <= t.max() < len(table):
         raise ValueError(f"timesteps must be in 0..{len(table) - 1}; got {t.min()} to {t.max()}")

@@ -63,14 +63,14 @@ def target(
 LOSS_WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "min_snr": lambda snr, gamma: snr.clamp(max=gamma),  # Hang et al. 2023, arXiv 2303.09556, section 3.4
     "truncated_snr": lambda snr, gamma: snr.clamp(min=1),  # Salimans & Ho 2022, arXiv 2202.00512, section 4
-    "snr_plus_one": lambda snr, gamma: snr + 1,  # the same
+    "snr_plus_one": lambda snr, gamma: snr + 1,  # Salimans & Ho 2022, section 4
     "p2": lambda snr, gamma: snr / (1 + snr),  # Choi et al. 2022, arXiv 2204.00227, eq. 8 with gamma = k = 1
 }
 TINY_SNR = 1e-300  # stands for 0, so that a weight divided by the SNR has its limit
 
 
 def check_loss_weighting(weighting: str) -> None:
-    """ValueError unless `loss_weight` knows it."""
+    """ValueError unless `loss_weight` has this weighting."""
     choice("loss weighting", weighting, ("uniform", *LOSS_WEIGHTINGS))
 
 

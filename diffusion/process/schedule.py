@@ -59,7 +59,7 @@ class NoiseSchedule:
     """
 
     betas: torch.Tensor
-    _config: dict[str, Any] | None = None  # by default that of `from_betas`
+    _config: dict[str, Any] | None = None  # by default the configuration of `from_betas`
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) == 0:

@@ -1,4 +1,4 @@
-"""The samplers: each is a function that writes a reverse process down as a table, one row of numbers a step.
+"""The samplers: each is a function that writes a reverse process down as a table, one row per step.
 
 A row, `kernels.StepCoefficients`, holds the numbers of
 
@@ -17,7 +17,7 @@ clip: x_0 is clipped to [-clip, clip]; None or inf leaves it.
 guidance_scale, guidance_interval: see `guidance.guidance_scales`.
 
 They raise ValueError for values outside these, and for epsilon prediction where the first timestep visited
-has zero SNR, since x_0 is undetermined there. A `SpacingWarning` tells, once a process, of a start too far
+has zero SNR, since x_0 is undetermined there. A `SpacingWarning`, once per process, tells of a start too far
 below T - 1.
 
 A new sampler is a file here and an entry in `SAMPLERS`. Its keyword arguments beyond these are its options:

@@ -1,4 +1,4 @@
-"""A sampler's step table: one row of numbers a step.
+"""A sampler's step table: one row of numbers per step.
 
 The package's docstring has the meaning of a row and the arguments that all samplers share.
 """

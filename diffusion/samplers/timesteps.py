@@ -1,4 +1,4 @@
-"""Which of a schedule's timesteps a sampler visits."""
+"""The timesteps of a schedule that a sampler visits."""
 
 import warnings
 
@@ -21,13 +21,14 @@ def spaced_timesteps(
 
     "leading": multiples of T // steps; "linspace": from T - 1 to 0; "trailing": from T - 1 in strides of
     T / steps (Lin et al. 2023, arXiv 2305.08891, table 2); "quad": floor(linspace(0, sqrt(0.8 T))^2), closer
-    together near 0 (Song et al. 2021, arXiv 2010.02502, appendix D.2), where it repeats a timestep the next
-    larger one. A single step is at 0, except with trailing. Only trailing and linspace start at T - 1 for all
-    steps: leading starts at 500 of 1000 with 501 steps.
+    together near 0 (Song et al. 2021, arXiv 2010.02502, appendix D.2), and a repeated timestep is replaced by
+    the next larger. A single step is at 0, except with trailing. Only trailing and linspace start at T - 1
+    for any number of steps: with 501 steps of 1000, leading starts at 500.
 
     skip_zero: leading and linspace space steps + 1 points and leave out the one at 0, as DPM-Solver++
-    does in diffusers, because its last step goes to x_0 from any timestep. Where all timesteps are asked for,
-    there are no T + 1 points to space, and 0 is kept. ValueError for steps outside 1..T or another spacing.
+    does in diffusers, because its last step goes to x_0 from any timestep. With all T
+    timesteps there are no T + 1 points to space, and 0 is kept. ValueError for steps outside 1..T or another
+    spacing.
     """
     choice("spacing", spacing, SPACINGS)
     steps = T if steps is None else whole_number("steps", steps, 1, T)
@@ -50,7 +51,7 @@ def spaced_timesteps(
 
 
 class SpacingWarning(UserWarning):
-    """Sampling starts, from pure noise, at a timestep whose images still have signal. Told once a process."""
+    """Sampling starts, from pure noise, at a timestep whose images have signal. Warns once per process."""
 
 
 _warned = False

@@ -12,7 +12,7 @@ from PIL import Image
 from ..utils.validation import number, whole_number, whole_numbers
 from .atomic import replacing
 
-MAX_PIXELS = 2**28  # of a picture
+MAX_PIXELS = 2**28  # pixels of a picture
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

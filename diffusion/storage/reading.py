@@ -95,7 +95,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def reading_archive(name: str | os.PathLike) -> Iterator[None]:
-    """Turns whatever a damaged zip or .npz raises while it is read into a ValueError that names it."""
+    """Turns every error of reading a damaged zip or .npz into a ValueError that names the file."""
     try:
         yield
     except (
@@ -126,7 +126,7 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 class WrongDigest(ValueError):
-    """A file is complete, but it is not the one that was saved with the configuration beside it."""
+    """A complete file differs from the one that was saved with the configuration beside it."""
 
 
 def read_safetensors(path: str | os.PathLike, digest: str | None = None) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Shards of a run: .npz files with a digest, by which damage and changes are found."""
+"""Shards of a run: .npz files with a digest, which reveals damage and changes."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def run_digest(settings: dict[str, Any]) -> str:
 
 
 def was_altered(path: str | os.PathLike, run: str) -> bool:
-    """Whether an .npz holds other arrays than `write_shard` wrote; it must be readable."""
+    """Whether the arrays of an .npz differ from those that `write_shard` wrote; the file must be readable."""
     with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     return str(arrays.pop("sha256", "")) != _digest(arrays, run)
@@ -53,7 +53,7 @@ def what_is_wrong(
     labels: Sequence[int] | None,
     run: str,
 ) -> str | None:
-    """Why a file is not the shard that `write_shard` wrote for these ids and labels; None if it is.
+    """The reason why a file is not `write_shard`'s shard of these ids and labels, or None if it is.
 
     shape: [C, H, W] of the images. Every byte of every array is read.
     """

@@ -19,7 +19,7 @@ from ..utils.errors import first_line
 from ..utils.ranks import Ranks
 from .trainer import Trainer
 
-TIMEOUT = timedelta(minutes=10)  # of a rank's wait for the others
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_gradients(trainer: Trainer) -> Iterator[None]:
-    """Within, the gradients of a step are means over the ranks; nothing changes for one rank."""
+    """A context in which the gradients of a step are means over the ranks; nothing changes for one rank."""
     if trainer.ranks.world_size == 1:
         yield
         return

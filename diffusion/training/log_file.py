@@ -16,7 +16,7 @@ class LogFile:
 
     logged: the step of the last row that a resumed run keeps; later rows are removed. None begins a new file.
     A UserWarning if the file ends before that step: it is continued all the same. ValueError if it cannot be
-    written, or is no log.
+    written, or is not a log.
     """
 
     def __init__(self, path: Path, logged: int | None):

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 import torch
 
-MAX_GROWTH = 10  # of the mean loss, from the first row of the log on, before the run counts as diverged
+MAX_GROWTH = 10  # a mean loss of so many times that of the log's first row means that the run diverged
 MAX_OVERFLOWS = 30  # steps in a row, after which lowering float16's loss scale further will not help
 
 
 class LogLine:
-    """Collects what the next row of the log averages.
+    """Collects the losses and gradient norms for the next row of the log.
 
     losses: scalars on the device, one for each step since the last row. norms: those of the steps' gradients.
     first_loss: the mean loss of the first row, None before there is one.

@@ -43,12 +43,12 @@ def train(
     The folder `out` gets `config.json` and `model.safetensors` (the averaged model, which `diffusion.load`
     reads), `ema-<decay>/` with such a model for each further average, `state.safetensors` (to resume from),
     `log.csv`, and `samples/` with grids of all classes. All files but the log are written whole or not at
-    all. Of several ranks the first writes. Ctrl-C and SIGTERM end the run, saved, after the step in which
+    all. With several ranks, the first writes. Ctrl-C and SIGTERM end the run, saved, after the step in which
     they come. If a grid or a row of the log cannot be written, the run is saved before the error is raised.
 
-    resume: continue the run in `out`. accept_changes: resume also with other data, or with a recipe that
-    differs in how long, how fast or by which
-        loss it trains; `state.FIXED` names the fields that may not differ.
+    resume: continue the run in `out`.
+    accept_changes: resume also with other data, or with a recipe of another length, learning rate or loss;
+        `state.FIXED` names the fields that may not differ.
     log_every, validate_every, save_every, sample_every: steps between rows of the log, validation losses,
         checkpoints and grids; each is also due after the last step.
     progress: show a bar with images/s.
@@ -136,7 +136,7 @@ class Run:
     """A run between its steps: logs, saves and samples into the folder `out`, and tells when to stop.
 
     every: the steps between rows of the "log", validation losses ("validate"), checkpoints ("save") and grids
-    ("sample"). signals: those that came, see `stop_signals`. All ranks call the same methods; the first
+    ("sample"). signals: the received ones, see `stop_signals`. All ranks call the same methods; the first
     writes.
     """
 
@@ -233,7 +233,7 @@ class Run:
         return _grid_path(self.out, self.trainer.step)
 
     def catch_up(self) -> None:
-        """Makes what a killed run may have left out; KeyboardInterrupt if a signal came meanwhile."""
+        """Draws and logs what a killed run left undone; KeyboardInterrupt if a signal came meanwhile."""
         if self.writes:
             self.save_averages()
             if self.is_due("sample") and not self.grid.exists():

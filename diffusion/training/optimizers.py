@@ -10,7 +10,7 @@ from ..kernels.ops.newton_schulz import newton_schulz, supports
 from ..models.unet import UNet
 from .recipe import Recipe
 
-MOMENTUM = 0.95  # of Muon, as Jordan et al. recommend
+MOMENTUM = 0.95  # Muon's, as Jordan et al. recommend
 
 
 def contiguous_view(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Muon(torch.optim.Muon):
 
 
 def _orthogonalised(matrix: torch.Tensor, group: dict) -> torch.Tensor:
-    """In bfloat16: `matrix` with each singular value replaced by one near 1."""
+    """`matrix` in bfloat16, with each singular value replaced by one near 1."""
     x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = (x.T if tall else x).contiguous()

@@ -1,4 +1,4 @@
-"""Recipes: what is trained and how, in numbers. Those of the package are the files in recipes/."""
+"""Recipes: the numbers that define a training. The package's own recipes are the files in recipes/."""
 
 import json
 import os
@@ -39,7 +39,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how: all that decides the resulting weights, except the machine.
+    """The numbers that define a training, except data and machine.
 
     unet, schedule: configurations of `UNetConfig` and `NoiseSchedule`. A UNet with twice as many output as
     input channels learns its variance, by the hybrid loss with vlb_weight (Nichol & Dhariwal 2021, arXiv
@@ -102,7 +102,7 @@ class Recipe:
             refuse("label_dropout", "0 without a null label", self.label_dropout)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_x0_determined(self.prediction_type, schedule.alphas_cumprod)
-        # In plain numbers, as JSON can hold them.
+        # Plain numbers, as JSON can hold them.
         for name, values in (("unet", config.to_dict()), ("schedule", schedule.to_config())):
             given = getattr(self, name)
             object.__setattr__(self, name, {key: values.get(key, given[key]) for key in given})

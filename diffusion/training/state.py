@@ -69,7 +69,7 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     """Loads a state that `save_state` wrote into a trainer.
 
     accept_changes: accept other data, and a recipe that differs in other fields than FIXED. ValueError if the
-    file is damaged, or of another recipe or other data.
+    file is damaged, or belongs to another recipe or other data.
     """
     about = read_state(path)
     recipe, former = _comparable(trainer.recipe), _comparable(about["recipe"])
@@ -129,9 +129,9 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def read_state(path: Path) -> dict:
-    """All that a training state holds beside its tensors, checked; "recipe" is a Recipe.
+    """The entries of a training state other than tensors, checked; "recipe" is a Recipe.
 
-    ValueError if the file is missing, no training state, or damaged.
+    ValueError if the file is missing or damaged, or is not a training state.
     """
     if not os.path.lexists(path):
         raise ValueError(f"there is no run to resume: {path} is missing")

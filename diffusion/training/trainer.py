@@ -2,7 +2,7 @@
 
 Everything random in a step is a function of (seed, step), and the order of the images is a function of (seed,
 epoch). So tensors and step number are the whole state of a run, and a resumed run continues as if it had
-never stopped. Random numbers are drawn for the whole batch, of which each rank takes its share: any number of
+never stopped. Random numbers are drawn for the whole batch, and each rank takes its share: any number of
 ranks trains on the same images, timesteps and noise.
 """
 
@@ -42,11 +42,11 @@ SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
 class Trainer:
     """A training run: the model, its averages, the optimiser, and the step they have reached.
 
-    recipe: what is trained and how.
+    recipe: the numbers that define the training.
     images: uint8 [N, C, H, W]. labels: int64 [N], or None for an unconditional model.
     validation: images and labels for the validation loss, or None for none.
     device: of the computation; images and labels stay on the CPU.
-    ranks: which share of each batch this process works on. Several ranks take their steps within
+    ranks: the share of each batch that this process works on. Several ranks take their steps within
         `distributed.shared_gradients`, as `train` does.
     init: a model whose weights the run starts from. It has the recipe's architecture except for the number of
         classes; see `fine_tuning.recipe_for`.
@@ -56,7 +56,7 @@ class Trainer:
     autocast: run the UNet in bfloat16 or float16 (with a scaled loss) where PyTorch finds it safe.
     micro_batch: images evaluated at a time, whose gradients are added up; by default all of the rank's.
     channels_last: memory format of the UNet.
-    activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+    activation_checkpointing: recompute activations in the backward pass instead of keeping them.
     compile: use torch.compile.
 
     ValueError if the data do not fit the recipe, or if the run needs more memory than the device has.
@@ -227,7 +227,7 @@ class Trainer:
         }
 
     def _without_sync(self, skip: bool) -> contextlib.AbstractContextManager[None]:
-        """Within, a backward pass does not add up gradients over the ranks, if `skip`."""
+        """A context in which, if `skip`, a backward pass does not add up gradients over the ranks."""
         if skip and isinstance(self.network, DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()
@@ -258,7 +258,7 @@ class Trainer:
         return to_float(images.to(self.device)).contiguous(memory_format=self.format)
 
     def batch_indices(self, step: int) -> torch.Tensor:
-        """Indices int64 [batch_size] of the images of a step; each image occurs at most once an epoch."""
+        """Indices int64 [batch_size] of the images of a step; each image occurs at most once per epoch."""
         size = self.recipe.batch_size
         epoch, position = divmod(step, len(self.images) // size)
         if self._order is None or self._order[0] != epoch:

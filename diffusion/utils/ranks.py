@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Ranks:
     """The place of a process among those of one run.
 
-    rank: of this process, in 0..world_size-1. world_size: number of processes. local_rank: of this process
-    among those of its machine. ValueError for numbers out of range.
+    rank: number of this process, in 0..world_size-1. world_size: number of processes. local_rank: number of
+    this process among those of its machine. ValueError for numbers out of range.
     """
 
     rank: int = 0
@@ -27,8 +27,8 @@ class Ranks:
 def current_ranks() -> Ranks:
     """The ranks of RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; a single one where they are not set.
 
-    ValueError for a value that is no whole number or out of range, or if only one of RANK and WORLD_SIZE is
-    set.
+    ValueError for a value that is not a whole number or is out of range, or if only one of RANK and
+    WORLD_SIZE is set.
     """
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise ValueError("of RANK and WORLD_SIZE only one is set; torchrun sets both")

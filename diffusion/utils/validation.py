@@ -1,7 +1,7 @@
-"""Checks of what users give: numbers, names, switches and labels, from Python, JSON or the command line.
+"""Checks of user input: numbers, names, switches and labels, from Python, JSON or the command line.
 
 Each check returns the value as plain Python (labels: as a tensor), or raises a ValueError of one line that
-names the argument, says what would be right, and shows what was given. Numbers may be Python's or NumPy's, or
+names the argument, the expected value and the given one. Numbers may be Python's or NumPy's, or
 tensors and arrays without dimensions; neither a bool nor a string is a number.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-LARGEST_INTEGER = 2**63 - 1  # of int64
+LARGEST_INTEGER = 2**63 - 1  # int64's
 LARGEST_NUMBER = torch.finfo(torch.float32).max  # networks and samplers compute in float32
 INTERVAL = "two numbers (low, high) with low <= high"
 MAX_SHOWN = 60  # characters of a wrong value in a message
@@ -54,8 +54,7 @@ def number(
 ) -> float:
     """The value as a float in [least, most].
 
-    above, below: bounds that the value must not reach, instead of least and most. infinite: inf is allowed
-    too.
+    above, below: exclusive bounds, instead of least and most. infinite: inf is allowed, too.
     """
     found = _as_python(value)
     if infinite and found == math.inf:
@@ -156,7 +155,7 @@ def plain_number(value: object) -> object:
     """
     if isinstance(value, np.generic) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is none")
+    raise TypeError(f"{type(value).__name__} is not a number")
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -178,7 +177,7 @@ def typed(name: str, value: object, hint: Any, **bounds: float) -> Any:
     return found
 
 
-_NO = object()  # stands for a value that is not of the type
+_NO = object()  # marks a value of another type
 
 
 def _converted(value: object, hint: Any, bounds: dict[str, float]) -> Any:

@@ -132,8 +132,8 @@ def test_uniform_weights(prediction_type):
     [
         ({"t": torch.tensor([0, 1, 2, 3, 1000])}, r"in 0\.\.999"),
         ({"t": torch.tensor([0, 1, 2, 3, -1])}, r"in 0\.\.999"),
-        ({"t": torch.tensor([0, 1])}, "one timestep an image"),
-        ({"t": torch.tensor(3)}, "one timestep an image"),
+        ({"t": torch.tensor([0, 1])}, "one timestep per image"),
+        ({"t": torch.tensor(3)}, "one timestep per image"),
         ({"t": torch.zeros(5)}, "int64"),
         ({"noise": torch.zeros(5, 1, 4, 2)}, "shape"),
     ],
