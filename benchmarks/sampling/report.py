@@ -66,7 +66,7 @@ def markdown(result: dict, plots: list[Path]) -> str:
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + f". PyTorch multiplies large matrices at {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
         f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. The shares of these rates count the FLOPs of direct "
-        "convolutions; Winograd's algorithm needs fewer, and with AMX `exact` computes six products of bytes "
+        "convolutions; Winograd's algorithm needs fewer, and with AMX `exact` computes six products of limbs "
         "instead of one of float32. In the last columns, `2x` means that `exact` or `fast` takes half of the "
         "row's time. A step is one of DDIM; guided steps evaluate the network on twice the images. "
         "Made by `python -m benchmarks.sampling`.",
