@@ -6,12 +6,11 @@ folders, so that editors and type checkers follow them.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import ops
 from ._native import build_info as build_info
 from ._registry import discover, folders
-from .benchmarks import benchmark_table as benchmark_table
 from .ops.attention import attention as attention
 from .ops.convolution import conv2d as conv2d
 from .ops.convolution import conv3x3 as conv3x3
@@ -23,10 +22,21 @@ from .ops.reverse_step import reverse_step as reverse_step
 from .ops.reverse_step import reverse_step_ as reverse_step_
 from .ops.reverse_step import step_counter as step_counter
 
+if TYPE_CHECKING:
+    from .benchmarks import benchmark_table as benchmark_table
+
 OPS = discover(ops)
 
 __all__ = ["benchmark_table", "build_info", "explain"]
 __all__ += [name for folder in folders(ops) for name in folder.__all__]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "benchmark_table":  # imported here, because few users measure
+        from .benchmarks import benchmark_table
+
+        return benchmark_table
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def explain(op: str | Callable, *args: Any, **kwargs: Any) -> str:
