@@ -147,9 +147,9 @@ class DDPM(nn.Module):
         return loss
 
     def steps(self, sampler: str = "ddpm", steps: int | None = None, **options: Any) -> StepTable:
-        """The table of a sampler for this model: "ddpm", "ddim" or "dpm++".
+        """The table of a sampler for this model.
 
-        steps: 1..T, or None for the full chain.
+        sampler: a name of `samplers.SAMPLERS`. steps: 1..T, or None for the full chain.
         options: see `diffusion.steps`.
 
         ValueError for an unknown sampler or option.
@@ -196,7 +196,7 @@ class DDPM(nn.Module):
         num_samples: N; by default the number of labels, or 1.
         guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
             0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1.
-        sampler, steps: "ddpm", "ddim" or "dpm++"; 1..T steps, None for all T.
+        sampler, steps: a name of `samplers.SAMPLERS`; 1..T steps, None for all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             its batch; sample_ids are 0..N-1 by default.
         batch_size: number of images made at a time, by default as many as the device evaluates best and has
@@ -383,12 +383,11 @@ def load(
     ValueError if the model is missing or damaged, or the file or folder is not a model.
     """
     device = resolve_device("cpu" if device is None else device)
-    unet, schedule, conventions, assumed = importers.read(name, verify=verify, flags=flags)
-    if assumed:
-        values = " ".join(f"{flag}={value}" for flag, value in assumed.items())
-        warnings.warn(f"{name} does not say how it was trained; assumed: {values}", stacklevel=2)
+    imported = importers.read(name, verify=verify, flags=flags)
+    if assumed := imported.assumed_text():
+        warnings.warn(f"{name} does not say how it was trained; assumed: {assumed}", stacklevel=2)
     try:
-        model = DDPM(unet, schedule, **conventions)
+        model = DDPM(imported.unet, imported.schedule, **imported.conventions)
     except ValueError as error:
         raise ValueError(f"the configuration of {name}: {error}") from error
     return model.to(device).eval()

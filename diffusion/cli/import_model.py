@@ -21,14 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    unet, schedule, conventions, assumed = importers.read(args.source, flags=_flags(args.flag))
-    if assumed:
-        values = " ".join(f"{flag}={value}" for flag, value in assumed.items())
-        print(f"assumed flags, which --flag NAME=VALUE changes: {values}")
-    model = DDPM(unet, schedule, **conventions)
+    imported = importers.read(args.source, flags=_flags(args.flag))
+    if assumed := imported.assumed_text():
+        print(f"assumed flags, which --flag NAME=VALUE changes: {assumed}")
+    model = DDPM(imported.unet, imported.schedule, **imported.conventions)
     model.save(args.out, source=args.source)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    print(f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, T = {schedule.T}")
+    parameters = model.unet.config.num_parameters
+    print(
+        f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, T = {model.schedule.T}"
+    )
 
 
 def _flags(words: list[str]) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Reads models: folders of this package, and checkpoints of other projects, each by a module of this folder.
 
-A new format is a module with NAME, `recognises` and `load`, as `imported.Importer` describes them, and its
-entry in REGISTRY.
+A new format is a module with NAME, HUB_FILES, `recognises` and `load`, as `imported.Importer` describes them,
+and its entry in REGISTRY.
 """
 
 import os
@@ -24,7 +24,8 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
     flags: what a foreign checkpoint does not tell, by name; see `load` of its importer. ValueError, in one
     line, for what is missing, damaged, or no model.
     """
-    path, flags = checkpoint.locate(str(name)), flags or {}
+    patterns = (*checkpoint.FILES, *(pattern for importer in REGISTRY for pattern in importer.HUB_FILES))
+    path, flags = checkpoint.locate(str(name), patterns), flags or {}
     if not checkpoint.is_model(path):
         for importer in REGISTRY:
             if importer.recognises(path):

@@ -20,14 +20,20 @@ class Imported(NamedTuple):
     conventions: dict[str, Any]
     assumed: dict[str, Any] | None = None
 
+    def assumed_text(self) -> str:
+        """The assumed flags in the form that `--flag` takes, such as "learn_sigma=True"; "" for none."""
+        return " ".join(f"{flag}={value}" for flag, value in (self.assumed or {}).items())
+
 
 class Importer(Protocol):
     """A module of this folder that reads the checkpoints of one project, listed in `importers.REGISTRY`.
 
-    NAME: the name of the project, for messages.
+    NAME: the name of the project, for messages. HUB_FILES: patterns of the names of its files on the hub, none
+    if its checkpoints are read from local files only.
     """
 
     NAME: str
+    HUB_FILES: tuple[str, ...]
 
     def recognises(self, path: Path, /) -> bool:
         """Whether a file or folder looks like this project's checkpoint; False if it cannot be told."""

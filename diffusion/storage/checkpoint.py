@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 REQUIRED = ("prediction_type", "clip", "variance")
 OPTIONAL = ("sampler_options", "metadata")
 DIGEST = "weights_sha256"
+FILES = ("config.json", "model.safetensors")
 RETRY_SECONDS = 0.2  # time for another process that is replacing both files
 BUNDLED = Path(__file__).parents[1] / "weights"
 
@@ -130,15 +132,16 @@ def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
     return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
 
 
-def locate(name: str) -> Path:
+def locate(name: str, patterns: Iterable[str] = FILES) -> Path:
     """The file or folder of a model: a bundled one by name, a path, or "hf:owner/name", which is fetched.
 
-    ValueError if there is none, or if the hub cannot be reached.
+    patterns: of the names of the files to fetch, such as "*.json". ValueError if there is no such model, or
+    if the hub cannot be reached.
     """
     if not name:
         raise ValueError("the name of a model must not be empty")
     if name.startswith("hf:"):
-        return _download(name[3:])
+        return _download(name[3:], patterns)
     if name in bundled_models():
         return BUNDLED / name
     path = Path(name)
@@ -150,13 +153,14 @@ def locate(name: str) -> Path:
     )
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, patterns: Iterable[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ValueError("models from the hub need huggingface_hub: pip install huggingface_hub") from error
-    patterns = ["*.json", "*.safetensors", "*.bin"]
+        raise ValueError(
+            'models from the hub need huggingface_hub: pip install "fused-diffusion[hub]"'
+        ) from error
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except Exception as error:  # its errors are of many kinds: HTTP, validation, file system
         raise ValueError(f"cannot fetch hf:{repository}: {first_line(error)}") from error

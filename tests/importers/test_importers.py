@@ -503,6 +503,7 @@ class Doubling:
     """An importer of made-up files: text that says by how much the bundled model's weights are multiplied."""
 
     NAME = "doubling"
+    HUB_FILES = ("*.doubling",)
 
     @staticmethod
     def recognises(path):
