@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--data", default="mnist", help=f"{', '.join(NAMED_SETS)}, or a folder or zip (default: mnist)")
     add("--test-data", help="folder or zip of test images; needed unless --data is a data set")
-    add("--data-dir", help="torchvision's folder of mnist or cifar10: DIR, if the files are in DIR/MNIST/raw")
+    add(
+        "--data-dir",
+        help=f"torchvision's folder of {' or '.join(NAMED_SETS)}: DIR, if the files are in DIR/MNIST/raw",
+    )
     add("--out", required=True, help="folder to write")
     add(
         "--architecture",

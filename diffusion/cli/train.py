@@ -33,12 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(NAMED_SETS)}, or a folder or zip of images named class/name.png (default: the "
         "recipe's data set, or mnist)",
     )
-    add("--data-dir", help="torchvision's folder of mnist or cifar10: DIR, if the files are in DIR/MNIST/raw")
+    add(
+        "--data-dir",
+        help=f"torchvision's folder of {' or '.join(NAMED_SETS)}: DIR, if the files are in DIR/MNIST/raw",
+    )
     add("--download", action="store_true", help="let torchvision fetch missing files")
     add(
         "--validation-data",
         metavar="PATH",
-        help="folder or zip for the validation loss (default: the test split of mnist or cifar10)",
+        help=f"folder or zip for the validation loss (default: the test split of {' or '.join(NAMED_SETS)})",
     )
     add("--cache", metavar="DIR", help="folder for a file of decoded images, read instead of decoding again")
     add(

@@ -28,11 +28,12 @@ class NamedSet(NamedTuple):
     load: (data_dir, split, download) -> images uint8 [N, C, H, W], and labels int64 [N] or None. data_dir is
     the folder that torchvision downloads to, split "train" or "test"; download allows it to fetch missing
     files. ValueError for files that are missing or damaged. classes: the names of the labels 0, 1 and so on,
-    or None.
+    or None. shape: (C, H, W).
     """
 
     load: Callable[[str | os.PathLike, str, bool], Images]
     classes: tuple[str, ...] | None
+    shape: tuple[int, int, int]
 
 
 def load_mnist(
@@ -93,6 +94,6 @@ def _torchvision(name: str, files: str, data_dir: str | os.PathLike, split: str,
 
 
 NAMED_SETS = {
-    "mnist": NamedSet(load_mnist, tuple("0123456789")),
-    "cifar10": NamedSet(load_cifar10, CIFAR10_CLASSES),
+    "mnist": NamedSet(load_mnist, tuple("0123456789"), (1, 28, 28)),
+    "cifar10": NamedSet(load_cifar10, CIFAR10_CLASSES, (3, 32, 32)),
 }

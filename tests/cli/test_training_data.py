@@ -260,7 +260,7 @@ def test_a_named_set_is_one_entry(tmp_path, monkeypatch):
         asked.append((data_dir, split, download))
         return images, torch.arange(8) % 2
 
-    monkeypatch.setitem(NAMED_SETS, "svhn", NamedSet(load, ("zero", "one")))
+    monkeypatch.setitem(NAMED_SETS, "svhn", NamedSet(load, ("zero", "one"), (3, 8, 8)))
     words = ["train", "--data", "svhn", "--out", str(tmp_path / "run"), "--steps", "1", "--batch-size", "4"]
     words += ["--set", "unet.sample_size=8", "unet.channels=32", "unet.channel_mult=[1,2]"]
     words += ["unet.attention_levels=[]", "unet.num_res_blocks=1"]
