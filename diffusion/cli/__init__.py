@@ -1,4 +1,4 @@
-"""The command line: sample, train, evaluate, import, info."""
+"""The command line: `main`, and a module for each command of COMMANDS."""
 
 import argparse
 import io

@@ -10,7 +10,7 @@ import torch
 from ..ddpm import load
 from ..evaluation.shards import report, sample_shards
 from ..inference.batches import Interrupted
-from ..samplers import SAMPLERS, own_options
+from ..samplers import FULL_CHAIN, SAMPLERS, own_options
 from ..samplers.timesteps import SPACINGS
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rescaling after guidance, 0 to 1 (default: 0)",
     )
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
-    add("--steps", type=int, help="number of steps, 1 to T (default: 50; for ddpm, T)")
+    add("--steps", type=int, help=f"number of steps, 1 to T (default: 50; for {', '.join(FULL_CHAIN)}, T)")
     add("--spacing", help=f"spacing of the timesteps: {', '.join(SPACINGS)} (default: the model's)")
     add_sampler_options(parser)
     add(
@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO",
         help="clip to this quantile of each image, such as 0.995",
     )
+    add("--dynamic-threshold-max", type=float, metavar="LIMIT", help="largest such quantile (default: inf)")
+    add("--clip", type=float, metavar="LIMIT", help="clip x_0 to [-LIMIT, LIMIT] (default: the model's)")
     add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     add_computation_options(parser)
     add(
@@ -98,10 +100,11 @@ def run(args: argparse.Namespace) -> None:
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
     guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
-    steps = args.steps if args.steps is not None or args.sampler == "ddpm" else min(50, model.schedule.T)
+    steps = args.steps if args.steps is not None or args.sampler in FULL_CHAIN else min(50, model.schedule.T)
     if steps is not None:
         whole_number("--steps", steps, 1, model.schedule.T)
-    names = ("spacing", *own_options(), "guidance_interval", "dynamic_threshold")
+    names = ("spacing", *own_options(), "guidance_interval", "clip")
+    names += ("dynamic_threshold", "dynamic_threshold_max")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {
         "guidance_scale": guidance,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..classifier import balanced_labels, load_classifier
+from ..samplers import SAMPLERS
 from ..storage.atomic import replacing
 from ..storage.reading import sha256
 from ..utils.validation import whole_number
@@ -17,8 +18,8 @@ from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_de
 def sweep(
     model: Any,
     *,
-    num: int = 500,
-    samplers: Sequence[str] = ("ddpm", "ddim", "dpm++"),
+    num: int = 1000,
+    samplers: Sequence[str] = tuple(SAMPLERS),
     steps: Sequence[int] = (5, 10, 20, 50),
     guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0),
     classifier: str | os.PathLike | None = None,

@@ -16,8 +16,8 @@ from .denoiser import Denoiser
 
 # Images that the UNet evaluates together unless the caller chooses. More do not fit into the caches of a CPU;
 # see `python -m benchmarks.sampling`.
-MAX_BATCH = {"cpu": 32}
-MAX_BATCH_ELSEWHERE = 512
+MAX_BATCH_ON_CPU = 32
+MAX_BATCH = 512  # on other devices
 
 
 class Interrupted(KeyboardInterrupt):
@@ -89,12 +89,12 @@ def sample_in_batches(
 
 
 def affordable_batch(denoiser: Denoiser, config: UNetConfig, guided: bool) -> int:
-    """MAX_BATCH, or fewer if half of the free memory should not hold their feature maps.
+    """The largest batch, or fewer if half of the free memory should not hold their feature maps.
 
     guided: the UNet evaluates each image twice. ValueError where no image fits.
     """
     evaluations = 2 if guided else 1
-    most = MAX_BATCH.get(denoiser.device.type, MAX_BATCH_ELSEWHERE) // evaluations
+    most = (MAX_BATCH_ON_CPU if denoiser.device.type == "cpu" else MAX_BATCH) // evaluations
     free = free_memory(denoiser.device)
     if free is None:
         return most

@@ -37,7 +37,8 @@ _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, b
     upsample_nearest2x_: "rest",
 }
 MAX_SHARE_OF_MEMORY = 1 / 4  # of all memory, for packed weights
-MAX_AMX_POSITIONS = 2048  # for attention by AMX, which holds the logits of some queries at all positions
+# For attention by AMX, which holds the logits of some queries at all positions.
+MAX_PLANNED_AMX_POSITIONS = 2048
 
 
 class PlannedUNet:
@@ -268,7 +269,7 @@ class _Plan:
         attended = self._scratch("attended", channels, height, width)
         heads = attended.permute(0, 2, 3, 1).view(batch, height * width, attention.heads, -1).transpose(1, 2)
         scale = q.shape[-1] ** -0.5
-        if self.planned.simd == "amx" and height * width <= MAX_AMX_POSITIONS:
+        if self.planned.simd == "amx" and height * width <= MAX_PLANNED_AMX_POSITIONS:
             splits = 1 if self.planned.dtype == torch.bfloat16 else 3  # bfloat16 splits of each number
             self._call(attention_amx_, q, k, v, scale, splits, heads)
         else:

@@ -50,9 +50,9 @@ class NoiseSchedule:
     """x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps for t = 0..T-1 (Ho et al. 2020,
     arXiv 2006.11239, eq. 4).
 
-    Made by `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_config`. A new kind is one
-    more classmethod with `@_kind`; configurations and recipes know it by its name and its arguments. The
-    tables are float64 on the CPU, each [T]. Callers compute in float64 and cast only the results.
+    Made by a classmethod with `@_kind`, such as `linear`, or by `from_config`. A new kind is one more such
+    classmethod; configurations and recipes know it by its name and its arguments. The tables are float64 on
+    the CPU, each [T]. Callers compute in float64 and cast only the results.
 
     betas: float64 [T] such that alphas_cumprod falls strictly, starts below 1 and stays above 0, but for
     the last, which may be 0 (zero terminal SNR). ValueError otherwise, and for a T above a million.

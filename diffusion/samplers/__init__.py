@@ -30,15 +30,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..utils.validation import choice, known_names
-from .ancestral import ddpm
-from .ddim import ddim
-from .dpm_solver import dpmpp_2m
+from .ancestral import ddpm as ddpm
+from .ddim import ddim as ddim
+from .dpm_solver import dpmpp_2m as dpmpp_2m
 from .table import StepTable
 from .timesteps import SpacingWarning
 
-__all__ = ["SAMPLERS", "SpacingWarning", "StepTable", "ddim", "ddpm", "dpmpp_2m"]
-
 SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp_2m}
+FULL_CHAIN = ("ddpm",)  # the command line takes all T steps of these by default, and few of the others
+
+__all__ = ["SAMPLERS", "SpacingWarning", "StepTable"]
+__all__ += [function.__name__ for function in SAMPLERS.values()]
 
 
 def options_of(sampler: str) -> dict[str, inspect.Parameter]:

@@ -35,7 +35,7 @@ def train(
     log_every: int = 50,
     validate_every: int = 500,
     save_every: int = 500,
-    sample_every: int = 1000,
+    sample_every: int = 2500,
     progress: bool = True,
 ) -> DDPM:
     """Trains to the recipe's last step and returns the averaged model.

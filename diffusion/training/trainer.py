@@ -51,6 +51,9 @@ class Trainer:
     init: a model whose weights the run starts from. It has the recipe's architecture except for the number of
         classes; see `fine_tuning.recipe_for`.
 
+    After step n = 0, 1, ... an average with decay d becomes d' average + (1 - d') weights, with
+    d' = min(d, (1 + n) / (10 + n)), so that it soon forgets the untrained weights.
+
     The options of the computation change the weights by rounding only:
 
     autocast: run the UNet in bfloat16 or float16 (with a scaled loss) where PyTorch finds it safe.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.cli import main
+from diffusion.cli import COMMANDS, main
 from diffusion.cli.options import parse_labels
 from diffusion.inference import loop
 from diffusion.samplers import SAMPLERS, ddim
@@ -102,6 +102,21 @@ def test_options_reach_the_sampler():
         run("sample", "--model", "digits", "--labels", 1, *words, "--out", f"{name}.npz")
         images.append(np.load(f"{name}.npz")["images"])
     assert not any(np.array_equal(images[i], images[i - 1]) for i in range(3))
+
+
+def test_the_limits_of_clipping_are_options():
+    words = ["--model", "digits", "--labels", 1, "--steps", 3, "--dtype", "float32"]
+    options = {"a": ["--clip", 0.5], "b": ["--dynamic-threshold", 0.9, "--dynamic-threshold-max", 1.25]}
+    for name, more in options.items():
+        run("sample", *words, *more, "--out", f"{name}.npz")
+    same = {"guidance_scale": 2.0, "sampler": "ddim", "steps": 3}
+    for name, more in {
+        "a": {"clip": 0.5},
+        "b": {"dynamic_threshold": 0.9, "dynamic_threshold_max": 1.25},
+    }.items():
+        x = make_model(10, channels=1).sample([1], **same, **more)
+        expected = ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_array_equal(np.load(f"{name}.npz")["images"], expected)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +294,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert caught.value.code == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in ("sample", "train", "evaluate", "import", "info"))
+    assert all(name in output for name in COMMANDS)
 
 
 def test_a_sampler_brings_its_options_along(monkeypatch):

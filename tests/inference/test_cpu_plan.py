@@ -205,7 +205,7 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_attention_over_many_positions(limit, monkeypatch):
     """By AMX, where the processor has it, up to a limit, and without it beyond."""
-    monkeypatch.setattr(cpu_plan, "MAX_AMX_POSITIONS", limit)
+    monkeypatch.setattr(cpu_plan, "MAX_PLANNED_AMX_POSITIONS", limit)
     unet = randomized(VARIANTS["heads"])
     x, t = inputs(unet.config, 2, (26, 14))
     actual, expected = evaluate(unet, torch.float32, x, t, None)

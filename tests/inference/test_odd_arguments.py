@@ -1,5 +1,6 @@
 """Odd values for everything public that takes a number or a name: a ValueError of one line, at once."""
 
+import argparse
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion import NoiseSchedule, UNetConfig, load
-from diffusion.cli import main
+from diffusion.cli import COMMANDS, main
 from diffusion.samplers import SAMPLERS, own_options
 from diffusion.training.recipe import Recipe, changed, load_recipe, recipe_from
 from helpers.models import make_model
@@ -191,17 +192,6 @@ def place(tmp_path_factory):
     os.chdir(before)
 
 
-COMMANDS = {
-    "sample": """labels num guidance-scale guidance-interval guidance-rescale sampler steps spacing eta
-        variance dynamic-threshold
-        seed batch-size device precision dtype backend shard-size columns scale model""",
-    "train": """steps batch-size learning-rate warmup-steps ema-decay label-dropout seed set recipe
-        micro-batch save-every log-every device autocast data data-dir""",
-    "evaluate": """num guidance-scale sampler steps seed split metrics features batch-size device precision
-        dtype
-        backend out classifier reference samples""",
-    "import": "flag",
-}
 BASE = {
     "sample": ["--model", "digits", "--num", "1", "--steps", "1", "--out", "a.png"],
     "train": ["--show"],
@@ -210,11 +200,19 @@ BASE = {
 }
 
 
+def options_of(command: str) -> list[str]:
+    """The options of a command, such as "num"."""
+    parser = argparse.ArgumentParser()
+    COMMANDS[command].add_arguments(parser)
+    found = [word for action in parser._actions for word in action.option_strings if word.startswith("--")]
+    return [word[2:] for word in found if word != "--help"]
+
+
 @odd
 @given(st.data())
 def test_command_lines(place, capsys, data):
-    command = data.draw(st.sampled_from(list(COMMANDS)))
-    names = st.sampled_from(COMMANDS[command].split())
+    command = data.draw(st.sampled_from(list(BASE)))
+    names = st.sampled_from(options_of(command))
     words = [command, *BASE[command]]
     for name, value, joined in data.draw(st.lists(st.tuples(names, WORDS, st.booleans()), max_size=3)):
         words += [f"--{name}={value}"] if joined else [f"--{name}", value]
