@@ -28,8 +28,8 @@ class Imported(NamedTuple):
 class Importer(Protocol):
     """A module of this folder that reads the checkpoints of one project, listed in `importers.REGISTRY`.
 
-    NAME: the name of the project, for messages. HUB_FILES: patterns of the names of its files on the hub, none
-    if its checkpoints are read from local files only.
+    NAME: the name of the project, for messages. HUB_FILES: patterns of the names of its files on the hub;
+    none, if its checkpoints are read from local files only.
     """
 
     NAME: str
