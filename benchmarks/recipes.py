@@ -22,11 +22,11 @@ import diffusion
 from diffusion.classifier import balanced_labels
 from diffusion.data import ImageSet, load_dataset
 from diffusion.evaluation.features import Features, load_features
-from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.process.prediction import x0_coefficients
 from diffusion.storage.atomic import check_writable, replacing
 from diffusion.storage.images import to_float, to_uint8
 from diffusion.utils.device import multiplies_bfloat16
+from diffusion.utils.frechet import frechet_distance, moments
 
 LEVELS = (-4.0, -3.3, -2.6, -1.9, -1.2, -0.5, 0.2, 0.9, 1.6, 2.3, 3.0)  # of ln(sigma / alpha)
 BATCH = 50

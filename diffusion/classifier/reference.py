@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data import ImageSet
-from ..evaluation.fid import frechet_distance, moments
+from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import number, numbers, refuse, typed, whole_number
 from .network import Classifier, classify
 

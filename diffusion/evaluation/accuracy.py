@@ -11,8 +11,8 @@ from .. import __version__
 from ..classifier import Classifier, Reference, balanced_labels, load_classifier, measure_reference
 from ..data import NAMED_SETS, load_dataset
 from ..storage.reading import sha256
+from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import number, whole_number
-from .fid import frechet_distance, moments
 from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay
 
 

@@ -7,13 +7,13 @@ import torch
 
 from .. import __version__
 from ..data import ImageSet
+from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import choice
 from .features import Features, import_fidelity
-from .fid import frechet_distance, moments
 from .protocol import ROUNDING
 
 METRICS = ("fid", "kid", "is", "precision-recall")
-FRECHET = "fused-diffusion's, in float64 (evaluation/fid.py)"
+FRECHET = "fused-diffusion's, in float64 (utils/frechet.py)"
 NEIGHBOURS = 3  # for precision and recall
 
 
@@ -29,7 +29,7 @@ def compare(
     """Metrics of samples against a reference, in the features of a network.
 
     metrics: any of METRICS.
-        "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6) by `fid.frechet_distance`, never
+        "fid": Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6) by `frechet_distance`, never
         negative; torch-fidelity computes the others.
         "kid": mean and standard deviation, over 100 subsets of at most 1000 images, of the unbiased squared
         MMD with kernel (x.y / F + 1)^3 (Bińkowski et al. 2018, arXiv 1801.01401).

@@ -10,8 +10,8 @@ from ..classifier import balanced_labels, load_classifier
 from ..samplers import SAMPLERS
 from ..storage.atomic import replacing
 from ..storage.reading import sha256
+from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import whole_number
-from .fid import frechet_distance, moments
 from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay
 
 

@@ -21,8 +21,8 @@ sys.path.append(str(ROOT))  # last, so that the package is the one that is insta
 from benchmarks import recipes
 from diffusion.data import load_dataset
 from diffusion.evaluation.features import Features
-from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.storage.images import to_uint8
+from diffusion.utils.frechet import frechet_distance, moments
 
 
 class Exact(torch.nn.Module):

@@ -15,8 +15,8 @@ from diffusion.classifier import __main__ as classifier_command
 from diffusion.classifier.storage import save_classifier
 from diffusion.data import load_mnist
 from diffusion.evaluation.accuracy import class_accuracy, evaluate, format_report
-from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.storage.images import to_float
+from diffusion.utils.frechet import frechet_distance, moments
 from helpers.digits import DATA, FakeModel, read_digits, real_digits
 
 

@@ -19,10 +19,10 @@ from diffusion.data import ImageSet
 from diffusion.data.npz import load_images
 from diffusion.evaluation.compare import compare, format_result
 from diffusion.evaluation.features import Features, load_features
-from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.evaluation.guidance_sweep import save_sweep, sweep
 from diffusion.evaluation.shards import sample_shards
 from diffusion.storage.images import save_npz
+from diffusion.utils.frechet import frechet_distance, moments
 from helpers.digits import DATA, FakeModel, read_digits, real_digits
 from helpers.models import make_model
 
@@ -75,7 +75,7 @@ def test_frechet_distance(pair, result):
     expected = closed_form(*map(in_features, pair))
     assert expected > 0.1
     assert result["metrics"][NAMES[0]] == pytest.approx(expected, rel=1e-10)
-    assert result["protocol"]["Fréchet distance"] == "fused-diffusion's, in float64 (evaluation/fid.py)"
+    assert result["protocol"]["Fréchet distance"] == "fused-diffusion's, in float64 (utils/frechet.py)"
 
 
 def test_frechet_distance_is_torch_fidelitys_within_its_rounding(pair, result):

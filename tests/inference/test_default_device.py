@@ -17,7 +17,6 @@ import diffusion
 from diffusion import DDPM, NoiseSchedule
 from diffusion.classifier import balanced_labels, classify, load_classifier
 from diffusion.classifier.training import augment, train_classifier
-from diffusion.evaluation.fid import frechet_distance, moments
 from diffusion.evaluation.likelihood import bits_per_dimension
 from diffusion.evaluation.shards import sample_shards
 from diffusion.kernels import philox_normal, step_counter
@@ -25,6 +24,7 @@ from diffusion.samplers import SAMPLERS
 from diffusion.samplers.guidance import drop_labels
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 from diffusion.training.state import load_state, save_state
+from diffusion.utils.frechet import frechet_distance, moments
 from helpers.models import make_model
 from helpers.samplers import CLIPPED_OUTPUT, VARIANTS
 from helpers.training import RECIPE, make_trainer

@@ -20,9 +20,8 @@ LAYERS = [
     "data",
     "ddpm",
 ]
-LAYERS += ["training", "evaluation", "classifier", "cli"]
+LAYERS += ["training", "classifier", "evaluation", "cli"]
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
-LEVEL["classifier"] = LEVEL["evaluation"]  # side by side: each uses the other
 PROGRAMS = ("diffusion/__main__.py", "diffusion/classifier/__main__.py")  # on top, as cli is
 MODULES = sorted([*ROOT.glob("diffusion/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 
