@@ -145,8 +145,6 @@ def _join_run(folder: Path, settings: dict[str, Any]) -> str:
         if not isinstance(found.get("options"), dict):
             raise ValueError("its options are no JSON object")
         digest = run_digest(found)  # not of the settings: 1 and 1.0 are equal, but differ in JSON
-        if "tier" in found["options"]:  # the former name of `precision`
-            found["options"]["precision"] = found["options"].pop("tier")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another") from error
     if key := _differing(found, settings):

@@ -327,21 +327,6 @@ def test_numbers_of_numpy_and_torch_are_those_of_python(tmp_path):
     assert (done["images"], done["kept"]) == (0, 1)
 
 
-def test_a_run_that_calls_precision_tier_continues(tmp_path):
-    """As run.json did in earlier versions."""
-    model, options = make_model(10), {"steps": 2, "precision": "exact"}
-    sample_shards(model, tmp_path, 2, **options)
-    first = shards_of(tmp_path)
-    text = (tmp_path / "run.json").read_text()
-    assert text.count('"precision"') == 1
-    (tmp_path / "run.json").write_text(text.replace('"precision"', '"tier"'))
-    for made in (2, 0):  # made again once, since the digest of the run is of run.json
-        assert sample_shards(model, tmp_path, 2, **options)["images"] == made
-    assert len(shards_of(tmp_path)) == len(first) == 1
-    with pytest.raises(ValueError, match=r"another precision \(exact, not fast\)"):
-        sample_shards(model, tmp_path, 2, steps=2, precision="fast")
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
