@@ -20,11 +20,10 @@ from .models.structure import config_of
 from .models.unet import UNet
 from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
-from .process.objective import loss_weight, random_timesteps, target
+from .process.objective import drop_labels, loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
 from .samplers import SAMPLERS, StepTable, check_options, options_of
-from .samplers.guidance import drop_labels
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
 from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype

@@ -1,4 +1,4 @@
-"""The training objective: the target of a prediction, the timesteps drawn, and the weight of each.
+"""The training objective: targets, the timesteps drawn, the weight of each, and the labels dropped.
 
 Notation and precision are those of `forward`.
 """
@@ -104,3 +104,19 @@ def loss_weight(
     if not weights.isfinite().all():
         raise ValueError(f"{weighting} weighs epsilon prediction infinitely where the schedule's SNR is zero")
     return at_timesteps(weights, t, t.float())
+
+
+def drop_labels(
+    labels: torch.Tensor, p: float, null_label: int | None, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """labels, int64 [B], each replaced by null_label with probability p (Ho & Salimans 2022, algorithm 1).
+
+    generator: of the random numbers; None for PyTorch's generator of the labels' device. ValueError for p
+    outside [0, 1], or a model without a null label.
+    """
+    p = number("the probability of dropping a label", p, 0, 1)
+    if null_label is None:
+        raise ValueError("this model has no null label, so it cannot be trained with dropped labels")
+    device = labels.device if generator is None else generator.device
+    dropped = torch.rand(labels.shape, generator=generator, device=device) < p
+    return labels.masked_fill(dropped.to(labels.device), null_label)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: its scale at every step, its rescaling, and the labels that training drops."""
+"""Classifier-free guidance: its scale at every step, and its rescaling."""
 
 import torch
 
@@ -41,19 +41,3 @@ def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float) -> to
     # A constant image has no contrast to restore.
     ratio = torch.where(std_guided > 0, std_cond / std_guided, 1)
     return guided * (phi * ratio + (1 - phi))
-
-
-def drop_labels(
-    labels: torch.Tensor, p: float, null_label: int | None, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """labels, int64 [B], each replaced by null_label with probability p (Ho & Salimans 2022, algorithm 1).
-
-    generator: of the random numbers; None for PyTorch's generator of the labels' device. ValueError for p
-    outside [0, 1], or a model without a null label.
-    """
-    p = number("the probability of dropping a label", p, 0, 1)
-    if null_label is None:
-        raise ValueError("this model has no null label, so it cannot be trained with dropped labels")
-    device = labels.device if generator is None else generator.device
-    dropped = torch.rand(labels.shape, generator=generator, device=device) < p
-    return labels.masked_fill(dropped.to(labels.device), null_label)

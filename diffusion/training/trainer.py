@@ -17,10 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ddpm import DDPM
 from ..models.unet import UNet, UNetConfig
-from ..process.objective import lognormal_timesteps, random_timesteps
+from ..process.objective import drop_labels, lognormal_timesteps, random_timesteps
 from ..process.schedule import NoiseSchedule
 from ..samplers import SAMPLERS, options_of
-from ..samplers.guidance import drop_labels
 from ..storage.images import to_float
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks

@@ -20,8 +20,8 @@ from diffusion.classifier.training import augment, train_classifier
 from diffusion.evaluation.likelihood import bits_per_dimension
 from diffusion.evaluation.shards import sample_shards
 from diffusion.kernels import philox_normal, step_counter
+from diffusion.process.objective import drop_labels
 from diffusion.samplers import SAMPLERS
-from diffusion.samplers.guidance import drop_labels
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
 from diffusion.training.state import load_state, save_state
 from diffusion.utils.frechet import frechet_distance, moments

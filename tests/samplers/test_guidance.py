@@ -8,7 +8,8 @@ import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from diffusion.kernels import StepCoefficients, reverse_step
-from diffusion.samplers.guidance import drop_labels, guidance_scales, rescale_guidance
+from diffusion.process.objective import drop_labels
+from diffusion.samplers.guidance import guidance_scales, rescale_guidance
 from diffusion.samplers.thresholding import dynamic_threshold, thresholded_step
 
 TIMESTEPS = torch.tensor([800, 600, 400, 200, 0])
