@@ -1,7 +1,7 @@
 """The effect of each `precision` on the images of the bundled model: python -m benchmarks.precision.
 
 The same images are sampled by plain PyTorch in float32 and in each precision. The result has the
-differences of the images in [-1, 1], the share of digits that an independent classifier reads as asked for,
+differences of the images in [-1, 1], the class accuracy by an independent classifier,
 and the Fréchet distance in its features; see `diffusion.evaluation.accuracy`.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
         judged = evaluate(kept, num=args.num, steps=args.steps, progress=True, **options)
         row = {
             "seconds": time.perf_counter() - start,
-            "read as asked": judged["class_accuracy"]["accuracy"],
+            "class accuracy": judged["class_accuracy"]["accuracy"],
             "Frechet distance": judged["frechet"]["distance"],
             "of real digits": judged["frechet"]["real"][judged["frechet"]["drawn"]]["distance"],
         }

@@ -28,7 +28,7 @@ from diffusion.storage.images import to_float, to_uint8
 from diffusion.utils.device import multiplies_bfloat16
 from diffusion.utils.frechet import frechet_distance, moments
 
-LEVELS = (-4.0, -3.3, -2.6, -1.9, -1.2, -0.5, 0.2, 0.9, 1.6, 2.3, 3.0)  # of ln(sigma / alpha)
+LEVELS = (-4.0, -3.3, -2.6, -1.9, -1.2, -0.5, 0.2, 0.9, 1.6, 2.3, 3.0)  # values of ln(sigma / alpha)
 BATCH = 50
 Moments = tuple[torch.Tensor, torch.Tensor]  # mean and covariance of features
 

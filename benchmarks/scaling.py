@@ -1,8 +1,8 @@
 """Sampling by several ranks on one machine: python -m benchmarks.scaling.
 
-Each count of ranks samples the same images into a new folder, one thread a rank, started as torchrun would
-start them. Efficiency: images a second in relation to that many times one rank's. What it takes to start
-is left out, as each rank reports when it began and ended.
+Each count of ranks samples the same images into a new folder, one thread per rank, started as torchrun would
+start them. Efficiency: images per second, relative to that many times the rate of one rank. The time of
+starting is left out: each rank reports when it began and ended.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .sampling.report import slug
 
 
 def rate(world_size: int, num: int, options: list[str]) -> float:
-    """Images a second from the first rank's start to the last one's end."""
+    """Images per second from the first rank's start to the last one's end."""
     with tempfile.TemporaryDirectory() as folder:
         words = [
             sys.executable,
@@ -70,7 +70,7 @@ def main() -> None:
         "device": device_name("cpu"),
         "versions": versions(),
         "build": kernels.build_info(),
-        "protocol": f"{args.num} bundled digits, DDIM, {args.steps} steps, guidance 2, one thread a rank",
+        "protocol": f"{args.num} bundled digits, DDIM, {args.steps} steps, guidance 2, one thread per rank",
         "ranks": {
             str(count): {"images/s": value, "efficiency": value / count / (rates[0] / args.ranks[0])}
             for count, value in zip(args.ranks, rates, strict=True)

@@ -160,7 +160,7 @@ def main() -> None:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--models", nargs="+", default=["cifar10", "mnist"], choices=["cifar10", "mnist"])
-    add("--batch", type=int, help="images a step (default: 16 for cifar10, 64 for mnist)")
+    add("--batch", type=int, help="images per step (default: 16 for cifar10, 64 for mnist)")
     add("--loops", nargs="+", default=list(LOOPS), choices=list(LOOPS))
     add("--seconds", type=float, default=120.0, help="for each model (default: %(default)s)")
     add("--out", type=Path, default=Path(__file__).parent / "results")

@@ -20,9 +20,9 @@ from diffusion.utils.device import multiplies_bfloat16
 
 from .recipes import gflop_per_image
 
-BATCHES = 4  # of images, of which steps take one after another
-SIZES = (1024, 2048, 4096)  # of the square matrices
-WARM_UP = 2  # steps, which allocate memory
+BATCHES = 4  # batches of images, which steps use in turn
+SIZES = (1024, 2048, 4096)  # sides of the square matrices
+WARM_UP = 2  # steps before the timed ones; they allocate memory
 
 
 def cpu_seconds(run: Callable[[], object], times: int) -> float:

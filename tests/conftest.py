@@ -44,11 +44,11 @@ def few_steps(monkeypatch):
 
 @pytest.fixture
 def model() -> DDPM:
-    """Unconditional."""
+    """An unconditional model."""
     return make_model()
 
 
 @pytest.fixture
 def conditional() -> DDPM:
-    """Of ten classes."""
+    """A model of ten classes."""
     return make_model(10)

@@ -1,6 +1,6 @@
-"""Everything about this package on a GPU, in one run: bash benchmarks/gpu.sh.
+"""Parity, speed and memory checks of this package on a GPU, in one run: bash benchmarks/gpu.sh.
 
-Each part is a process with a limit of its own; what one does harms no other. Results are appended to
+Each part is a process with a limit of its own; a failure in one harms no other. Results are appended to
 gpu.jsonl as they come, and a summary is printed last. The exit status is 0 where every part passed.
 """
 

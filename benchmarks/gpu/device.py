@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 REPLAYS = 10
-CALLS = (4, 200)  # in one graph
+CALLS = (4, 200)  # fewest and most calls in one graph
 MEMORY = 6 << 30  # bytes that the buffers of one comparison may take
 
 
@@ -62,7 +62,7 @@ def call_seconds(function: Callable[..., Any], calls: Sequence[tuple[tuple, dict
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of copies larger than the cache."""
+    """Bytes per second, read and written, of copies larger than the cache."""
     size = 1 << 27 if torch.cuda.mem_get_info()[0] > 16 << 30 else 1 << 20  # float32 numbers
     where = torch.cuda.current_device()
     calls = [(tuple(torch.randn(size, device=where) for _ in range(2)), {}) for _ in range(4)]

@@ -41,7 +41,7 @@ ROW = StepCoefficients(
     coef_output=0.0,
     sigma=0.1003,
 )
-ROWS = 64  # of a call's table: more than it is replayed
+ROWS = 64  # rows of a call's table: more than its replays
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -56,8 +56,8 @@ Call = tuple[tuple, dict]
 class Problem:
     """An op on one shape.
 
-    call: (device, dtype) -> arguments. ours: takes them and a backend. peers: take them. nbytes: that must be
-    read and written. check: (problem, call, backend) -> why the result is wrong, or None.
+    call: (device, dtype) -> arguments. ours: takes them and a backend. peers: take them. nbytes: bytes that
+    must be read and written. check: (problem, call, backend) -> why the result is wrong, or None.
     """
 
     op: str

@@ -19,8 +19,8 @@ SELECTIONS = {
     "parity": ("not triton", 8),
     "triton": ("triton and not torch.float32 and not torch.float16", 16),
 }
-OFTEN = 5.0  # seconds between two lines about how far the tests are
-FAILURES = 40  # that are written down
+OFTEN = 5.0  # seconds between two lines about the progress of the tests
+FAILURES = 40  # number of failures that are written down
 
 
 def jobs(run: Run) -> list[Job]:

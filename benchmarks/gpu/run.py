@@ -45,7 +45,7 @@ class Attempt:
     begun: float = field(default_factory=time.monotonic)
     start: int = 0
     done: int = 0
-    errors: int = 0  # that its workers have written and `failures` has
+    errors: int = 0  # number of its workers' messages that `failures` has
     failures: list[str] = field(default_factory=list)
     process: Process | None = None
     cpu: float = 0.0
@@ -88,7 +88,7 @@ class Runner:
         }
 
     def run(self, parts: Sequence[Part]) -> int:
-        """0 where every part passed, else 1. A line a part goes to gpu.jsonl, the summary is printed last."""
+        """0 where every part passed, else 1. Writes a line per part to gpu.jsonl; prints the summary."""
         stopped, pending = None, list(parts)
 
         def interrupt(number: int, frame: object) -> None:

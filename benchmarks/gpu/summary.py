@@ -107,7 +107,7 @@ def _ops(parts: dict[str, list[Row]]) -> list[str]:
 
 def _sampler(parts: dict[str, list[Row]]) -> list[str]:
     rows = _with(parts.get("sampler", ()), "call")
-    lines = ["sampler, ms a step by batch: precision, guidance, (nodes, GiB)"] if rows else []
+    lines = ["sampler, ms per step by batch: precision, guidance, (nodes, GiB)"] if rows else []
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["precision"], row["guidance"]), []).append(row)
@@ -122,7 +122,7 @@ def _sampler(parts: dict[str, list[Row]]) -> list[str]:
 
 def _peer(parts: dict[str, list[Row]]) -> list[str]:
     rows = _with(parts.get("peer", ()), "way")
-    lines = ["diffusers bfloat16, ms a step by batch (network alone in its graph, nodes)"] if rows else []
+    lines = ["diffusers bfloat16, ms per step by batch (network alone in its graph, nodes)"] if rows else []
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["way"], row["mode"], row["guidance"]), []).append(row)

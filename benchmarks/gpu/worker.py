@@ -1,8 +1,8 @@
 """Runs the jobs of one part: python -m benchmarks.gpu.worker MODULE --part NAME --out FOLDER ...
 
 A module has `jobs(run)`, a list of names and functions. A job that raises ends the process, since it may
-leave a device behind on which nothing works; the next process begins after it. What is no matter of the
-device, a `Finding` or a package that is missing, is written down, and the next job begins at once.
+leave a device behind on which nothing works; the next process begins after it. Errors that do not
+concern the device, a `Finding` or a missing package, are written down, and the next job begins at once.
 """
 
 import argparse

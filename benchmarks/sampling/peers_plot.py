@@ -16,7 +16,7 @@ LABELS = {
 
 
 def draw(result_file: Path, picture: Path, model: str = "cifar10", mode: str = "unconditional") -> None:
-    """Draws bars of ms a step, float32 above bfloat16, fastest first, for batches of 1 and 8."""
+    """Draws bars of ms per step, float32 above bfloat16, fastest first, for batches of 1 and 8."""
     import matplotlib
 
     matplotlib.use("agg")

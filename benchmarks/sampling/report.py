@@ -24,7 +24,7 @@ def _best(rows: dict[str, dict], single: bool) -> float | None:
 
 
 def short_table(where: dict[str, Any], rows: dict[str, dict]) -> str:
-    lines = [f"{where['model']}, {where['mode']}, batch {where['batch']}: ms a step"]
+    lines = [f"{where['model']}, {where['mode']}, batch {where['batch']}: ms per step"]
     for name, row in rows.items():
         found = f"{1e3 * row['step']:9.2f}" if "step" in row else f"  {row['reason']}"
         lines.append(f"  {name:16}{found}  mean difference {row.get('difference', float('nan')):.1e}")
@@ -37,7 +37,7 @@ def _ratio(peer: float | None, own: float | None) -> str:
 
 def _chain_table(result: dict, group: list[dict]) -> list[str]:
     rows = {row["peer"]: row for row in group}
-    titles = ["ms a step", "of the matrix rate", "images/s, 50 steps", "images/s, 1000 steps"]
+    titles = ["ms per step", "of the matrix rate", "images/s, 50 steps", "images/s, 1000 steps"]
     measured = any(row.get("memory") for row in group)
     titles += ["peak memory"] * measured + ["`exact` is", "`fast` is"]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
@@ -127,7 +127,7 @@ def draw(result: dict, folder: Path, stem: str) -> list[Path]:
             axis.barh([row["peer"] for row in rows], [1e3 * row["step"] for row in rows], color=colours)
             axis.invert_yaxis()
             axis.set_title(f"{key[0]}, {key[1]}, batch {key[2]}", fontsize=9)
-            axis.set_xlabel("ms a step")
+            axis.set_xlabel("ms per step")
         figure.tight_layout()
         paths.append(folder / f"{stem}-steps.png")
         figure.savefig(paths[-1], dpi=80)
@@ -147,7 +147,7 @@ def draw(result: dict, folder: Path, stem: str) -> list[Path]:
             for name in rows[0]["step"] if rows else ():
                 per_image = [1e3 * row["step"][name] / row["batch"] for row in rows]
                 axis.plot([row[along] for row in rows], per_image, "o-", label=name)
-            axis.set(xscale="log", yscale="log", xlabel=along, ylabel="ms a step and image")
+            axis.set(xscale="log", yscale="log", xlabel=along, ylabel="ms per step and image")
             axis.set_title(f"{fixed} {value}", fontsize=9)
             axis.legend(fontsize=8)
         figure.tight_layout()

@@ -24,8 +24,8 @@ from .models import Pair
 
 AGREEMENT = {True: 1e-3, False: 0.1}  # mean difference of images in [-1, 1], in float32 and in 16 bits
 REST = 0.03  # seconds between two runs
-STEPS = (2, 6)  # of the two chains whose difference is the cost of a step
-FIRST = 1  # of a chain before them, not counted: caches are full of what the peer before it left
+STEPS = (2, 6)  # steps of two chains; their difference gives the cost of a step
+FIRST = 1  # steps of an uncounted chain before them, because the previous peer's data fill the caches
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -74,7 +74,7 @@ def compare(
         try:
             sample = make(pair, count, guidance, device)
             difference = (sample(STEPS[0]) - expected).abs().mean().item()
-        except Exception as error:  # whatever a peer raises: a missing package, a failed compilation
+        except Exception as error:  # a peer can raise anything: a missing package, a failed compilation
             rows[name] = {
                 "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             }
@@ -100,9 +100,9 @@ def compare(
 def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int = 7) -> dict[str, float]:
     """Seconds of one step on the CPU, by kind of op; medians of a few rounds.
 
-    "convolution", "norm", "attention" and "rest" are of the network's calls one by one, "step" of the reverse
-    step. "chain" is from one evaluation of the network to the next in a call of `sample`, and "network" what
-    the evaluation takes of it: what is beyond is the engine's own.
+    "convolution", "norm", "attention" and "rest" are the network's calls, timed one by one, and "step" is the
+    reverse step. "chain" is the time from one evaluation of the network to the next in a call of `sample`,
+    and "network" the evaluation's part of it; the rest is the sampling loop's own.
     """
     fast = precision == "fast" and multiplies_bfloat16(torch.device("cpu"))
     network = PlannedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
@@ -115,7 +115,7 @@ def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int =
         embedding = pair.ours.unet.embed(t, peers.labels(images))
         network.denoise(x, embedding)
         with _timed_evaluations() as spans:
-            sample(STEPS[0])  # which plans the network
+            sample(STEPS[0])  # the first call plans the network
         for _ in range(rounds):
             spent = defaultdict(float)
             for name, call in network.calls():
@@ -168,7 +168,7 @@ def _reverse_step(pair: Pair, count: int, table, output) -> Callable[[], None]:
 def in_a_process(*words: object) -> Any:
     """The JSON that `python -m benchmarks.sampling` prints; None if it fails.
 
-    What one comparison leaves behind, such as threads and cut-up memory, slowed the next by up to a half.
+    In one process, threads and fragmented memory of one comparison slowed the next by up to a half.
     """
     command = [sys.executable, "-m", "benchmarks.sampling", *map(str, words)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ def pair():
 
 
 def test_what_agrees_is_timed(pair, monkeypatch):
-    """By a clock of its own: on a busy machine two steps may take longer than six."""
+    """Timed by a fake clock: on a busy machine two steps may take longer than six."""
     names = ["exact", "reference", "diffusers"]
     times = {(name, steps): 0.5 + 0.1 * steps for name in names for steps in (timing.FIRST, *timing.STEPS)}
     monkeypatch.setattr(timing, "medians", lambda runs, *_: {key: times[key] for key in runs})

@@ -210,7 +210,7 @@ def test_errors_are_one_line_and_leave_nothing(case, capsys):
 
 
 def test_an_interruption_saves_the_finished_images(monkeypatch, capsys):
-    """As after Ctrl-C in the second batch."""
+    """KeyboardInterrupt in the second batch, as after Ctrl-C."""
     run("sample", "--model", "digits", "--num", 5, "--steps", 2, "--out", "whole.npz")
     engine_run, calls = loop.run, []
 
@@ -258,7 +258,7 @@ def test_import_makes_a_model_folder(capsys):
 
 
 def test_names_that_are_no_text(tmp_path):
-    """Of a model and of a picture, on standard output and in an error."""
+    """Names of a model and of a picture, on standard output and in an error."""
     model, out = (tmp_path / os.fsdecode(name) for name in (b"mod\xe8le", b"\xff.png"))
     try:
         make_model(channels=1).save(model)

@@ -228,7 +228,7 @@ def test_the_command_says_what_it_found_and_resumes_what_it_began(tmp_path, caps
 
 @pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
 def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkeypatch):
-    """Of a release that took ten classes where three were: the state says how the run goes on."""
+    """An older release took ten classes for data of three; the state keeps them."""
     folder, out = make_images(tmp_path / "images", mode="L"), tmp_path / "run"
     monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
     words = ["train", "--data", str(folder), "--recipe", "mnist", "--out", str(out), "--batch-size", "4"]
@@ -250,7 +250,7 @@ def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkey
 
 
 def test_a_named_set_is_one_entry(tmp_path, monkeypatch):
-    """What a new data set of torchvision's needs: no more than a line in NAMED_SETS."""
+    """A line in NAMED_SETS is enough for a new data set."""
     images = torch.randint(
         0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

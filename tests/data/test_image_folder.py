@@ -261,7 +261,7 @@ def test_what_is_damaged_is_named(files, expected, kind, tmp_path):
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    """To classes elsewhere, within a class, and through a link to the set itself; none of them twice."""
+    """Links to other classes, within a class, and to the set itself through a link: no image comes twice."""
     elsewhere = write(tmp_path / "elsewhere", some_images(), "folder")
     path = tmp_path / "set"
     (path / "ant").mkdir(parents=True)
@@ -304,7 +304,7 @@ def test_links_that_would_be_read_twice_or_lead_nowhere(tmp_path):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_as_their_exif_says(orientation, suffix, kind, tmp_path):
-    """Where the first row and column of what is stored belong, by the EXIF standard's table."""
+    """The positions of the first stored row and column follow the table of the EXIF standard."""
     row, column = {
         1: ("top", "left"),
         2: ("top", "right"),

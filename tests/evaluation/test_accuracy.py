@@ -173,7 +173,7 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone():
 
 
 def test_training_command_writes_what_is_loaded_again(tmp_path, monkeypatch, capsys):
-    """On 256 digits; samples of 70 stand in for the thousands that 256 test digits do not hold."""
+    """The data are 256 digits; samples of 70 stand in for the thousands that 256 test digits do not hold."""
     words = ["--data-dir", str(DATA), "--out", str(tmp_path / "c"), "--epochs", "8", "--sample-size", "70"]
     classifier_command.main(words)
     classifier, reference = load_classifier(tmp_path / "c")

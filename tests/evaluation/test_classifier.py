@@ -34,7 +34,7 @@ def photographs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def randomised() -> Classifier:
-    """With moments and weights of the normalisations that are no longer those of a new network."""
+    """The network with random moments and weights of its normalisations."""
     generator = torch.Generator().manual_seed(3)
     classifier = Classifier(CONFIG)
     for name, value in classifier.state_dict().items():
@@ -44,7 +44,7 @@ def randomised() -> Classifier:
 
 
 def test_the_residual_network_is_its_formula():
-    """In float64, of functional calls alone."""
+    """The formula is in float64, of functional calls alone."""
     classifier = randomised()
     weights = [value.double() for name, value in classifier.state_dict().items() if "tracked" not in name]
     images, _ = photographs(3)
@@ -142,7 +142,7 @@ def test_training_is_reproducible():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What the command makes of two zips of photographs."""
+    """The classifier that the command trains on two zips of photographs."""
     folder = tmp_path_factory.mktemp("photographs")
     for name, count, seed in (("train", 256, 0), ("test", 64, 1)):
         images, labels = photographs(count, seed)

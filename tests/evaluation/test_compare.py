@@ -79,7 +79,7 @@ def test_frechet_distance(pair, result):
 
 
 def test_frechet_distance_is_torch_fidelitys_within_its_rounding(pair, result):
-    """It takes a matrix root of a product, which keeps about half of the digits."""
+    """torch-fidelity takes a matrix root of a product, which keeps about half of the digits."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = [fid_features_to_statistics(torch.from_numpy(in_features(s))) for s in pair]
@@ -419,7 +419,7 @@ def test_unknown_metrics(pair):
 
 
 def test_the_curve_has_every_point(tmp_path):
-    """Real digits, whatever the options, so every distance is small and every digit is read as asked."""
+    """The stand-in gives real digits for all options: distances are small, class accuracy is 100 %."""
     model = FakeModel(real_digits)
     result = sweep(
         model, num=40, samplers=("ddim", "dpm++"), steps=(2, 5), guidance=(1.0, 3.0), precision="fast"

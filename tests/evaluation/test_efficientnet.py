@@ -38,7 +38,7 @@ def features():
 
 @pytest.mark.parametrize("size", [28, 32, 224, 301], ids=str)
 def test_images_are_resized_as_pillow_does(size):
-    """In float: Pillow's mode "F" rounds nothing."""
+    """The images are floats, which Pillow's mode "F" does not round."""
     images = pictures(2, size)
     found = resize(images, EFFICIENTNET_SIZE)
     assert found.shape == (2, 3, EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
@@ -56,7 +56,7 @@ def test_a_fine_pattern_does_not_alias():
 
 
 def test_features_and_logits_are_the_packages_own(features, capsys):
-    """Its own way from the weights' file to logits, with the stated scaling."""
+    """The peer is the package's own loader and network, with the stated scaling."""
     images = pictures(3)
     network = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=WEIGHTS).eval()
     pooled = []
@@ -96,7 +96,7 @@ def test_every_name_says_which_features(features):
 
 
 def test_the_command_gives_the_formulas_distance(features, tmp_path, capsys):
-    """Of few images, whose centred features A, B give tr (C1 C2)^1/2 as the nuclear norm of A B^T."""
+    """For few images, with centred features A and B, tr (C1 C2)^1/2 is the nuclear norm of A B^T."""
     images = [pictures(6, seed=seed) for seed in (0, 1)]
     for name, part in zip("ab", images, strict=True):
         save_npz(part / 127.5 - 1, tmp_path / f"{name}.npz")

@@ -35,7 +35,7 @@ def images() -> torch.Tensor:
     "case", RECORDED["cases"], ids=lambda c: f"{c['prediction_type']}-{c['variance']}-{c['t']}"
 )
 def test_terms_are_improved_diffusions(case):
-    """Its numbers are in float32, and its normal distribution an approximation, which shows at t = 0."""
+    """improved-diffusion's numbers are float32; its approximate normal distribution shows at t = 0."""
     x0, noise, t = images(), wave(2.3) * 1.4, torch.full((4,), case["t"])
     output = (noise if case["prediction_type"] == "epsilon" else x0) + 0.02 * wave(0.9)
     if case["variance"] == "learned_range":
@@ -66,7 +66,7 @@ def test_the_prior_is_improved_diffusions():
 
 
 def test_the_first_term_is_the_mass_of_each_value():
-    """By scipy's normal distribution, for a mean that is off by up to 0.05 and variance beta_1's."""
+    """The peer is scipy's normal distribution, for a mean off by up to 0.05 and the variance beta_1."""
     x0, t = images(), torch.zeros(4, dtype=torch.int64)
     output = x0 + 0.05 * wave(0.9)
     x_t = q_sample(SCHEDULE, x0, t, wave(2.3))

@@ -50,12 +50,12 @@ def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, asks=Fal
 
 
 def begun(process: subprocess.Popen) -> None:
-    """Waits until it begins a shard."""
+    """Waits until the process begins a shard."""
     assert process.stdout.readline() == "begun\n", process.communicate()[1]
 
 
 def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each, which asks no more."""
+    """Waits for each rank; gives its exit status, stdout and stderr."""
     try:
         for process in processes:
             process.stdin.close()
@@ -73,7 +73,7 @@ def shards_of(out) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """What one rank with one thread makes."""
+    """The shards of one rank with one thread."""
     out = tmp_path_factory.mktemp("whole") / "out"
     ((code, text, errors),) = finish(start(folder, out))
     assert code == 0, errors
@@ -153,7 +153,7 @@ def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
 
 
 def test_a_living_rank_takes_over(whole, folder, tmp_path):
-    """Without a restart, the shards of a rank that never comes are made by the others."""
+    """The other ranks make the shards of a rank that never starts."""
     ((code, text, errors),) = finish(start(folder, tmp_path / "out", 1, 2))
     assert code == 0, errors
     assert "rank 1 of 2: 11 images" in text
@@ -263,7 +263,7 @@ def test_a_shard_that_was_altered_is_not_evaluated(damage, tmp_path):
 
 
 def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
-    """But for those that change no array, such as the times in a zip."""
+    """Bytes that belong to no array, such as the times in a zip, are left out."""
     make = partial(sample_shards, make_model(10), tmp_path, 3, [3, 1, 4], shard_size=3, steps=2)
     make()
     path = tmp_path / "shard-00000.npz"
@@ -288,7 +288,7 @@ def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
 
 
 def test_a_shard_of_another_run_is_made_again(tmp_path):
-    """Its images are other ones, and its digest is right for them."""
+    """The shard holds other images, with a digest that is right for them."""
     for seed in (0, 1):
         sample_shards(make_model(), tmp_path / str(seed), 2, shard_size=2, steps=2, seed=seed)
     before, path = shards_of(tmp_path / "0"), tmp_path / "0" / "shard-00000.npz"
@@ -405,7 +405,7 @@ def test_a_run_json_that_was_altered_is_named(damage, tmp_path):
     "target", ["shard-00002.npz", "shard-00001.npz", "nowhere", "folder", "pipe", "/dev/zero"]
 )
 def test_a_link_in_a_shards_place_is_replaced(target, tmp_path):
-    """It is not followed: the shard that it leads to stays as it is."""
+    """The link is not followed: the shard that it leads to stays unchanged."""
     make = partial(sample_shards, make_model(channels=1), tmp_path, 3, shard_size=1, steps=2)
     make()
     before = shards_of(tmp_path)

@@ -365,7 +365,7 @@ def pruning(unet):
 
 
 class LoRA(nn.Module):
-    """Of low rank beside the layer that it wraps (Hu et al. 2021, arXiv 2106.09685)."""
+    """A low-rank layer beside the layer that it wraps (Hu et al. 2021, arXiv 2106.09685)."""
 
     def __init__(self, base, rank: int = 2):
         super().__init__()

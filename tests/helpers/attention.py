@@ -14,7 +14,7 @@ def formula(q, k, v, *, scale=None):
 
 
 def torch_ops(q, k, v, *, scale=None):
-    """What a user would write, in q's dtype."""
+    """Attention in PyTorch's own ops, in q's dtype."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return ((q @ k.transpose(-1, -2)) * scale).softmax(-1) @ v
 

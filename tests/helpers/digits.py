@@ -38,7 +38,7 @@ class FakeModel:
 
 
 def real_digits(labels, guidance_scale):
-    """For each label one of the test digits of that class, or any where the label is None."""
+    """One test digit for each label; any digit if the label is None."""
     images, classes = read_digits(DATA, "test")
     pools = {digit: (classes == digit).nonzero().flatten().tolist() for digit in range(10)}
     pools[None] = list(range(len(images)))

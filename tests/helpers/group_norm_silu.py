@@ -33,7 +33,7 @@ def formula(x, num_groups, weight, bias, eps=1e-5, *, add=None, scale=None, shif
 
 
 def torch_ops(x, num_groups, weight, bias, eps=1e-5, *, add=None, scale=None, shift=None, activation="silu"):
-    """What a user of PyTorch's own op would write, in x's dtype and contiguous."""
+    """group_norm_silu in PyTorch's own ops, in x's dtype and contiguous."""
     h = x.contiguous() if add is None else (x + over_space(add, x)).contiguous()
     h = torch.group_norm(h, num_groups, weight, bias, eps)
     if scale is not None:

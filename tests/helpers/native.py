@@ -1,4 +1,4 @@
-"""What the tests of the C++ ops share."""
+"""Helpers of the tests of the C++ ops: the instruction sets that are tested."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Training runs of several processes, one a rank."""
+"""Training runs of several processes, one per rank."""
 
 import os
 import subprocess

@@ -14,7 +14,7 @@ from diffusion.process.bound import VARIANCES
 
 
 class Tested(NamedTuple):
-    """What the tests know of one sampler."""
+    """The options and the peer with which one sampler is tested."""
 
     options: list[dict[str, Any]]  # each is run through all tests
     scheduler: type  # of diffusers

@@ -1,4 +1,4 @@
-"""The one rule for how far a kernel may be from the truth, as an assertion."""
+"""The error bound for every backend, as an assertion."""
 
 from torch import Tensor
 

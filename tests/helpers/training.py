@@ -37,7 +37,7 @@ PLAIN = replace(RECIPE, unet=RECIPE.unet | {"dropout": 0.0})
 
 
 def make_trainer(recipe: Recipe = RECIPE, **options) -> Trainer:
-    """On 44 bright and dark squares, so that epochs end within a run and leave images over."""
+    """A trainer on 44 bright and dark squares, so that epochs end within a run and leave images over."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(44) % 3
     images = (labels * 100).reshape(-1, 1, 1, 1) + torch.randint(0, 50, (44, 1, 8, 8), generator=generator)
@@ -73,7 +73,7 @@ def state_of(out) -> dict[str, torch.Tensor]:
 
 
 def about(out) -> dict:
-    """What a state holds besides its tensors, without the time and the losses that the log has yet to get."""
+    """The entries of a state other than tensors, without the time and the losses not yet logged."""
     with safe_open(out / "state.safetensors", framework="pt") as file:
         found = json.loads(file.metadata()["training"])
     return {key: value for key, value in found.items() if key not in ("seconds", "losses", "norms")}

@@ -49,7 +49,7 @@ class Launch(NamedTuple):
 
 
 def specialised(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
-    """As Triton specialises a call: on None, on 1, and on what 16 divides; tensors count as aligned."""
+    """Triton's specialisation of a call: on None, on 1 and on multiples of 16; tensors count as aligned."""
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, aligned = {}, {}, []

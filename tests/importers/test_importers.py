@@ -272,7 +272,7 @@ def test_pipeline(safe, tmp_path):
 
 
 def test_flat_pipeline(tmp_path):
-    """All files side by side, as in google/ddpm-cifar10-32."""
+    """All files are in one folder, as in google/ddpm-cifar10-32."""
     model = original(SMALL)
     model.save_pretrained(tmp_path)
     diffusers.DDPMScheduler().save_pretrained(tmp_path)
@@ -296,7 +296,7 @@ def test_recognises(tmp_path):
 
 
 class Code:
-    """What a malicious checkpoint holds: code that runs when it is unpickled."""
+    """Stands for a malicious checkpoint: its code runs when it is unpickled."""
 
     ran = False
 

@@ -124,7 +124,7 @@ def test_in_another_dtype(own, dtype):
 
 @pytest.mark.parametrize("name", ["circular_padding", "hook_on_a_level", "lora_on_attention", "dilation"])
 def test_of_a_model_that_trains(name):
-    """In eval mode, dropout included, also where a part of the model is in training mode; the modes stay."""
+    """Samples are those of eval mode, without dropout, even if a part is in training mode; the modes stay."""
     model, _ = altered(name, False, "exact")
     expected = loop(model)
     set_everywhere(model.unet, ResBlock, dropout=0.5)
@@ -281,7 +281,7 @@ def test_a_function_of_torch_is_replaced(owner, name, monkeypatch):
 
 
 def test_steps_are_not_captured(monkeypatch):
-    """As they are on a CUDA device; a graph would pass over hooks."""
+    """Steps would be captured on a CUDA device, but a graph would skip the hooks."""
     model = make()
     captured = []
     monkeypatch.setattr(sampling_loop, "runs_cuda_kernels", lambda *args: True)
@@ -313,7 +313,7 @@ def test_explanations():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_hooks_see_every_evaluation(backend):
-    """With the shapes and timesteps of a plain loop, and with tensors that stay as they are."""
+    """Hooks see the shapes and timesteps of a plain loop, and tensors that do not change later."""
     model, seen = make_model(10), []
     handle = model.unet.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
     sample(model, backend=backend)
@@ -374,7 +374,7 @@ def test_another_network_after_samples(alter, precision):
 
 
 def test_operators_are_seen_by_a_dispatch_mode():
-    """Such as one that counts operations: all convolutions of a loop over the modules."""
+    """A mode that counts operations sees all convolutions of a loop over the modules."""
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -412,7 +412,7 @@ def test_the_bound_of_an_altered_network():
 
 @pytest.mark.parametrize("name", ["lora_on_attention", "wide_convolution", "parametrization", "no_attention"])
 def test_saving_what_could_not_be_loaded(name, tmp_path):
-    """It is refused, and leaves the good model that was there."""
+    """Saving is refused, and the former model is kept."""
     make().save(tmp_path)
     model, _ = altered(name, False, "exact")
     with pytest.raises(ValueError, match="the UNet is of another architecture than its configuration"):

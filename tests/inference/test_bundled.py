@@ -1,4 +1,4 @@
-"""The bundled model: small enough, and its digits are the ones asked for."""
+"""The bundled model: its size, and the class accuracy of its digits."""
 
 import hashlib
 import json

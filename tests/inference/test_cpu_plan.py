@@ -51,7 +51,7 @@ def test_equals_the_unet(name, simd):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_in_sixteen_bits(name, dtype):
-    """As near to float64 as the UNet itself in that dtype, or twice as far."""
+    """The error is at most twice that of the UNet itself in that dtype."""
     unet = randomized(VARIANTS[name])
     x, t = inputs(unet.config)
     labels = labels_of(unet.config, 2)
@@ -204,7 +204,7 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
 
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_attention_over_many_positions(limit, monkeypatch):
-    """By AMX, where the processor has it, up to a limit, and without it beyond."""
+    """With AMX, attention uses it up to a limit of positions, and not beyond."""
     monkeypatch.setattr(cpu_plan, "MAX_PLANNED_AMX_POSITIONS", limit)
     unet = randomized(VARIANTS["heads"])
     x, t = inputs(unet.config, 2, (26, 14))

@@ -150,7 +150,7 @@ def test_five_hundred_calls_take_no_more_memory():
 @pytest.mark.parametrize("duplicate", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("name", ["plain", "circular"])
 def test_a_duplicate_of_a_model_that_has_sampled(duplicate, name):
-    """It samples the same, and either is altered alone."""
+    """Both sample the same, and altering one does not alter the other."""
     model = make_model(10)
     if name == "circular":
         circular(model)

@@ -53,7 +53,7 @@ def test_float64_is_explained():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("learned_variance", [False, True], ids=["fixed", "learned"])
 def test_samplers_in_float64(sampler, learned_variance):
-    """As in float32, with all that a step can do."""
+    """Images equal the loop's, as in float32, with every option of a step."""
     model = make_model(10, learned_variance=learned_variance)
     for extra in ({}, {"guidance_rescale": 0.5}, {"dynamic_threshold": 0.9, "dynamic_threshold_max": 2.0}):
         options = {"sampler": sampler, "steps": 6, "guidance_scale": 2.0, "seed": 3, **extra}

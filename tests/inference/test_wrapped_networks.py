@@ -1,4 +1,4 @@
-"""What stands for a UNet in a model: it has the UNet's configuration, or is refused in one line."""
+"""Stand-ins for a UNet in a model: they have a UNet's configuration, or are refused in one line."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ class NoParameters(nn.Module):
 
 
 def distributed(unet):
-    """As DistributedDataParallel makes it, without the processes that it needs."""
+    """A DistributedDataParallel module, made without the processes that it needs."""
     wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapper)
     wrapper.module = unet

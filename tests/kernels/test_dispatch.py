@@ -1,4 +1,4 @@
-"""Which backend runs, and that none is left out in silence."""
+"""The choice of a backend: no backend is skipped without a reason."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_a_library_that_is_no_such_module_gives_a_reason(tmp_path):
 
 
 def test_a_library_for_another_python_gives_a_reason(tmp_path):
-    """Its name says so, and the loader is not asked."""
+    """The file's name tells, so that it is never loaded."""
     (tmp_path / "_cpp.cpython-37m-x86_64-linux-gnu.so").write_bytes(b"for Python 3.7")
     library, reason = _native._load_cpp(tmp_path / _native.CPP_FILE)
     assert library is None
@@ -178,7 +178,7 @@ def test_a_library_that_python_does_not_agree_with_gives_a_reason(before, reason
 
 @requires_native
 def test_python_and_the_library_agree():
-    """On all limits and on the instruction sets; the module says how it was built."""
+    """Python and the library agree on all limits and instruction sets; the module says how it was built."""
     module = _native.library()
     limits = {name: value for name, value in vars(_limits).items() if name.isupper()}
     assert limits == module.LIMITS
@@ -224,7 +224,7 @@ def run_capped(cap: str, *command: str) -> subprocess.CompletedProcess:
 @requires_native
 @pytest.mark.parametrize("cap", ["baseline", "avx2", "amx"])
 def test_the_environment_caps_the_instruction_sets(cap):
-    """What the processor lacks it does not get; all that Python chooses by the processor is capped, too."""
+    """The cap adds nothing that the processor lacks; choices in Python are capped, too."""
     code = """if True:
         import json, torch
         from diffusion.cli.train import choose_autocast

@@ -87,7 +87,7 @@ def differentiable_calls():
 
 @pytest.mark.parametrize("op", ["group_norm_silu", "attention", "reverse_step"])
 def test_forward_mode(op):
-    """By difference quotients in float64; the compiled operators have no tangents, and would give zeros."""
+    """The peer is difference quotients in float64; compiled operators, without tangents, would give zeros."""
     function, x = differentiable_calls()[op]
     tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     _, actual = torch.func.jvp(function, (x,), (tangent,))
@@ -116,7 +116,7 @@ def test_transforms_of_torch_func(op):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e30, -1e30, 0.0, 3e9])
 def test_attention_to_the_largest_logit(scale, dtype, backend):
-    """Where the logits are that far apart, all weight is on the largest: known without any exponential."""
+    """With logits so far apart, all weight is on the largest: the result is known without an exponential."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 40, 16, generator=generator).to(dtype) for _ in range(3))
     actual = attention(q, k, v, scale=scale, backend=backend)

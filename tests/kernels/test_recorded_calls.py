@@ -141,7 +141,7 @@ def test_only_the_innermost_recording_of_the_thread_ends():
 
 
 def test_a_recording_that_is_never_left():
-    """Its object may go, and the thread goes on recording until it ends."""
+    """The thread goes on recording until it ends, even if the recording's object is deleted."""
 
     def work():
         recording().__enter__()

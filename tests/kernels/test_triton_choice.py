@@ -1,4 +1,4 @@
-"""Where Triton serves, and how one of a few launch configurations is chosen and remembered."""
+"""The devices that Triton serves, and the choice of a launch configuration, which is remembered."""
 
 from types import SimpleNamespace
 

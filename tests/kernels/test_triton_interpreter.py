@@ -43,7 +43,7 @@ def test_in_the_interpreter(files, selection, marks):
 
 
 def test_the_package_works_without_triton(tmp_path):
-    """As on macOS and Windows: the reason is given, and nothing tries to import it."""
+    """macOS and Windows have no Triton: the reason is given, and nothing tries to import it."""
     assert importlib.util.find_spec("triton")
     program = """
 import importlib.util, sys

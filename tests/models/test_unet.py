@@ -121,7 +121,7 @@ def test_timestep_scale():
 
 
 def test_labels():
-    """None is the null label for everyone, and no label is like another."""
+    """labels=None means the null label for every image, and all labels differ."""
     unet = randomized(CONDITIONAL)
     x, t = inputs(CONDITIONAL, batch=1)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_labels():
     "name", ["conditional", "no_null_label", "scale_shift", "resblock", "heads", "patches"]
 )
 def test_gradients_of_each_sample(name):
-    """By torch.func, those of a loop."""
+    """torch.func gives the gradients of a loop."""
     config = replace(VARIANTS[name], num_classes=3)
     unet, (x, t), labels = randomized(config), inputs(config, 3), torch.tensor([0, 2, 1])
     weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}

@@ -37,7 +37,7 @@ def clone(tmp_path):
 
 
 def info(clone, site, before="") -> str:
-    """What the clone says of its kernels; `before` is run first."""
+    """The clone's report on its kernels; `before` is run first."""
     script = "from diffusion import kernels; print(kernels.build_info())"
     words = [sys.executable, "-S", "-c", before + script]
     path = os.pathsep.join([str(site), *(entry for entry in sys.path if entry.endswith("site-packages"))])

@@ -1,4 +1,4 @@
-"""The notebooks run, and what is stored in them is what they put out."""
+"""The notebooks run, and their stored outputs are the ones that running them gives."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def kinds(cell: nbformat.NotebookNode) -> set[str]:
-    """What a cell put out: its streams, and the media types of its results and pictures."""
+    """The outputs of a cell: its streams, and the media types of its results and pictures."""
     found = set()
     for output in cell.outputs:
         found |= {output.name} if output.output_type == "stream" else set(output.get("data", ["error"]))
@@ -41,13 +41,13 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
 
 
 def words(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell printed, without the numbers: those of times and of other training steps differ."""
+    """The printed words of a cell, without numbers, which differ with times and training steps."""
     printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     return NUMBER.sub("#", printed).split()
 
 
 def texts(notebook: nbformat.NotebookNode) -> list[str]:
-    """All that is stored but pictures."""
+    """All stored outputs except pictures."""
     found = [json.dumps(notebook.metadata)]
     for cell in notebook.cells:
         found += [cell.source, json.dumps(cell.metadata)]
@@ -84,7 +84,7 @@ def test_a_notebook_runs_and_puts_out_what_is_stored(path, tmp_path):
 @pytest.mark.skipif(not torchvision_works(), reason="a notebook imports it")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_a_notebook_imports_is_there(path):
-    """By default in the place of running it, which takes long."""
+    """The imports are checked by default, because running the notebook takes long."""
     tree = ast.parse("\n".join(cell.source for cell in code_cells(read(path))))
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert any("diffusion" in ast.unparse(node) for node in imports)

@@ -1,4 +1,4 @@
-"""What an installation contains, with a compiler and without one.
+"""The contents of an installation, with a compiler and without one.
 
 The default run builds pure Python from a source distribution; `-m slow` compiles, and installs editable.
 """
@@ -123,7 +123,7 @@ def test_pure_python_wheel(sdist, tmp_path, settings, reason):
 
 @requires_native
 def test_the_cpp_library_depends_on_no_library_of_python():
-    """Its tag names the Python. Neither libpython nor PyTorch's own bindings or unstable C++ are in it."""
+    """The file's tag names the Python. It needs neither libpython nor PyTorch's bindings or unstable C++."""
     binary = (_native.FOLDER / _native.CPP_FILE).read_bytes()
     assert b"PyInit__cpp" in binary
     for symbol in (b"libpython", b"libtorch_python", b"_ZN2at6"):

@@ -13,7 +13,7 @@ CLIENT = Path(__file__).with_name("typed_client.py")
 
 
 def assert_value(value, kind):
-    """In the place of typing.assert_type, which does nothing when it is called."""
+    """Replaces typing.assert_type, which does nothing when it is called."""
     generic = get_origin(kind) not in (None, UnionType)
     assert isinstance(value, get_origin(kind) if generic else kind)
     return value

@@ -1,4 +1,4 @@
-"""Where each step of a table leads: to the next timestep visited, for every spacing and number of steps.
+"""The timestep that each step of a table leads to: the next one, for every spacing and number of steps.
 
 The values come from the papers' formulas, in float64, for the timesteps visited. The model is the exact
 denoiser of N(0, DEVIATION^2). It is linear, so the deviation of the samples follows from the table without
@@ -84,7 +84,7 @@ def papers_deviation(sampler: str, timesteps: list[int], options: dict) -> float
 
 
 def solvers_deviation(timesteps: list[int], sde: bool) -> float:
-    """Of DPM-Solver++(2M), by Lu et al. 2022, algorithm 2 and eq. 19; x is a vector over all noises drawn."""
+    """DPM-Solver++(2M)'s deviation, by Lu et al. 2022, algorithm 2 and eq. 19; x has one entry per noise."""
     x, before, h_before = torch.zeros(len(timesteps) + 1, dtype=torch.float64), None, None
     x[0] = 1.0
     for i, (here, there) in enumerate(pairwise(levels(timesteps))):
@@ -171,7 +171,7 @@ EPSILON = torch.tensor([optimum(signal, 0.1)[1] for signal in SIGNAL])
 @variants
 def test_chains_of_the_engine_have_the_deviation_of_the_table(sampler, options, way, spacing, steps):
     # The images are so faint that nothing is thresholded, and both halves of guidance are the same. The
-    # latents seen by a callback, of which GIFs are made, are those of the timestep that a step leads to.
+    # x_t seen by a callback, of which GIFs are made, is that of the timestep that a step leads to.
     scale = {"guidance_scale": 3.0, "guidance_interval": (200, 700)} if way == "guided" else {}
     table = SAMPLERS[sampler](SCHEDULE, steps, spacing=spacing, clip=None, **scale, **options)
     count, seen = 1024, []

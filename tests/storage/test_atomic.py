@@ -72,7 +72,7 @@ def test_what_cannot_be_written_is_named(name, said, tmp_path):
 
 
 def test_files_and_their_folders_are_synced(tmp_path, monkeypatch):
-    """All files before the first is renamed, and then each folder."""
+    """All files are synced before the first is renamed, and each folder after it."""
     done, fsync, replace = [], os.fsync, os.replace
 
     def note_sync(handle):

@@ -318,7 +318,7 @@ def test_a_kill_between_the_two_files_leaves_no_mixture(other, folder, monkeypat
 
 @pytest.mark.parametrize("other", [{"channels": 3}, {"prediction_type": "v_prediction", "seed": 1}])
 def test_a_model_that_is_replaced_while_it_is_read(other, folder, monkeypatch, impatient):
-    """As by a run that trains on while its last model is tried."""
+    """A training run may replace a model while it is being loaded."""
     read, count, new = diffusion.storage.checkpoint.read_safetensors, [], make_model(10, **other)
 
     def late(*arguments):

@@ -34,7 +34,7 @@ from helpers.models import make_model
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    """Of 64 GiB, as some machines have more than the sparse files here hold."""
+    """A machine of 64 GiB: some have more memory than the sparse files here hold."""
     for module in (reading, diffusion.utils.memory):
         monkeypatch.setattr(module, "total_memory", lambda device: 2**36)
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_opened(name, said, tmp_path):
     ],
 )
 def test_names_of_which_the_system_tells_nothing(read, tmp_path, monkeypatch):
-    """Too long, going round in links, and in a folder that may not be entered."""
+    """Names that are too long, cyclic links, and names in a folder that may not be entered."""
     (tmp_path / "round").symlink_to(tmp_path / "round")
     stat, opened = os.stat, os.open
     for refuse, function in (("stat", stat), ("open", opened)):
@@ -285,7 +285,7 @@ def test_a_cache_that_is_a_pipe(tmp_path):
     ],
 )
 def test_what_is_no_weight_is_named(tensor, said, tmp_path):
-    """By every way in: a model, a diffusers folder, a .pt file, a classifier."""
+    """Tensors that are not weights are named: in a model, a diffusers folder, a .pt file, a classifier."""
     module = torch.nn.Linear(1, 2)
     weights = {"weight": torch.zeros(2, 1), "bias": tensor}
     save_file(weights, tmp_path / "w.safetensors")

@@ -1,4 +1,4 @@
-"""What the optimisers do to the weights, beside torch.optim on a model that is trained by hand."""
+"""The optimisers against torch.optim on a model that is trained by hand."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_muon_resumes_as_if_it_had_not_stopped(channels_last, tmp_path):
 
 
 def test_a_state_without_the_fields_that_came_since_resumes(tmp_path):
-    """As version 0.1.0 wrote it: no noise levels in the recipe."""
+    """Version 0.1.0 wrote recipes without noise levels."""
     run(tmp_path / "whole")
     run_until(7, tmp_path / "old")
     path = tmp_path / "old" / "state.safetensors"

@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_state_of_which_a_bit_has_flipped(unbroken, tmp_path):
-    """Of a weight, an average, a moment, or of what the state says of itself; older ones hold no digest."""
+    """The bit is in a weight, an average, a moment or the metadata; older states hold no digest."""
     with safe_open(unbroken / "state.safetensors", framework="pt") as file:
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     path, longer = tmp_path / "state.safetensors", replace(RECIPE, steps=RECIPE.steps + 1)

@@ -1,4 +1,4 @@
-"""What a recipe and the ways to compute it change about a step, and what they do not."""
+"""The effects of a recipe's fields and of the options of computation on a step."""
 
 from dataclasses import replace
 from functools import partial
@@ -56,7 +56,7 @@ def test_checkpointing_keeps_less():
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_compiled_steps_are_the_same(backend, monkeypatch):
-    """What is traced is by default run without code generation, which takes half a minute."""
+    """By default the traced graph runs without code generation, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.testing.assert_close(weights_after(2, compile=True), weights_after(2), rtol=0, atol=3e-5)
 
@@ -99,7 +99,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path):
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), NoiseSchedule.cosine()])
 @pytest.mark.parametrize("null_label", [True, False])
 def test_every_model_can_show_samples(schedule, null_label, tmp_path):
-    """Of a short chain too, and without a null label, which guidance would need."""
+    """Models of a short chain, and models without the null label that guidance needs, show samples, too."""
     unet = PLAIN.unet | {"has_null_label": null_label}
     dropout = 0.1 if null_label else 0.0
     recipe = replace(PLAIN, steps=1, unet=unet, schedule=schedule.to_config(), label_dropout=dropout)

@@ -1,4 +1,4 @@
-"""What torchrun tells a process."""
+"""The environment variables that torchrun sets."""
 
 import pytest
 

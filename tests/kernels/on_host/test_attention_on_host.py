@@ -125,7 +125,7 @@ class TestMeaning:
         assert_close(out, torch_ops(q, k[:, :, :20], v[:, :, :20]), rest)
 
     def test_logits_may_all_be_far_below_zero(self, dtype):
-        """Where keys that do not exist would weigh more than all that do."""
+        """Keys beyond the end must not count: they would outweigh all others."""
         (q, k, v), _ = Case(1, 1, 70, 16).inputs(dtype)
         args = q.abs() + 3, -k.abs() - 3, v
         actual = with_gradients(partial(attention, scale=1.0), args)

@@ -305,7 +305,7 @@ class TestChoice:
 
 
 class TestWhereCudaServes:
-    """Asked about tensors that exist in name only."""
+    """The tensors are fake: they have shapes, but no memory."""
 
     @pytest.fixture(autouse=True)
     def device(self, monkeypatch):

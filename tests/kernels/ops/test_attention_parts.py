@@ -10,7 +10,7 @@ pytestmark = requires_amx
 
 attention_amx_ = torch.ops.fused_diffusion.attention_amx_
 
-# Of the largest output: three parts are the whole of a float32, one loses 2^-8 of it, in two products.
+# Errors relative to the largest output. Three splits hold a whole float32; one loses 2^-8, in two products.
 ERRORS = {1: 2e-2, 3: 2e-6}
 SHAPES = [(1, 1, 256, 256), (2, 4, 49, 32), (1, 2, 7, 40), (3, 1, 64, 128), (1, 1, 1000, 64), (2, 3, 17, 5)]
 SHAPES += [(2, 1, 1, 1), (1, 1, 33, 300), (40, 1, 256, 64)]  # the last is packed in several groups

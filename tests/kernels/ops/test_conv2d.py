@@ -174,7 +174,7 @@ def test_nothing_has_a_gradient_of_zero(shapes):
 @pytest.mark.parametrize("first", ["x", "weight", "bias"])
 @pytest.mark.parametrize("second", ["x", "weight", "bias"])
 def test_no_second_derivative(first, second):
-    """Refused, not left out, also where there is another path."""
+    """A second derivative is refused, not left out, also if there is another path."""
     arguments, options = CASES["plain"].inputs(torch.float32)
     inputs = dict(zip(("x", "weight", "bias"), leaves(arguments), strict=True))
     with torch.autocast("cpu", torch.bfloat16):

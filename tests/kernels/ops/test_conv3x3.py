@@ -1,4 +1,4 @@
-"""conv3x3 and what it is made of: against float64, over instruction sets, tiles, layouts and sizes."""
+"""conv3x3 and its parts: against float64, over instruction sets, tiles, layouts and sizes."""
 
 import math
 
@@ -35,7 +35,7 @@ def expected_of(args, options):
 
 
 def complaint(actual, args, options, packed) -> str | None:
-    """Why `actual` is too far from float64: by the one rule, and what the algorithm is documented to lose."""
+    """The reason why `actual` exceeds the error bound, with the algorithm's documented extra error."""
     peer = conv3x3(*args, **options, backend="reference")
     return wrong(actual, peer, expected_of(args, options), accuracy=packed.accuracy)
 
@@ -60,7 +60,7 @@ def test_parity(case, dtype, tile, simd):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_products_of_bfloat16(case, dtype, packing):
-    """Inputs and weights are rounded to bfloat16, or are made of three bytes, whatever x's dtype."""
+    """Inputs and weights are rounded to bfloat16, or split into three limbs, for every dtype of x."""
     args, options = CASES[case].inputs(dtype)
     packed = pack(args[1], packing)
     actual = conv3x3(args[0], packed, args[2], **options, backend="cpp")
@@ -94,7 +94,7 @@ def composed(x, weight, bias, *, num_groups, norm_weight, norm_bias, add, scale,
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_maps_without_pixels(shape, upsample, num_groups, layout, backend):
-    """They have an output without any, and gradients of 0."""
+    """Empty maps have an empty output, and gradients of 0."""
     factor = 2 if upsample else 1
     height, width = (factor * size for size in shape[2:])
     x, weight = torch.zeros(shape).to(memory_format=layout), torch.ones(7, 6, 3, 3)
@@ -112,7 +112,7 @@ def test_maps_without_pixels(shape, upsample, num_groups, layout, backend):
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_has_the_dtype_of_x(dtype, other, backend):
-    """Whatever those of bias and residual."""
+    """The dtypes of bias and residual do not matter."""
     args, options = CASES["four_pixels"].inputs(dtype)
     options["residual"] = options["residual"].to(other)
     packed = pack_conv3x3(args[1], 4, 4, dtype)
@@ -164,7 +164,7 @@ def test_an_image_does_not_depend_on_its_batch_or_the_threads(case, packing):
 
 
 def bounded(map, x, silu=False):
-    """A map with bounds of what it makes of x."""
+    """An affine map, with bounds of its values for x."""
     centre, gain, offset = (m.double()[:, :, None, None] for m in map)
     z = (x.double() - centre) * gain + offset
     z = F.silu(-math.log(2) * z) if silu else z
@@ -199,7 +199,7 @@ def test_other_convolutions(kernel, stride, padding, below, normalised, dtype, s
 
 
 def check_other_convolution(kernel, stride, padding, below, normalised, dtype, packing):
-    """Those of the change of resolution and of attention, from and to some channels of wider images."""
+    """The convolutions of resampling and attention, from and to some channels of wider images."""
     wide = channels_last(2, 40, 12, 32, dtype=dtype)
     x = wide[:, 3:26]
     weight = channels_last(70, 23, kernel, kernel, seed=1) / (23 * kernel**2) ** 0.5
@@ -289,7 +289,7 @@ def test_what_is_not_finite_spoils_what_reads_it(row, column, value, simd):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e18, 1e20, 1e36, 1e37])
 def test_large_numbers_whose_sums_are_finite(size, dtype, scale, simd):
-    """Also where what is added lies in the output, and where some images of a batch are of order one."""
+    """Sums are finite, too, with the residual in the output, and with other images of order one."""
     x = channels_last(3, 37, 9, 10).to(dtype).float()
     x[1] *= size
     map = torch.stack([torch.zeros(3, 37), torch.ones(3, 37), torch.zeros(3, 37)])
@@ -313,7 +313,7 @@ def test_large_numbers_whose_sums_are_finite(size, dtype, scale, simd):
 @requires_native
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_a_weight_that_is_not_finite_or_all_but_infinite(value, simd):
-    """It spoils its own output alone; the largest finite number spoils none."""
+    """The weight spoils its own output alone; the largest finite number spoils none."""
     x, weight = 1e-3 * channels_last(2, 20, 12, 12), channels_last(18, 20, 3, 3, seed=1)
     weight[5, 3] = value
     expected = F.conv2d(x.double(), weight.double(), padding=1)
@@ -334,8 +334,8 @@ def test_a_weight_that_is_not_finite_or_all_but_infinite(value, simd):
     [(3, 1, 1, 1), (3, 1, 1, 2), (3, 2, 1, 1), (3, 2, 0, 1), (1, 1, 0, 1), (1, 2, 0, 1)],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale, value):
-    """And the scale of its image is that of the other numbers."""
+def test_non_finite_inputs_spoil_the_outputs_that_read_them(kernel, stride, padding, scale, value):
+    """NaN and infinity spoil only the outputs that read them; the scale comes from the finite values."""
     x = channels_last(3, 20, 9, 10)
     x[1, 17, 4, 5] = x[1, 2, 8, 0] = value
     weight = channels_last(18, 20, kernel, kernel)
@@ -357,7 +357,7 @@ def test_what_has_no_bytes_spoils_what_it_reaches(kernel, stride, padding, scale
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "shift"), [(1, 0), (1e-4, 0), (0.1, -1), (1, -4), (1, -30), (0.3, 5)])
 def test_bounds_of_a_map(dtype, shape, silu, size, shift):
-    """They are the largest of what each channel is mapped to."""
+    """The bounds are the largest magnitudes of each mapped channel."""
     x = 3 + channels_last(*shape, dtype=dtype)
     n, c = shape[:2]
     weight, bias = channels_last(2, c, 1, 1).flatten(1).unbind(0)
@@ -388,7 +388,7 @@ def relative_error(actual, x, weight, **options):
     + [("norm_bias", shift, 2e-5) for shift in (-4.0, -10.0, -30.0)],
 )
 def test_small_activations(option, value, most):
-    """What SiLU makes of small numbers, and of those far below 0, is smaller than what it could be."""
+    """SiLU of small numbers, and of numbers far below 0, is below its bound."""
     x, weight = channels_last(1, 64, 16, 16), channels_last(32, 64, 3, 3, seed=1)
     options = {"num_groups": 8, option: torch.full((64,), value), "activation": "silu"}
     actual = conv3x3(x, pack_conv3x3(weight, 16, 16), **options, backend="cpp")
@@ -398,7 +398,7 @@ def test_small_activations(option, value, most):
 @requires_native
 @pytest.mark.parametrize("seed", range(20))
 def test_cancelling_maps(seed):
-    """Gains of hundreds, and offsets that all but cancel them: the bounds are of what was rounded."""
+    """Gains of hundreds, with offsets that nearly cancel them: the bounds hold for the rounded results."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 16, 1, 1, generator=generator).expand(1, 16, 4, 4)
     gain, weight = torch.full((16,), 300.0), torch.rand(16, 16, 3, 3, generator=generator)
@@ -455,8 +455,8 @@ def test_the_weight_in_tiles_is_whole():
     assert torch.equal(found[:40, :35], weight.bfloat16())
 
 
-def test_the_weight_in_bytes_is_whole():
-    """[shares][panel: 16 scales, [chunk][tap][byte][tile]]; tiles [4i + j][output][k] of 16j + 4i + k."""
+def test_the_weight_in_limbs_is_whole():
+    """[scales][panel: 16 scales, [chunk][tap][limb][tile]]; tiles [4i + j][output][k] of 16j + 4i + k."""
     weight = torch.randn(20, 70, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[3] *= 1e-42
     weight[17] = 0
@@ -465,22 +465,22 @@ def test_the_weight_in_bytes_is_whole():
     weight[:, 6] = 0
     data = pack(weight, Packing(amx_limbs=3)).data
     assert data.dtype == torch.int8
-    shares, data = data[: 4 * 128].view(torch.float32).double(), data[4 * 128 :]
+    channel_scales, data = data[: 4 * 128].view(torch.float32).double(), data[4 * 128 :]
     heads, tiles = data.view(2, -1).split([256, 2 * 9 * 3 * 1024], 1)
     scales = heads[:, :64].contiguous().view(torch.float32).flatten().double()
-    digits = tiles.reshape(2, 2, 9, 3, 4, 4, 16, 4).double()  # [panel, chunk, tap, digit, i, j, output, k]
-    whole = digits[:, :, :, 0] + digits[:, :, :, 1] / 2**8 + digits[:, :, :, 2] / 2**16
+    limbs = tiles.reshape(2, 2, 9, 3, 4, 4, 16, 4).double()  # [panel, chunk, tap, limb, i, j, output, k]
+    whole = limbs[:, :, :, 0] + limbs[:, :, :, 1] / 2**8 + limbs[:, :, :, 2] / 2**16
     found = whole.permute(0, 5, 1, 4, 3, 6, 2).reshape(32, 128, 3, 3) * scales[:, None, None, None]
-    assert digits[:, :, :, 0].abs().max() == 127
+    assert limbs[:, :, :, 0].abs().max() == 127
     sums = heads[:, 64:].contiguous().view(torch.int32).view(2, 3, 16)
-    assert torch.equal(sums, 96 * digits.sum((1, 2, 4, 5, 7)).int())
-    found *= shares[:, None, None]
-    assert not shares[70:].any()
-    assert torch.equal(shares.log2().round(), shares.log2())
+    assert torch.equal(sums, 96 * limbs.sum((1, 2, 4, 5, 7)).int())
+    found *= channel_scales[:, None, None]
+    assert not channel_scales[70:].any()
+    assert torch.equal(channel_scales.log2().round(), channel_scales.log2())
     assert not found[20:].any()
     assert not found[:, 70:].any()
-    largest = (weight.double() / shares[:70, None, None]).abs().amax((1, 2, 3), keepdim=True)
-    errors = (found[:20, :70] - weight.double()).abs() / shares[:70, None, None]
+    largest = (weight.double() / channel_scales[:70, None, None]).abs().amax((1, 2, 3), keepdim=True)
+    errors = (found[:20, :70] - weight.double()).abs() / channel_scales[:70, None, None]
     assert (errors <= largest * 2.0**-23.5 + 2.0**-143).all()
 
 
@@ -488,16 +488,16 @@ def test_the_weight_in_bytes_is_whole():
 def test_few_channels_stand_beside_those_of_the_next_taps(channels, beside):
     weight = torch.randn(20, channels, 3, 3, generator=torch.Generator().manual_seed(0))
     taps, own = -(-3 // beside), 16 if channels <= 16 else 32
-    shares, data = pack(weight, Packing(amx_limbs=3)).data.tensor_split([4 * 64])
-    shares = shares.view(torch.float32)[:channels, None]
+    channel_scales, data = pack(weight, Packing(amx_limbs=3)).data.tensor_split([4 * 64])
+    channel_scales = channel_scales.view(torch.float32)[:channels, None]
     heads, tiles = data.view(2, -1).split([256, 3 * taps * 3 * 1024], 1)
-    digits = tiles.reshape(2, 3, taps, 3, 4, 4, 16, 4).double()  # [panel, row, taps, digit, i, j, output, k]
-    whole = digits[:, :, :, 0] + digits[:, :, :, 1] / 2**8 + digits[:, :, :, 2] / 2**16
+    limbs = tiles.reshape(2, 3, taps, 3, 4, 4, 16, 4).double()  # [panel, row, taps, limb, i, j, output, k]
+    whole = limbs[:, :, :, 0] + limbs[:, :, :, 1] / 2**8 + limbs[:, :, :, 2] / 2**16
     found = whole.permute(0, 5, 4, 3, 6, 1, 2).reshape(32, 64, 3, taps)  # [output, j i k, row, taps]
     found *= heads[:, :64].contiguous().view(torch.float32).flatten()[:, None, None, None]
     for column in range(3):
         first = column % beside * own
-        part = found[:20, first : first + channels, :, column // beside] * shares
+        part = found[:20, first : first + channels, :, column // beside] * channel_scales
         torch.testing.assert_close(part, weight[:, :, :, column].double(), rtol=1e-6, atol=1e-6)
     assert found.count_nonzero() <= weight.numel()
 
@@ -555,7 +555,7 @@ def test_what_cannot_be_packed(shape, packing):
 
 @requires_native
 def test_weights_for_another_processor():
-    """Packed for AMX, and then run without it."""
+    """A weight packed for AMX is refused by a processor without it."""
     packed = pack(W, Packing(amx_limbs=3))
     _native.use_simd("baseline")
     try:
@@ -622,7 +622,7 @@ def test_without_channels(packing):
 @pytest.mark.skipif(not multiplies_bf16_pairs(), reason="this processor has no AVX512_BF16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pairs_by_one_pixel(dtype):
-    """Only what is bfloat16 is read in place."""
+    """Only bfloat16 is read in place."""
     x, out = channels_last(1, 32, 4, 4, dtype=dtype), channels_last(1, 16, 4, 4, dtype=dtype)
     weight = channels_last(16, 32, 1, 1, seed=1) / 32**0.5
     packed = pack(weight, Packing(bf16_pairs=True))

@@ -122,7 +122,7 @@ class TestMeaning:
             torch.testing.assert_close(one, other)
 
     def test_parameters_of_another_dtype_and_with_gaps(self, backend):
-        """As under autocast: bfloat16 images, float32 parameters, scale and shift halves of one tensor."""
+        """The dtypes of autocast, bfloat16 images and float32 parameters; scale and shift share a tensor."""
         (x, groups, weight, bias), kwargs = CASES["adm"].inputs(torch.bfloat16)
         modulation = torch.cat([kwargs["scale"], kwargs["shift"]], 1).float().requires_grad_()
         weight, bias = weight.float().requires_grad_(), bias.float().requires_grad_()
@@ -178,7 +178,7 @@ class TestMeaning:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_silu_far_out(self, backend, dtype):
-        """From where the exponential would overflow to where it vanishes."""
+        """z runs from values where the exponential would overflow to values where it vanishes."""
         shift = torch.tensor([[-3e4, -200, -100, -88, -87, -20, -3, -0.0, 0.5, 3, 20, 88, 100, 200, 3e4]]).to(
             dtype
         )
@@ -258,7 +258,7 @@ def test_properties(backend, data):
     ("backend", "device"), [(backend, device) for backend, device in BACKENDS if backend in ("cpp", "cuda")]
 )
 def test_what_is_added_to_a_channel_alone_in_its_group_has_no_gradient(backend, device, dtype, channels_last):
-    """In exact arithmetic: what is left of it is left of what was rounded."""
+    """The gradient is zero but for rounding."""
     for space in ((1, 2), (3, 4), (19, 37)):
         case = Case((2, 6, *space), 6, add=True, scale_shift=True, channels_last=channels_last, mean=3.0)
         args, kwargs = case.inputs(dtype, device)

@@ -101,7 +101,7 @@ def test_learned_sigma_over_the_range_of_exp():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestMeaning:
-    def test_no_noise_is_drawn_where_s_is_zero(self, backend):
+    def test_no_noise_is_drawn_where_sigma_is_zero(self, backend):
         """The last step: noise and seed do not matter, not even infinite noise."""
         args, kwargs = call("last_step")
         expected, _ = reverse_step(*args, backend=backend, **kwargs)

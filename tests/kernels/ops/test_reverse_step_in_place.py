@@ -120,7 +120,7 @@ def test_every_case(backend, case):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_elements(backend, channels_last, shape):
-    """They have their steps, too: a row that needs the previous x0 finds the one without elements."""
+    """Empty batches have their steps, too, with an empty previous x0."""
     if channels_last and len(shape) < 4:
         return
     x, x0, table = torch.zeros(shape), torch.zeros(shape), torch.tensor(ROWS, dtype=torch.float64)
