@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..cli import Parser, take_any_name
+from ..cli import Parser, escape_unencodable_names
 from ..data import NAMED_SETS, ImageSet, load_dataset
 from ..storage.atomic import check_writable
 from .network import ARCHITECTURES, ClassifierConfig
@@ -17,7 +17,7 @@ from .training import train_classifier
 
 def main(arguments: list[str] | None = None) -> None:
     """Train a classifier of labelled images, and measure real images in its features."""
-    take_any_name()
+    escape_unencodable_names()
     parser = Parser(prog="python -m diffusion.classifier", description=main.__doc__)
     add = parser.add_argument
     add("--data", default="mnist", help=f"{', '.join(NAMED_SETS)}, or a folder or zip (default: mnist)")

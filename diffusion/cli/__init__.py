@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exit status: 0; 2 after a user's error, with one line on stderr; 130 after Ctrl-C."""
-    take_any_name()
+    escape_unencodable_names()
     parser = Parser(prog="diffusion", description="Sample from, train and evaluate diffusion models.")
     parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -68,8 +68,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: objec
     print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def take_any_name() -> None:
-    """Lets stdout print file names that its encoding lacks, escaped, as stderr does."""
+def escape_unencodable_names() -> None:
+    """Makes stdout escape characters of file names that its encoding lacks, as stderr does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
