@@ -1,7 +1,8 @@
 """Distances between two sets of images, with the protocol of how they were measured."""
 
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,16 +13,80 @@ from ..utils.validation import choice
 from .features import Features, import_fidelity
 from .protocol import ROUNDING
 
-METRICS = ("fid", "kid", "is", "precision-recall")
 FRECHET = "fused-diffusion's, in float64 (utils/frechet.py)"
-NEIGHBOURS = 3  # for precision and recall
+NEIGHBOURS = 3  # of precision and recall
+
+
+class Metric(NamedTuple):
+    """A measure of samples against a reference.
+
+    compute: (features [N, F] of the samples, features [M, F] of the reference, logits [N, K] of the samples)
+    to one value for each of `names`. names: of the values in a result, in Inception's features. general: the
+    same in other features, whose name replaces {}. by_fidelity: whether torch-fidelity computes it.
+    """
+
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[float, ...]]
+    names: tuple[str, ...]
+    general: tuple[str, ...]
+    by_fidelity: bool = True
+
+
+def _fid(ours: torch.Tensor, theirs: torch.Tensor, logits: torch.Tensor | None) -> tuple[float, ...]:
+    return (frechet_distance(*moments(ours), *moments(theirs)),)
+
+
+def _kid(ours: torch.Tensor, theirs: torch.Tensor, logits: torch.Tensor | None) -> tuple[float, ...]:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(1000, len(ours), len(theirs))
+    values = kid_features_to_metric(ours, theirs, kid_subset_size=size, verbose=False)
+    return values["kernel_inception_distance_mean"], values["kernel_inception_distance_std"]
+
+
+def _inception_score(
+    ours: torch.Tensor, theirs: torch.Tensor, logits: torch.Tensor | None
+) -> tuple[float, ...]:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    values = isc_features_to_metric(logits)
+    return values["inception_score_mean"], values["inception_score_std"]
+
+
+def _precision_recall(
+    ours: torch.Tensor, theirs: torch.Tensor, logits: torch.Tensor | None
+) -> tuple[float, ...]:
+    if min(len(ours), len(theirs)) <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on each side")
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    values = prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, verbose=False)
+    return values["precision"], values["recall"]
+
+
+# A new metric is one entry.
+METRICS = {
+    "fid": Metric(_fid, ("fid",), ("frechet_distance_in_{}_features",), by_fidelity=False),
+    "kid": Metric(
+        _kid,
+        ("kid", "kid_spread"),
+        ("kernel_distance_in_{}_features", "kernel_distance_in_{}_features_spread"),
+    ),
+    "is": Metric(
+        _inception_score,
+        ("inception_score", "inception_score_spread"),
+        ("classifier_score_in_{}_features", "classifier_score_in_{}_features_spread"),
+    ),
+    "precision-recall": Metric(
+        _precision_recall, ("precision", "recall"), ("precision_in_{}_features", "recall_in_{}_features")
+    ),
+}
 
 
 def compare(
     samples: ImageSet,
     reference: ImageSet,
     features: Features,
-    metrics: tuple[str, ...] = METRICS,
+    metrics: tuple[str, ...] = tuple(METRICS),
     *,
     protocol: dict[str, Any] | None = None,
     progress: bool = False,
@@ -43,36 +108,19 @@ def compare(
     and so on. ValueError for an unknown metric, images that do not fit the features, or without
     torch-fidelity.
     """
-    for metric in metrics or [""]:
-        choice("metric", metric, METRICS)
-    if set(metrics) != {"fid"}:
+    for name in metrics or [""]:
+        choice("metric", name, METRICS)
+    by_fidelity = any(METRICS[name].by_fidelity for name in metrics)
+    if by_fidelity:
         import_fidelity()
     ours, logits = features.of(_in_channels(samples, features), progress)
     theirs, _ = features.of(_in_channels(reference, features), progress)
-    names = _names(features)
-    found: dict[str, Any] = {}
-    if "fid" in metrics:
-        found[names["fid"]] = frechet_distance(*moments(ours), *moments(theirs))
-    if "kid" in metrics:
-        from torch_fidelity.metric_kid import kid_features_to_metric
-
-        size = min(1000, len(ours), len(theirs))
-        values = kid_features_to_metric(ours, theirs, kid_subset_size=size, verbose=False)
-        found[names["kid"]] = values["kernel_inception_distance_mean"]
-        found[f"{names['kid']}_spread"] = values["kernel_inception_distance_std"]
-    if "is" in metrics:
-        from torch_fidelity.metric_isc import isc_features_to_metric
-
-        values = isc_features_to_metric(logits)
-        found[names["is"]] = values["inception_score_mean"]
-        found[f"{names['is']}_spread"] = values["inception_score_std"]
-    if "precision-recall" in metrics:
-        if min(len(ours), len(theirs)) <= NEIGHBOURS:
-            raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on each side")
-        from torch_fidelity.metric_prc import prc_features_to_metric
-
-        values = prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, verbose=False)
-        found |= {names[name]: values[name] for name in ("precision", "recall")}
+    found: dict[str, float] = {}
+    for name, metric in METRICS.items():
+        if name in metrics:
+            general = (text.format(features.name) for text in metric.general)
+            names = metric.names if features.is_inception else general
+            found |= zip(names, metric.compute(ours, theirs, logits), strict=True)
     return {
         "metrics": found,
         "protocol": {
@@ -86,7 +134,7 @@ def compare(
             **({"feature network's input": features.input} if features.input else {}),
             **({"Fréchet distance": FRECHET} if "fid" in metrics else {}),
             **(protocol or {}),
-            "versions": _versions(set(metrics) != {"fid"} or features.is_inception),
+            "versions": _versions(by_fidelity or features.is_inception),
         },
     }
 
@@ -96,17 +144,6 @@ def format_result(result: dict[str, Any]) -> str:
     width = max(map(len, result["metrics"]))
     lines = [f"{name:{width}s}  {value:.5g}" for name, value in result["metrics"].items()]
     return "\n".join([*lines, *(f"  {name}: {value}" for name, value in result["protocol"].items())])
-
-
-def _names(features: Features) -> dict[str, str]:
-    """The names of the metrics in a result, which say the features unless these are Inception's."""
-    names: tuple[str, ...] = ("fid", "kid", "inception_score", "precision", "recall")
-    if not features.is_inception:
-        names = tuple(
-            f"{name}_in_{features.name}_features"
-            for name in ("frechet_distance", "kernel_distance", "classifier_score", "precision", "recall")
-        )
-    return dict(zip(("fid", "kid", "is", "precision", "recall"), names, strict=True))
 
 
 def _in_channels(images: ImageSet, features: Features) -> torch.Tensor:

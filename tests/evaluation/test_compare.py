@@ -17,7 +17,7 @@ from diffusion.classifier import load_classifier
 from diffusion.cli import evaluate, main
 from diffusion.data import ImageSet
 from diffusion.data.npz import load_images
-from diffusion.evaluation.compare import compare, format_result
+from diffusion.evaluation.compare import METRICS, Metric, compare, format_result
 from diffusion.evaluation.features import Features, load_features
 from diffusion.evaluation.guidance_sweep import save_sweep, sweep
 from diffusion.evaluation.shards import sample_shards
@@ -403,6 +403,19 @@ def test_two_measures_are_refused(capsys):
         main(["evaluate", "--sweep", "--bits-per-dim"])
     assert caught.value.code == 2
     assert "--sweep and --bits-per-dim are different measures" in capsys.readouterr().err
+
+
+def test_a_metric_is_one_entry(pair, monkeypatch):
+    def means(ours, theirs, logits):
+        return ours.mean().item(), theirs.mean().item()
+
+    metric = Metric(means, ("ours", "theirs"), ("ours_in_{}", "theirs_in_{}"), by_fidelity=False)
+    monkeypatch.setitem(METRICS, "means", metric)
+    found = compare(*pair, toy_features(), ("means",))["metrics"]
+    assert found == {
+        "ours_in_toy": pytest.approx(in_features(pair[0]).mean()),
+        "theirs_in_toy": pytest.approx(in_features(pair[1]).mean()),
+    }
 
 
 def test_an_old_torch_fidelity_is_told(pair, monkeypatch):
