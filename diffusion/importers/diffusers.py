@@ -17,7 +17,7 @@ from .imported import Imported
 from .naming import Parts, Source, convert
 
 NAME = "diffusers"
-HUB_FILES = ("*.json", "*.safetensors", "*.bin")
+HUB_FILES: tuple[str, ...] = ("*.json", "*.safetensors", "*.bin")
 T = TypeVar("T")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

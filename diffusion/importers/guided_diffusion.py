@@ -19,7 +19,7 @@ from .imported import Imported
 from .naming import Parts, Source, convert
 
 NAME = "guided-diffusion and improved-diffusion"
-HUB_FILES = ()  # read from a local .pt file only
+HUB_FILES: tuple[str, ...] = ()  # read from a local .pt file only
 # Flags that do not change the model, only its training, its sampling, or how it is computed.
 _WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "timestep_respacing"}
 _DEFAULTS: dict[str, Any] = {
