@@ -15,8 +15,9 @@ import torch
 import diffusion
 from diffusion.evaluation.accuracy import evaluate
 from diffusion.kernels import build_info
+from diffusion.kernels.benchmarks import device_name
 
-from .sampling.__main__ import device_name, versions
+from .sampling.__main__ import versions
 from .sampling.report import slug
 
 WAYS = {"reference": {"backend": "reference"}, "exact": {"precision": "exact"}, "fast": {"precision": "fast"}}

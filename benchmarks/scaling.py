@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from diffusion import kernels
+from diffusion.kernels.benchmarks import device_name
 
-from .sampling.__main__ import device_name, versions
+from .sampling.__main__ import versions
 from .sampling.report import slug
 
 

@@ -19,10 +19,11 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusion import kernels
+from diffusion.kernels.benchmarks import device_name
 from diffusion.training.recipe import load_recipe
 from diffusion.training.trainer import Trainer
 
-from .sampling.__main__ import device_name, versions
+from .sampling.__main__ import versions
 from .sampling.models import make
 from .sampling.report import slug
 from .sampling.timing import medians

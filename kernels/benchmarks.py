@@ -246,15 +246,18 @@ def _cuda_clock(run: Callable[[], None], times: int) -> float:
     return start.elapsed_time(end) * 1e-3 / times
 
 
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The model of the GPU or of the processor, as its driver or system names it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Everything that the times depend on: device, threads, versions and libraries."""
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from diffusion import kernels
+from diffusion.kernels.benchmarks import device_name
 
 from . import peers, peers_plot, report, timing
 from .models import make
@@ -30,16 +31,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def measure(args: argparse.Namespace) -> dict:
