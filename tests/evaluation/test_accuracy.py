@@ -243,9 +243,9 @@ def test_the_classifiers_files_are_those_of_their_digests(name, tmp_path):
     with pytest.raises(ValueError, match=rf"no usable classifier: .*{name} is not the file .*verify=False"):
         load_classifier(tmp_path / "c")
     load_classifier(tmp_path / "c", verify=False)
-    card = json.loads((tmp_path / "c" / "config.json").read_text())
-    card = {key: value for key, value in card.items() if not key.endswith("sha256")}  # as older releases
-    (tmp_path / "c" / "config.json").write_text(json.dumps(card))
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.endswith("sha256")}  # as older releases
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     load_classifier(tmp_path / "c")
 
 

@@ -164,8 +164,8 @@ def test_the_command_trains_a_residual_network_of_colours(trained):
     accuracy = (classify(classifier, test.images)[1] == test.labels).double().mean().item()
     assert reference.test_accuracy == accuracy
     assert accuracy > 0.9
-    card = json.loads((trained / "judge" / "config.json").read_text())
-    assert card["training"]["parameters"] == sum(p.numel() for p in classifier.parameters())
+    config = json.loads((trained / "judge" / "config.json").read_text())
+    assert config["training"]["parameters"] == sum(p.numel() for p in classifier.parameters())
 
 
 def test_it_judges_images_and_models(trained, capsys):
@@ -220,10 +220,10 @@ def test_options_that_do_not_fit(trained, words, expected, tmp_path, capsys):
 def test_a_config_of_another_architecture_is_refused(trained, tmp_path):
     for path in (trained / "judge").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    card = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
     for architecture in ("wide", 3, "plain"):
-        card["network"]["architecture"] = architecture
-        (tmp_path / "config.json").write_text(json.dumps(card))
+        config["network"]["architecture"] = architecture
+        (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="no usable classifier") as error:
             load_classifier(tmp_path)
         assert "\n" not in str(error.value)

@@ -509,10 +509,10 @@ def test_run_json_says_what_it_is(tmp_path):
     started = time.time()
     done = sample_shards(model, tmp_path, 2, [1, 2], steps=2, ranks=Ranks(0, 1, 0))
     assert started <= done["started"] <= time.time()
-    card = json.loads((tmp_path / "run.json").read_text())
-    assert card["num"] == 2
-    assert card["options"] == {"steps": 2}
-    assert card["device"] == "cpu"
+    settings = json.loads((tmp_path / "run.json").read_text())
+    assert settings["num"] == 2
+    assert settings["options"] == {"steps": 2}
+    assert settings["device"] == "cpu"
     with torch.no_grad():
         model.unet.input_conv.weight[0, 0, 0, 0] += 1e-6
     with pytest.raises(ValueError, match="another model"):
