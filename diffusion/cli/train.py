@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
@@ -23,6 +24,13 @@ from .options import choose_device
 from .training_data import load_data
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
+# The arguments of `train` that are options, with their defaults there, and what happens at each interval.
+INTERVALS = {
+    "save_every": "checkpoints",
+    "sample_every": "sample grids",
+    "validate_every": "validations",
+    "log_every": "rows of log.csv",
+}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}
 
 
@@ -103,34 +111,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="use the memory format channels_last (default: yes)",
     )
-    add(
-        "--save-every",
-        type=int,
-        default=500,
-        metavar="STEPS",
-        help="steps between checkpoints (default: 500)",
-    )
-    add(
-        "--sample-every",
-        type=int,
-        default=2500,
-        metavar="STEPS",
-        help="steps between sample grids (default: 2500)",
-    )
-    add(
-        "--validate-every",
-        type=int,
-        default=500,
-        metavar="STEPS",
-        help="steps between validations (default: 500)",
-    )
-    add(
-        "--log-every",
-        type=int,
-        default=50,
-        metavar="STEPS",
-        help="steps between rows of log.csv (default: 50)",
-    )
+    for name, things in INTERVALS.items():
+        steps = inspect.signature(train).parameters[name].default
+        add(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=steps,
+            metavar="STEPS",
+            help=f"steps between {things} (default: {steps})",
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -141,8 +130,9 @@ def run(args: argparse.Namespace) -> None:
     if args.show:
         print(recipe.to_json())
         return
-    for name in ("save_every", "sample_every", "validate_every", "log_every"):
-        whole_number(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    intervals = {name: getattr(args, name) for name in INTERVALS}
+    for name, steps in intervals.items():
+        whole_number(f"--{name.replace('_', '-')}", steps, 1)
     if not args.out:
         raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
     if args.accept_changes and not args.resume:
@@ -176,10 +166,7 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             resume=args.resume,
             accept_changes=args.accept_changes,
-            save_every=args.save_every,
-            sample_every=args.sample_every,
-            validate_every=args.validate_every,
-            log_every=args.log_every,
+            **intervals,
         )
     if ranks.rank == 0:
         shared = f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
