@@ -3,7 +3,7 @@
 Both use LibTorch's stable ABI, so a wheel serves every torch that the metadata allows. The C++ library is
 also a Python module, by pybind11, so there is a wheel for each version of Python. Environment:
 DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO_CUDA=1 only the first; CXX, CXXFLAGS and CUDA_HOME are
-honoured. What was built, or why not, is recorded in kernels/_build.json.
+honoured. kernels/_build.json records what was built, and the reasons for what was not.
 """
 
 import importlib.util
@@ -106,7 +106,7 @@ def find_nvcc() -> str:
 
 
 def torch_to_build_with() -> list[str]:
-    """What pip must fetch before the build: torch, where there is a compiler but no torch to be found."""
+    """The packages that pip must fetch before the build: torch, if there is a compiler but no torch."""
     try:
         find_compiler()
     except CannotBuild:
@@ -115,7 +115,7 @@ def torch_to_build_with() -> list[str]:
 
 
 def digest_of_sources() -> str:
-    """The digest of csrc/ by which kernels/_native.py knows the libraries again."""
+    """The digest of csrc/; kernels/_native.py compares it with that of the libraries."""
     return runpy.run_path("kernels/_sources.py")["digest_of_sources"](Path("csrc"))
 
 

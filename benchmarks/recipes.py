@@ -95,7 +95,7 @@ def gflop_per_image(model: diffusion.DDPM) -> float:
     embedding = model.unet.embed(
         torch.zeros(1), None if config.num_classes is None else torch.zeros(1).long()
     )
-    with FlopCounterMode(display=False) as counter:  # it knows PyTorch's operations only
+    with FlopCounterMode(display=False) as counter:  # the mode knows PyTorch's operations only
         model.unet.denoise(torch.zeros(1, config.in_channels, *config.image_shape), embedding, "reference")
     return counter.get_total_flops() / 1e9
 

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why the others do not.
+"""Chooses the implementation of an op, and explains why the others do not run.
 
 A backend is a few functions of the op's arguments, which are one record (`kernels/ops/<op>/arguments.py`):
 `run` computes. `supports` returns None where `run` can serve these arguments, or else the reason why not, as

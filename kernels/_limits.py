@@ -14,7 +14,7 @@ MAX_PRODUCTS = (2**31 - 1) // (128 * (3 * 128 + ZERO))  # products of int8 that 
 
 # csrc/attention/args.h
 MAX_AMX_POSITIONS = 1024
-MAX_CUDA_WIDTH = 256  # of a head
+MAX_CUDA_WIDTH = 256  # width of a head
 WIDE_HEAD = 128  # wider heads take WIDE_SHARED_MEMORY bytes of a block
 WIDE_SHARED_MEMORY = 149_760
 

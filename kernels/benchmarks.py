@@ -127,7 +127,7 @@ class Comparison:
         arguments = self.arguments(*args, **kwargs)
         self.auto = self.op.choose(arguments)
         serving = self.op.serving(arguments)
-        if _triton.INTERPRETED:  # it would time Python
+        if _triton.INTERPRETED:  # the times would be Python's
             serving = [backend for backend in serving if backend != "triton"]
         backends = {backend: partial(self.function, backend=backend) for backend in serving}
         expected = [t.double() for t in self._results(backends["reference"], _double)]

@@ -16,7 +16,7 @@ from .part import Finding, Job, Run
 
 BATCHES = (1, 64, 512)
 GUIDANCE = (1.0, 3.0)
-STEPS = (10, 2)  # of a call, in a dry run
+STEPS = (10, 2)  # steps of a call, and of a call in a dry run
 
 Evaluate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -36,7 +36,7 @@ class Process:
                 start_new_session=True,
             )
             self.pid = child.pid
-            child.returncode = 0  # it is waited for here
+            child.returncode = 0  # this class waits for the child
         else:
             self.pid = _fork(main, command, environment, folder, write)
         os.close(write)
@@ -66,7 +66,7 @@ class Process:
             time.sleep(0.01)
 
     def output(self) -> str:
-        """Its output; in a very long one, a line in the middle says how much is left out."""
+        """The output of the process; in a very long one, a line in the middle says how much is left out."""
         missing = self.size - len(self._head) - len(self._tail)
         cut = f"\n... {missing} bytes ...\n".encode() if missing else b""
         return (self._head + cut + self._tail).decode(errors="replace")
@@ -87,7 +87,7 @@ class Process:
             self._tail = (self._tail + data)[-TAIL:]
 
     def _kill_group(self) -> None:
-        for _ in range(3):  # what is started while others are being killed
+        for _ in range(3):  # processes can start while others are being killed
             _kill(os.killpg, self.pid)
             found = _marked(self._mark)
             for pid in found:
@@ -110,7 +110,7 @@ def _marked(mark: str) -> list[int]:
         try:
             words = (folder / "environ").read_bytes().split(b"\0")
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or is another user's
             continue
         if wanted in words and state != "Z":
             found.append(int(folder.name))

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         rate = (trainer.step - start) * recipe.batch_size / max(trainer.seconds, 1e-9)
         print(
             f"{args.out}: {recipe.steps} steps in {minutes:.1f} minutes on {device}{shared}, "
-            f"{rate:.1f} images/s, {rate / ranks.world_size:.1f} a rank"
+            f"{rate:.1f} images/s, {rate / ranks.world_size:.1f} per rank"
         )
 
 

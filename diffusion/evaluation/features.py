@@ -14,7 +14,7 @@ from ..classifier import classify, load_classifier
 from ..storage.reading import load_weights, open_regular, read_torch, sha256
 from ..utils.errors import first_line
 
-EFFICIENTNET_SIZE = 224  # pixels a side of the images that EfficientNet-Lite0 was trained on
+EFFICIENTNET_SIZE = 224  # side, in pixels, of the images that EfficientNet-Lite0 was trained on
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _efficientnet() -> Features:
     """EfficientNet-Lite0 of ImageNet (Tan and Le 2019, arXiv 1905.11946), from two packages of pip.
 
     The features are the 1280 channels of the last convolution, averaged over the pixels. As its authors do,
-    images are resized to 224 pixels a side, bicubically, and scaled by (x - 127) / 128.
+    images are resized to 224 x 224 pixels, bicubically, and scaled by (x - 127) / 128.
     """
     network, path = _import_efficientnet()
     network = network.from_name("efficientnet-lite0").requires_grad_(False).eval()

@@ -44,7 +44,7 @@ _DEFAULTS = {
     "resnet_time_scale_shift": "default",
     "add_attention": True,
     "num_class_embeds": None,
-    "num_train_timesteps": None,  # of a learned time embedding only
+    "num_train_timesteps": None,  # only a learned time embedding uses it
 }
 # Options of which the package's UNet supports only these values; the first is the default.
 _FIXED = {

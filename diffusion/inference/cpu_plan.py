@@ -36,7 +36,7 @@ _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, b
     attention_amx_: "attention",
     upsample_nearest2x_: "rest",
 }
-MAX_SHARE_OF_MEMORY = 1 / 4  # of all memory, for packed weights
+MAX_SHARE_OF_MEMORY = 1 / 4  # largest share of all memory for packed weights
 # For attention by AMX, which holds the logits of some queries at all positions.
 MAX_PLANNED_AMX_POSITIONS = 2048
 

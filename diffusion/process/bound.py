@@ -52,7 +52,7 @@ def variational_bound_terms(
     of_x0 = at_timesteps(before.sqrt() * betas / (1 - bar), t, x0)
     of_x_t = at_timesteps((1 - betas).sqrt() * (1 - before) / (1 - bar), t, x0)
     posterior = betas * (1 - before) / (1 - bar)
-    posterior = torch.cat([posterior[1:2], posterior[1:]])  # it is 0 at t = 0
+    posterior = torch.cat([posterior[1:2], posterior[1:]])  # at t = 0 the posterior variance is 0
     small, large = (at_timesteps(table.log(), t, x0) for table in (posterior, betas))
     if learned:
         fraction = (share[0] + 1) / 2

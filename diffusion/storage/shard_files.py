@@ -78,7 +78,7 @@ def what_is_wrong(
             for name in expected:
                 with archive.open(members[name]) as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except Exception as error:  # those of a damaged archive have no common base
+    except Exception as error:  # errors of a damaged archive have no common base
         return f"it cannot be read ({one_line(error)})"
     for name, (dtype, size) in expected.items():
         if arrays[name].dtype != dtype or arrays[name].shape != size:

@@ -59,7 +59,7 @@ def shared_gradients(trainer: Trainer) -> Iterator[None]:
     trainer.network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     try:
         yield
-    finally:  # it holds the process group, which must end even if the trainer lives on
+    finally:  # the wrapper holds the process group, which must end even if the trainer lives on
         trainer.network = network
 
 

@@ -9,7 +9,7 @@ from ..models.unet import UNet
 from .recipe import Recipe
 
 CLASSES = "label_embedding.weight"
-CLASS_FIELDS = {"num_classes": None, "has_null_label": True}  # of UNetConfig, with their defaults
+CLASS_FIELDS = {"num_classes": None, "has_null_label": True}  # fields of UNetConfig and their defaults
 
 
 def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:

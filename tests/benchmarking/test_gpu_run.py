@@ -343,7 +343,7 @@ def test_a_summary_is_short_and_right():
     assert len(text.splitlines()) == 60
     assert len(text) <= 8000
 
-    # 2e8 bytes in 1e-4 s are half of 4e12 bytes a second; the peer takes three times as long.
+    # 2e8 bytes in 1e-4 s are half of 4e12 bytes per second; the peer takes three times as long.
     assert "group_norm_silu 128x1x1  512: 100.0 50% 3.00x torch\n" in text
     assert "parity         3.1 s, 500 failed: a message of lines xxx" in text
     assert "parity: 7 skipped: a message" in text

@@ -70,7 +70,7 @@ def test_a_changed_file_is_refused_and_never_unpickled(cifar10, tmp_path):
     assert "\n" not in str(caught.value)
     assert not trace.exists()
     pickle.loads(victim.read_bytes())
-    assert trace.exists()  # it would have done it
+    assert trace.exists()  # unpickling would have run the code
 
 
 def test_missing_files_are_named(tmp_path):

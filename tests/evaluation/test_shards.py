@@ -167,7 +167,7 @@ def test_what_is_there_is_kept_and_what_is_damaged_made_again(whole, folder, tmp
     capsys.readouterr()
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     (out / "shard-00001.npz").write_bytes(whole["shard-00001.npz"][:-30])
-    (out / "shard-00002.npz").write_bytes(whole["shard-00000.npz"])  # of other ids
+    (out / "shard-00002.npz").write_bytes(whole["shard-00000.npz"])  # a shard of other ids
     middle = bytearray(whole["shard-00003.npz"])
     middle[60] ^= 0xFF
     (out / "shard-00003.npz").write_bytes(bytes(middle))

@@ -72,7 +72,7 @@ def on_host(capfd, request):
             library.on_host_device(processors, shared_bytes)
 
     set_device(132, 227 << 10)
-    torch.use_deterministic_algorithms(True)  # which also fills what torch.empty gives
+    torch.use_deterministic_algorithms(True)  # also fills the tensors of torch.empty
     try:
         yield set_device
     finally:

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-stores = []  # of the runs so far: where their ranks find each other
+stores = []  # rendezvous stores of the runs so far
 PATIENCE = 300  # seconds, on a machine however busy
 SCRIPT = """
 import sys

@@ -17,7 +17,7 @@ class Tested(NamedTuple):
     """The options and the peer with which one sampler is tested."""
 
     options: list[dict[str, Any]]  # each is run through all tests
-    scheduler: type  # of diffusers
+    scheduler: type  # diffusers' class
     config: Callable[..., dict[str, Any]]  # the scheduler's arguments that say the same as options
     step: tuple[str, ...] = ()  # the options that diffusers takes in `scheduler.step` instead
     clips: bool = True  # whether the scheduler clips x_0

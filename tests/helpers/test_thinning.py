@@ -20,7 +20,7 @@ def test_every_pair_is_covered_by_few_rows():
     chosen = [rows[i] for i in covering(rows, 2)]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(row[i], row[j]) for row in chosen} == {(row[i], row[j]) for row in rows}
-    assert 20 <= len(chosen) < 30  # of 60
+    assert 20 <= len(chosen) < 30  # 60 in all
 
 
 def test_combinations_that_do_not_exist_are_not_asked_for():

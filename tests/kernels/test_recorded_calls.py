@@ -247,7 +247,7 @@ def test_recorded_calls_are_not_copied(duplicate):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_an_operator_without_memory_raises_memory_error():
-    """Also from a thread of PyTorch's, and the same calls run once there is memory again."""
+    """A thread of PyTorch raises it, too, and the same calls run once there is memory again."""
     code = """if True:
         import resource, torch
         from diffusion.kernels import _native, conv3x3

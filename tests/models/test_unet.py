@@ -98,7 +98,7 @@ def test_starts_at_zero():
 def test_initial_projections_do_not_depend_on_the_number_of_blocks():
     """Glorot's bound is sqrt(6 / (fan_in + fan_out)), of each block's own projection."""
     unet = UNet(replace(TINY, num_res_blocks=6))
-    first = unet.embedding_projection.weight[:8]  # of a block of 8 channels; the embedding has 32
+    first = unet.embedding_projection.weight[:8]  # projection of a block of 8 channels; the embedding has 32
     assert 0.95 * math.sqrt(6 / 40) < first.abs().max() <= math.sqrt(6 / 40)
 
 

@@ -69,7 +69,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_files_that_a_page_names(page):
-    if page.name == "CHANGELOG.md":  # it speaks of older versions too
+    if page.name == "CHANGELOG.md":  # the change log names older versions, too
         return
     for name in FILE.findall(page.read_text()):
         built = name.endswith((".so", "_build.json"))

@@ -12,7 +12,7 @@ from diffusion.process.prediction import PREDICTION_TYPES
 from diffusion.samplers.timesteps import SPACINGS
 
 CASES = 150
-NETWORK_ERROR = 1e-5  # of the largest output, which a fused network may differ by (test_cpu_plan.py)
+NETWORK_ERROR = 1e-5  # allowed error of a fused network, relative to the largest output (test_cpu_plan.py)
 
 
 def random_config(draw: random.Random) -> UNetConfig:

@@ -60,7 +60,7 @@ class Denoiser:
 
 
 def noises(steps: int) -> list[torch.Tensor]:
-    """The initial noise, and one a step."""
+    """The initial noise, and one per step."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(SHAPE, generator=generator) for _ in range(steps + 1)]
 
@@ -319,7 +319,7 @@ def test_parity_for_other_schedules(sampler, options, schedule, T, steps):
 
 @pytest.mark.parametrize("options", TESTED["ddpm"].options, ids=str)
 def test_parity_for_sigmoid_betas(options):
-    # which diffusers has in DDPMScheduler only
+    # only DDPMScheduler has it in diffusers
     assert parity("ddpm", schedule="sigmoid", steps=25, spacing="trailing", **options) < TOLERANCE
 
 

@@ -108,7 +108,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     finally:
         process.kill()
         process.wait()
-    (tmp_path / "a.safetensors").unlink(missing_ok=True)  # that is where other releases write
+    (tmp_path / "a.safetensors").unlink(missing_ok=True)  # other releases write there
     kept = (".tmp", ".tmpx", ".tmp1234567", ".tmp12345.x", "tmp123456", "state.safetensors")
     for name in (*kept, ".a.x1.partial.png", ".b.x2.partial.png"):
         (tmp_path / name).write_text("")
@@ -125,7 +125,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         ("a", "a"),
         ("new/newer/a", "new/newer/a"),
         ("new/../a", "a"),
-        ("link", "there/file"),  # what a link leads to is written
+        ("link", "there/file"),  # the target of the link is written
         ("gone", "there/nothing"),
         ("lost/a", "there/lost/a"),
         ("inner/../new/a", "there/new/a"),  # the folder above is that of what the link leads to

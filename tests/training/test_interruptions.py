@@ -123,7 +123,7 @@ def killed():
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_resumes_as_if_it_had_not_been_killed(moment, killed, unbroken, tmp_path):
     assert killed(tmp_path, moment) == -signal.SIGKILL
-    assert (tmp_path / ".lock").exists()  # which the kernel has unlocked
+    assert (tmp_path / ".lock").exists()  # the kernel has unlocked it
     run(tmp_path, resume=True, sample_every=6)
     assert_same_run(unbroken, tmp_path)
     names = {"config.json", "log.csv", "model.safetensors", "samples", "state.safetensors"}
@@ -210,7 +210,7 @@ def test_a_validation_stops_at_the_next_batch(step, unbroken, tmp_path):
     trainer.validation_loss = lambda **options: validation(3 if trainer.step == step else 256, **options)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, trainer)
-    assert calls.count(step) == 1  # of four batches
+    assert calls.count(step) == 1  # one of four batches
     assert read_state(tmp_path / "state.safetensors")["step"] == step
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert int(rows[-1]["step"]) == step - 2

@@ -24,7 +24,7 @@ def test_cifar10_is_ddpms():
     """Ho et al. 2020, appendix B: 35.7 million parameters, T = 1000, 800k steps of 128, 2e-4, EMA 0.9999."""
     recipe = load_recipe("cifar10-unconditional")
     unet = UNet(UNetConfig.from_dict(recipe.unet))
-    assert sum(p.numel() for p in unet.parameters()) == 35_746_307  # that of google/ddpm-cifar10-32
+    assert sum(p.numel() for p in unet.parameters()) == 35_746_307  # as in google/ddpm-cifar10-32
     assert NoiseSchedule.from_config(recipe.schedule).betas.tolist() == NoiseSchedule.linear().betas.tolist()
     expected = {
         "steps": 800_000,

@@ -210,7 +210,7 @@ def test_a_learned_variance_is_trained_by_the_hybrid_loss(tmp_path):
     before = schedule.alphas_cumprod[299]
     x_t = bar.sqrt() * x + (1 - bar).sqrt() * noise
 
-    def mean_of(x0):  # of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7
+    def mean_of(x0):  # the mean of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7
         return before.sqrt() * beta / (1 - bar) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - bar) * x_t
 
     true_mean, true_variance = mean_of(x), beta * (1 - before) / (1 - bar)

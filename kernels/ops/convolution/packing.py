@@ -123,7 +123,7 @@ def _bf16_tile_panels(weight: Tensor) -> Tensor:
         wide = factors.new_zeros(len(factors), rows, columns)
         wide[:, :c, : len(panel)] = factors
         tiles = wide.unflatten(2, (-1, LANES)).unflatten(1, (-1, CHUNK // 2, 2))
-        panels.append(tiles.permute(1, 0, 4, 2, 5, 3).flatten())  # of [tap, chunk, pair, 2, tile, 16]
+        panels.append(tiles.permute(1, 0, 4, 2, 5, 3).flatten())  # from [tap, chunk, pair, 2, tile, 16]
     return torch.cat(panels)
 
 
@@ -161,7 +161,7 @@ def _int8_tile_panels(weight: Tensor) -> Tensor:
     # The sum and the exclusive or give each byte the sign of an int8. Bytes: limbs 2, 1 and 0, and one
     # unused.
     integers = (numbers.round_().int() + 0x808080) ^ 0x808080
-    limbs = integers.view(torch.int8).unflatten(2, (chunks, 4, 4, 4, 4))  # [..., chunk, j, i, k, byte]
+    limbs = integers.view(torch.int8).unflatten(2, (chunks, 4, 4, 4, 4))  # [..., chunk, j, i, k, limb]
     limbs = limbs.unflatten(0, (panels, LANES))[..., [2, 1, 0]]
     tiles = limbs.permute(0, 3, 2, 7, 5, 4, 1, 6)  # [panel, chunk, tap, limb, i, j, output, k]
     sums = ZERO * limbs.flatten(2, 6).sum(2, dtype=torch.int32).transpose(1, 2)  # [panel, limb, output]

@@ -9,7 +9,7 @@ from ... import _native
 from .arguments import Arguments, InPlaceArguments
 from .library import in_place_arguments, operator_arguments
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the UNet's input and output
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the UNet's input and output
 
 
 def _has_even_positions(tensor: Tensor) -> bool:

@@ -47,7 +47,7 @@ def test_gradients_in_bfloat16(case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_float32_weights_under_autocast_are_not_rounded(case):
     (x, weight, bias), options = CASES[case].inputs(torch.float32)
-    x, weight = (t.bfloat16().float() for t in (x, weight))  # which are multiplied as they are
+    x, weight = (t.bfloat16().float() for t in (x, weight))  # the op multiplies bfloat16
     upstream = torch.randn_like(F.conv2d(x, weight, bias, **options)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         actual = gradients(conv2d, leaves((x, weight, bias)), upstream, backend="cpp", **options)

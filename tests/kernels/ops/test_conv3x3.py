@@ -445,7 +445,7 @@ def test_the_weight_in_tiles_is_whole():
     """[panel][chunk][tap][tile][pair of channels][output][2], zero beyond the weight."""
     weight = torch.randn(40, 35, 3, 3, generator=torch.Generator().manual_seed(0))
     data = pack(weight, Packing(amx_limbs=1)).data
-    words = 2 * 9 * 512  # of a tile in each chunk and tap
+    words = 2 * 9 * 512  # a tile for each chunk and tap
     assert data.dtype == torch.bfloat16
     assert data.shape == (3 * words,)
     panels = data[: 2 * words].view(2, 9, 2, 16, 16, 2), data[2 * words :].view(2, 9, 1, 16, 16, 2)

@@ -171,7 +171,7 @@ class TestMeaning:
 
     def test_nan_stays_with_its_group(self, backend):
         (x, groups, *_), _ = CASES["odd_channels_last"].inputs()
-        x[1, 12, 3, 2] = math.nan  # of the third group of five channels
+        x[1, 12, 3, 2] = math.nan  # in the third group of five channels
         out = group_norm_silu(x, groups, backend=backend)
         assert out.isnan().flatten(2).all(-1).nonzero().tolist() == [[1, c] for c in range(10, 15)]
         assert not out[0].isnan().any()
