@@ -425,9 +425,7 @@ def _check_images(x0: torch.Tensor) -> None:
     if x0.ndim != 4 or len(x0) == 0:
         raise ValueError(f"images must be [B, C, H, W] of at least one image, not {list(x0.shape)}")
     if not x0.is_floating_point():
-        raise ValueError(
-            f"images must be floats in [-1, 1], not {x0.dtype}; those of 0..255 become so by x / 127.5 - 1"
-        )
+        raise ValueError(f"images must be floats in [-1, 1], not {x0.dtype}; convert 0..255 by x / 127.5 - 1")
     # On other devices reading values would synchronise.
     if x0.device.type != "cpu" or not x0.numel() or not readable(x0):
         return
@@ -435,5 +433,5 @@ def _check_images(x0: torch.Tensor) -> None:
     if not -MAX_PIXEL <= low <= high <= MAX_PIXEL:
         raise ValueError(
             f"images must be in [-1, 1], and these reach from {low:.4g} to {high:.4g}; "
-            "those of 0..255 become so by x / 127.5 - 1"
+            "convert 0..255 by x / 127.5 - 1"
         )

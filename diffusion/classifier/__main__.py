@@ -94,7 +94,7 @@ def _load(options: argparse.Namespace) -> list[ImageSet]:
             load_dataset(options.data, split=split, data_dir=options.data_dir) for split in ("train", "test")
         ]
     elif options.test_data is None:
-        raise ValueError("--test-data is missing: other images, which the classifier does not see")
+        raise ValueError("--test-data is missing: images to test with, which are not trained on")
     else:
         train = load_dataset(options.data, progress=True)
         sets = [train, load_dataset(options.test_data, channels=train.images.shape[1], progress=True)]

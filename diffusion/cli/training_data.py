@@ -186,7 +186,7 @@ def _labels_by_name(validation: ImageSet, data: ImageSet) -> torch.Tensor | None
         return validation.labels
     unknown = [name for name in validation.classes if name not in data.classes]
     if unknown:
-        raise ValueError(f"{validation.name} has a class {unknown[0]}, which {data.name} has not")
+        raise ValueError(f"{validation.name} has a class {unknown[0]}, which {data.name} lacks")
     own = torch.tensor([data.classes.index(name) for name in validation.classes], device="cpu")
     return own[validation.labels]
 

@@ -97,7 +97,7 @@ def _check_run(path: Path, shards: list[Path], count: int) -> None:
         if was_altered(shard, run_digest(settings)):
             raise ValueError(
                 f"{shard} does not hold what was written, by its SHA-256; sample into {path} again, which "
-                "makes it anew"
+                "replaces it"
             )
 
 

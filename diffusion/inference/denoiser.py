@@ -164,7 +164,7 @@ def _training(unet: nn.Module) -> bool:
 def _altered_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
     lost = missing(unet)
     if lost is not None:
-        raise ValueError(f"unet.{lost} is None; nn.Identity() in its place would pass on what it gets")
+        raise ValueError(f"unet.{lost} is None; nn.Identity() in its place would pass its input on")
     if backend != "auto" and not takes_backend(unet):
         raise ValueError(f"backend {backend!r} cannot be chosen: the UNet's `forward` takes no backend")
     own = next(unet.parameters())

@@ -66,7 +66,7 @@ def config_of(unet: nn.Module | None) -> UNetConfig:
             f"model.unet must be a UNet, or a module with a UNet's `config`, not {_called(unet)}{hint}"
         )
     if next(unet.parameters(), None) is None:
-        raise ValueError(f"model.unet must have parameters, which {_called(unet)} has not")
+        raise ValueError(f"model.unet must have parameters, and {_called(unet)} has none")
     return config
 
 

@@ -78,7 +78,7 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             kind = "on the meta device" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-            raise ValueError(f"cannot write {folder}: {name} of the UNet is {kind}, which is no weight")
+            raise ValueError(f"cannot write {folder}: {name} of the UNet is {kind}, not a weight")
     weights = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
     check_architecture(architecture, weights, f"cannot write {folder}: the UNet")
     first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(weights.items())}

@@ -153,7 +153,7 @@ def changed(recipe: Recipe, changes: list[str]) -> Recipe:
         *outer, last = name.split(".")
         if not equals or not last or len(outer) > 1 or (outer and outer[0] not in ("unet", "schedule")):
             raise ValueError(
-                f"{shown(change)} is no change of a recipe; write such as steps=1000, unet.channels=64"
+                f"{shown(change)} is not a change of a recipe; examples: steps=1000, unet.channels=64"
             )
         try:
             value = json.loads(text)

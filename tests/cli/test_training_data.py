@@ -179,7 +179,7 @@ def test_validation_images_are_labelled_by_the_names_of_the_training_data(colour
     assert found.validation[1].tolist() == [1, 1, 2, 2]
     assert found.validation[0].shape == (4, 3, 28, 28)
     (part / "dog").rename(part / "fox")
-    with pytest.raises(ValueError, match=r"part has a class fox, which .*colour has not"):
+    with pytest.raises(ValueError, match=r"part has a class fox, which .*colour lacks"):
         loaded(colour, "--recipe", "mnist", "--validation-data", part)
 
 

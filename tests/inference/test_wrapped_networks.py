@@ -28,7 +28,7 @@ WRAPPERS = {
     "DistributedDataParallel": (distributed, "not DistributedDataParallel of .*; its `module` is one"),
     "Sequential": (nn.Sequential, "a UNet's `config`, not torch.nn.Sequential$"),
     "None": (lambda unet: None, "a UNet's `config`, not None$"),
-    "no parameters": (NoParameters, "have parameters, which NoParameters of .* has not"),
+    "no parameters": (NoParameters, "have parameters, and NoParameters of .* has none"),
 }
 CALLS = {
     "sample": lambda model: model.sample(labels=[3]),
