@@ -2,7 +2,7 @@
 --reference TRAIN.zip --features FOLDER.
 
 Each run's averaged model, and each further average in its `ema-*/`, is judged by two measures that know
-nothing of its schedule, prediction type or loss weights. One is the mean squared error of what it predicts of
+nothing of its schedule, prediction type or loss weights. One is the mean squared error of its predictions for
 held-out images at fixed noise levels ln(sigma / alpha), with the same noise for all models and the images'
 labels given. The other is the Fréchet distance of unguided samples, in the features of a classifier. Beside
 them stand the images that the run has seen, its seconds, and the work of one evaluation of its network.

@@ -38,7 +38,7 @@ def execute(
         "IPYTHONDIR": str(folder),
         **environment,
     }
-    # No folders to look for kernels in: what is left is this interpreter's own.
+    # No folders to look for kernels in: only this interpreter's own kernel remains.
     kernels = AsyncKernelManager(
         kernel_name="python3",
         kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),

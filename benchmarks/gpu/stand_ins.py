@@ -1,6 +1,6 @@
 """Stand-ins for a CUDA device in a dry run: the same lines of the other files run, on the CPU.
 
-Events read the host's clock, a capture runs what it would capture, a replay does nothing.
+Events read the host's clock, a capture runs the captured function, a replay does nothing.
 """
 
 import time

@@ -22,7 +22,7 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
 
     verify: refuse a folder of this package whose weights are not those of the SHA-256 in its config.json.
     flags: what a foreign checkpoint does not tell, by name; see `load` of its importer. ValueError, in one
-    line, for what is missing, damaged, or no model.
+    line, if the model is missing or damaged, or is not a model.
     """
     patterns = (*checkpoint.FILES, *(pattern for importer in REGISTRY for pattern in importer.HUB_FILES))
     path, flags = checkpoint.locate(str(name), patterns), flags or {}

@@ -1,4 +1,4 @@
-"""The sampling benchmark, in small: it times what agrees, refuses what does not, and writes what it says."""
+"""The sampling benchmark, in small: it times peers that agree, refuses others, and writes its report."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`diffusion train` on folders of images: sizes, recipes, and what is too much for the machine."""
+"""`diffusion train` on folders of images: sizes, recipes, and the machine's limits."""
 
 import argparse
 import json

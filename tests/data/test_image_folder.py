@@ -1,4 +1,4 @@
-"""Folders and zips of images: what is read, in which order, with which labels, and what is refused."""
+"""Folders and zips of images: the images, their order, their labels, and refusals."""
 
 import errno
 import io

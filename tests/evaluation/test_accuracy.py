@@ -179,7 +179,7 @@ def test_training_command_writes_what_is_loaded_again(tmp_path, monkeypatch, cap
     classifier, reference = load_classifier(tmp_path / "c")
     images, labels = read_digits(DATA, "test")
     accuracy = (classify(classifier, images)[1] == labels).double().mean().item()
-    assert reference.test_accuracy == accuracy  # measured after rounding to what is stored
+    assert reference.test_accuracy == accuracy  # measured after rounding to the stored dtypes
     assert f"{accuracy:.2%}" in capsys.readouterr().out
     assert (len(reference.real_random), len(reference.real_balanced)) == (3, 2)
     assert json.loads((tmp_path / "c" / "config.json").read_text())["training"]["epochs"] == 8

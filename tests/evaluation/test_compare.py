@@ -1,4 +1,4 @@
-"""Distances between sets of images: against direct formulas, known answers, and what is refused."""
+"""Distances between sets of images: against direct formulas and known answers; refusals."""
 
 import argparse
 import io

@@ -163,7 +163,7 @@ def forward_of_a_convolution(unet):
 
 
 def seamless_from_left_to_right(conv, x, weight, bias):
-    """`_conv_forward`, with what is left and right of an image taken from its other side."""
+    """`_conv_forward` with circular padding on the left and right."""
     sides, ends = conv.padding[1], conv.padding[0]
     x = F.pad(F.pad(x, (sides, sides, 0, 0), mode="circular"), (0, 0, ends, ends))
     return F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)

@@ -25,7 +25,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA C prog
 
 
 class Launch(NamedTuple):
-    """A kernel, and what it is compiled for; equal launches share one binary."""
+    """A kernel, and the properties it is compiled for; equal launches share one binary."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]

@@ -126,7 +126,7 @@ def test_unet2dmodel(name):
 
 
 def test_unet2dmodel_defaults():
-    """A configuration that says nothing means what it means to diffusers."""
+    """An empty configuration has the defaults of diffusers."""
     given = {"sample_size": 8, "_class_name": "UNet2DModel"}
     with torch.device("meta"):
         spelled_out = json.loads(diffusers.UNet2DModel(sample_size=8).to_json_string())

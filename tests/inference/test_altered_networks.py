@@ -226,7 +226,7 @@ def test_a_seamless_convolution_in_training():
 
 
 class Softened(TorchFunctionMode):
-    """Every convolution, linear map, normalisation and activation gives 0.9 times what it would."""
+    """Every convolution, linear map, normalisation and activation gives 0.9 times its result."""
 
     CHANGED = (F.silu, F.linear, F.conv2d, torch.group_norm)
 

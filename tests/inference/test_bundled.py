@@ -45,8 +45,8 @@ def test_every_file_is_the_one_of_its_digest(folder):
 
 
 @pytest.mark.parametrize(("count", "right"), [(30, 28), pytest.param(100, 96, marks=pytest.mark.exhaustive)])
-def test_its_digits_are_those_asked_for(count, right, mnist):
-    """A tenth of what `diffusion evaluate` measures, where 98 % of 1,000 is the target."""
+def test_class_accuracy(count, right, mnist):
+    """A tenth of the samples of `diffusion evaluate`, where the target is 98 % of 1,000."""
     labels = [i % 10 for i in range(count)]
     x = mnist.sample(labels, guidance_scale=2.0, sampler="ddim", steps=50)
     classifier, _ = load_classifier()

@@ -1,4 +1,4 @@
-"""PlannedUNet: what it computes is what the UNet computes, for every architecture, size and dtype."""
+"""PlannedUNet computes the same as the UNet, for every architecture, size and dtype."""
 
 import copy
 import time

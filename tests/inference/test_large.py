@@ -19,7 +19,7 @@ def needs(gib):
 @needs(11)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_group_norm_silu(channels_last):
-    """The last of two groups, of which the whole tensor gives what it gives alone."""
+    """The last of two groups has the same result in the whole tensor as alone."""
     x = torch.empty(1, 4, 2**15, 2**14 + 8, dtype=torch.bfloat16)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)

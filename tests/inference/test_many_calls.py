@@ -63,7 +63,7 @@ def test_eight_threads_on_six_models():
 
 
 def test_hooks_come_and_go_while_others_sample():
-    """One thread alters its model again and again; those of others stay what they are."""
+    """One thread alters its model again and again; the models of others do not change."""
     steady, changing = make_model(10), make_model(10, seed=1)
     expected = steady.sample([1, 2], **OPTIONS)
     plain = changing.sample([1, 2], **OPTIONS)

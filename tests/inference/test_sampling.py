@@ -1,4 +1,4 @@
-"""DDPM.sample: against diffusers' schedulers, guidance, batches, conventions, and what it refuses."""
+"""DDPM.sample: against diffusers' schedulers, guidance, batches, conventions, and refusals."""
 
 import copy
 import importlib
@@ -515,7 +515,7 @@ def test_unknown_precision(model):
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """Has steps captured as on a CUDA device, where a graph is their call; a list of what was captured."""
+    """Has steps captured as on a CUDA device, where a graph is their call; a list of the captures."""
     seen = []
 
     def capture(function, changed):

@@ -93,7 +93,7 @@ def has_compiler() -> bool:
 @pytest.mark.skipif(os.environ.get("DIFFUSION_NO_NATIVE") == "1", reason="DIFFUSION_NO_NATIVE=1")
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_the_cpp_library_is_loaded_where_there_is_a_compiler():
-    """Otherwise every test of it would be skipped, and nobody would know."""
+    """Without this test, all tests of the library could be skipped unnoticed."""
     assert _native.CPP_MISSING is None
     assert explain(philox_normal, (2, 3), seed=1).startswith("philox_normal: cpp")
 

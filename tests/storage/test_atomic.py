@@ -1,4 +1,4 @@
-"""Checks before writing: what they refuse, and that they disturb nobody."""
+"""Checks before writing: refusals, and no effect on other files or processes."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_nothing_is_left_behind(name, tmp_path):
         ("round/a", "symbolic links"),
         ("pipe", "a device or the like"),
         ("to-pipe", "a device or the like"),
-        ("n" * 240, "File name too long"),  # with what is added to it while it is written
+        ("n" * 240, "File name too long"),  # with the suffix of the temporary file
         ("n" * 300 + "/a", "File name too long"),
         ("new/" + "n" * 300 + "/a", "File name too long"),
         ("a\0b", "null character"),
@@ -128,7 +128,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         ("link", "there/file"),  # the target of the link is written
         ("gone", "there/nothing"),
         ("lost/a", "there/lost/a"),
-        ("inner/../new/a", "there/new/a"),  # the folder above is that of what the link leads to
+        ("inner/../new/a", "there/new/a"),  # the folder above is that of the link's target
         ("n" * 230, "n" * 230),
     ],
 )

@@ -1,4 +1,4 @@
-"""Model folders: what is saved samples the same bits; what is damaged is refused in one line."""
+"""Model folders: a saved model samples the same bits; a damaged one is refused in one line."""
 
 import hashlib
 import json
