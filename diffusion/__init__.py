@@ -1,5 +1,6 @@
 """Fast sampling and training of pixel-space diffusion models with classifier-free guidance."""
 
+import sys
 from pathlib import Path
 
 if not (Path(__file__).parent / "kernels").is_dir():
@@ -13,6 +14,8 @@ from .models.unet import UNet, UNetConfig
 from .process.schedule import NoiseSchedule
 from .samplers import StepTable
 from .storage.images import save_gif, save_grid
+
+sys.modules[f"{__name__}.steps"] = steps  # `from diffusion.steps import ddim` finds it
 
 __version__ = "0.2.0.dev0"
 

@@ -1,11 +1,13 @@
 """A sampler's options are those of its function: nothing else lists them."""
 
 import argparse
+import importlib
 from typing import Annotated
 
 import pytest
 import torch
 
+import diffusion
 from diffusion.cli import sample
 from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers import SAMPLERS, StepTable, ddim, options_of, own_options
@@ -55,3 +57,9 @@ def test_which_options_a_sampler_has():
     assert {*own_options()} == {"variance", "eta", "use_clipped_model_output", "sde"}
     shared = {"prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval"}
     assert {*options_of("ddim")} == {*shared, "eta", "use_clipped_model_output"}
+
+
+def test_the_public_name_of_the_samplers_is_a_module():
+    public = importlib.import_module("diffusion.steps")
+    assert public.SAMPLERS is SAMPLERS
+    assert public.ddim is diffusion.steps.ddim is ddim
