@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from diffusion.kernels import StepCoefficients, philox_normal, reverse_step
-from diffusion.kernels._native import SOURCES
 from diffusion.kernels.ops.philox.library import as_int64, sample_ids_tensor
 from diffusion.kernels.ops.reverse_step import op
 from diffusion.kernels.ops.reverse_step.arguments import Arguments
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from diffusion.kernels.ops.reverse_step.coefficients import ROW_LENGTH
 from helpers.native import every_variant, requires_native
+from helpers.paths import ROOT
 from helpers.reverse_step import formula
 from helpers.tensors import cast
 from helpers.tolerance import assert_close
@@ -68,7 +68,7 @@ def test_instruction_sets_and_threads_give_the_same_bits(case):
 
 
 def test_rows_are_as_long_in_cpp():
-    found = re.findall(r"kRowLength = (\d+);", (SOURCES / "reverse_step" / "math.h").read_text())
+    found = re.findall(r"kRowLength = (\d+);", (ROOT / "csrc" / "reverse_step" / "math.h").read_text())
     assert found == [str(ROW_LENGTH)]
 
 
