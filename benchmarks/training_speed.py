@@ -18,14 +18,14 @@ from diffusion.training.recipe import changed, load_recipe
 from diffusion.training.trainer import Trainer
 from diffusion.utils.device import multiplies_bfloat16
 
+from .matrix_rate import matrix_rate
 from .recipes import gflop_per_image
 
 BATCHES = 4  # batches of images, which steps use in turn
-SIZES = (1024, 2048, 4096)  # sides of the square matrices
 WARM_UP = 2  # steps before the timed ones; they allocate memory
 
 
-def cpu_seconds(run: Callable[[], object], times: int) -> float:
+def cpu_seconds(run: Callable[[], object], times: int = 5) -> float:
     """The least CPU time of `run`."""
     least = float("inf")
     for _ in range(times):
@@ -33,15 +33,6 @@ def cpu_seconds(run: Callable[[], object], times: int) -> float:
         run()
         least = min(least, time.process_time() - start)
     return least
-
-
-def matrix_rate(dtype: torch.dtype, times: int = 5) -> float:
-    """FLOP per CPU second of PyTorch's product of two square matrices, of the size with the highest rate."""
-    rates = []
-    for size in SIZES:
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        rates.append(2 * size**3 / cpu_seconds(lambda a=a, b=b: a @ b, times))
-    return max(rates)
 
 
 def trainer_of(name: str, changes: list[str], autocast: torch.dtype | None) -> Trainer:
@@ -89,7 +80,7 @@ def main() -> None:
         rows = {name: measure(name, args.set, autocast, args.steps) for name in args.recipes}
     except ValueError as error:
         parser.error(str(error))
-    peak = matrix_rate(dtype)
+    peak = matrix_rate(dtype, cpu_seconds)
     print(f"{dtype}, one thread; products of large matrices: {peak / 1e12:.3f} TFLOP/s")
     for name, row in rows.items():
         print(

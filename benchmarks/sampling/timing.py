@@ -52,15 +52,6 @@ def medians(runs: Mapping[str, Callable[[], object]], device: str, budget: float
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def matrix_rate(dtype: torch.dtype, device: str, sizes: Sequence[int] = (1024, 2048, 4096)) -> float:
-    """FLOP/s of PyTorch's product of two large matrices, of the size at which that is fastest."""
-    rates = []
-    for size in sizes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates.append(2 * size**3 / medians({"": partial(torch.mm, a, b)}, device, 1.0)[""])
-    return max(rates)
-
-
 def compare(
     pair: Pair, count: int, guidance: float, device: str, names: list[str], budget: float
 ) -> dict[str, dict[str, Any]]:

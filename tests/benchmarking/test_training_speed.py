@@ -9,7 +9,7 @@ from helpers.paths import ROOT
 
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
 
-from benchmarks import training_speed
+from benchmarks import matrix_rate, training_speed
 from benchmarks.recipes import gflop_per_image
 
 SMALL = [
@@ -38,7 +38,7 @@ def test_the_least_time_counts(monkeypatch):
 
 def test_the_command_prints_a_line_for_each_recipe(monkeypatch, capsys):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(training_speed, "SIZES", (64,))
+    monkeypatch.setattr(matrix_rate, "SIZES", (64,))
     command = ["speed", "mnist", "--set", *SMALL, "--dtype", "float32", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", command)
     try:
