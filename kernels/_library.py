@@ -38,29 +38,37 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"), function)
 
 
-def define_with_backward(
-    name: str,
-    forward: Definition,
-    backward: Definition,
-    *,
-    op: str,
-    setup_context: Callable[..., None],
-    derivative: Callable[..., tuple],
-) -> None:
-    """Defines <name> and <name>_backward, an operator and the one that its gradient calls.
+class OperatorWithBackward(NamedTuple):
+    """An operator and the one that its gradient calls, which every backend defines with the same schemas.
 
-    setup_context: as torch.library.register_autograd takes it. derivative: makes of the operator
-    <name>_backward, the context and the gradients of the outputs, the gradient of each input. There is no
-    second derivative, and the error that says so names `op`.
+    op: the public op, which errors name. setup_context: as torch.library.register_autograd takes it.
+    derivative: makes of the operator <name>_backward, the context and the gradients of the outputs, the
+    gradient of each input.
     """
-    define(name, *forward)
-    run_backward = define(f"{name}_backward", *backward)
 
-    def differentiate(ctx: Any, *grads: torch.Tensor) -> tuple:
-        return derivative(run_backward, ctx, *grads)
+    op: str
+    forward: Definition
+    backward: Definition
+    setup_context: Callable[..., None]
+    derivative: Callable[..., tuple]
 
-    def no_second_derivative(ctx: Any, *grads: torch.Tensor) -> NoReturn:
-        raise NotImplementedError(f"the gradient of {op} cannot be differentiated again")
+    def define(self, name: str) -> None:
+        """Defines <name> and <name>_backward, as yet without kernels. There is no second derivative."""
+        define(name, *self.forward)
+        run_backward = define(f"{name}_backward", *self.backward)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup_context)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", no_second_derivative)
+        def differentiate(ctx: Any, *grads: torch.Tensor) -> tuple:
+            return self.derivative(run_backward, ctx, *grads)
+
+        def no_second_derivative(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+            raise NotImplementedError(f"the gradient of {self.op} cannot be differentiated again")
+
+        autograd = torch.library.register_autograd
+        autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=self.setup_context)
+        autograd(f"{NAMESPACE}::{name}_backward", no_second_derivative)
+
+    def register(self, name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """Defines both operators and implements them in Python, on the CPU and on CUDA devices."""
+        self.define(name)
+        implement(name, forward)
+        implement(f"{name}_backward", backward)

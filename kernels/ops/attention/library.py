@@ -3,7 +3,7 @@
 The compiled libraries implement `fused_diffusion::attention`. A backend in Python registers operators of its
 own with the same schemas:
 
-    register("attention_triton", forward, backward)
+    operator.register("attention_triton", forward, backward)
     out, logsumexp = torch.ops.fused_diffusion.attention_triton(q, k, v, scale)
 
 q, k, v: [B, H, S, D] of one dtype, any strides but a contiguous last dimension (usually views of one
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import Definition, define_with_backward, implement
-from ..._library import define as define_operator
+from ..._library import Definition, OperatorWithBackward, define
 
 FORWARD = "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor logsumexp)"
 BACKWARD = (
@@ -56,29 +55,17 @@ def _derivative(run_backward: Callable, ctx: Any, grad: Tensor, _: Tensor) -> tu
     return *run_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-def define(name: str) -> None:
-    """Defines fused_diffusion::<name> and fused_diffusion::<name>_backward, as yet without kernels."""
-    define_with_backward(
-        name,
-        Definition(FORWARD, _fake),
-        Definition(BACKWARD, _fake_backward),
-        op="attention",
-        setup_context=_setup_context,
-        derivative=_derivative,
-    )
-
-
-def register(name: str, forward: Callable, backward: Callable) -> None:
-    """Defines both operators and implements them in Python, on the CPU and on CUDA devices."""
-    define(name)
-    implement(name, forward)
-    implement(f"{name}_backward", backward)
-
-
-define("attention")
+operator = OperatorWithBackward(
+    op="attention",
+    forward=Definition(FORWARD, _fake),
+    backward=Definition(BACKWARD, _fake_backward),
+    setup_context=_setup_context,
+    derivative=_derivative,
+)
+operator.define("attention")
 
 # Without a gradient, on a CPU with AMX. splits: 1 multiplies bfloat16, 3 splits each float32 into three
 # bfloat16.
-attention_amx_ = define_operator(
+attention_amx_ = define(
     "attention_amx_", "(Tensor q, Tensor k, Tensor v, float scale, int splits, Tensor(a!) out) -> ()"
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _triton
 from .arguments import Arguments
-from .library import empty_like_heads, register
+from .library import empty_like_heads, operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
@@ -139,7 +139,7 @@ def _backward(
     return dq, dk, dv
 
 
-register("attention_triton", _forward, _backward)
+operator.register("attention_triton", _forward, _backward)
 
 
 def supports(arguments: Arguments) -> str | None:

@@ -3,7 +3,7 @@
 The compiled libraries implement `fused_diffusion::group_norm_silu`. A backend in Python registers operators
 of its own with the same schemas:
 
-    register("group_norm_silu_triton", forward, backward)
+    operator.register("group_norm_silu_triton", forward, backward)
     y, mean, rstd = torch.ops.fused_diffusion.group_norm_silu_triton(
         x, num_groups, weight, bias, eps, add, scale, shift, silu)
 
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import Definition, define_with_backward, implement
-from ..._library import define as define_operator
+from ..._library import Definition, OperatorWithBackward, define
 
 FORWARD = (
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, "
@@ -101,33 +100,21 @@ def _derivative(run_backward: Callable, ctx: Any, grad: Tensor, *_: Tensor) -> t
     )
 
 
-def define(name: str) -> None:
-    """Defines fused_diffusion::<name> and fused_diffusion::<name>_backward, as yet without kernels."""
-    define_with_backward(
-        name,
-        Definition(FORWARD, _fake),
-        Definition(BACKWARD, _fake_backward),
-        op="group_norm_silu",
-        setup_context=_setup_context,
-        derivative=_derivative,
-    )
-
-
-def register(name: str, forward: Callable, backward: Callable) -> None:
-    """Defines both operators and implements them in Python, on the CPU and on CUDA devices."""
-    define(name)
-    implement(name, forward)
-    implement(f"{name}_backward", backward)
-
-
-define("group_norm_silu")
+operator = OperatorWithBackward(
+    op="group_norm_silu",
+    forward=Definition(FORWARD, _fake),
+    backward=Definition(BACKWARD, _fake_backward),
+    setup_context=_setup_context,
+    derivative=_derivative,
+)
+operator.define("group_norm_silu")
 
 # A normalisation as one affine function of each channel, for an op that applies it to its input
 # (csrc/group_norm_silu/norm_cpu.h). x: [N, C, ...] in channels_last, or a range of the channels of such a
 # tensor. affine: float32 [3, N, C] or [4, N, C]: centre, gain, offset and bound. The activation's input is
 # (x - centre) * gain + offset; with SiLU, gain and offset are multiplied by -log2(e). bound: an upper bound
 # of a channel's magnitudes after the activation, which a convolution by int8 limbs needs.
-group_norm_affine_ = define_operator(
+group_norm_affine_ = define(
     "group_norm_affine_",
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, "
     "Tensor? shift, bool silu, Tensor(a!) affine) -> ()",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _triton
 from .arguments import Arguments
-from .library import empty_like_x, register
+from .library import empty_like_x, operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUP_SIZE = 4096  # channels of a group, so that a tile has at least 4 of its positions
@@ -248,7 +248,7 @@ def _backward(
     return result, *sums
 
 
-register("group_norm_silu_triton", _forward, _backward)
+operator.register("group_norm_silu_triton", _forward, _backward)
 
 
 def supports(arguments: Arguments) -> str | None:

@@ -17,7 +17,7 @@ from helpers.tolerance import assert_close
 pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures("on_host")]
 ON_HOST = ("attention",)
 
-library.define("on_host_attention")
+library.operator.define("on_host_attention")
 OPS = torch.ops.fused_diffusion
 
 SMALL = [

@@ -14,7 +14,7 @@ from helpers.tolerance import assert_close
 pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures("on_host")]
 ON_HOST = ("group_norm_silu",)
 
-library.define("on_host_group_norm_silu")
+library.operator.define("on_host_group_norm_silu")
 OPS = torch.ops.fused_diffusion
 
 TILES = {  # with ends inside of a pack, of a warp's rows and of a chunk
