@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..models.unet import UNet
+from ..models.network import Network
 from ..process.schedule import NoiseSchedule
 
 
@@ -15,7 +15,7 @@ class Imported(NamedTuple):
     checkpoint does not tell and the caller did not give, with the values that were taken for them.
     """
 
-    unet: UNet
+    unet: Network
     schedule: NoiseSchedule
     conventions: dict[str, Any]
     assumed: dict[str, Any] | None = None

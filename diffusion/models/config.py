@@ -1,16 +1,15 @@
 """UNetConfig: the architecture of a UNet, in numbers, checked."""
 
-import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
-from ..utils.validation import choice, known_names, refuse, typed
+from ..utils.validation import choice, refuse
+from .network import MAX_CHANNELS, MAX_PARAMETERS, NetworkConfig
 
 RESAMPLING = ("conv", "resblock", "plain")
-MAX_CHANNELS = 65536
 MAX_LEVELS = 16
-MAX_PARAMETERS = 2**34  # 64 GiB in float32; the largest published UNets of pixels have 2 billion
 
 # The range of each numeric field; the fields not listed have 1..MAX_CHANNELS.
 _BOUNDS: dict[str, dict[str, float]] = {
@@ -29,7 +28,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(NetworkConfig):
     """The architecture of a UNet. The defaults are DDPM's for 32x32 images (Ho et al. 2020, appendix B).
 
     Level i works on feature maps with sides of sample_size / patch_size / 2**i and channels * channel_mult[i]
@@ -94,11 +93,10 @@ class UNetConfig:
     num_classes: int | None = None
     has_null_label: bool = True
     patch_size: int = 1
+    bounds: ClassVar[dict[str, dict[str, float]]] = _BOUNDS
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            bounds = _BOUNDS.get(name, {"least": 1, "most": MAX_CHANNELS})
-            object.__setattr__(self, name, typed(name, getattr(self, name), hint, **bounds))
+        super().__post_init__()
         levels, blocks = len(self.channel_mult), self.level_blocks
         if self.channels % 2:
             refuse("channels", "even", self.channels)
@@ -141,11 +139,6 @@ class UNetConfig:
             )
 
     @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
-
-    @property
     def level_channels(self) -> tuple[int, ...]:
         """Channels of each level."""
         return tuple(round(self.channels * mult) for mult in self.channel_mult)
@@ -165,16 +158,6 @@ class UNetConfig:
     def level_upsample(self) -> tuple[str | None, ...]:
         """Upsampling after each level; None for the finest."""
         return (None, *self._per_change(self.upsample))
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether half of the output channels are the variance of improved DDPM."""
-        return self.out_channels == 2 * self.in_channels
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for no label; None for a model that has none."""
-        return self.num_classes if self.has_null_label else None
 
     @cached_property
     def num_parameters(self) -> int:
@@ -217,14 +200,3 @@ class UNetConfig:
                 width = outputs
             count += resampling(up, width)
         return count + 2 * width + (9 * width + 1) * self.patch_size**2 * self.out_channels
-
-    def to_dict(self) -> dict:
-        """All fields, as JSON can hold them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "UNetConfig":
-        """The inverse of `to_dict`; fields left out have their defaults. ValueError for unknown fields."""
-        typed("a UNet's configuration", values, dict)
-        known_names("UNet option", values, [field.name for field in fields(cls)])
-        return cls(**values)

@@ -15,7 +15,9 @@ from torch.nn.modules import module as torch_module
 
 from ..kernels._dispatch import intercepted
 from . import blocks
-from .unet import UNet, UNetConfig
+from .network import Network, NetworkConfig
+from .registry import build
+from .unet import UNet
 
 # Attributes that do not affect the output in eval mode without gradients.
 _INTERNAL = {*vars(nn.Module()), "checkpointing", "dropout"}
@@ -56,12 +58,12 @@ def altered(unet: nn.Module) -> str | None:
     return reason or _difference("", unet, configured(config_of(unet)))
 
 
-def config_of(unet: nn.Module | None) -> UNetConfig:
-    """The configuration of a model's network; ValueError unless it is a UNet or has a UNet's `config`."""
+def config_of(unet: nn.Module | None) -> NetworkConfig:
+    """The configuration of a model's network; ValueError unless it is a Network or has the `config` of one."""
     config = getattr(unet, "config", None)
-    if unet is None or not isinstance(config, UNetConfig):
+    if unet is None or not isinstance(config, NetworkConfig):
         inner = getattr(getattr(unet, "module", None), "config", None)
-        hint = "; its `module` is one" if isinstance(inner, UNetConfig) else ""
+        hint = "; its `module` is one" if isinstance(inner, NetworkConfig) else ""
         raise ValueError(
             f"model.unet must be a UNet, or a module with a UNet's `config`, not {_called(unet)}{hint}"
         )
@@ -102,10 +104,10 @@ def _altered_everywhere() -> str | None:
 
 
 @functools.lru_cache(8)
-def configured(config: UNetConfig) -> UNet:
-    """The UNet of a configuration, on the meta device (without values)."""
+def configured(config: NetworkConfig) -> Network:
+    """The network of a configuration, on the meta device (without values)."""
     with torch.inference_mode(False), torch.device("meta"):
-        return UNet(config)
+        return build(config)
 
 
 def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | None:

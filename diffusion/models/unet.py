@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ..utils.memory import check_fits
 from .blocks import Attention, Level, Middle, Norm, ResBlock, module_list, run
 from .config import UNetConfig
+from .network import Network, NetworkConfig
 
 __all__ = ["UNet", "UNetConfig", "timestep_embedding"]
 
@@ -30,13 +32,15 @@ def timestep_embedding(
     return torch.cat(waves, dim=1)
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The UNet of DDPM, improved DDPM and guided diffusion, by `UNetConfig`.
 
     `forward` is `denoise(x, embed(timesteps, labels))`: `embed` holds all that depends on
     timestep and label alone, so that a sampler can compute it once for all steps.
     """
 
+    Config: ClassVar[type[NetworkConfig]] = UNetConfig
+    config: UNetConfig
     down: Sequence[Level]  # an nn.ModuleList, as `up` is
     up: Sequence[Level]
 

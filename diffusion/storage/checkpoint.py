@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..models.network import Network
+from ..models.registry import build, config_from_dict, config_to_dict
 from ..models.structure import config_of, configured
-from ..models.unet import UNet, UNetConfig
 from ..process.schedule import NoiseSchedule
 from ..utils.errors import first_line
 from ..utils.validation import plain_number
@@ -52,7 +53,7 @@ def is_model(folder: Path) -> bool:
         return False
 
 
-def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtype | None = None) -> None:
+def write(folder: str | os.PathLike, unet: Network, config: dict, dtype: torch.dtype | None = None) -> None:
     """Writes a model folder; a former model in it is replaced only once the new files are complete.
 
     config: the entries of config.json beside the UNet's own configuration. dtype: of the stored weights, one
@@ -79,23 +80,29 @@ def write(folder: str | os.PathLike, unet: UNet, config: dict, dtype: torch.dtyp
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             kind = "on the meta device" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
             raise ValueError(f"cannot write {folder}: {name} of the UNet is {kind}, not a weight")
-    weights = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in state.items()}
+    weights = {name: t.detach().to("cpu", _stored_dtype(t, dtype)).contiguous() for name, t in state.items()}
     check_architecture(architecture, weights, f"cannot write {folder}: the UNet")
+    counters = {name for name, t in architecture.state_dict().items() if not t.is_floating_point()}
     first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(weights.items())}
     for name, tensor in weights.items():
         if first[tensor.untyped_storage().data_ptr()] != name:
             weights[name] = tensor.clone()  # tied weights are stored for each of their names
-    check_weights(weights, f"cannot write {folder}")
+    check_weights({name: t for name, t in weights.items() if name not in counters}, f"cannot write {folder}")
     check_finite(weights, f"cannot write {folder}")
     about = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
         save_file(weights, weights_path)
-        config = about | {DIGEST: sha256(weights_path), "unet": unet.config.to_dict()} | json.loads(text)
+        config = about | {DIGEST: sha256(weights_path), "unet": config_to_dict(unet.config)} | json.loads(text)
         config_path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read(folder: Path, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
-    """Reads a model folder: its UNet in float32 on the CPU, its noise schedule, and its conventions.
+def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype` for weights that are to be stored in it; counters, such as those of BatchNorm, stay integers."""
+    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+
+
+def read(folder: Path, verify: bool = True) -> tuple[Network, NoiseSchedule, dict]:
+    """Reads a model folder: its network in float32 on the CPU, its noise schedule, and its conventions.
 
     The conventions are the arguments of `DDPM` that config.json holds. verify: refuse weights that are not
     those of the SHA-256 in config.json, where it holds one. ValueError, in one line, for anything that is
@@ -108,7 +115,7 @@ def read(folder: Path, verify: bool = True) -> tuple[UNet, NoiseSchedule, dict]:
         return _read(folder, verify)
 
 
-def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
+def _read(folder: Path, verify: bool) -> tuple[Network, NoiseSchedule, dict]:
     path = folder / "config.json"
     config = read_json(path)
     if config.get("format") != FORMAT:
@@ -124,7 +131,7 @@ def _read(folder: Path, verify: bool) -> tuple[UNet, NoiseSchedule, dict]:
     weights = read_safetensors(folder / "model.safetensors", digest)
     try:
         with torch.device("meta"):  # no memory until the weights are known to fit
-            unet = UNet(UNetConfig.from_dict(config["unet"]))
+            unet = build(config_from_dict(config["unet"]))
         schedule = NoiseSchedule.from_config(config["schedule"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
