@@ -11,7 +11,7 @@ from ..ddpm import load
 from ..evaluation.shards import report, sample_shards
 from ..inference.batches import Interrupted
 from ..samplers import FULL_CHAIN, SAMPLERS, own_options
-from ..samplers.timesteps import SPACINGS
+from ..samplers.timesteps import SPACINGS, STRIDES
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz
 from ..utils.ranks import current_ranks
@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     add("--steps", type=int, help=f"number of steps, 1 to T (default: 50; for {', '.join(FULL_CHAIN)}, T)")
-    add("--spacing", help=f"spacing of the timesteps: {', '.join(SPACINGS)} (default: the model's)")
+    add(
+        "--spacing",
+        help=f"spacing of the timesteps: {', '.join((*SPACINGS, *STRIDES))} (default: the model's)",
+    )
     add_sampler_options(parser)
     add(
         "--dynamic-threshold",

@@ -1,6 +1,9 @@
 """The timesteps of a schedule that a sampler visits."""
 
+import itertools
+import re
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +14,8 @@ from ..utils.validation import choice, whole_number
 # sqrt(alphas_cumprod) where sampling starts, beyond that at T - 1. Above it, 2 % of the pixels in the bundled
 # model's background are grey; at 0.7, nearly all.
 MAX_SIGNAL = 0.2
-SPACINGS = ("leading", "linspace", "trailing", "quad")
+SPACINGS = ("leading", "linspace", "trailing", "quad", "respaced")
+STRIDES = ("stride", "uniform")  # spacings with one whole stride, which not every number of steps has
 
 
 def spaced_timesteps(
@@ -25,19 +29,34 @@ def spaced_timesteps(
     the next larger. A single step is at 0, except with trailing. Only trailing and linspace start at T - 1
     for any number of steps: with 501 steps of 1000, leading starts at 500.
 
+    Other spacings are those of published code. "respaced" and "stride" are the timestep_respacing "N" and
+    "ddimN" of improved-diffusion and guided-diffusion, for N steps: rounded multiples of
+    (T - 1) / (steps - 1), added up in floating point, and multiples of the smallest whole stride that gives
+    `steps` of them. Counts such as "10,15,20" are theirs, too: T is divided into as many sections, each
+    respaced with its count, and steps is their sum or None. "uniform" has all multiples of T // steps, as in
+    ermongroup/ddim, which can be more than `steps`.
+
     skip_zero: leading and linspace space steps + 1 points and leave out the one at 0, as DPM-Solver++
     does in diffusers, because its last step goes to x_0 from any timestep. With all T
     timesteps there are no T + 1 points to space, and 0 is kept. ValueError for steps outside 1..T or another
-    spacing.
+    spacing, and where no stride gives so many steps.
     """
-    choice("spacing", spacing, SPACINGS)
+    if isinstance(spacing, str) and re.fullmatch(r"[0-9]+(,[0-9]+)*", spacing):
+        return _descending(_sections(T, steps, spacing))
+    choice("spacing", spacing, (*SPACINGS, *STRIDES))
     steps = T if steps is None else whole_number("steps", steps, 1, T)
     increasing: np.ndarray
+    if spacing == "respaced":
+        return _descending(_respaced(T, [steps]))
     if steps == T:
         increasing = np.arange(T)
     elif spacing == "trailing":
         # In floating point, arange can have one point too many, near 0.
         increasing = np.arange(T, 0, -T / steps)[:steps][::-1].round() - 1
+    elif spacing == "stride":
+        increasing = np.arange(0, T, _smallest_stride(T, steps))
+    elif spacing == "uniform":
+        increasing = np.arange(0, T, T // steps)
     elif spacing == "quad":
         increasing = np.floor(np.linspace(0, np.sqrt(0.8 * T), steps) ** 2)
         index = np.arange(steps)
@@ -47,7 +66,48 @@ def spaced_timesteps(
         multiples = np.arange(points) * (T // points)
         increasing = multiples if spacing == "leading" else np.linspace(0, T - 1, points).round()
         increasing = increasing[skip_zero:]
-    return torch.from_numpy(increasing[::-1].astype(np.int64))
+    return _descending(increasing)
+
+
+def _descending(increasing: Sequence[int] | np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(increasing)[::-1].astype(np.int64))
+
+
+def _sections(T: int, steps: int | None, spacing: str) -> list[int]:
+    """The timesteps of sections with the counts in `spacing`, such as "10,15,20"."""
+    counts = [int(count) for count in spacing.split(",")]
+    if sum(counts) == 0 or steps not in (None, sum(counts)):
+        raise ValueError(f"spacing {spacing!r} has {sum(counts)} steps, not {steps or 'at least 1'}")
+    return _respaced(T, counts)
+
+
+def _respaced(T: int, counts: list[int]) -> list[int]:
+    """As many sections of 0..T-1 as there are counts, of nearly the same size, each with its count of
+    timesteps from its first to its last."""
+    timesteps: list[int] = []
+    start, (size, longer) = 0, divmod(T, len(counts))
+    for i, count in enumerate(counts):
+        section = size + (i < longer)
+        if count > section:
+            raise ValueError(f"spacing cannot take {count} timesteps of a section of {section}")
+        stride = (section - 1) / (count - 1) if count > 1 else 1.0
+        # Sums, because a product rounds some halves to the other side.
+        points = itertools.islice(itertools.accumulate(itertools.repeat(stride), initial=0.0), count)
+        timesteps += [start + round(point) for point in points]
+        start += section
+    return timesteps
+
+
+def _smallest_stride(T: int, steps: int) -> int:
+    """The smallest stride with `steps` multiples in 0..T-1; ValueError if there is none."""
+    strides = {-(-T // stride): stride for stride in range(T - 1, 0, -1)}
+    if steps not in strides:
+        nearest = sorted(strides, key=lambda count: abs(count - steps))[:2]
+        raise ValueError(
+            f"spacing 'stride' has no {steps} of {T} timesteps, because no whole stride gives so many; "
+            f"the nearest numbers of steps are {' and '.join(map(str, sorted(nearest)))}"
+        )
+    return strides[steps]
 
 
 class SpacingWarning(UserWarning):

@@ -1,5 +1,6 @@
 """The timesteps that are visited, against diffusers and the DDIM paper's code."""
 
+import hashlib
 from itertools import pairwise
 
 import diffusers
@@ -41,6 +42,61 @@ def test_grids_are_those_of_diffusers(T, spacing):
                 ours = spaced_timesteps(T, steps, spacing, skip_zero=skip_zero).tolist()
                 assert ours == theirs[:steps]
                 assert all(t == -1 for t in theirs[steps:])  # a point too many, of arange in floating point
+
+
+# SHA-256 of the lists that space_timesteps of openai/guided-diffusion (22e0df8) gives for 1..T timesteps in
+# increasing order, as Python prints them, one after the other; "none" where it finds no stride.
+RESPACED = {
+    7: ("db6be530a1fd2a30", "642aff20cfdb60cd"),
+    100: ("51de85e1c7c6521c", "f6195931380ae224"),
+    1000: ("3b9d245afd1d617c", "abf540765ee322fb"),
+}
+
+
+@pytest.mark.parametrize("T", RESPACED)
+def test_timestep_respacing_is_that_of_guided_diffusion(T):
+    respaced, stride = hashlib.sha256(), hashlib.sha256()
+    for steps in range(1, T + 1):
+        respaced.update(repr(spaced_timesteps(T, steps, "respaced").tolist()[::-1]).encode())
+        try:
+            grid = repr(spaced_timesteps(T, steps, "stride").tolist()[::-1])
+        except ValueError:
+            grid = "none"
+        stride.update(grid.encode())
+    assert (respaced.hexdigest()[:16], stride.hexdigest()[:16]) == RESPACED[T]
+
+
+def test_sections_are_those_of_guided_diffusion():
+    assert spaced_timesteps(11, None, "2,0,1,2").tolist() == [10, 9, 6, 2, 0]
+    assert spaced_timesteps(11, 5, "2,0,1,2").tolist() == [10, 9, 6, 2, 0]
+    # Stride 11 in 0..99, 7.07 in 100..199 and 5.21 in 200..299.
+    grid = spaced_timesteps(300, None, "10,15,20").tolist()[::-1]
+    assert grid[:10] == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert grid[10:25] == [100, 107, 114, 121, 128, 135, 142, 149, 157, 164, 171, 178, 185, 192, 199]
+    assert grid[25:32] + grid[-2:] == [200, 205, 210, 216, 221, 226, 231, 294, 299]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 30, 300, 501, 1000])
+def test_uniform_spacing_is_that_of_ermongroup_ddim(steps):
+    assert spaced_timesteps(1000, steps, "uniform").tolist()[::-1] == list(range(0, 1000, 1000 // steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "message"),
+    [
+        (300, "stride", "no 300 of 1000 timesteps.* the nearest numbers of steps are 250 and 334"),
+        (10, "10,15", r"spacing '10,15' has 25 steps, not 10"),
+        (None, "0", r"spacing '0' has 0 steps"),
+        (None, "501,3", "cannot take 501 timesteps of a section of 500"),
+        (3, "1,", "unknown spacing '1,'; choose from: leading"),
+        (3, 7, "unknown spacing"),
+        (1001, "uniform", "steps must be a whole number in 1..1000"),
+    ],
+)
+def test_spacings_that_there_are_not(steps, spacing, message):
+    with pytest.raises(ValueError, match=message) as error:
+        spaced_timesteps(1000, steps, spacing)
+    assert "\n" not in str(error.value)
 
 
 def test_quad_spacing_is_that_of_the_ddim_paper():
