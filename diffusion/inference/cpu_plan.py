@@ -126,6 +126,11 @@ def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:
             return f"{name} is {kind}, not {first.dtype} on {first.device} as others are"
     if first.dtype not in DTYPES.values():
         return f"its weights are {first.dtype}, in which nothing can be embedded"
+    config = unet.config
+    if config.activation != "silu":
+        return f"its activation is {config.activation}, and the compiled convolution has SiLU"
+    if config.mid_divisor != 1:
+        return f"the outputs of its middle blocks are divided by {config.mid_divisor:g}"
     if dtype not in convolution.DTYPES:
         return f"the dtype is {dtype}, not float32, bfloat16 or float16"
     x = torch.empty(0, 1, 4, 4, dtype=dtype, device="cpu")
@@ -312,6 +317,8 @@ class _Plan:
         if patch > 1:
             image = self._image(unet.input_conv.weight.shape[1], height, width)
             self._call(_store, image, partial(pixel_unshuffle, downscale_factor=patch), self.input)
+        if unet.config.center_input:
+            self._call(_center, image)
         x = skips.pop(0)
         self._convolve(unet.input_conv, image, x)
         for level in unet.down:
@@ -325,9 +332,12 @@ class _Plan:
                 self._resample_level(level.resample, x, embeddings, out)
                 x = out
 
-        middle = [self._scratch(f"middle {i}", *x.shape[1:]) for i in range(2)]
-        self._block(unet.mid.blocks[0], unet.mid.attention, x, next(embeddings), middle[0])
-        self._residual_block(unet.mid.blocks[1], middle[0], next(embeddings), writes.pop(0))
+        if unet.config.has_middle:
+            middle = self._scratch("middle", *x.shape[1:])
+            self._block(unet.mid.blocks[0], unet.mid.attention, x, next(embeddings), middle)
+            self._residual_block(unet.mid.blocks[1], middle, next(embeddings), writes.pop(0))
+        else:
+            self._call(_copy, writes.pop(0), x)
 
         for level in reversed(unet.up):
             for i, block in enumerate(level.blocks):
@@ -348,6 +358,8 @@ class _Plan:
         if patch > 1:
             self.output = self._image(unet.config.out_channels, height * patch, width * patch)
             self._call(_store, self.output, partial(pixel_shuffle, upscale_factor=patch), output)
+        if unet.config.time_embedding == "fourier":
+            self._call(_divide, self.output, next(embeddings))
 
     def _decoder_inputs(self, unet: UNet, height: int, width: int) -> list[tuple[Tensor, int]]:
         """The input of each decoder block, in order, with its number of channels from below.
@@ -389,6 +401,18 @@ def _bound(calls: list[_Call]) -> list[Callable[[], None]]:
 def _attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     """Attention by one fixed operator: "auto" chooses by batch size, and images must not depend on it."""
     out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
+
+
+def _copy(out: Tensor, x: Tensor) -> None:
+    out.copy_(x)
+
+
+def _center(image: Tensor) -> None:
+    image.mul_(2).sub_(1)
+
+
+def _divide(image: Tensor, divisor: Tensor) -> None:
+    image.div_(divisor[:, :, None, None])
 
 
 def _store(out: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> None:

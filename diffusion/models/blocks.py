@@ -41,6 +41,11 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
+def activate(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The activation of this name, see `UNetConfig.activation`, of x."""
+    return getattr(F, name)(x)
+
+
 # The methods of torch.nn.Conv2d at import, to notice a later replacement.
 _FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
 
@@ -73,7 +78,10 @@ class Conv2d(nn.Conv2d):
 
 
 class Norm(nn.Module):
-    """Group normalisation with the embedding and activation after it; see `kernels.group_norm_silu`."""
+    """Group normalisation with the embedding and activation after it; see `kernels.group_norm_silu`.
+
+    activation: "none", or a name of `config.ACTIVATIONS`; the kernel computes "silu" itself.
+    """
 
     def __init__(self, channels: int, groups: int, eps: float, activation: str = "silu"):
         super().__init__()
@@ -84,16 +92,18 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor, backend: str = "auto", **modulation: torch.Tensor) -> torch.Tensor:
-        return group_norm_silu(
+        fused = self.activation in ("silu", "none")
+        h = group_norm_silu(
             x,
             self.groups,
             self.weight,
             self.bias,
             self.eps,
-            activation=self.activation,
+            activation=self.activation if fused else "none",
             backend=backend,
             **modulation,
         )
+        return h if fused else activate(self.activation, h)
 
 
 class Downsample(nn.Module):
@@ -129,6 +139,7 @@ class ResBlock(nn.Module):
     normalisation and convolution (Song et al. 2021, arXiv 2011.13456, appendix H).
 
     embedding: [B, out], added before the second normalisation, or [B, 2 out], its scale and shift.
+    divisor: the block's output is divided by it.
     checkpointing: keep only the input, and recompute all activations in the backward pass (Chen et al.
     2016, arXiv 1604.06174).
     """
@@ -141,13 +152,15 @@ class ResBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         resample: Downsample | Upsample | None = None,
+        divisor: float = 1,
     ):
         super().__init__()
         self.scale_shift, self.dropout, self.resample = config.scale_shift, config.dropout, resample
         self.embedding_size = out_channels * (2 if config.scale_shift else 1)
-        self.norm1 = Norm(in_channels, config.norm_groups, config.norm_eps)
+        self.divisor = divisor
+        self.norm1 = Norm(in_channels, config.norm_groups, config.norm_eps, config.activation)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = Norm(out_channels, config.norm_groups, config.norm_eps)
+        self.norm2 = Norm(out_channels, config.norm_groups, config.norm_eps, config.activation)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -163,7 +176,8 @@ class ResBlock(nn.Module):
         h = run(self.conv1, h, backend=backend)
         h = self._modulated(h, embedding, backend)
         h = run(self.conv2, F.dropout(h, self.dropout, self.training), backend=backend)
-        return h + (x if self.skip is None else run(self.skip, x, backend=backend))
+        h = h + (x if self.skip is None else run(self.skip, x, backend=backend))
+        return h if self.divisor == 1 else h / self.divisor
 
     def _modulated(self, h: torch.Tensor, embedding: torch.Tensor, backend: str) -> torch.Tensor:
         """The second normalisation with the embedding, also if a module of torch.nn replaces the norm."""
@@ -189,13 +203,14 @@ class Attention(nn.Module):
     """Self-attention over all positions, with a residual connection (Ho et al. 2020, appendix B).
 
     qkv's outputs are ordered by (q, k, v), then by head, then by channel within the head.
-    checkpointing: as in `ResBlock`.
+    divisor, checkpointing: as in `ResBlock`.
     """
 
     checkpointing = False
 
-    def __init__(self, config: UNetConfig, channels: int, groups: int | None = None):
+    def __init__(self, config: UNetConfig, channels: int, groups: int | None = None, divisor: float = 1):
         super().__init__()
+        self.divisor = divisor
         self.heads = config.num_heads
         if config.head_channels is not None:
             self.heads = max(1, channels // config.head_channels)
@@ -217,7 +232,8 @@ class Attention(nn.Module):
         qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 C]; no copy where x is channels_last
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         h = self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
-        return x + h.transpose(1, 2).reshape(x.shape)
+        h = x + h.transpose(1, 2).reshape(x.shape)
+        return h if self.divisor == 1 else h / self.divisor
 
 
 class Level(nn.Module):
@@ -293,16 +309,18 @@ def _residual(block: nn.Module, h: torch.Tensor, part: torch.Tensor, backend: st
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the coarsest resolution."""
+    """Block, attention, block at the coarsest resolution; nothing without `config.has_middle`."""
 
     blocks: Sequence[ResBlock]
     attention: Attention | None
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.blocks = module_list(ResBlock(config, channels, channels) for _ in range(2))
+        count, divisor = 2 if config.has_middle else 0, config.mid_divisor
+        self.blocks = module_list(ResBlock(config, channels, channels, divisor=divisor) for _ in range(count))
+        attends = config.has_middle and config.mid_attention
         self.attention = (
-            Attention(config, channels, config.mid_attention_groups) if config.mid_attention else None
+            Attention(config, channels, config.mid_attention_groups, divisor) if attends else None
         )
 
     def residual_blocks(self) -> list[ResBlock]:
@@ -310,6 +328,8 @@ class Middle(nn.Module):
         return list(self.blocks)
 
     def forward(self, h: torch.Tensor, parts: Iterator[torch.Tensor], backend: str = "auto") -> torch.Tensor:
+        if not len(self.blocks):
+            return h
         h = _residual(self.blocks[0], h, next(parts), backend)
         if self.attention is not None:
             h = run(self.attention, h, backend=backend)

@@ -9,6 +9,9 @@ from ..utils.validation import choice, refuse
 from .network import MAX_CHANNELS, MAX_PARAMETERS, NetworkConfig
 
 RESAMPLING = ("conv", "resblock", "plain")
+ACTIVATIONS = ("silu", "gelu", "mish", "relu")
+TIME_EMBEDDINGS = ("sinusoidal", "fourier", "learned")
+LABEL_EMBEDDINGS = ("table", "timestep", "identity")
 MAX_LEVELS = 16
 
 # The range of each numeric field; the fields not listed have 1..MAX_CHANNELS.
@@ -24,6 +27,9 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "norm_eps": {"least": 1e-12, "below": 1},
     "dropout": {"least": 0, "below": 1},
     "num_classes": {"least": 1, "most": 2**31 - 1},
+    "up_attention_levels": {"least": 0, "most": MAX_LEVELS - 1},
+    "mid_divisor": {"above": 0, "most": 1024},
+    "learned_timesteps": {"least": 1, "most": 1_000_000},
 }
 
 
@@ -64,6 +70,19 @@ class UNetConfig(NetworkConfig):
     dropout: probability in every residual block.
     num_classes: number K of classes, or None for an unconditional model.
     has_null_label: row K of the label embedding stands for no label (Ho & Salimans 2022, arXiv 2207.12598).
+    up_attention_levels: levels with attention on the way up; None for attention_levels.
+    activation: of the residual blocks, "silu", "gelu" (with the error function), "mish" or "relu"; SiLU
+        stays that of the time embedding and of the last normalisation.
+    has_middle: residual blocks and attention at the coarsest resolution, between the way down and the way up.
+    mid_divisor: the sums of the middle's residual connections are divided by it.
+    center_input: the network is given images in [0, 1], and maps them to [-1, 1] itself.
+    time_embedding: "sinusoidal"; "fourier", random frequencies of the timestep's logarithm, for which the
+        output is divided by the timestep (Song et al. 2021, arXiv 2011.13456, appendix H); or "learned", a
+        row of a table for each whole timestep.
+    learned_timesteps: rows of the learned table, None for the other embeddings.
+    label_embedding: "table", a row for each label; "timestep", the label is embedded as a timestep is, by
+        an MLP of its own, and has no null label; or "identity", each label is itself an embedding [E], and
+        num_classes is None.
 
     ValueError for a value of a wrong type or out of range, or more than 2**34 parameters.
     """
@@ -93,6 +112,14 @@ class UNetConfig(NetworkConfig):
     num_classes: int | None = None
     has_null_label: bool = True
     patch_size: int = 1
+    up_attention_levels: tuple[int, ...] | None = None
+    activation: str = "silu"
+    has_middle: bool = True
+    mid_divisor: int | float = 1
+    center_input: bool = False
+    time_embedding: str = "sinusoidal"
+    learned_timesteps: int | None = None
+    label_embedding: str = "table"
     bounds: ClassVar[dict[str, dict[str, float]]] = _BOUNDS
 
     def __post_init__(self) -> None:
@@ -106,8 +133,9 @@ class UNetConfig(NetworkConfig):
             refuse("channel_mult", "large enough for a channel", list(self.channel_mult))
         if len(blocks) != levels:
             refuse("num_res_blocks", f"a whole number, or {levels} such numbers", list(blocks))
-        if not all(level < levels for level in self.attention_levels):
-            refuse("attention_levels", f"in 0..{levels - 1}", list(self.attention_levels))
+        for name in ("attention_levels", "up_attention_levels"):
+            if not all(level < levels for level in getattr(self, name) or ()):
+                refuse(name, f"in 0..{levels - 1}", list(getattr(self, name)))
         if self.freq_shift >= self.channels / 2:
             refuse("freq_shift", f"less than half of {self.channels} channels", self.freq_shift)
         for name in ("downsample", "upsample"):
@@ -117,6 +145,17 @@ class UNetConfig(NetworkConfig):
             if len(kinds) != levels - 1:
                 refuse(name, f"a name, or {levels - 1} of them", list(kinds))
         choice("downsample_padding", self.downsample_padding, ("asymmetric", "symmetric"))
+        choice("activation", self.activation, ACTIVATIONS)
+        choice("time_embedding", self.time_embedding, TIME_EMBEDDINGS)
+        choice("label_embedding", self.label_embedding, LABEL_EMBEDDINGS)
+        if (self.learned_timesteps is None) != (self.time_embedding != "learned"):
+            expected = "a number of rows" if self.time_embedding == "learned" else "None"
+            name = f"{expected} for the time_embedding {self.time_embedding!r}"
+            refuse("learned_timesteps", name, self.learned_timesteps)
+        if self.label_embedding == "timestep" and (self.num_classes is None or self.has_null_label):
+            raise ValueError("label_embedding 'timestep' needs num_classes, and has no null label")
+        if self.label_embedding == "identity" and self.num_classes is not None:
+            refuse("num_classes", "None for the label_embedding 'identity'", self.num_classes)
         self.check_size(self.image_shape)
         if self.num_parameters > MAX_PARAMETERS:
             raise ValueError(
@@ -142,6 +181,17 @@ class UNetConfig(NetworkConfig):
     def level_channels(self) -> tuple[int, ...]:
         """Channels of each level."""
         return tuple(round(self.channels * mult) for mult in self.channel_mult)
+
+    @property
+    def level_attention(self) -> tuple[tuple[bool, bool], ...]:
+        """Whether the blocks of each level have attention, on the way down and on the way up."""
+        up = self.attention_levels if self.up_attention_levels is None else self.up_attention_levels
+        return tuple((i in self.attention_levels, i in up) for i in range(len(self.channel_mult)))
+
+    @property
+    def time_features(self) -> int:
+        """Features of a timestep before the MLP of the time embedding."""
+        return self.channels * (2 if self.time_embedding == "fourier" else 1)
 
     @property
     def level_blocks(self) -> tuple[int, ...]:
@@ -178,23 +228,27 @@ class UNetConfig(NetworkConfig):
                 return residual(width, width)
             return 9 * width * width + width if kind == "conv" else 0
 
-        count = (self.channels + 1) * embed + (embed + 1) * embed
-        if self.num_classes is not None:
+        mlp = (self.time_features + 1) * embed + (embed + 1) * embed
+        count = mlp + self.channels * ((self.learned_timesteps or 0) + (self.time_embedding == "fourier"))
+        if self.label_embedding == "timestep":
+            count += mlp
+        elif self.num_classes is not None:
             count += (self.num_classes + self.has_null_label) * embed
         count += (9 * self.patch_size**2 * self.in_channels + 1) * widths[0]
         width, skips = widths[0], [widths[0]]
         levels = list(zip(widths, self.level_blocks, self.level_downsample, self.level_upsample, strict=True))
         for level, (outputs, blocks, down, _) in enumerate(levels):
-            count += blocks * attention(outputs) * (level in self.attention_levels)
+            count += blocks * attention(outputs) * self.level_attention[level][0]
             for _ in range(blocks):
                 count += residual(width, outputs)
                 width = outputs
             skips += [width] * (blocks + (down is not None))
             count += resampling(down, width)
-        count += 2 * residual(width, width)
-        count += attention(width, self.mid_attention_groups != 0) * self.mid_attention
+        middle = 2 * residual(width, width)
+        middle += attention(width, self.mid_attention_groups != 0) * self.mid_attention
+        count += middle * self.has_middle
         for level, (outputs, blocks, _, up) in reversed(list(enumerate(levels))):
-            count += (blocks + 1) * attention(outputs) * (level in self.attention_levels)
+            count += (blocks + 1) * attention(outputs) * self.level_attention[level][1]
             for _ in range(blocks + 1):
                 count += residual(width + skips.pop(), outputs)
                 width = outputs

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..utils.memory import check_fits
-from .blocks import Attention, Level, Middle, Norm, ResBlock, module_list, run
+from ..utils.validation import readable
+from .blocks import Attention, Level, Middle, Norm, ResBlock, activate, module_list, run
 from .config import UNetConfig
 from .network import Network, NetworkConfig
 
-__all__ = ["UNet", "UNetConfig", "timestep_embedding"]
+__all__ = ["UNet", "UNetConfig", "fourier_embedding", "timestep_embedding"]
 
 
 def timestep_embedding(
@@ -30,6 +31,13 @@ def timestep_embedding(
     angles = timesteps[:, None] * torch.exp(exponents / (half - freq_shift))
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(waves, dim=1)
+
+
+def fourier_embedding(values: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines [B, 2 F] of the logarithms of values [B] > 0 at frequencies [F] (Tancik et al. 2020,
+    arXiv 2006.10739, of the logarithm of the noise level as in Song et al. 2021, arXiv 2011.13456)."""
+    angles = values.log()[:, None] * frequencies * (2 * math.pi)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class UNet(Network):
@@ -51,10 +59,15 @@ class UNet(Network):
             check_fits(f"{config.num_parameters:,} parameters", 4 * config.num_parameters, device)
         self.config = config
         widths, embed_dim = config.level_channels, config.time_embed_dim or 4 * config.channels
-        self.time_mlp = nn.Sequential(
-            nn.Linear(config.channels, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
-        )
-        if config.num_classes is not None:
+        if config.time_embedding == "fourier":
+            frequencies = 16 * torch.randn(config.channels)  # of Song et al.'s networks; fixed in training
+            self.time_frequencies = nn.Parameter(frequencies, requires_grad=False)
+        elif config.learned_timesteps is not None:
+            self.time_table = nn.Embedding(config.learned_timesteps, config.channels)
+        self.time_mlp = _mlp(config.time_features, embed_dim)
+        if config.label_embedding == "timestep":
+            self.label_mlp = _mlp(config.time_features, embed_dim)
+        elif config.num_classes is not None:
             self.label_embedding = nn.Embedding(config.num_classes + config.has_null_label, embed_dim)
         pixels = config.patch_size**2
         self.input_conv = nn.Conv2d(pixels * config.in_channels, widths[0], 3, padding=1)
@@ -63,9 +76,8 @@ class UNet(Network):
         down = []
         for i, how in enumerate(config.level_downsample):
             inputs = [width, *[widths[i]] * (config.level_blocks[i] - 1)]
-            down.append(
-                Level(config, inputs, widths[i], i in config.attention_levels, way="down", resampling=how)
-            )
+            attends = config.level_attention[i][0]
+            down.append(Level(config, inputs, widths[i], attends, way="down", resampling=how))
             width = widths[i]
             skips += [width] * (config.level_blocks[i] + (how is not None))
         self.down = module_list(down)
@@ -74,17 +86,19 @@ class UNet(Network):
         for i, how in reversed(list(enumerate(config.level_upsample))):
             outputs = [widths[i]] * (config.level_blocks[i] + 1)
             inputs = [before + skips.pop() for before in (width, *outputs[1:])]
-            up.append(
-                Level(config, inputs, widths[i], i in config.attention_levels, way="up", resampling=how)
-            )
+            attends = config.level_attention[i][1]
+            up.append(Level(config, inputs, widths[i], attends, way="up", resampling=how))
             width = widths[i]
         self.up = module_list(reversed(up))  # up[i] is of the same resolution as down[i]
         self.output_norm = Norm(width, config.norm_groups, config.norm_eps)
         self.output_conv = nn.Conv2d(width, pixels * config.out_channels, 3, padding=1)
 
         parts: list[Level | Middle] = [*self.down, self.mid, *up]
+        # One for each residual block, and one for the divisor of a Fourier embedding's output.
         self.embedding_sizes = [block.embedding_size for part in parts for block in part.residual_blocks()]
         self.embedding_projection = nn.Linear(embed_dim, sum(self.embedding_sizes))
+        if config.time_embedding == "fourier":
+            self.embedding_sizes.append(1)
         self._init_weights()
 
     @torch.no_grad()
@@ -97,7 +111,9 @@ class UNet(Network):
                     nn.init.zeros_(module.bias)
         # A matrix that holds several weights: each gets its own fan-out.
         several = [m.qkv.weight.chunk(3) for m in self.modules() if isinstance(m, Attention)]
-        for weights in (*several, self.embedding_projection.weight.split(self.embedding_sizes)):
+        fourier = self.config.time_embedding == "fourier"
+        block_sizes = self.embedding_sizes[:-1] if fourier else self.embedding_sizes
+        for weights in (*several, self.embedding_projection.weight.split(block_sizes)):
             for weight in weights:
                 nn.init.xavier_uniform_(weight)
         ends = [
@@ -112,30 +128,69 @@ class UNet(Network):
         """The embedding of timesteps and labels for all blocks, [B, E], for `denoise`.
 
         timesteps: [B], integer or floating point, 0..T-1. labels: int64 [B] in 0..K-1, or K for no label;
-        None for no label in the whole batch. ValueError for labels outside of these.
+        None for no label in the whole batch; floating point [B, E] for the label_embedding "identity".
+        ValueError for labels outside of these, or timesteps that a learned table does not have.
         """
         config = self.config
         if timesteps.ndim != 1:
             raise ValueError(f"timesteps must have shape [B], not {list(timesteps.shape)}")
-        dtype = _dtype_of(self.time_mlp, torch.float32)
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        waves = timestep_embedding(
-            timesteps.to(precise) * config.timestep_scale,
-            config.channels,
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        embedding = self.time_mlp(waves.to(dtype))
-        if config.num_classes is not None:
+        embedding = self.time_mlp(self._time_features(timesteps))
+        if config.label_embedding == "identity":
+            self._check_vectors(labels, embedding)
+            embedding = embedding + labels
+        elif config.num_classes is not None:
             if labels is None:
                 if config.null_label is None:
                     raise ValueError("this model was trained without a null label, so it needs labels")
                 labels = torch.full_like(timesteps, config.null_label, dtype=torch.int64)
             self._check_labels(labels, timesteps, config.num_classes + config.has_null_label)
-            embedding = embedding + self.label_embedding(labels)
+            if config.label_embedding == "timestep":
+                embedding = embedding + self.label_mlp(self._time_features(labels))
+            else:
+                embedding = embedding + self.label_embedding(labels)
         elif labels is not None:
             raise ValueError("this model is unconditional; labels must be None")
-        return self.embedding_projection(nn.functional.silu(embedding))
+        parts = self.embedding_projection(activate(config.activation, embedding))
+        if config.time_embedding == "fourier":
+            parts = torch.cat([parts, timesteps[:, None].to(parts.dtype)], dim=1)
+        return parts
+
+    def _time_features(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The features [B, config.time_features] of timesteps [B], or of labels embedded like them."""
+        config, dtype = self.config, _dtype_of(self.time_mlp, torch.float32)
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        if config.time_embedding == "learned":
+            return self.time_table(self._rows_of_table(timesteps))
+        if config.time_embedding == "fourier":
+            features = fourier_embedding(timesteps.to(precise), self.time_frequencies.to(precise))
+        else:
+            features = timestep_embedding(
+                timesteps.to(precise) * config.timestep_scale,
+                config.channels,
+                flip_sin_to_cos=config.flip_sin_to_cos,
+                freq_shift=config.freq_shift,
+            )
+        return features.to(dtype)
+
+    def _rows_of_table(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Timesteps as rows of the learned table, int64 [B]; ValueError for others, if they can be read."""
+        rows = timesteps.long()
+        if readable(timesteps) and timesteps.device.type == "cpu" and timesteps.numel():
+            last = self.time_table.num_embeddings - 1
+            if not bool(((rows == timesteps) & (rows >= 0) & (rows <= last)).all()):
+                low, high = timesteps.min(), timesteps.max()
+                raise ValueError(
+                    f"this model has learned the whole timesteps 0..{last} only, not {low:.6g}..{high:.6g}"
+                )
+        return rows
+
+    def _check_vectors(self, labels: torch.Tensor | None, embedding: torch.Tensor) -> None:
+        """ValueError unless labels are vectors that can be added to an embedding [B, E]."""
+        if not isinstance(labels, torch.Tensor) or labels.shape != embedding.shape:
+            given = list(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(
+                f"labels must be vectors {list(embedding.shape)}, the embeddings of the images, not {given}"
+            )
 
     def _check_labels(self, labels: torch.Tensor, timesteps: torch.Tensor, rows: int) -> None:
         """ValueError unless labels are integers [B] in 0..rows-1, as far as the values can be read."""
@@ -175,6 +230,8 @@ class UNet(Network):
             )
         parts = iter(embedding.split(self.embedding_sizes, dim=1))  # one for each residual block
         x = x.to(_dtype_of(self.input_conv, x.dtype))
+        if self.config.center_input:
+            x = 2 * x - 1
         x = pixel_unshuffle(x, self.config.patch_size)  # [B, P P in_channels, H / P, W / P] for patch_size P
         h = self.input_conv(x)  # [B, channels, H / P, W / P]
         skips = [h]
@@ -185,7 +242,10 @@ class UNet(Network):
             h = run(level, h, parts, skips, backend=backend)
         h = run(self.output_norm, h, backend=backend)
         output = self.output_conv(h)  # [B, P P out_channels, H / P, W / P]
-        return pixel_shuffle(output, self.config.patch_size)  # [B, out_channels, H, W]
+        output = pixel_shuffle(output, self.config.patch_size)  # [B, out_channels, H, W]
+        if self.config.time_embedding == "fourier":
+            output = output / next(parts)[:, :, None, None]
+        return output
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trades time for memory in training: blocks keep only their inputs; a step takes a third longer."""
@@ -208,6 +268,10 @@ class UNet(Network):
         """
         embedding = self.embed(timesteps, labels)
         return self.denoise(x, embedding) if backend == "auto" else self.denoise(x, embedding, backend)
+
+
+def _mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
 
 def _dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:

@@ -92,7 +92,9 @@ def write(folder: str | os.PathLike, unet: Network, config: dict, dtype: torch.d
     about = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
         save_file(weights, weights_path)
-        config = about | {DIGEST: sha256(weights_path), "unet": config_to_dict(unet.config)} | json.loads(text)
+        config = (
+            about | {DIGEST: sha256(weights_path), "unet": config_to_dict(unet.config)} | json.loads(text)
+        )
         config_path.write_text(json.dumps(config, indent=2) + "\n")
 
 

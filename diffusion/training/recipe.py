@@ -102,6 +102,12 @@ class Recipe:
             refuse("label_dropout", "0 without a null label", self.label_dropout)
         schedule = NoiseSchedule.from_config(self.schedule)
         check_x0_determined(self.prediction_type, schedule.alphas_cumprod)
+        if config.time_embedding == "fourier":
+            raise ValueError("time_embedding 'fourier' cannot be trained: timestep 0 has no logarithm")
+        if config.learned_timesteps is not None and config.learned_timesteps < schedule.T:
+            refuse("learned_timesteps", f"at least the schedule's {schedule.T}", config.learned_timesteps)
+        if config.label_embedding == "identity":
+            raise ValueError("label_embedding 'identity' cannot be trained: data sets have whole labels")
         # Plain numbers, as JSON can hold them.
         for name, values in (("unet", config.to_dict()), ("schedule", schedule.to_config())):
             given = getattr(self, name)

@@ -58,4 +58,18 @@ VARIANTS = {
     "oblong": replace(TINY, sample_size=(8, 12)),
     "patches": replace(TINY, patch_size=2),
     "oblong_patches": replace(TINY, sample_size=(8, 16), patch_size=4, channel_mult=(1, 1)),
+    "up_attention": replace(TINY, attention_levels=(1,), up_attention_levels=(0,)),
+    "no_up_attention": replace(TINY, attention_levels=(0, 1), up_attention_levels=()),
+    "no_middle": replace(TINY, has_middle=False),
+    "center_input": replace(TINY, center_input=True, patch_size=2),
+    "fourier": replace(TINY, time_embedding="fourier"),
+    "learned": replace(TINY, time_embedding="learned", learned_timesteps=404),
+    "label_timestep": replace(CONDITIONAL, label_embedding="timestep", has_null_label=False),
+}
+# Those that no plan supports, with the reason.
+UNPLANNED = {
+    "gelu": (replace(TINY, activation="gelu"), "its activation is gelu"),
+    "mish": (replace(TINY, activation="mish", scale_shift=True), "its activation is mish"),
+    "relu": (replace(TINY, activation="relu"), "its activation is relu"),
+    "mid_divisor": (replace(TINY, mid_divisor=1.5), "its middle blocks are divided by 1.5"),
 }

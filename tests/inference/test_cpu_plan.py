@@ -14,7 +14,7 @@ from diffusion.kernels import _native
 from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
 from helpers.native import requires_native
-from helpers.unets import TINY, VARIANTS, inputs, randomized
+from helpers.unets import TINY, UNPLANNED, VARIANTS, inputs, randomized
 
 pytestmark = requires_native
 
@@ -221,6 +221,19 @@ def test_what_cannot_be_planned():
     ):
         PlannedUNet(unet, torch.float64)
     assert unsupported(unet, torch.float32) is None
+
+
+@pytest.mark.parametrize("name", UNPLANNED)
+def test_what_no_plan_supports_runs_as_its_modules(name):
+    config, reason = UNPLANNED[name]
+    unet = randomized(config)
+    assert reason in unsupported(unet, torch.float32)
+    assert reason in denoiser.explain(unet, torch.device("cpu"), torch.float32, "auto")
+    x, t = inputs(config)
+    with torch.no_grad():
+        found = denoiser_of(DenoiserCache(), unet)(x, t, None)
+        expected = copy.deepcopy(unet).double()(x.double(), t)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class Halved(UNet):

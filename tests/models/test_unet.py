@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from diffusion.models.unet import UNet, UNetConfig, timestep_embedding
+from diffusion.models.unet import UNet, UNetConfig, fourier_embedding, timestep_embedding
 from diffusion.utils import memory
-from helpers.unets import CONDITIONAL, TINY, VARIANTS, inputs, randomized
+from helpers.unets import CONDITIONAL, TINY, UNPLANNED, VARIANTS, inputs, randomized
+
+CONFIGURED = VARIANTS | {name: config for name, (config, _) in UNPLANNED.items()}
 
 
 @pytest.mark.thinned
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_shapes_and_gradients(name):
     """Every architecture puts out its channels, and every parameter has a say in them."""
-    config = VARIANTS[name]
+    config = CONFIGURED[name]
     unet = randomized(config)
     x, t = inputs(config)
     labels = torch.tensor([0, 2]) if config.num_classes else None
@@ -26,13 +28,14 @@ def test_shapes_and_gradients(name):
     assert out.shape == (2, config.out_channels, *config.image_shape)
     assert (out[0] - out[1]).abs().max() > 0.01
     out.square().sum().backward()
-    without = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    without = [name for name, p in trained if p.grad is None or not p.grad.abs().max() > 0]
     assert not without
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_config_round_trip(name):
-    config = VARIANTS[name]
+    config = CONFIGURED[name]
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -111,6 +114,69 @@ def test_timestep_embedding(flip, shift):
         angles = [step * 10000 ** (-i / (5 - shift)) for i in range(5)]
         sines, cosines = [math.sin(a) for a in angles], [math.cos(a) for a in angles]
         assert row == pytest.approx(cosines + sines if flip else sines + cosines, abs=1e-9)
+
+
+def test_fourier_embedding():
+    values, frequencies = [1.0, 0.5, 999.0], [0.1, -20.0]
+    out = fourier_embedding(*(torch.tensor(n, dtype=torch.float64) for n in (values, frequencies)))
+    for row, value in zip(out.tolist(), values, strict=True):
+        angles = [2 * math.pi * f * math.log(value) for f in frequencies]
+        assert row == pytest.approx([*map(math.sin, angles), *map(math.cos, angles)], abs=1e-9)
+
+
+def test_the_output_of_a_fourier_embedding_is_divided_by_the_timestep():
+    """Song et al. 2021, appendix H: t times the output depends on t through the embedding alone."""
+    unet = randomized(VARIANTS["fourier"])
+    unet.time_frequencies.data.zero_()  # the features of each timestep are now the same
+    x, _ = inputs(unet.config)
+    with torch.no_grad():
+        once, twice = (unet(x, torch.full((2,), t)) for t in (100, 200))
+    torch.testing.assert_close(once, 2 * twice)
+
+
+def test_a_centered_input():
+    unet = randomized(replace(TINY, center_input=True))
+    x, t = inputs(TINY)
+    with torch.no_grad():
+        torch.testing.assert_close(unet((x + 1) / 2, t), randomized(TINY)(x, t), rtol=1e-4, atol=1e-5)
+
+
+def test_the_activation_is_that_of_blocks_and_projections():
+    """With ReLU, blocks whose norms and embedding are below zero pass on their input alone."""
+    unet = randomized(replace(TINY, activation="relu"))
+    block = unet.down[0].blocks[0]
+    with torch.no_grad():
+        block.norm2.weight.zero_()
+        block.norm2.bias.fill_(-1)
+        h = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(
+            block(h, torch.zeros(2, 8)), h + block.conv2.bias[:, None, None], rtol=0, atol=1e-6
+        )
+        unet.time_mlp[2].weight.zero_()
+        unet.time_mlp[2].bias.fill_(-1)
+        embedding = unet.embed(torch.tensor([3]))
+    torch.testing.assert_close(embedding[0], unet.embedding_projection.bias)
+
+
+def test_vectors_as_labels():
+    config = replace(TINY, label_embedding="identity")
+    unet = randomized(config)
+    x, t = inputs(config)
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
+    table = randomized(config)
+    with torch.no_grad():
+        table.time_mlp[2].bias += vectors[1]
+        torch.testing.assert_close(unet(x, t, vectors)[1], table(x, t, torch.zeros(2, 32))[1])
+    for labels in (None, torch.tensor([0, 1]), vectors[:1]):
+        with pytest.raises(ValueError, match=r"labels must be vectors \[2, 32\]"):
+            unet(x, t, labels)
+
+
+@pytest.mark.parametrize("t", [404, -1, 2.5])
+def test_timesteps_that_were_not_learned(t):
+    unet = randomized(VARIANTS["learned"])
+    with pytest.raises(ValueError, match=r"has learned the whole timesteps 0\.\.403 only"):
+        unet(inputs(TINY)[0], torch.tensor([t, 3]))
 
 
 def test_timestep_scale():
@@ -234,6 +300,17 @@ CONFIGS = {
     },
     "patches": {"patch_size": 2, "num_classes": 3},
     "one level": {"channel_mult": [2], "attention_levels": [], "mid_attention_groups": 4},
+    "attention on the way up": {"attention_levels": [0], "up_attention_levels": [1, 2]},
+    "no middle": {"has_middle": False},
+    "fourier": {"time_embedding": "fourier", "activation": "mish", "center_input": True},
+    "learned": {
+        "time_embedding": "learned",
+        "learned_timesteps": 50,
+        "num_classes": 7,
+        "has_null_label": False,
+        "label_embedding": "timestep",
+    },
+    "vectors as labels": {"label_embedding": "identity", "mid_divisor": 2, "activation": "gelu"},
 }
 
 
@@ -309,6 +386,19 @@ def test_compiles_whole():
             {"downsample_padding": "same"},
             "unknown downsample_padding 'same'; choose from: asymmetric, symmetric",
         ),
+        ({"up_attention_levels": [4]}, r"up_attention_levels must be in 0\.\.3"),
+        ({"activation": "elu"}, "unknown activation 'elu'; choose from: silu, gelu, mish, relu"),
+        ({"time_embedding": "random"}, "unknown time_embedding 'random'"),
+        ({"time_embedding": "learned"}, "learned_timesteps must be a number of rows for the time_embedding"),
+        ({"learned_timesteps": 9}, "learned_timesteps must be None for the time_embedding 'sinusoidal'"),
+        ({"label_embedding": "timestep"}, "label_embedding 'timestep' needs num_classes"),
+        ({"label_embedding": "timestep", "num_classes": 3}, "and has no null label"),
+        (
+            {"label_embedding": "identity", "num_classes": 3},
+            "num_classes must be None for the label_embedding",
+        ),
+        ({"mid_divisor": 0}, r"mid_divisor must be a number in \(0, 1024\]"),
+        ({"has_middle": None}, "has_middle must be true or false"),
         ({"norm_groups": 0}, "norm_groups must be a whole number in 1"),
         ({"norm_eps": 0}, r"norm_eps must be a number in \[1e-12, 1\)"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),

@@ -87,6 +87,12 @@ def test_show_prints_what_recipe_reads(name, tmp_path, capsys):
         ('{"unet": {"channels": 65536}}', r"has [0-9,]+ parameters, more than 17,179,869,184"),
         ('{"unet": {"out_channels": 5}}', "out_channels must be 3, or 6 for a learned variance, not 5"),
         ('{"unet": {"num_classes": 3, "has_null_label": false}}', "label_dropout must be 0"),
+        ('{"unet": {"time_embedding": "fourier"}}', "timestep 0 has no logarithm"),
+        ('{"unet": {"label_embedding": "identity"}}', "data sets have whole labels"),
+        (
+            '{"unet": {"time_embedding": "learned", "learned_timesteps": 999}}',
+            "learned_timesteps must be at least the schedule's 1000, not 999",
+        ),
         (
             '{"prediction_type": "epsilon", "schedule": {"kind": "betas", "betas": [0.1, 1.0]}}',
             "zero",
