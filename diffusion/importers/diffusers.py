@@ -13,11 +13,13 @@ from ..process.prediction import PREDICTION_TYPES
 from ..process.schedule import NoiseSchedule
 from ..storage.reading import load_weights, read_json, read_safetensors, read_torch
 from ..utils.validation import number, refuse, shown, whole_numbers
+from .checkpoint_file import Checkpoint
 from .imported import Imported
 from .naming import Parts, Source, convert
 
 NAME = "diffusers"
 HUB_FILES: tuple[str, ...] = ("*.json", "*.safetensors", "*.bin")
+FLAGS: dict[str, str] = {}
 T = TypeVar("T")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -68,9 +70,9 @@ _VARIANCES = {
 }
 
 
-def recognises(folder: str | os.PathLike) -> bool:
+def recognises(checkpoint: Checkpoint) -> bool:
     """Whether the folder looks like one of diffusers: a pipeline, or a model alone."""
-    folder = Path(folder)
+    folder = checkpoint.path
     if os.path.isfile(folder / "model_index.json"):
         return True
     try:
@@ -79,18 +81,18 @@ def recognises(folder: str | os.PathLike) -> bool:
         return False
 
 
-def load(folder: str | os.PathLike, /, **flags: Any) -> Imported:
+def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     """A pipeline's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
-    folder: with `unet/` and `scheduler/`, or the files of both side by side. The conventions are
+    checkpoint: a folder with `unet/` and `scheduler/`, or the files of both side by side. The conventions are
     "prediction_type" ("epsilon", "sample" or "v_prediction"), "variance" ("fixed_small", "fixed_large" or
     "learned_range") and "clip" (the largest absolute value of a predicted image, or None). ValueError, in one
     line: a file that is missing or damaged, an option that cannot be represented, or any
     flag (the configuration files are complete).
     """
+    folder = checkpoint.path
     if flags:
         raise ValueError(f"{folder} takes no flag {min(flags)}: diffusers' folders say how they were trained")
-    folder = Path(folder)
     path = _part(folder, "scheduler") / "scheduler_config.json"
     if not os.path.lexists(path):
         raise ValueError(f"{path} is missing; without it the noise schedule is unknown")

@@ -4,7 +4,6 @@ Such a file holds tensors only; users of those projects describe the model by fl
 `load` takes the same flags, with guided-diffusion's defaults.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from ..models.unet import UNet, UNetConfig
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.reading import load_weights, read_torch
 from ..utils.validation import choice, known_names, numbers, refuse, typed, whole_number
+from .checkpoint_file import Checkpoint
 from .imported import Imported
 from .naming import Parts, Source, convert
 
 NAME = "guided-diffusion and improved-diffusion"
+FLAGS: dict[str, str] = {}
 HUB_FILES: tuple[str, ...] = ()  # read from a local .pt file only
 # Flags that do not change the model, only its training, its sampling, or how it is computed.
 _WITHOUT_EFFECT = {"use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "timestep_respacing"}
@@ -53,12 +54,12 @@ _CHANNEL_MULT = {
 }
 
 
-def recognises(path: str | os.PathLike) -> bool:
+def recognises(checkpoint: Checkpoint) -> bool:
     """Whether the path is a PyTorch checkpoint: a file that ends in .pt or .pth."""
-    return os.path.isfile(path) and Path(path).suffix in (".pt", ".pth")
+    return checkpoint.path.is_file() and checkpoint.path.suffix in (".pt", ".pth")
 
 
-def load(path: str | os.PathLike, /, **flags: Any) -> Imported:
+def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     """A checkpoint's UNet in float32 on the CPU, its noise schedule, and the conventions of its training.
 
     flags: those of guided-diffusion's scripts and of its UNetModel, by name, as Python values
@@ -72,7 +73,7 @@ def load(path: str | os.PathLike, /, **flags: Any) -> Imported:
     """
     known_names("flag", flags.keys() - _WITHOUT_EFFECT, sorted(_DEFAULTS))
     given = {flag: _checked(flag, flags[flag], _DEFAULTS[flag]) for flag in flags.keys() & _DEFAULTS.keys()}
-    path, options = Path(path), _DEFAULTS | given
+    path, options = checkpoint.path, _DEFAULTS | given
     schedule = _schedule(options)
     tensors = read_torch(path)
     config = _config(options, tensors, path)

@@ -1,10 +1,10 @@
 """The interface of importers: the functions of an importer, and the model that it returns."""
 
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..models.network import Network
 from ..process.schedule import NoiseSchedule
+from .checkpoint_file import Checkpoint
 
 
 class Imported(NamedTuple):
@@ -28,18 +28,20 @@ class Imported(NamedTuple):
 class Importer(Protocol):
     """A module of this folder that reads the checkpoints of one project, listed in `importers.REGISTRY`.
 
-    NAME: the name of the project, for messages. HUB_FILES: patterns of the names of its files on the hub;
-    none, if its checkpoints are read from local files only.
+    NAME: the name of the project, for messages and for the flag `format`. HUB_FILES: patterns of the names of
+    its files on the hub; none, if its checkpoints are read from local files only. FLAGS: what a checkpoint
+    does not tell, by name, each with a line of help.
     """
 
     NAME: str
     HUB_FILES: tuple[str, ...]
+    FLAGS: dict[str, str]
 
-    def recognises(self, path: Path, /) -> bool:
+    def recognises(self, checkpoint: Checkpoint, /) -> bool:
         """Whether a file or folder looks like this project's checkpoint; False if it cannot be told."""
         ...
 
-    def load(self, path: Path, /, **flags: Any) -> Imported:
+    def load(self, checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         """Reads a checkpoint.
 
         flags: facts that the checkpoint does not tell, by name, as Python values. ValueError, in one line: a

@@ -59,7 +59,7 @@ def altered(unet: nn.Module) -> str | None:
 
 
 def config_of(unet: nn.Module | None) -> NetworkConfig:
-    """The configuration of a model's network; ValueError unless it is a Network or has the `config` of one."""
+    """The configuration of a network; ValueError unless it is a Network or has the `config` of one."""
     config = getattr(unet, "config", None)
     if unet is None or not isinstance(config, NetworkConfig):
         inner = getattr(getattr(unet, "module", None), "config", None)

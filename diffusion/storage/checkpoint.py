@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -89,7 +90,7 @@ def write(folder: str | os.PathLike, unet: Network, config: dict, dtype: torch.d
             weights[name] = tensor.clone()  # tied weights are stored for each of their names
     check_weights({name: t for name, t in weights.items() if name not in counters}, f"cannot write {folder}")
     check_finite(weights, f"cannot write {folder}")
-    about = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    about: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with replacing(folder / "model.safetensors", folder / "config.json") as (weights_path, config_path):
         save_file(weights, weights_path)
         config = (
@@ -99,7 +100,7 @@ def write(folder: str | os.PathLike, unet: Network, config: dict, dtype: torch.d
 
 
 def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype` for weights that are to be stored in it; counters, such as those of BatchNorm, stay integers."""
+    """The dtype to store a tensor in: `dtype` for weights; counters, such as BatchNorm's, stay integers."""
     return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
 
 

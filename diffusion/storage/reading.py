@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from typing import Any
 from zipfile import BadZipFile
 
 import torch
@@ -149,17 +150,22 @@ def read_safetensors(path: str | os.PathLike, digest: str | None = None) -> dict
     return weights
 
 
-def read_torch(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The state dict in a file of `torch.save` (.pt, .pth, .bin), tensors only.
+def read_pickle(path: str | os.PathLike) -> Any:
+    """The contents of a file of `torch.save`: tensors, numbers and text, in lists and dictionaries.
 
-    ValueError if it is missing, truncated or damaged, or holds anything but named tensors.
+    ValueError if it is missing, truncated or damaged, or holds an object that only code could make.
     """
     with open_regular(path) as file:
         try:
-            value = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
             reason = one_line(error).split(". ")[0]
             raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+
+
+def read_torch(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save`; ValueError as from `read_pickle`, and for anything else."""
+    value = read_pickle(path)
     named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
         raise ValueError(f"{path} holds no state dict, which is a dictionary of tensors")

@@ -3,15 +3,17 @@
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import diffusion
 from diffusion import importers
 from diffusion.cli import main
-from diffusion.importers import Imported, guided_diffusion
+from diffusion.importers import Checkpoint, Imported, guided_diffusion
 from diffusion.importers import diffusers as diffusers_format
 from diffusion.models.unet import UNet
 from diffusion.utils.validation import known_names
@@ -244,7 +246,7 @@ def test_what_schedulers_cannot_be(options, message, tmp_path):
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(ValueError, match=message) as error:
-        diffusers_format.load(tmp_path)
+        diffusers_format.load(Checkpoint(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -264,8 +266,8 @@ def save_pipeline(folder: Path, **options) -> diffusers.UNet2DModel:
 @pytest.mark.parametrize("safe", [True, False])
 def test_pipeline(safe, tmp_path):
     model = save_pipeline(tmp_path, safe_serialization=safe)
-    assert diffusers_format.recognises(tmp_path)
-    unet, schedule, conventions, _ = diffusers_format.load(tmp_path)
+    assert diffusers_format.recognises(Checkpoint(tmp_path))
+    unet, schedule, conventions, _ = diffusers_format.load(Checkpoint(tmp_path))
     assert_same_outputs(unet, model)
     assert schedule.T == 1000
     assert conventions == {"prediction_type": "epsilon", "variance": "fixed_large", "clip": 1.0}
@@ -276,8 +278,8 @@ def test_flat_pipeline(tmp_path):
     model = original(SMALL)
     model.save_pretrained(tmp_path)
     diffusers.DDPMScheduler().save_pretrained(tmp_path)
-    assert diffusers_format.recognises(tmp_path)
-    assert_same_outputs(diffusers_format.load(tmp_path)[0], model)
+    assert diffusers_format.recognises(Checkpoint(tmp_path))
+    assert_same_outputs(diffusers_format.load(Checkpoint(tmp_path))[0], model)
 
 
 def test_unet_alone(tmp_path):
@@ -285,14 +287,14 @@ def test_unet_alone(tmp_path):
     model.save_pretrained(tmp_path)
     assert_same_outputs(diffusers_format.load_unet(tmp_path), model)
     with pytest.raises(ValueError, match=r"scheduler_config\.json is missing"):
-        diffusers_format.load(tmp_path)
+        diffusers_format.load(Checkpoint(tmp_path))
 
 
 def test_recognises(tmp_path):
-    assert not diffusers_format.recognises(tmp_path)
-    assert not diffusers_format.recognises(tmp_path / "nothing")
+    assert not diffusers_format.recognises(Checkpoint(tmp_path))
+    assert not diffusers_format.recognises(Checkpoint(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text('{"format": "fused-diffusion"}')
-    assert not diffusers_format.recognises(tmp_path)
+    assert not diffusers_format.recognises(Checkpoint(tmp_path))
 
 
 class Code:
@@ -351,7 +353,7 @@ def test_damaged_bin(how, message, tmp_path):
     save_pipeline(tmp_path, safe_serialization=False)
     damage_folder(tmp_path / "unet" / "diffusion_pytorch_model.bin", how)
     with pytest.raises(ValueError, match=message) as error:
-        diffusers_format.load(tmp_path)
+        diffusers_format.load(Checkpoint(tmp_path))
     assert "\n" not in str(error.value)
     assert not Code.ran
 
@@ -362,7 +364,7 @@ def test_truncated_safetensors(keep, tmp_path):
     path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match="truncated or damaged") as error:
-        diffusers_format.load(tmp_path)
+        diffusers_format.load(Checkpoint(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -371,7 +373,7 @@ def test_damaged_json(text, tmp_path):
     save_pipeline(tmp_path)
     (tmp_path / "unet" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json") as error:
-        diffusers_format.load(tmp_path)
+        diffusers_format.load(Checkpoint(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -415,7 +417,9 @@ def save_guided(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_guided_diffusion(name, tmp_path):
     case = EXPECTED[name]
-    unet, schedule, conventions, _ = guided_diffusion.load(save_guided(name, tmp_path), **case["flags"])
+    unet, schedule, conventions, _ = guided_diffusion.load(
+        Checkpoint(save_guided(name, tmp_path)), **case["flags"]
+    )
     config = unet.config
     x = (numbers(2 * 3 * config.sample_size**2, 1000) * 1.7).float().reshape(2, 3, *config.image_shape)
     labels = None if case["labels"] is None else torch.tensor(case["labels"])
@@ -440,7 +444,7 @@ def test_guided_diffusion(name, tmp_path):
 def test_guided_diffusion_conventions(tmp_path):
     path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
     options = {"predict_xstart": True, "sigma_small": True, "use_fp16": True, "diffusion_steps": 250}
-    _, schedule, conventions, _ = guided_diffusion.load(path, **flags, **options)
+    _, schedule, conventions, _ = guided_diffusion.load(Checkpoint(path), **flags, **options)
     assert conventions == {"prediction_type": "sample", "variance": "fixed_small", "clip": 1.0}
     # Dhariwal & Nichol's code: the betas of 1000 steps, times 1000 / steps.
     torch.testing.assert_close(schedule.betas, torch.linspace(4e-4, 0.08, 250, dtype=torch.float64))
@@ -479,7 +483,7 @@ def test_guided_diffusion_conventions(tmp_path):
 def test_wrong_flags(flags, message, tmp_path):
     path = save_guided("pooling", tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        guided_diffusion.load(path, **(EXPECTED["pooling"]["flags"] | flags))
+        guided_diffusion.load(Checkpoint(path), **(EXPECTED["pooling"]["flags"] | flags))
     assert "\n" not in str(error.value)
 
 
@@ -504,13 +508,14 @@ class Doubling:
 
     NAME = "doubling"
     HUB_FILES = ("*.doubling",)
+    FLAGS: ClassVar[dict[str, str]] = {"factor": "the factor of the weights"}
 
     @staticmethod
-    def recognises(path):
-        return path.suffix == ".doubling"
+    def recognises(checkpoint):
+        return checkpoint.path.suffix == ".doubling"
 
     @staticmethod
-    def load(path, /, **flags):
+    def load(checkpoint, /, **flags):
         model = diffusion.load("mnist")
         factor = flags.pop("factor", None)
         known_names("flag", flags, ["factor"])
@@ -523,8 +528,12 @@ class Doubling:
 def test_an_importer_is_one_entry(tmp_path, monkeypatch):
     path = tmp_path / "model.doubling"
     path.write_text("")
-    with pytest.raises(ValueError, match=r"is a file; a model is a folder .*of diffusers, guided-diffusion"):
+    with pytest.raises(ValueError, match=r"neither a file of torch.save nor safetensors"):
         diffusion.load(path)
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, other)
+    with pytest.raises(ValueError, match=r"known format, which are diffusers, guided-diffusion"):
+        diffusion.load(other)
     monkeypatch.setattr(importers, "REGISTRY", (Doubling, *importers.REGISTRY))
     bias = diffusion.load("mnist").unet.output_conv.bias
     with pytest.warns(UserWarning, match="assumed: factor=2"):
@@ -533,13 +542,17 @@ def test_an_importer_is_one_entry(tmp_path, monkeypatch):
     assert torch.equal(diffusion.load(tmp_path / "tripled").unet.output_conv.bias, 3 * bias)
     with pytest.raises(ValueError, match="unknown flag 'fraction'"):
         diffusion.load(path, flags={"fraction": 3})
+    with pytest.raises(ValueError, match="unknown format 'halving'; choose from: doubling, diffusers"):
+        diffusion.load(path, flags={"format": "halving"})
+    with pytest.warns(UserWarning, match="assumed: factor=2"):
+        assert diffusion.load(other, flags={"format": "doubling"}).num_classes == 10
     with pytest.raises(ValueError, match="mnist takes no flag factor"):
         diffusion.load("mnist", flags={"factor": 3})
 
 
 def test_no_guided_diffusion_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"model.pt is missing"):
-        guided_diffusion.load(tmp_path / "model.pt")
+        guided_diffusion.load(Checkpoint(tmp_path / "model.pt"))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="holds no UNet of guided-diffusion"):
-        guided_diffusion.load(tmp_path / "model.pt")
+        guided_diffusion.load(Checkpoint(tmp_path / "model.pt"))

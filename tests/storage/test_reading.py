@@ -23,7 +23,7 @@ from diffusion.data.image_folder import read_images
 from diffusion.data.npz import load_images
 from diffusion.evaluation.features import load_features
 from diffusion.evaluation.shards import sample_shards
-from diffusion.importers import diffusers, guided_diffusion
+from diffusion.importers import Checkpoint, diffusers, guided_diffusion
 from diffusion.storage import reading
 from diffusion.storage.images import save_npz
 from diffusion.training.log_file import LogFile
@@ -133,7 +133,7 @@ def test_what_cannot_be_opened(name, said, tmp_path):
         load_classifier,
         lambda path: load_images(f"{path}.npz"),
         lambda path: load_recipe(f"{path}.json"),
-        lambda path: guided_diffusion.load(f"{path}.pt"),
+        lambda path: guided_diffusion.load(Checkpoint(f"{path}.pt")),
         lambda path: make_model().save(path),
         lambda path: make_model().save(path / "new"),
     ],
@@ -189,7 +189,7 @@ def diffusers_folder(path, name):
     (path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 8}))
     (path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
     save_file(weights, path / "diffusion_pytorch_model.safetensors")
-    return path / name, lambda: diffusers.load(path)
+    return path / name, lambda: diffusers.load(Checkpoint(path))
 
 
 def classifier_folder(path, name):
@@ -221,7 +221,7 @@ USED = [
     (diffusers_folder, "config.json"),
     (diffusers_folder, "scheduler_config.json"),
     (diffusers_folder, "diffusion_pytorch_model.safetensors"),
-    (alone(guided_diffusion.load), "model.pt"),
+    (alone(lambda path: guided_diffusion.load(Checkpoint(path))), "model.pt"),
     (classifier_folder, "config.json"),
     (classifier_folder, "model.safetensors"),
     (classifier_folder, "statistics.safetensors"),
