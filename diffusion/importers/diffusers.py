@@ -60,6 +60,14 @@ _FIXED = {
 _RESAMPLING = {"conv": "conv", "resnet": "resblock", None: "conv"}
 # scheduler class -> whether it clips predictions by default
 _SCHEDULERS = {"DDPMScheduler": True, "DDIMScheduler": True, "DPMSolverMultistepScheduler": False}
+# names within a residual block: the package's -> diffusers'
+RESIDUAL_NAMES = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "skip": "conv_shortcut",
+}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2")
 _VARIANCES = {
     "fixed_small": "fixed_small",
@@ -214,6 +222,12 @@ def convert_weights(
     config: UNetConfig, tensors: dict[str, torch.Tensor], origin: str = "the state dict"
 ) -> dict[str, torch.Tensor]:
     """The state dict of the package's UNet from that of a UNet2DModel. origin: its name in messages."""
+    source = Source(tensors, origin)
+    return convert(source, parts_of(config), RESIDUAL_NAMES, "time_emb_proj", _take_attention)
+
+
+def parts_of(config: UNetConfig) -> Parts:
+    """The names of the package's UNet of this configuration and those of its UNet2DModel."""
     parts = Parts(
         [
             ("time_mlp.0", "time_embedding.linear_1"),
@@ -247,8 +261,7 @@ def convert_weights(
         parts.attention.append(("mid.attention", "mid_block.attentions.0"))
     for i, how in reversed(list(enumerate(config.level_upsample))):
         level(f"up.{i}", f"up_blocks.{levels - 1 - i}", i, blocks[i] + 1, how, "upsamplers")
-    names = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"}
-    return convert(Source(tensors, origin), parts, names, "time_emb_proj", _take_attention)
+    return parts
 
 
 def _take_attention(source: Source, foreign: str) -> dict[str, torch.Tensor]:
