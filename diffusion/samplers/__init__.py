@@ -7,7 +7,7 @@ A row, `kernels.StepCoefficients`, holds the numbers of
     x_next = coef_x * x + coef_x0 * x0 + coef_x0_prev * x0_prev + coef_output * out + sigma * z
 
 with z ~ N(0, I), and everything here is float64. Each step leads to the timestep of the next row, and the
-last to x_0, without noise. All samplers take these arguments:
+last to x_0, without noise, unless an option of the sampler says otherwise. All samplers take these arguments:
 
 schedule: the model's NoiseSchedule.
 steps: number of steps, 1..T; None is the full chain.
@@ -37,6 +37,7 @@ from .table import StepTable
 from .timesteps import SpacingWarning
 
 SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp_2m}
+SHARED_OPTIONS = ("prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval")
 FULL_CHAIN = ("ddpm",)  # the command line takes all T steps of these by default, and few of the others
 
 __all__ = ["SAMPLERS", "SpacingWarning", "StepTable"]
@@ -50,12 +51,12 @@ def options_of(sampler: str) -> dict[str, inspect.Parameter]:
 
 
 def own_options() -> dict[str, dict[str, Any]]:
-    """The options that not every sampler has: {name: {sampler: its annotation}}."""
+    """The options beyond the shared ones of the package's docstring: {name: {sampler: its annotation}}."""
     found: dict[str, dict[str, Any]] = {}
     for sampler in SAMPLERS:
         for name, parameter in options_of(sampler).items():
             found.setdefault(name, {})[sampler] = parameter.annotation
-    return {name: samplers for name, samplers in found.items() if len(samplers) < len(SAMPLERS)}
+    return {name: samplers for name, samplers in found.items() if name not in SHARED_OPTIONS}
 
 
 def check_options(sampler: str, options: Iterable[str]) -> None:

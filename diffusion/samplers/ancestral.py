@@ -6,7 +6,8 @@ import torch
 
 from ..process.bound import VARIANCES
 from ..process.schedule import NoiseSchedule
-from ..utils.validation import choice
+from ..utils.validation import choice, switch
+from .options import NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
 from .table import StepTable, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
 
@@ -21,6 +22,9 @@ def ddpm(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     variance: Annotated[str, ", ".join(VARIANCES)] = "fixed_small",
+    steps_offset: Annotated[int, STEPS_OFFSET] = 0,
+    set_alpha_to_one: Annotated[bool, SET_ALPHA_TO_ONE] = True,
+    noise_in_last_step: Annotated[bool, NOISE_IN_LAST_STEP] = False,
 ) -> StepTable:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2 and eq. 7), strided where steps < T.
 
@@ -29,23 +33,29 @@ def ddpm(
     variance: "fixed_small" is the variance of the posterior, "fixed_large" beta, both for the stride taken;
         "learned_range" interpolates between their logarithms by the model's second half of channels (Nichol &
         Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    steps_offset: added to every timestep of leading spacing.
+    set_alpha_to_one: whether the last step leads to an image without noise. If not, it leads to
+        alphas_cumprod[0].
+    noise_in_last_step: whether the last step adds noise, too, unless it starts at timestep 0, as diffusers
+        does. It matters for fixed_large and learned_range.
 
-    The package's docstring has the other arguments. diffusers adds noise in the last step, too, where that is
-    not at timestep 0 (trailing, fixed_large or learned_range); this does not.
+    The package's docstring has the other arguments.
     """
     choice("variance", variance, VARIANCES)
-    timesteps = visited_timesteps(schedule, steps, spacing)
+    switch("set_alpha_to_one", set_alpha_to_one)
+    switch("noise_in_last_step", noise_in_last_step)
+    timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
     current = schedule.alphas_cumprod[timesteps]
-    following = next_alphas_cumprod(current)
+    following = next_alphas_cumprod(current, 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item())
     alpha = current / following
     beta = 1 - alpha
     posterior_variance = (1 - following) / (1 - current) * beta
     if variance == "learned_range":
-        # The posterior variance of the last step is 0, and its logarithm is clipped; sigma is 0 there.
+        # The variances of the last step may be 0, so their logarithms are clipped, as in diffusers.
         noise = {
             "sigma": torch.ones_like(beta),
             "log_var_min": posterior_variance.clamp(min=1e-20).log(),
-            "log_var_max": beta.log(),
+            "log_var_max": beta.clamp(min=1e-20).log(),
         }
     else:
         noise = {"sigma": (posterior_variance if variance == "fixed_small" else beta).sqrt()}
@@ -57,6 +67,7 @@ def ddpm(
         guidance_scale,
         guidance_interval,
         learned_variance=variance == "learned_range",
+        noise_in_last_step=noise_in_last_step,
         coef_x=alpha.sqrt() * (1 - following) / (1 - current),
         coef_x0=following.sqrt() * beta / (1 - current),
         **noise,

@@ -2,9 +2,12 @@
 
 from typing import Annotated
 
+import torch
+
 from ..process.prediction import epsilon_coefficients
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import number, switch
+from .options import NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
 from .table import StepTable, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
 
@@ -20,6 +23,12 @@ def ddim(
     guidance_interval: tuple[float, float] | None = None,
     eta: Annotated[float, "noise, from 0 (deterministic) to 1 (as much as ddpm)"] = 0.0,
     use_clipped_model_output: Annotated[bool, "compute the predicted noise from the clipped image"] = False,
+    steps_offset: Annotated[int, STEPS_OFFSET] = 0,
+    set_alpha_to_one: Annotated[bool, SET_ALPHA_TO_ONE] = True,
+    noise_in_last_step: Annotated[bool, NOISE_IN_LAST_STEP] = False,
+    fixed_stride: Annotated[
+        bool, "lead each step T // steps timesteps down, as diffusers does, not to the next one visited"
+    ] = False,
 ) -> StepTable:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16).
 
@@ -29,19 +38,33 @@ def ddim(
     use_clipped_model_output: whether eps follows from the clipped x_0, as in guided-diffusion, or is the
         model's own, as in diffusers unless told otherwise. Under guidance the difference is large: where x_0
         is clipped and eps is not, the two no longer make up x, and images fall apart.
+    steps_offset: added to every timestep of leading spacing.
+    set_alpha_to_one: whether the last step leads to an image without noise. If not, it leads to
+        alphas_cumprod[0].
+    noise_in_last_step: whether the last step adds the noise of eta, too, unless it starts at timestep 0.
+    fixed_stride: whether a step leads from t to t - T // steps, or to the end below 0, as in diffusers'
+        DDIMScheduler. Otherwise it leads to the next timestep visited, the paper's tau_{i-1}. That is the
+        same timestep with leading, and with trailing where steps divides T. Elsewhere it is another one, and
+        images of diffusers keep noise.
 
-    The package's docstring has the other arguments. Every step leads to the next timestep visited, the
-    paper's tau_{i-1}. diffusers' DDIMScheduler leads from t to t - T // steps instead. That is the same
-    timestep with leading, and with trailing where steps divides T. Elsewhere it is another one, and images of
-    diffusers keep noise. ValueError for an eta that is negative or so large that some step would add more
-    noise than its timestep has.
+    The package's docstring has the other arguments. ValueError for an eta that is negative or so large that
+    some step would add more noise than its timestep has.
     """
     eta = number("eta", eta, 0)
     switch("use_clipped_model_output", use_clipped_model_output)
-    timesteps = visited_timesteps(schedule, steps, spacing)
+    switch("set_alpha_to_one", set_alpha_to_one)
+    switch("noise_in_last_step", noise_in_last_step)
+    timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
     current = schedule.alphas_cumprod[timesteps]
-    following = next_alphas_cumprod(current)
+    final = 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item()
+    if switch("fixed_stride", fixed_stride):
+        below = timesteps - schedule.T // (schedule.T if steps is None else steps)
+        following = torch.where(below >= 0, schedule.alphas_cumprod[below.clamp(min=0)], final)
+    else:
+        following = next_alphas_cumprod(current, final)
     sigma = eta * ((1 - following) / (1 - current) * (1 - current / following)).sqrt()
+    if not noise_in_last_step:
+        sigma[-1] = 0
     remaining = 1 - following - sigma**2
     if (remaining < -1e-12).any():
         raise ValueError(f"eta {eta} is too large: a step would add more noise than its timestep has; try 1")
@@ -63,7 +86,7 @@ def ddim(
         clip,
         guidance_scale,
         guidance_interval,
-        learned_variance=False,
+        noise_in_last_step=noise_in_last_step,
         sigma=sigma,
         **columns,
     )

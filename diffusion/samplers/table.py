@@ -65,12 +65,14 @@ def make_table(
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
     learned_variance: bool = False,
+    noise_in_last_step: bool = False,
     **columns: torch.Tensor,
 ) -> StepTable:
     """The table for timesteps [n] and alphas_cumprod [n] there.
 
     columns: the fields of `StepCoefficients` that the sampler sets, each [n]; those left out are 0. sigma of
-    the last step becomes 0. The other arguments are those of all samplers.
+    the last step becomes 0, unless noise_in_last_step is true and this step starts above timestep 0. The
+    other arguments are those of all samplers.
     """
     clip = math.inf if clip is None else number("clip", clip, 0, infinite=True)
     columns["timestep"] = timesteps
@@ -80,10 +82,14 @@ def make_table(
     table = alphas_cumprod.new_zeros(len(timesteps), len(StepCoefficients._fields))
     for name, column in columns.items():
         table[:, StepCoefficients._fields.index(name)] = column
-    table[-1, StepCoefficients._fields.index("sigma")] = 0
+    if not noise_in_last_step or timesteps[-1] == 0:
+        table[-1, StepCoefficients._fields.index("sigma")] = 0
     return StepTable(table, learned_variance)
 
 
-def next_alphas_cumprod(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """alphas_cumprod at the timestep that each step leads to: the next one's, and 1 (no noise) at the end."""
-    return torch.cat([alphas_cumprod[1:], alphas_cumprod.new_ones(1)])
+def next_alphas_cumprod(alphas_cumprod: torch.Tensor, final: float = 1.0) -> torch.Tensor:
+    """alphas_cumprod at the timestep that each step leads to: the next one's, and `final` at the end.
+
+    final: 1 is no noise; in (0, 1].
+    """
+    return torch.cat([alphas_cumprod[1:], alphas_cumprod.new_full((1,), final)])

@@ -19,7 +19,12 @@ STRIDES = ("stride", "uniform")  # spacings with one whole stride, which not eve
 
 
 def spaced_timesteps(
-    T: int, steps: int | None = None, spacing: str = "leading", *, skip_zero: bool = False
+    T: int,
+    steps: int | None = None,
+    spacing: str = "leading",
+    *,
+    skip_zero: bool = False,
+    steps_offset: int = 0,
 ) -> torch.Tensor:
     """`steps` of the timesteps 0..T-1, int64 [steps], strictly decreasing; None or T means all of them.
 
@@ -38,8 +43,10 @@ def spaced_timesteps(
 
     skip_zero: leading and linspace space steps + 1 points and leave out the one at 0, as DPM-Solver++
     does in diffusers, because its last step goes to x_0 from any timestep. With all T
-    timesteps there are no T + 1 points to space, and 0 is kept. ValueError for steps outside 1..T or another
-    spacing, and where no stride gives so many steps.
+    timesteps there are no T + 1 points to space, and 0 is kept.
+
+    steps_offset: at least 0, added to the timesteps of leading spacing. ValueError for steps outside 1..T or
+    another spacing, where no stride gives so many steps, and for an offset that leads beyond T - 1.
     """
     if isinstance(spacing, str) and re.fullmatch(r"[0-9]+(,[0-9]+)*", spacing):
         return _descending(_sections(T, steps, spacing))
@@ -66,6 +73,13 @@ def spaced_timesteps(
         multiples = np.arange(points) * (T // points)
         increasing = multiples if spacing == "leading" else np.linspace(0, T - 1, points).round()
         increasing = increasing[skip_zero:]
+    if spacing == "leading":
+        increasing = increasing + whole_number("steps_offset", steps_offset, 0)
+        if increasing[-1] >= T:
+            raise ValueError(
+                f"steps_offset {steps_offset} with {steps} steps leads to timestep {increasing[-1]:.0f}, "
+                f"beyond the last, {T - 1}; take fewer steps, or steps_offset=0"
+            )
     return _descending(increasing)
 
 
@@ -117,7 +131,7 @@ class SpacingWarning(UserWarning):
 _warned = False
 
 
-def visited_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: bool) -> torch.Tensor:
+def visited_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: int) -> torch.Tensor:
     """`spaced_timesteps`; warns of a start too far below T - 1."""
     global _warned
     timesteps = spaced_timesteps(schedule.T, steps, spacing, **how)

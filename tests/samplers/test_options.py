@@ -54,9 +54,12 @@ def test_the_command_line_has_the_options_of_a_new_sampler(registered, capsys):
 
 
 def test_which_options_a_sampler_has():
-    assert {*own_options()} == {"variance", "eta", "use_clipped_model_output", "sde"}
+    ends = {"steps_offset", "set_alpha_to_one", "noise_in_last_step"}
+    ddim_only = {"eta", "use_clipped_model_output", "fixed_stride"}
+    assert {*own_options()} == {"variance", "sde"} | ddim_only | ends
     shared = {"prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval"}
-    assert {*options_of("ddim")} == {*shared, "eta", "use_clipped_model_output"}
+    assert {*options_of("ddim")} == shared | ddim_only | ends
+    assert {*options_of("ddpm")} == shared | {"variance"} | ends
 
 
 def test_the_public_name_of_the_samplers_is_a_module():
