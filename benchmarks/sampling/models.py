@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
-from diffusion.importers.diffusers import convert_weights, unet_config
+from diffusion.importers.diffusers_unet import convert_weights, unet_config
 
 CLASSES = 10
 

@@ -6,6 +6,8 @@ import ast
 from .. import importers
 from ..ddpm import DDPM
 
+OPTIONS = ("schedule", "size", "null_label")  # flags that have an option of their own
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -18,10 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="for .pt files: a flag of the training command, such as learn_sigma=True; may be repeated",
     )
+    add("--schedule", help="a noise schedule by name, or a scheduler_config.json, where the source has none")
+    add("--size", help="height and width of the images, such as 32 or 32x48, where the source has none")
+    add("--null-label", type=int, help="the label that stands for no label, where the source has one")
 
 
 def run(args: argparse.Namespace) -> None:
-    imported = importers.read(args.source, flags=_flags(args.flag))
+    flags = _flags(args.flag)
+    flags |= {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    imported = importers.read(args.source, flags=flags)
     if assumed := imported.assumed_text():
         print(f"assumed flags, which --flag NAME=VALUE changes: {assumed}")
     model = DDPM(imported.unet, imported.schedule, **imported.conventions)

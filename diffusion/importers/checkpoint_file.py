@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..storage.reading import is_folder, open_regular, read_pickle, read_safetensors
 
+T = TypeVar("T")
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training loops keep a state dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _SAFETENSORS = (".safetensors",)
@@ -68,9 +69,9 @@ def state_dict(contents: Any) -> dict[str, torch.Tensor]:
     return {}
 
 
-def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without the `PREFIXES` that all their names have."""
-    found = dict(tensors)
+def without_prefixes(named: Mapping[str, T]) -> dict[str, T]:
+    """Named tensors, or other values of the same names, without the `PREFIXES` that all their names have."""
+    found = dict(named)
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), None):
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found

@@ -19,6 +19,7 @@ class Parts(NamedTuple):
     plain: list[tuple[str, str]]  # one weight and bias, or a table of weights
     residual: list[tuple[str, str]]
     attention: list[tuple[str, str]]
+    tensors: tuple[tuple[str, str], ...] = ()  # single tensors, by their whole names
 
 
 class Source:
@@ -63,6 +64,8 @@ def convert(
 
     for name, foreign in parts.plain:
         copy(name, foreign)
+    for name, foreign in parts.tensors:
+        ours[name] = source.take(foreign)
     projections: dict[str, list[torch.Tensor]] = {"weight": [], "bias": []}
     for name, foreign in parts.residual:
         for inner, foreign_inner in residual_names.items():

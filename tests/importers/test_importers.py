@@ -15,6 +15,7 @@ from diffusion import importers
 from diffusion.cli import main
 from diffusion.importers import Checkpoint, Imported, guided_diffusion
 from diffusion.importers import diffusers as diffusers_format
+from diffusion.importers.diffusers_unet import convert_weights, unet_config
 from diffusion.models.unet import UNet
 from diffusion.utils.validation import known_names
 from helpers.paths import FIXTURES
@@ -115,9 +116,9 @@ def assert_same_outputs(unet: UNet, model: diffusers.UNet2DModel, batch: int = 2
 
 
 def imported(model: diffusers.UNet2DModel, tensors: dict | None = None) -> UNet:
-    ours = diffusers_format.unet_config(json.loads(model.to_json_string()))
+    ours = unet_config(json.loads(model.to_json_string()))
     unet = UNet(ours)
-    unet.load_state_dict(diffusers_format.convert_weights(ours, tensors or model.state_dict()))
+    unet.load_state_dict(convert_weights(ours, tensors or model.state_dict()))
     return unet
 
 
@@ -132,7 +133,7 @@ def test_unet2dmodel_defaults():
     given = {"sample_size": 8, "_class_name": "UNet2DModel"}
     with torch.device("meta"):
         spelled_out = json.loads(diffusers.UNet2DModel(sample_size=8).to_json_string())
-    assert diffusers_format.unet_config(given) == diffusers_format.unet_config(spelled_out)
+    assert unet_config(given) == unet_config(spelled_out)
 
 
 def test_old_attention_names():
@@ -151,15 +152,18 @@ def test_old_attention_names():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"act_fn": "gelu"}, "act_fn 'gelu'"),
-        ({"center_input_sample": True}, "center_input_sample True"),
-        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier'"),
-        ({"mid_block_scale_factor": 1.5}, "mid_block_scale_factor 1.5"),
-        ({"mid_block_type": None}, "mid_block_type None"),
+        ({"act_fn": "elu"}, "act_fn 'elu' cannot be imported, only 'silu', 'swish', 'gelu', 'mish', 'relu'"),
+        ({"center_input_sample": 1}, "center_input_sample must be true or false"),
+        ({"class_embed_type": "projection"}, "class_embed_type 'projection'"),
+        ({"time_embedding_type": "random"}, "time_embedding_type 'random'"),
+        ({"time_embedding_type": "learned"}, "learned_timesteps must be a number of rows"),
+        ({"mid_block_scale_factor": 0}, "mid_block_scale_factor must be a number in"),
+        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type 'UNetMidBlock2DCrossAttn'"),
+        ({"num_class_embeds": 2**31}, "num_class_embeds must be a whole number"),
+        ({"out_channels": 1}, "in_channels 3 and out_channels 1 cannot be sampled"),
+        ({"in_channels": 6}, "in_channels 6 and out_channels 3 cannot be sampled"),
         ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types 'SkipDownBlock2D'"),
         ({"up_block_types": ["AttnSkipUpBlock2D", "UpBlock2D"]}, "up_block_types 'AttnSkipUpBlock2D'"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types cannot be imported"),
         ({"up_block_types": ["UpBlock2D"]}, "up_block_types must name 2"),
         ({"down_block_types": [["x"], "y"]}, "config"),
         ({"downsample_type": "fir"}, "downsample_type 'fir'"),
@@ -185,7 +189,7 @@ def test_what_unets_cannot_be(options, message, tmp_path):
     original(SMALL).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SMALL | options))
     with pytest.raises(ValueError, match=message) as error:
-        diffusers_format.load_unet(tmp_path)
+        diffusers_format.load(Checkpoint(tmp_path), schedule="linear")
     assert "\n" not in str(error.value)
     assert "config.json" in str(error.value)
 
@@ -285,8 +289,8 @@ def test_flat_pipeline(tmp_path):
 def test_unet_alone(tmp_path):
     model = original(SMALL)
     model.save_pretrained(tmp_path)
-    assert_same_outputs(diffusers_format.load_unet(tmp_path), model)
-    with pytest.raises(ValueError, match=r"scheduler_config\.json is missing"):
+    assert_same_outputs(diffusers_format.load(Checkpoint(tmp_path), schedule="linear").unet, model)
+    with pytest.raises(ValueError, match=r"has no scheduler_config\.json, so its noise schedule is unknown"):
         diffusers_format.load(Checkpoint(tmp_path))
 
 
@@ -338,9 +342,9 @@ def damage_folder(path: Path, how: str) -> None:
     ("how", "message"),
     [
         ("truncated", "is damaged"),
-        ("empty", "is damaged"),
+        ("empty", "is no checkpoint"),
         ("garbage", "is damaged"),
-        ("missing", "has none of diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin"),
+        ("missing", "has no weights, such as diffusion_pytorch_model.safetensors, diffusion_pytorch_model.b"),
         ("code", "holds more than tensors"),
         ("list", "holds no state dict"),
         ("nan", "holds NaN"),
