@@ -10,6 +10,8 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from . import kernels
 from . import samplers as steps
 from .ddpm import DDPM, load
+from .exporters.onnx import to_onnx
+from .exporters.program import to_exported_program
 from .models.unet import UNet, UNetConfig
 from .process.schedule import NoiseSchedule
 from .samplers import StepTable
@@ -30,4 +32,6 @@ __all__ = [
     "save_gif",
     "save_grid",
     "steps",
+    "to_exported_program",
+    "to_onnx",
 ]

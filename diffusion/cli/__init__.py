@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..kernels._native import check_environment
 from ..utils.memory import is_out_of_memory
-from . import evaluate, import_model, info, sample, train
+from . import evaluate, export, import_model, info, sample, train
 
 COMMANDS = {
     "sample": sample,
     "train": train,
     "evaluate": evaluate,
     "import": import_model,
+    "export": export,
     "info": info,
 }
 

@@ -19,6 +19,7 @@ LAYERS = [
     "importers",
     "data",
     "ddpm",
+    "exporters",
 ]
 LAYERS += ["training", "classifier", "evaluation", "cli"]
 LEVEL = {name: level for level, name in enumerate(LAYERS)}

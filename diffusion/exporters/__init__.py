@@ -1,0 +1,1 @@
+"""Writes models in the formats of other projects: ONNX and `torch.export`."""

@@ -1,0 +1,35 @@
+"""`diffusion export`: the files it writes, and one line and status 2 for what it cannot do."""
+
+import pytest
+import torch
+
+from diffusion.cli import main
+from helpers.models import make_model
+
+
+def test_a_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model(10).save("digits")
+    main(["export", "--model", "digits", "--program", "digits.pt2"])
+    assert capsys.readouterr().out == "digits.pt2: the network as a program of torch.export\n"
+    program = torch.export.load("digits.pt2").module()
+    assert program(torch.zeros(3, 2, 8, 8), torch.arange(3), torch.tensor([0, 9, 10])).shape == (3, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "export needs "),
+        (["--onnx", "."], "cannot write .: it is a folder"),
+        (["--model", "nowhere", "--onnx", "a.onnx"], "unknown model 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_exported(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(["export", *words])
+    assert error.value.code == 2
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,138 @@
+"""Exported networks run elsewhere: ONNX Runtime and `torch.export` give what the network gives."""
+
+import sys
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import DDPM, NoiseSchedule
+from diffusion.exporters import onnx as onnx_format
+from diffusion.exporters.onnx import to_onnx
+from diffusion.exporters.program import save_program, to_exported_program
+from diffusion.models.structure import config_of
+from helpers.models import make_model
+from helpers.unets import VARIANTS, randomized
+
+BATCHES = (1, 3, 8)
+TOLERANCE = 2e-5  # of the largest number in the output
+
+
+def bundled() -> DDPM:
+    return diffusion.load("mnist")
+
+
+def patches() -> DDPM:
+    """As the small CIFAR-10 recipe: patches of 2x2, in which the UNet has its levels."""
+    return DDPM(randomized(VARIANTS["patches"]), NoiseSchedule.linear())
+
+
+MODELS = {"bundled": bundled, "patches": patches}
+
+
+def batch_of(model: DDPM, size: int) -> list[torch.Tensor]:
+    config = config_of(model.unet)
+    generator = torch.Generator().manual_seed(size)
+    inputs = [
+        torch.randn(size, config.in_channels, *config.image_shape, generator=generator),
+        torch.randint(0, model.schedule.T, (size,), generator=generator),
+    ]
+    if config.num_classes is not None:
+        inputs.append(
+            torch.randint(0, config.num_classes + config.has_null_label, (size,), generator=generator)
+        )
+    return inputs
+
+
+def expected_of(model: DDPM, inputs: list[torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.unet(*inputs)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() <= TOLERANCE * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_runtime_gives_the_same(name, tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, path = MODELS[name](), tmp_path / "network.onnx"
+    to_onnx(model, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]
+    graph = onnx.load(path).graph
+    assert {node.domain for node in graph.node} == {""}  # operators of ONNX alone
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    assert names == ["x", "timesteps", "labels"][: len(names)]
+    for size in BATCHES:
+        inputs = batch_of(model, size)
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        (found,) = session.run(["output"], feed)
+        assert_close(torch.from_numpy(found), expected_of(model, inputs))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_program_gives_the_same(name, tmp_path):
+    model, path = MODELS[name](), tmp_path / "network.pt2"
+    save_program(model, path)
+    program = torch.export.load(path)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not {name for name in called if "diffusion" in name}
+    module = program.module()
+    for size in BATCHES:
+        inputs = batch_of(model, size)
+        assert_close(module(*inputs), expected_of(model, inputs))
+
+
+def test_a_program_leaves_the_model_as_it_is():
+    model = make_model().double().train()
+    program = to_exported_program(model)
+    assert model.unet.training
+    assert next(model.unet.parameters()).dtype == torch.float64
+    assert all(p.requires_grad for p in model.unet.parameters())
+    x, t = torch.zeros(1, 2, 8, 8), torch.tensor([3])
+    assert program.module()(x, t).dtype == torch.float32
+
+
+def test_weights_that_a_file_cannot_hold_are_beside_it(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(onnx_format, "MAX_FILE", 1000)
+    model = make_model()
+    to_onnx(model, tmp_path / "large.onnx")
+    assert {file.name for file in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data"}
+    session = onnxruntime.InferenceSession(tmp_path / "large.onnx", providers=["CPUExecutionProvider"])
+    x, t = batch_of(model, 2)
+    (found,) = session.run(None, {"x": x.numpy(), "timesteps": t.numpy()})
+    assert_close(torch.from_numpy(found), expected_of(model, [x, t]))
+
+
+class Untraceable(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) if float(x.sum()) > 0 else x
+
+
+@pytest.mark.parametrize("write", [to_onnx, save_program])
+def test_a_network_that_cannot_be_traced(write, tmp_path):
+    if write is to_onnx:
+        pytest.importorskip("onnxscript")
+    model = make_model()
+    model.unet.output_conv = Untraceable(8, 2, 3, padding=1)
+    with pytest.raises(ValueError, match="the network cannot be exported: ") as error:
+        write(model, tmp_path / "network")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_without_its_libraries(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r'pip install "fused-diffusion\[onnx\]"'):
+        to_onnx(make_model(), tmp_path / "network.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [to_onnx, save_program])
+def test_a_target_that_is_a_folder(write, tmp_path):
+    with pytest.raises(ValueError, match="it is a folder, not a file"):
+        write(make_model(), tmp_path)
