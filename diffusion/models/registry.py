@@ -6,10 +6,20 @@ A new network is a file here with a subclass of `network.Network`, and its entry
 from typing import Any
 
 from ..utils.validation import choice, typed
+from .context_unet import ContextUNet
+from .conv_stack import ConvStack
+from .diagonal_unet import DiagonalUNet
+from .naive_unet import NaiveUNet
 from .network import Network, NetworkConfig
 from .unet import UNet
 
-NETWORKS: dict[str, type[Network]] = {"unet": UNet}
+NETWORKS: dict[str, type[Network]] = {
+    "unet": UNet,
+    "context_unet": ContextUNet,
+    "conv_stack": ConvStack,
+    "diagonal_unet": DiagonalUNet,
+    "naive_unet": NaiveUNet,
+}
 ARCHITECTURE = "architecture"  # the key of the name; a configuration without it is that of "unet"
 
 

@@ -1,0 +1,54 @@
+"""Checks of a network's arguments, and timesteps as fractions."""
+
+import torch
+
+from ..utils.validation import readable
+from .network import NetworkConfig
+
+
+def check_arguments(
+    config: NetworkConfig, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None
+) -> None:
+    """ValueError unless the arguments of a network's `forward` fit its configuration.
+
+    The values of labels are checked only where they can be read without waiting for a device.
+    """
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(f"x must have shape [B, {config.in_channels}, H, W], not {list(x.shape)}")
+    config.check_size(x.shape[2:])
+    if timesteps.shape != x.shape[:1]:
+        raise ValueError(f"timesteps must have shape [{len(x)}], not {list(timesteps.shape)}")
+    if labels is None:
+        if config.num_classes is not None and config.null_label is None:
+            raise ValueError("this model was trained without a null label, so it needs labels")
+        return
+    if config.num_classes is None:
+        raise ValueError("this model is unconditional; labels must be None")
+    if labels.shape != x.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"labels must be integers of shape [{len(x)}], not {labels.dtype} {list(labels.shape)}"
+        )
+    most = config.num_classes - (config.null_label is None)
+    if _known(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= most:
+        raise ValueError(f"labels must be in 0..{most}, not {labels.min()}..{labels.max()}")
+
+
+def time_fraction(timesteps: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+    """Timesteps as the fractions of T that a network was trained with, floating point, like `timesteps`.
+
+    timesteps: integers 0..T, which are divided by T = num_timesteps; or fractions in [0, 1], which stay.
+    ValueError for other floating-point numbers, where they can be read without waiting for a device.
+    """
+    if not timesteps.is_floating_point():
+        return timesteps / num_timesteps
+    if _known(timesteps) and not 0 <= float(timesteps.min()) <= float(timesteps.max()) <= 1:
+        raise ValueError(
+            f"floating-point timesteps of this network are fractions of {num_timesteps} in [0, 1], not "
+            f"{float(timesteps.min()):g}..{float(timesteps.max()):g}; give integers for 0..{num_timesteps}"
+        )
+    return timesteps
+
+
+def _known(values: torch.Tensor) -> bool:
+    """Whether there are values that can be read without waiting for a device."""
+    return values.device.type == "cpu" and readable(values) and values.numel() > 0
