@@ -43,9 +43,12 @@ class Checkpoint:
         """
         with open_regular(self.path) as file:
             start = file.read(9)
+        # The length of the JSON header in 8 bytes comes first, and its first byte may be that of a pickle.
+        if start[6:] == b"\0\0{":
+            return read_safetensors(self.path)
         if start.startswith(_TORCH):
             return read_pickle(self.path)
-        if self.path.suffix in _SAFETENSORS or start[8:9] == b"{":
+        if self.path.suffix in _SAFETENSORS:
             return read_safetensors(self.path)
         raise ValueError(f"{self.path} is no checkpoint: it is neither a file of torch.save nor safetensors")
 

@@ -19,6 +19,7 @@ from diffusion.importers.diffusers_unet import convert_weights, unet_config
 from diffusion.models.unet import UNet
 from diffusion.utils.validation import known_names
 from helpers.paths import FIXTURES
+from helpers.unet2d import SMALL, original
 
 # google/ddpm-cifar10-32, as its config.json has it.
 CIFAR10 = {
@@ -39,14 +40,6 @@ CIFAR10 = {
     "sample_size": 32,
     "time_embedding_type": "positional",
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
-SMALL = {
-    "sample_size": 16,
-    "block_out_channels": [16, 32],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
 }
 ATTENTION_FIRST = {
     "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
@@ -86,19 +79,6 @@ UNETS = {
     "embedding": SMALL | {"time_embedding_dim": 24},
     "learned_variance": SMALL | {"out_channels": 6},
 }
-
-
-def original(config: dict) -> diffusers.UNet2DModel:
-    """A UNet2DModel in which all parameters are random, none at zero or one, and outputs are of order one."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = diffusers.UNet2DModel(**config).eval()
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-            else:
-                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
-    return model
 
 
 def assert_same_outputs(unet: UNet, model: diffusers.UNet2DModel, batch: int = 2):

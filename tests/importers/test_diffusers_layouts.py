@@ -1,0 +1,419 @@
+"""The files of diffusers in each layout that its users hold, laid out by diffusers itself or like it."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import diffusion
+from diffusion.cli import main
+from helpers.unet2d import SMALL, original
+
+NAME = "diffusion_pytorch_model"
+
+
+def outputs(unet, labels=None) -> torch.Tensor:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([3, 700])
+    with torch.no_grad():
+        if isinstance(unet, diffusers.UNet2DModel):
+            return unet(x, t, class_labels=labels).sample
+        return unet(x, t, labels)
+
+
+def scaled(model: diffusers.UNet2DModel, factor: float = 0.5) -> diffusers.UNet2DModel:
+    """Another model of the same configuration."""
+    other = diffusers.UNet2DModel.from_config(model.config).eval()
+    other.load_state_dict({name: factor * tensor for name, tensor in model.state_dict().items()})
+    return other
+
+
+def save_pipeline(folder: Path, model: diffusers.UNet2DModel, **options) -> None:
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(
+        folder, **options
+    )
+
+
+def load(path: Path, **flags) -> diffusion.DDPM:
+    return diffusion.load(path, flags=flags)
+
+
+def assert_is(model: diffusion.DDPM, expected: diffusers.UNet2DModel, tolerance: float = 1e-5) -> None:
+    found, right = outputs(model.unet), outputs(expected)
+    assert (found - right).abs().max() <= tolerance * right.abs().max()
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+@pytest.mark.parametrize("shard", [None, "20KB"], ids=["whole", "sharded"])
+def test_weights(safe, variant, shard, tmp_path):
+    """Whole or in shards, of no variant or of one, which diffusers' own save_pretrained wrote."""
+    model = original(SMALL)
+    options = {} if shard is None else {"max_shard_size": shard}
+    save_pipeline(tmp_path, model)
+    for path in (tmp_path / "unet").glob(f"{NAME}*"):
+        path.unlink()
+    model.save_pretrained(tmp_path / "unet", safe_serialization=safe, variant=variant, **options)
+    names = [path.name for path in (tmp_path / "unet").iterdir()]
+    assert any("index" in name for name in names) == (shard is not None)
+    assert len(names) == 2 or shard is not None
+    if variant is None:
+        found = load(tmp_path)
+    else:
+        with pytest.warns(UserWarning, match=f"assumed: variant={variant}"):
+            found = load(tmp_path)
+        assert_is(load(tmp_path, variant=variant), model)
+    assert_is(found, model)
+
+
+def test_the_weights_without_a_variant_are_preferred(tmp_path):
+    model = original(SMALL)
+    save_pipeline(tmp_path, model)
+    scaled(model).save_pretrained(tmp_path / "unet", variant="non_ema")
+    assert_is(load(tmp_path), model)
+    assert_is(load(tmp_path, variant="non_ema"), scaled(model))
+    (tmp_path / "unet" / f"{NAME}.safetensors").unlink()
+    scaled(model, 0.25).save_pretrained(tmp_path / "unet", variant="fp16")
+    with pytest.raises(ValueError, match="has weights in several variants, fp16, non_ema"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="unknown variant 'bf16'; choose from: fp16, non_ema"):
+        load(tmp_path, variant="bf16")
+    assert_is(load(tmp_path, variant="fp16"), scaled(model, 0.25))
+
+
+def test_half_precision(tmp_path):
+    model = original(SMALL).half().float()
+    save_pipeline(tmp_path, model)
+    (tmp_path / "unet" / f"{NAME}.safetensors").unlink()
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "unet" / f"{NAME}.fp16.safetensors")
+    assert_is(load(tmp_path, variant="fp16"), model)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", f"{NAME}.bin"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_names_and_wrappers(name, prefix, wrapper, tmp_path):
+    """As DistributedDataParallel, torch.compile and accelerate leave them."""
+    model = original(SMALL)
+    save_pipeline(tmp_path, model)
+    (tmp_path / "unet" / f"{NAME}.safetensors").unlink()
+    tensors = {f"{prefix}{key}": tensor for key, tensor in model.state_dict().items()}
+    path = tmp_path / "unet" / name
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors if wrapper is None else {wrapper: tensors, "step": 3, "lr": 0.1}, path)
+    assert_is(load(tmp_path), model)
+
+
+def test_shards_with_a_prefix(tmp_path):
+    model = original(SMALL)
+    save_pipeline(tmp_path, model, max_shard_size="20KB")
+    index = tmp_path / "unet" / f"{NAME}.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    for file in set(places.values()):
+        path = tmp_path / "unet" / file
+        save_file({f"module.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    index.write_text(json.dumps({"weight_map": {f"module.{name}": file for name, file in places.items()}}))
+    assert_is(load(tmp_path), model)
+
+
+def test_no_index_of_the_pipeline(tmp_path):
+    model = original(SMALL)
+    save_pipeline(tmp_path, model)
+    (tmp_path / "model_index.json").unlink()
+    assert_is(load(tmp_path), model)
+
+
+def test_a_file_of_weights(tmp_path):
+    """Its config.json and scheduler_config.json are beside it."""
+    model = original(SMALL)
+    model.save_pretrained(tmp_path)
+    diffusers.DDPMScheduler(clip_sample_range=2.0).save_pretrained(tmp_path)
+    found = load(tmp_path / f"{NAME}.safetensors")
+    assert_is(found, model)
+    assert found.clip == 2.0
+
+
+# What EMAModel.save_pretrained adds to the configuration.
+AVERAGE = {
+    "decay": 0.9999,
+    "inv_gamma": 1.0,
+    "min_decay": 0.0,
+    "optimization_step": 500,
+    "power": 0.75,
+    "update_after_step": 0,
+    "use_ema_warmup": True,
+}
+
+
+def save_checkpoint(
+    folder: Path, model: diffusers.UNet2DModel, average: diffusers.UNet2DModel | None
+) -> None:
+    """A folder checkpoint-N of diffusers' train_unconditional.py, whose accelerator saves its state there."""
+    model.save_pretrained(folder / "unet")
+    if average is not None:
+        average.save_pretrained(folder / "unet_ema")
+        path = folder / "unet_ema" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | AVERAGE))
+    torch.save({"state": {}, "param_groups": [{"lr": 1e-4}]}, folder / "optimizer.bin")
+    torch.save({"last_epoch": 500}, folder / "scheduler.bin")
+    (folder / "random_states_0.pkl").write_bytes(b"\x80\x04.")
+
+
+def test_the_keys_of_an_average():
+    """AVERAGE has the keys that diffusers' own EMAModel writes."""
+    from diffusers.training_utils import EMAModel
+
+    ema = EMAModel(original(SMALL).parameters(), use_ema_warmup=True)
+    assert ema.state_dict().keys() - {"shadow_params"} == AVERAGE.keys()
+
+
+def test_a_checkpoint_of_the_training_script(tmp_path):
+    model = original(SMALL)
+    folder = tmp_path / "checkpoint-500"
+    save_checkpoint(folder, model, None)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-500 has no scheduler_config\.json, .*--schedule.*linear"
+    ):
+        load(folder)
+    found = load(folder, schedule="linear", num_train_timesteps=100, prediction_type="sample")
+    assert_is(found, model)
+    assert (found.schedule.T, found.prediction_type) == (100, "sample")
+
+
+def test_averages_are_preferred(tmp_path):
+    model = original(SMALL)
+    save_checkpoint(tmp_path, model, scaled(model))
+    with pytest.warns(UserWarning, match="assumed: weights=unet_ema num_train_timesteps=1000"):
+        found = load(tmp_path, schedule="cosine")
+    assert_is(found, scaled(model))
+    flags = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
+    assert_is(load(tmp_path, schedule="cosine", weights="unet", **flags), model)
+    with pytest.raises(ValueError, match="unknown part of weights 'ema'; choose from: unet, unet_ema"):
+        load(tmp_path, schedule="cosine", weights="ema")
+
+
+def test_a_pipeline_says_that_it_has_an_average_too(tmp_path):
+    """diffusers itself loads `unet`, which the pipeline's index names."""
+    model = original(SMALL)
+    save_pipeline(tmp_path, model)
+    scaled(model).save_pretrained(tmp_path / "unet_ema")
+    with pytest.warns(UserWarning, match="assumed: weights=unet$"):
+        assert_is(load(tmp_path), model)
+    assert_is(load(tmp_path, weights="unet_ema"), scaled(model))
+
+
+SCHEDULES = {
+    "linear": {},
+    "scaled_linear": {"beta_schedule": "scaled_linear"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_by_name(name, tmp_path):
+    original(SMALL).save_pretrained(tmp_path)
+    betas = diffusers.DDPMScheduler(**SCHEDULES[name]).betas.double()
+    found = load(tmp_path, schedule=name, num_train_timesteps=1000, prediction_type="epsilon").schedule
+    expected = torch.cumprod(1 - betas, 0)
+    torch.testing.assert_close(found.alphas_cumprod, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_schedules_from_files(tmp_path):
+    original(SMALL).save_pretrained(tmp_path / "unet")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction")
+    scheduler.save_pretrained(tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "scheduler_config.json").read_text())
+    for given in (str(tmp_path / "mine"), str(tmp_path / "mine" / "scheduler_config.json"), config):
+        found = load(tmp_path / "unet", schedule=given)
+        assert (found.schedule.T, found.prediction_type) == (50, "v_prediction")
+
+
+def test_a_schedule_for_a_learned_variance(tmp_path):
+    original(SMALL | {"out_channels": 6}).save_pretrained(tmp_path)
+    found = load(tmp_path, schedule="linear", num_train_timesteps=1000, prediction_type="epsilon")
+    assert found.variance == "learned_range"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"schedule": "quadratic"}, "unknown schedule 'quadratic'.* schedules by name: linear, "),
+        ({"schedule": 3}, "flag schedule must be a name"),
+        ({"schedule": {"beta_schedule": "cubic"}}, "schedule: beta_schedule 'cubic'"),
+        ({"num_train_timesteps": 5}, "num_train_timesteps belongs to a schedule that is given by its name"),
+        ({"schedule": "linear", "num_train_timesteps": 0}, "schedule: T must be"),
+        ({"schedule": "linear", "prediction_type": "flow"}, "schedule: prediction_type 'flow'"),
+        ({"schedule": "linear", "class_cond": True}, "unknown flag 'class_cond'; choose from: schedule, "),
+        ({"schedule": "linear", "weights": "unet_ema"}, "has no unet_ema/"),
+        ({"schedule": "linear", "size": "32x"}, "size must be a whole number in 1..65536, or a list of 2"),
+        ({"schedule": "linear", "size": [0, 8]}, "size must be a whole number"),
+        ({"schedule": "linear", "size": 15}, "15x15 cannot be halved"),
+        ({"schedule": "linear", "null_label": 1}, "null label 1 cannot be declared: the model has no table"),
+        ({"schedule": "linear", "num_classes": 4}, "num_classes 4 cannot be declared"),
+    ],
+)
+def test_flags_that_cannot_be(flags, message, tmp_path):
+    original(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path, **flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [(32, (32, 32)), ("32", (32, 32)), ("32x48", (32, 48)), ([8, 12], (8, 12))]
+)
+def test_a_size_of_null(size, shape, tmp_path):
+    model = original(SMALL | {"sample_size": None})
+    save_pipeline(tmp_path, model)
+    with pytest.raises(ValueError, match=r"sample_size must be given.*--size"):
+        load(tmp_path)
+    found = load(tmp_path, size=size)
+    assert found.unet.config.image_shape == shape
+    assert_is(found, model)
+
+
+@pytest.mark.parametrize("null", [10, 0, 4])
+def test_a_null_label(null, tmp_path):
+    """A row of the table stands for no label, wherever it is; the labels after it move down."""
+    model = original(SMALL | {"num_class_embeds": 11})
+    save_pipeline(tmp_path, model)
+    found = load(tmp_path, null_label=null)
+    assert (found.num_classes, found.unet.config.null_label) == (10, 10)
+    theirs = [label for label in range(11) if label != null]
+    expected = outputs(model, torch.tensor([theirs[2], theirs[9]]))
+    assert (outputs(found.unet, torch.tensor([2, 9])) - expected).abs().max() <= 1e-5
+    expected = outputs(model, torch.tensor([null, null]))
+    assert (outputs(found.unet) - expected).abs().max() <= 1e-5
+    found.sample([3], guidance_scale=2.0, steps=2)
+    plain = load(tmp_path)
+    assert (plain.num_classes, plain.unet.config.null_label) == (11, None)
+
+
+@pytest.mark.parametrize("null", [11, -1, "10"])
+def test_null_labels_that_cannot_be(null, tmp_path):
+    save_pipeline(tmp_path, original(SMALL | {"num_class_embeds": 11}))
+    with pytest.raises(ValueError, match=r"config\.json: the null label must be a whole number in 0\.\.10"):
+        load(tmp_path, null_label=null)
+
+
+def test_the_number_of_labels_that_are_embedded_as_timesteps(tmp_path):
+    save_pipeline(tmp_path, original(SMALL | {"class_embed_type": "timestep"}))
+    with pytest.warns(UserWarning, match="assumed: num_classes=1000"):
+        assert load(tmp_path).num_classes == 1000
+    assert load(tmp_path, num_classes=7).num_classes == 7
+
+
+def test_timesteps_that_the_network_did_not_learn(tmp_path):
+    save_pipeline(tmp_path, original(SMALL | {"time_embedding_type": "learned", "num_train_timesteps": 100}))
+    with pytest.raises(ValueError, match="has learned 100 timesteps, fewer than the 1000 of the schedule"):
+        load(tmp_path)
+
+
+# Components that make something else of the UNet's output, or feed it.
+COMPONENTS = {
+    "vqvae": ["diffusers", "VQModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "mel": ["diffusers", "Mel"],
+    "bert": ["latent_diffusion", "LDMBertModel"],
+    "movq": None,
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components_of_pipelines(name, tmp_path):
+    save_pipeline(tmp_path, original(SMALL))
+    path = tmp_path / "model_index.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {name: COMPONENTS[name], "vqgan": [None, None]})
+    )
+    if COMPONENTS[name] is None:
+        load(tmp_path)
+        return
+    with pytest.raises(ValueError, match=rf"model_index\.json: .* the component {name} \(") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def damage(folder: Path, how: str) -> None:
+    """Damages a sharded pipeline."""
+    unet = folder / "unet"
+    index = unet / f"{NAME}.safetensors.index.json"
+    shards = sorted(unet.glob("*.safetensors"))
+    places = json.loads(index.read_text())["weight_map"]
+    first = next(iter(places))
+    if how == "truncated":
+        shards[0].write_bytes(shards[0].read_bytes()[:-9])
+    elif how == "missing":
+        shards[1].unlink()
+    elif how == "index":
+        index.write_text(index.read_text()[:-40])
+    elif how == "list":
+        index.write_text('{"weight_map": ["a"]}')
+    elif how == "outside":
+        index.write_text(json.dumps({"weight_map": places | {first: "../../secret.safetensors"}}))
+    elif how == "elsewhere":
+        other = next(path.name for path in shards if path.name != places[first])
+        index.write_text(json.dumps({"weight_map": places | {first: other}}))
+    elif how == "pickle":
+        shards[0].write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.")
+    elif how == "config":
+        config = json.loads((unet / "config.json").read_text())
+        (unet / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
+    elif how == "pipeline":
+        (folder / "model_index.json").write_text("{")
+    elif how == "scheduler":
+        (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name"')
+
+
+@pytest.mark.parametrize(
+    ("how", "file"),
+    [
+        ("truncated", "-00001-of-"),
+        ("missing", "-00002-of-"),
+        ("index", "index.json"),
+        ("list", "index.json"),
+        ("outside", "index.json"),
+        ("elsewhere", "index.json"),
+        ("pickle", "-00001-of-"),
+        ("config", "index.json"),
+        ("pipeline", "model_index.json"),
+        ("scheduler", "scheduler_config.json"),
+    ],
+)
+def test_damaged_folders(how, file, tmp_path, capsys):
+    """One line that names the file, exit status 2, and nothing is written."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_pipeline(source, original(SMALL), max_shard_size="20KB")
+    damage(source, how)
+    with pytest.raises(SystemExit, match="2"):
+        main(["import", str(source), "--out", str(out)])
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert file in printed.err
+    assert printed.out == ""
+    assert not out.exists()
+
+
+def test_the_command(tmp_path, capsys):
+    model = original(SMALL | {"sample_size": None, "num_class_embeds": 3})
+    save_checkpoint(tmp_path / "a", model, scaled(model))
+    arguments = ["import", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
+    options = ["--schedule", "cosine", "--size", "16x16", "--null-label", "2"]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "--size" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    main([*arguments, *options])
+    assert "weights=unet_ema" in capsys.readouterr().out
+    found = diffusion.load(tmp_path / "b")
+    assert (found.num_classes, found.unet.config.null_label) == (2, 2)
+    expected = outputs(scaled(model), torch.tensor([2, 2]))
+    assert (outputs(found.unet) - expected).abs().max() <= 1e-5 * expected.abs().max()
