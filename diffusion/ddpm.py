@@ -1,4 +1,4 @@
-"""DDPM: a UNet, its noise schedule and the conventions it was trained with."""
+"""DDPM: a network, its noise schedule and the conventions it was trained with."""
 
 import copy
 import math
@@ -13,16 +13,17 @@ from torch import nn
 
 from . import importers, kernels
 from .inference import loop
-from .inference.batches import sample_in_batches
+from .inference.batches import Interrupted, sample_in_batches
 from .inference.buffers import Batch, Noise
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype
+from .models.network import Network
 from .models.structure import config_of
-from .models.unet import UNet
 from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
 from .process.objective import drop_labels, loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
+from .process.value_range import SIGNED, change_range, check_range
 from .samplers import SAMPLERS, StepTable, check_options, options_of
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
@@ -33,6 +34,7 @@ from .utils.validation import (
     number,
     readable,
     refuse,
+    switch,
     typed,
     whole_number,
     whole_numbers,
@@ -43,27 +45,39 @@ MAX_PIXEL = 10  # magnitude in an image to train on: standardised images pass, t
 
 
 class DDPM(nn.Module):
-    """A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239) of images in [-1, 1].
+    """A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239).
 
-    unet: the network, called with (x_t, t, label).
+    unet: the network, called with (x_t, t, label): a UNet or another of `models.registry.NETWORKS`.
     schedule: the noise schedule, of T timesteps.
     prediction_type: output of the UNet, "epsilon", "sample" (x_0) or "v_prediction".
     clip: predicted images are clipped to [-clip, clip] while sampling; None for no clipping.
     variance: default of the "ddpm" sampler; "learned_range" for a UNet with learned variance.
     sampler_options: this model's defaults for the options of samplers, by the sampler's name, such as
         {"ddim": {"use_clipped_model_output": True}}, which DDIM needs under guidance.
+    sampler: the model's own sampler, such as {"name": "dpm++", "steps": 10, "spacing": "trailing"}: a name of
+        `samplers.SAMPLERS`, the number of steps (all T without it) and options. Without any, "ddpm".
+    guidance_scale: of images with labels, unless another is given.
+    value_range: of the images that `sample` returns and `loss` takes.
+    normalize: images are diffused in [-1, 1], to which value_range is mapped; False diffuses them in
+        value_range itself.
+    clip_output: the sampled images are clipped to value_range at the end.
     metadata: JSON values that `save` writes to config.json as well.
     """
 
     def __init__(
         self,
-        unet: UNet,
+        unet: Network,
         schedule: NoiseSchedule,
         *,
         prediction_type: str = "epsilon",
         clip: float | None = 1.0,
         variance: str | None = None,
         sampler_options: dict[str, dict[str, Any]] | None = None,
+        sampler: dict[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+        value_range: tuple[float, float] = SIGNED,
+        normalize: bool = True,
+        clip_output: bool = False,
         metadata: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -77,9 +91,17 @@ class DDPM(nn.Module):
             variance = "learned_range" if config.learned_variance else "fixed_small"
         self.variance = choice("variance", variance, VARIANCES)
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
-        for sampler, options in typed("sampler_options", self.sampler_options, dict).items():
-            check_options(sampler, typed(f"sampler_options[{sampler!r}]", options, dict))
-            _check_values(sampler, options)
+        for name, options in typed("sampler_options", self.sampler_options, dict).items():
+            check_options(name, typed(f"sampler_options[{name!r}]", options, dict))
+            _check_values(name, options)
+        self.sampler = copy.deepcopy(typed("sampler", sampler, dict | None))
+        if self.sampler is not None:
+            choice("sampler's name", self.sampler.get("name"), SAMPLERS)
+            self.steps()  # raises where the steps or an option do not fit the model
+        self.guidance_scale = number("guidance_scale", guidance_scale)
+        self.value_range = check_range("value_range", value_range)
+        self.normalize = switch("normalize", normalize)
+        self.clip_output = switch("clip_output", clip_output)
         self.metadata = dict(typed("metadata", {} if metadata is None else metadata, dict))
         self._denoisers = DenoiserCache()
 
@@ -87,6 +109,16 @@ class DDPM(nn.Module):
     def num_classes(self) -> int | None:
         """Number of class labels, or None for an unconditional model."""
         return config_of(self.unet).num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no label, which guidance needs; None for a model that has none."""
+        return config_of(self.unet).null_label
+
+    @property
+    def diffused_range(self) -> tuple[float, float]:
+        """The range of the values of x_0 in the diffusion process, in which callbacks see images."""
+        return SIGNED if self.normalize else self.value_range
 
     def copy(self) -> "DDPM":
         """A copy with its own weights."""
@@ -107,7 +139,7 @@ class DDPM(nn.Module):
     ) -> torch.Tensor:
         """Mean weighted squared error of the prediction at timesteps t; a scalar.
 
-        x0: images, float [B, C, H, W] in [-1, 1].
+        x0: images, float [B, C, H, W] in the model's value_range.
         labels: int64 [B] in 0..num_classes-1, or None.
         t: int64 [B]; by default drawn by `random_timesteps`, from PyTorch's global generators.
         noise: like x0; by default drawn, likewise.
@@ -121,6 +153,7 @@ class DDPM(nn.Module):
         ValueError for images of another type, or, on the CPU, of values far outside [-1, 1].
         """
         _check_images(x0)
+        x0 = change_range(x0, self.value_range, self.diffused_range)
         if labels is not None and not isinstance(labels, torch.Tensor):
             raise ValueError(f"labels must be an int64 tensor [{len(x0)}], not {type(labels).__name__}")
         label_dropout, vlb_weight = (
@@ -130,7 +163,7 @@ class DDPM(nn.Module):
         t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         if labels is not None and label_dropout:
-            labels = drop_labels(labels, label_dropout, config_of(self.unet).null_label)
+            labels = drop_labels(labels, label_dropout, self.null_label)
         x_t = q_sample(self.schedule, x0, t, noise)
         output = (self.unet if network is None else network)(x_t, t, labels).float()
         prediction = output[:, : x0.shape[1]]
@@ -145,25 +178,45 @@ class DDPM(nn.Module):
             loss = loss + vlb_weight * self.schedule.T * terms.mean()
         return loss
 
-    def steps(self, sampler: str = "ddpm", steps: int | None = None, **options: Any) -> StepTable:
+    def steps(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> StepTable:
         """The table of a sampler for this model.
 
-        sampler: a name of `samplers.SAMPLERS`. steps: 1..T, or None for the full chain.
-        options: see `diffusion.steps`.
+        sampler: a name of `samplers.SAMPLERS`, or None for the model's own.
+        steps: 1..T. None is the number of the model's own sampler, or all T for another one.
+        options: see `diffusion.steps`. Those left out are the model's defaults for this sampler.
 
         ValueError for an unknown sampler or option.
         """
-        check_options(sampler, options)
+        name, steps, options = self.chosen_sampler(sampler, steps, options)
         defaults = {"prediction_type": self.prediction_type, "clip": self.clip}
-        if "variance" in options_of(sampler):
+        if "variance" in options_of(name):
             defaults["variance"] = self.variance
-        defaults |= self.sampler_options.get(sampler, {})
-        table = SAMPLERS[sampler](self.schedule, steps, **(defaults | options))
+        table = SAMPLERS[name](self.schedule, steps, **(defaults | options))
         if table.learned_variance and not config_of(self.unet).learned_variance:
             raise ValueError(
                 "variance 'learned_range' needs a UNet that puts out a variance; this one does not"
             )
         return table
+
+    def chosen_sampler(
+        self, sampler: str | None = None, steps: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, int | None, dict[str, Any]]:
+        """The name, steps and options of a sampler, after the model's own have filled what is left out.
+
+        sampler, steps, options: as those of `steps`. The returned steps are None for all T. ValueError for an
+        unknown sampler or option.
+        """
+        own = dict(self.sampler or {"name": "ddpm"})
+        own_name, own_steps = own.pop("name"), own.pop("steps", None)
+        name = own_name if sampler is None else sampler
+        options = {} if options is None else options
+        check_options(name, options)
+        defaults = self.sampler_options.get(name, {})
+        if name == own_name:
+            steps = own_steps if steps is None else steps
+            check_options(name, own)
+            defaults = defaults | own
+        return name, steps, defaults | options
 
     @torch.no_grad()
     def sample(
@@ -171,8 +224,8 @@ class DDPM(nn.Module):
         labels: int | Sequence[int] | torch.Tensor | None = None,
         *,
         num_samples: int | None = None,
-        guidance_scale: float = 1.0,
-        sampler: str = "ddpm",
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
         steps: int | None = None,
         seed: int = 0,
         sample_ids: Sequence[int] | torch.Tensor | None = None,
@@ -189,13 +242,15 @@ class DDPM(nn.Module):
         dynamic_threshold_max: float = math.inf,
         **sampler_options: Any,
     ) -> torch.Tensor:
-        """Samples images, float32 [N, C, H, W] on the model's device, in [-1, 1] unless clip=None is given.
+        """Samples images, float32 [N, C, H, W] on the model's device, in its value_range unless clip is None.
 
         labels: a class for each image, or None for none. A single label is repeated.
         num_samples: N; by default the number of labels, or 1.
         guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
-            0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1.
-        sampler, steps: a name of `samplers.SAMPLERS`; 1..T steps, None for all T.
+            0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1. None
+            is the model's own with labels, and 1 without.
+        sampler, steps: a name of `samplers.SAMPLERS`, and 1..T steps. None is the model's own sampler, and
+            its number of steps; another sampler takes all T.
         seed, sample_ids: image i is a function of (seed in 0..2^64-1, sample_ids[i], its label) alone, not of
             its batch; sample_ids are 0..N-1 by default.
         batch_size: number of images made at a time, by default as many as the device evaluates best and has
@@ -209,7 +264,8 @@ class DDPM(nn.Module):
             is always float32.
         device: where to compute, by default where the model is.
         progress: show a bar with images/s.
-        callback: called as callback(i, x, x0) after step i of a batch. Changes that it makes to the network
+        callback: called as callback(i, x, x0) after step i of a batch, with values of the model's
+            diffused_range. Changes that it makes to the network
             take effect with the next call at the earliest.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
         dynamic_threshold: quantile in [0, 1], such as 0.995, to which predicted images are clipped instead of
@@ -254,6 +310,8 @@ class DDPM(nn.Module):
                 callback=callback,
                 progress=progress,
             )
+        except Interrupted as error:
+            raise Interrupted(self._returned(error.images)) from None
         except RuntimeError as error:
             mixed = mixed_dtypes(self.unet) if "type" in str(error) else None
             if mixed is not None:
@@ -261,7 +319,13 @@ class DDPM(nn.Module):
             raise
         if not images.isfinite().all():
             raise ValueError(f"the UNet gave NaN or infinite values in {str(denoiser.dtype)[6:]}")
-        return images
+        return self._returned(images)
+
+    def _returned(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of the sampling loop, in the range in which `sample` returns them."""
+        if self.clip_output:
+            images = images.clamp(*self.diffused_range)
+        return change_range(images, self.diffused_range, self.value_range)
 
     def check_count(self, count: int, name: str = "num_samples") -> int:
         """`count` as an int; ValueError unless the device has memory for so many images."""
@@ -285,6 +349,11 @@ class DDPM(nn.Module):
             "clip": self.clip,
             "variance": self.variance,
             "sampler_options": self.sampler_options,
+            "sampler": self.sampler,
+            "guidance_scale": self.guidance_scale,
+            "value_range": self.value_range,
+            "normalize": self.normalize,
+            "clip_output": self.clip_output,
             "metadata": self.metadata | metadata,
         }
         checkpoint.write(folder, self.unet, config, dtype)
@@ -297,7 +366,7 @@ class DDPM(nn.Module):
             if self.num_classes is None:
                 raise ValueError("labels are given, but this model is unconditional")
             labels = whole_numbers("labels", labels, 0, self.num_classes - 1)
-        if labels is None and config_of(self.unet).null_label is None and self.num_classes is not None:
+        if labels is None and self.null_label is None and self.num_classes is not None:
             raise ValueError("this model was trained without a null label, so it needs labels")
         count = len(labels) if labels is not None else 1
         if sample_ids is not None:
@@ -317,12 +386,15 @@ class DDPM(nn.Module):
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
 
-    def _guidance(self, guidance_scale: float, labels: torch.Tensor | None) -> float:
+    def _guidance(self, guidance_scale: float | None, labels: torch.Tensor | None) -> float:
         """The guidance scale; ValueError unless it is 1, or there are labels and a null label."""
+        if guidance_scale is None:
+            guidable = labels is not None and self.null_label is not None
+            return self.guidance_scale if guidable else 1.0
         guidance = number("guidance_scale", guidance_scale)
         if labels is None and guidance != 1:
             raise ValueError("guidance_scale needs labels to guide towards; without labels it must be 1")
-        if labels is not None and config_of(self.unet).null_label is None and guidance != 1:
+        if labels is not None and self.null_label is None and guidance != 1:
             raise ValueError("this model has no null label, so guidance_scale must be 1")
         return guidance
 

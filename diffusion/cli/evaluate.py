@@ -179,7 +179,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         labels, num = choose_labels(model, None, args.num)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **_sampling(args))
-        samples = ImageSet(to_uint8(x.cpu()), None, None, f"model {args.model}")
+        samples = ImageSet(to_uint8(x.cpu(), model.value_range), None, None, f"model {args.model}")
         protocol = {
             **_sampling(args),
             "guidance scale": scale,

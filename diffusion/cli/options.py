@@ -6,9 +6,13 @@ from typing import Any, get_args
 import torch
 
 from ..ddpm import DDPM
-from ..samplers import own_options
+from ..samplers import FULL_CHAIN, own_options
 from ..utils.device import resolve_device
 from ..utils.ranks import Ranks
+from ..utils.validation import whole_number
+
+DEFAULT_SAMPLER: dict[str, Any] = {"sampler": "ddim", "steps": 50}  # of models without one of their own
+GUIDANCE_SCALE = 2.0
 
 
 def add_computation_options(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +58,30 @@ def choose_device(name: str | None, ranks: Ranks) -> torch.device:
         device = resolve_device(f"cuda:{ranks.local_rank}")
         torch.cuda.set_device(device)
     return device
+
+
+def choose_sampler(model: DDPM, sampler: str | None, steps: int | None) -> tuple[str, int | None]:
+    """The name of the sampler and its number of steps, None for all T, from the command line.
+
+    What is left out is the model's own, or else that of DEFAULT_SAMPLER.
+    """
+    if steps is not None:
+        whole_number("--steps", steps, 1, model.schedule.T)
+    if sampler is None and model.sampler is None:
+        sampler = DEFAULT_SAMPLER["sampler"]
+    name, steps, _ = model.chosen_sampler(sampler, steps)
+    if steps is None and name not in FULL_CHAIN and (model.sampler or {}).get("name") != name:
+        steps = min(DEFAULT_SAMPLER["steps"], model.schedule.T)
+    return name, steps
+
+
+def choose_guidance(model: DDPM, scale: float | None, labels: list[int] | None) -> float:
+    """The guidance scale from the command line; by default the model's own, or else GUIDANCE_SCALE."""
+    if scale is not None or labels is None:
+        return 1.0 if scale is None else scale
+    if model.guidance_scale == 1 and model.null_label is not None:
+        return GUIDANCE_SCALE
+    return model.guidance_scale
 
 
 def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tuple[list[int] | None, int]:

@@ -13,14 +13,16 @@ from ..inference.batches import Interrupted
 from ..samplers import FULL_CHAIN, SAMPLERS, own_options
 from ..samplers.timesteps import SPACINGS, STRIDES
 from ..storage.atomic import check_writable
-from ..storage.images import check_grid, save_gif, save_grid, save_npz
+from ..storage.images import check_grid, save_gif, save_grid, save_npz, to_uint8
 from ..utils.ranks import current_ranks
-from ..utils.validation import whole_number
 from .options import (
+    DEFAULT_SAMPLER,
     add_computation_options,
     add_sampler_options,
     choose_device,
+    choose_guidance,
     choose_labels,
+    choose_sampler,
 )
 
 GIF_FRAMES = 50  # largest number of frames, spread evenly over the steps
@@ -52,8 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PHI",
         help="rescaling after guidance, 0 to 1 (default: 0)",
     )
-    add("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
-    add("--steps", type=int, help=f"number of steps, 1 to T (default: 50; for {', '.join(FULL_CHAIN)}, T)")
+    add("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's, or {DEFAULT_SAMPLER['sampler']})")
+    add(
+        "--steps",
+        type=int,
+        help="number of steps, 1 to T (default: the model's for its own sampler; "
+        f"{DEFAULT_SAMPLER['steps']} for others; T for {', '.join(FULL_CHAIN)})",
+    )
     add(
         "--spacing",
         help=f"spacing of the timesteps: {', '.join((*SPACINGS, *STRIDES))} (default: the model's)",
@@ -102,17 +109,15 @@ def run(args: argparse.Namespace) -> None:
     if out.suffix.lower() in (".png", ".gif") and not sharded:
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
-    guidance = args.guidance_scale if args.guidance_scale is not None else 2.0 if labels else 1.0
-    steps = args.steps if args.steps is not None or args.sampler in FULL_CHAIN else min(50, model.schedule.T)
-    if steps is not None:
-        whole_number("--steps", steps, 1, model.schedule.T)
+    guidance = choose_guidance(model, args.guidance_scale, labels)
+    sampler, steps = choose_sampler(model, args.sampler, args.steps)
     names = ("spacing", *own_options(), "guidance_interval", "clip")
     names += ("dynamic_threshold", "dynamic_threshold_max")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {
         "guidance_scale": guidance,
         "guidance_rescale": args.guidance_rescale,
-        "sampler": args.sampler,
+        "sampler": sampler,
         "steps": steps,
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -142,12 +147,13 @@ def run(args: argparse.Namespace) -> None:
         images, interrupted = error.images, error
     seconds = time.perf_counter() - start
     if frames is not None:
-        save_gif(frames.batches(len(images)), out, columns=args.columns, scale=args.scale)
+        how = {"columns": args.columns, "scale": args.scale, "value_range": model.diffused_range}
+        save_gif(frames.batches(len(images)), out, **how)
     elif out.suffix.lower() == ".npz":
-        save_npz(images, out, labels and labels[: len(images)], seed=args.seed)
+        save_npz(to_uint8(images, model.value_range), out, labels and labels[: len(images)], seed=args.seed)
     else:
-        save_grid(images, out, columns=args.columns, scale=args.scale)
-    how = f"{args.sampler}, {steps or model.schedule.T} steps"
+        save_grid(images, out, columns=args.columns, scale=args.scale, value_range=model.value_range)
+    how = f"{sampler}, {steps or model.schedule.T} steps"
     print(f"{out}: {len(images)} images in {seconds:.1f} s ({how})")
     if interrupted is not None:
         raise interrupted

@@ -101,7 +101,7 @@ def evaluate(
     accuracy = None
     if model.num_classes is not None:
         samples = model.sample(labels=labels.tolist(), guidance_scale=guidance_scale, **options)
-        accuracy = class_accuracy(classify_samples(network, samples)[1], labels)
+        accuracy = class_accuracy(classify_samples(network, samples, model.value_range)[1], labels)
         accuracy["guidance_scale"] = guidance_scale
         samples = model.sample(labels=labels.tolist(), guidance_scale=1.0, **options)
     else:
@@ -124,7 +124,9 @@ def evaluate(
         },
         "class_accuracy": accuracy,
         "frechet": _frechet(
-            classify_samples(network, samples)[0], reference, "random" if accuracy is None else "balanced"
+            classify_samples(network, samples, model.value_range)[0],
+            reference,
+            "random" if accuracy is None else "balanced",
         ),
     }
 

@@ -57,7 +57,7 @@ def sweep(
                 progress=progress,
                 **options,
             )
-            features, read = classify_samples(network, x)
+            features, read = classify_samples(network, x, model.value_range)
             point = {"sampler": sampler, "steps": count, "guidance": scale}
             point["distance"] = frechet_distance(*moments(features), reference.mean, reference.cov)
             point["accuracy"] = (read == labels).double().mean().item() if conditional else None

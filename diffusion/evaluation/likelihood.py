@@ -10,6 +10,7 @@ from ..kernels import philox_normal
 from ..models.structure import config_of
 from ..process.bound import prior_term, variational_bound_terms
 from ..process.forward import q_sample
+from ..process.value_range import SIGNED
 from ..storage.images import to_float
 from ..utils.validation import whole_number
 
@@ -39,6 +40,11 @@ def bits_per_dimension(
     if images.dtype != torch.uint8 or images.shape[1:] != shape or len(images) == 0:
         raise ValueError(
             f"images must be uint8 {['N', *shape]} for this model, not {images.dtype} {list(images.shape)}"
+        )
+    if model.diffused_range != SIGNED:
+        low, high = model.diffused_range
+        raise ValueError(
+            f"bits per dimension are of images in [-1, 1]; this model's are in [{low:g}, {high:g}]"
         )
     seed = whole_number("seed", seed, 0, 2**64 - 1)
     batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..classifier import Classifier, classify
+from ..process.value_range import SIGNED
 from ..storage.images import to_uint8
 from ..utils.memory import check_fits
 from ..utils.validation import whole_number
@@ -39,12 +40,14 @@ def check_model(model: Any, classifier: Classifier) -> None:
         )
 
 
-def classify_samples(classifier: Classifier, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, F] and predicted classes [N] of samples [N, C, H, W] in [-1, 1], after rounding to 8 bits.
+def classify_samples(
+    classifier: Classifier, samples: torch.Tensor, value_range: tuple[float, float] = SIGNED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [N, F] and predicted classes [N] of samples [N, C, H, W] in value_range, rounded to 8 bits.
 
     ValueError for samples that are not finite.
     """
     if not samples.isfinite().all():
         bad = int((~samples.flatten(1).isfinite()).any(1).sum())
         raise ValueError(f"{bad} of the model's {len(samples)} samples hold NaN or infinite values")
-    return classify(classifier, to_uint8(samples.cpu()))
+    return classify(classifier, to_uint8(samples.cpu(), value_range))

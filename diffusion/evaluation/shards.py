@@ -19,7 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ..ddpm import DDPM
+from ..models.registry import config_to_dict
+from ..process.value_range import SIGNED
 from ..storage.atomic import check_writable, replacing
+from ..storage.images import to_uint8
 from ..storage.locks import locked
 from ..storage.reading import add_tensors, read_json
 from ..storage.shard_files import run_digest, what_is_wrong, write_shard
@@ -66,6 +69,12 @@ def sample_shards(
     labels = None if labels is None else whole_numbers("labels", labels).tolist()
     seed = whole_number("seed", seed, 0, 2**64 - 1)
     check_writable(folder / "run.json")
+    if model.sampler is not None:  # run.json holds what the model's own sampler stands for
+        name, steps, _ = model.chosen_sampler(options.get("sampler"), options.get("steps"))
+        own = {key: value for key, value in model.sampler.items() if key not in ("name", "steps")}
+        options = (own if name == model.sampler["name"] else {}) | options | {"sampler": name, "steps": steps}
+    if labels is not None and options.get("guidance_scale") is None and model.guidance_scale != 1:
+        options["guidance_scale"] = model.guidance_scale
     same = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
     run = _join_run(
         folder,
@@ -100,7 +109,7 @@ def sample_shards(
                 elif free:
                     start = time.perf_counter()
                     x = model.sample(chosen, num_samples=len(ids), sample_ids=list(ids), seed=seed, **options)
-                    write_shard(path, x, ids, chosen, run)
+                    write_shard(path, to_uint8(x, model.value_range), ids, chosen, run)
                     done["images"] += len(ids)
                     done["seconds"] += time.perf_counter() - start
                     done["remade"] += [f"{path.name}, {wrong}"] if there else []
@@ -112,13 +121,15 @@ def sample_shards(
 def model_digest(model: DDPM) -> str:
     """SHA-256, in hexadecimal, of a model's weights and of the configuration that decides its samples."""
     config = {
-        "unet": model.unet.config.to_dict(),
+        "unet": config_to_dict(model.unet.config),
         "schedule": model.schedule.to_config(),
         "prediction_type": model.prediction_type,
         "clip": model.clip,
         "variance": model.variance,
         "sampler_options": model.sampler_options,
     }
+    if (model.value_range, model.normalize, model.clip_output) != (SIGNED, True, False):
+        config["values"] = [*model.value_range, model.normalize, model.clip_output]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     add_tensors(digest, model.unet.state_dict())
     return digest.hexdigest()

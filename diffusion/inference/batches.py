@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from ..models.config import UNetConfig
+from ..models.network import NetworkConfig
 from ..samplers.table import StepTable
 from ..utils.memory import check_fits, free_memory, is_out_of_memory
 from ..utils.validation import check_dense
@@ -32,7 +32,7 @@ def sample_in_batches(
     denoiser: Denoiser,
     table: StepTable,
     request: Batch,
-    config: UNetConfig,
+    config: NetworkConfig,
     batch_size: int | None = None,
     *,
     guidance_rescale: float = 0.0,
@@ -43,7 +43,7 @@ def sample_in_batches(
     """`loop.run` for all images of a request, float32 [N, C, H, W] on the denoiser's device.
 
     request: labels and sample ids [N], on any device, and noise [N, C, H, W].
-    config: of the UNet.
+    config: of the network.
     batch_size: images made at a time; by default all with a request's own noise, else `affordable_batch`. It
         is halved while memory does not suffice.
     progress: show a bar with images/s.
@@ -88,7 +88,7 @@ def sample_in_batches(
     return images
 
 
-def affordable_batch(denoiser: Denoiser, config: UNetConfig, guided: bool) -> int:
+def affordable_batch(denoiser: Denoiser, config: NetworkConfig, guided: bool) -> int:
     """The largest batch, or fewer if half of the free memory should not hold their feature maps.
 
     guided: the UNet evaluates each image twice. ValueError where no image fits.
@@ -98,13 +98,10 @@ def affordable_batch(denoiser: Denoiser, config: UNetConfig, guided: bool) -> in
     free = free_memory(denoiser.device)
     if free is None:
         return most
-    numbers, positions = 0, [side // config.patch_size for side in config.image_shape]
-    for i, (width, blocks) in enumerate(zip(config.level_channels, config.level_blocks, strict=True)):
-        pixels = math.prod(side >> i for side in positions)
-        numbers += pixels * width * (4 * blocks + 12)  # encoder, wider decoder, and the rest
+    numbers, largest = config.feature_maps()
     size = evaluations * numbers * denoiser.dtype.itemsize
     # The input and the output of a block exist at the same time, at least.
-    largest = 2 * math.prod(positions) * config.level_channels[0] * denoiser.dtype.itemsize
+    largest *= 2 * denoiser.dtype.itemsize
     check_fits("the feature maps of one image", largest, denoiser.device)
     return max(1, min(most, free // (2 * size)))
 

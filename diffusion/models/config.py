@@ -1,5 +1,6 @@
 """UNetConfig: the architecture of a UNet, in numbers, checked."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,6 +209,14 @@ class UNetConfig(NetworkConfig):
     def level_upsample(self) -> tuple[str | None, ...]:
         """Upsampling after each level; None for the finest."""
         return (None, *self._per_change(self.upsample))
+
+    def feature_maps(self) -> tuple[int, int]:
+        """Numbers in all feature maps of one image that are held at a time, and in the largest; estimates."""
+        numbers, positions = 0, [side // self.patch_size for side in self.image_shape]
+        for i, (width, blocks) in enumerate(zip(self.level_channels, self.level_blocks, strict=True)):
+            pixels = math.prod(side >> i for side in positions)
+            numbers += pixels * width * (4 * blocks + 12)  # encoder, wider decoder, and the rest
+        return numbers, math.prod(positions) * self.level_channels[0]
 
     @cached_property
     def num_parameters(self) -> int:

@@ -1,6 +1,7 @@
 """The interface of a model's network, and of the configuration that describes it."""
 
 import functools
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -77,6 +78,12 @@ class NetworkConfig:
 
         with torch.inference_mode(False), torch.device("meta"):
             return sum(parameter.numel() for parameter in build(self).parameters())
+
+    def feature_maps(self) -> tuple[int, int]:
+        """Numbers in all feature maps of one image that are held at a time, and in the largest; estimates."""
+        width = 128  # a usual number of channels at the full resolution
+        largest = width * math.prod(self.image_shape)
+        return 32 * largest, largest
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless the network takes images of this height and width."""

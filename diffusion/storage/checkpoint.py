@@ -34,7 +34,15 @@ from .reading import (
 FORMAT = "fused-diffusion"
 FORMAT_VERSION = 1
 REQUIRED = ("prediction_type", "clip", "variance")
-OPTIONAL = ("sampler_options", "metadata")
+OPTIONAL = (
+    "sampler_options",
+    "sampler",
+    "guidance_scale",
+    "value_range",
+    "normalize",
+    "clip_output",
+    "metadata",
+)
 DIGEST = "weights_sha256"
 FILES = ("config.json", "model.safetensors")
 RETRY_SECONDS = 0.2  # time for another process that is replacing both files

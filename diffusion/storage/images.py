@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..process.value_range import SIGNED, change_range, check_range
 from ..utils.validation import number, whole_number, whole_numbers
 from .atomic import replacing
 
@@ -20,16 +21,18 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Images [..., C, H, W] in [-1, 1] to uint8 0..255, rounded to nearest; values outside are clipped.
+def to_uint8(x: torch.Tensor, value_range: tuple[float, float] = SIGNED) -> torch.Tensor:
+    """Images [..., C, H, W] in value_range to uint8 0..255, rounded to nearest; values outside are clipped.
 
     Images in uint8 are returned unchanged. ValueError for other types.
     """
     if x.dtype == torch.uint8:
         return x
     if not x.is_floating_point():
-        raise ValueError(f"images must be floats in [-1, 1], or uint8 in 0..255, not {x.dtype}")
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        low, high = value_range
+        raise ValueError(f"images must be floats in [{low:g}, {high:g}], or uint8 in 0..255, not {x.dtype}")
+    x = change_range(x.float(), check_range("value_range", value_range), SIGNED)
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
@@ -55,11 +58,15 @@ def _canvas(shape: Sequence[int], columns: int | None, padding: int, scale: int)
 
 
 def make_grid(
-    x: torch.Tensor | np.ndarray, columns: int | None = None, padding: int = 2, scale: int = 1
+    x: torch.Tensor | np.ndarray,
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int = 1,
+    value_range: tuple[float, float] = SIGNED,
 ) -> Image.Image:
     """Draws images [N, C, H, W], C = 1 or 3, row by row on a black ground.
 
-    x: a tensor or array of floats in [-1, 1], or of uint8 in 0..255. columns: images in a row, by default
+    x: a tensor or array of floats in value_range, or of uint8 in 0..255. columns: images in a row, by default
     ten, or all if there are fewer. padding: pixels between images and around them. scale: each pixel is drawn
     as scale x scale pixels. ValueError for other images, or numbers below their least value.
     """
@@ -67,7 +74,7 @@ def make_grid(
     check_grid(x.shape, columns, padding, scale)
     count, channels, height, width = x.shape
     columns = min(columns or 10, count)
-    pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_uint8(x, value_range).permute(0, 2, 3, 1).cpu().numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = height * scale, width * scale
     canvas = np.zeros((*_canvas(x.shape, columns, padding, scale), channels), np.uint8)
@@ -93,9 +100,10 @@ def save_grid(
     columns: int | None = None,
     padding: int = 2,
     scale: int = 1,
+    value_range: tuple[float, float] = SIGNED,
 ) -> None:
     """Writes images [N, C, H, W] as one PNG; see `make_grid`. ValueError if the file cannot be written."""
-    grid = make_grid(x, columns, padding, scale)
+    grid = make_grid(x, columns, padding, scale, value_range)
     with replacing(path) as (temporary,):
         grid.save(temporary, format="PNG")
 
@@ -108,6 +116,7 @@ def save_gif(
     scale: int = 1,
     duration: float = 0.08,
     hold: float = 1.5,
+    value_range: tuple[float, float] = SIGNED,
 ) -> None:
     """Writes an endless GIF whose frames are batches of images, each drawn by `make_grid`.
 
@@ -117,7 +126,7 @@ def save_gif(
     duration, hold = number("duration", duration, 0, 600), number("hold", hold, 0, 600)
     if not isinstance(frames, Sequence | torch.Tensor | np.ndarray) or not len(frames):
         raise ValueError("a GIF needs at least one frame, in a list of images [N, C, H, W]")
-    pictures = [make_grid(frame, columns, padding, scale) for frame in frames]
+    pictures = [make_grid(frame, columns, padding, scale, value_range) for frame in frames]
     durations = [round(1000 * duration)] * (len(pictures) - 1) + [round(1000 * hold)]
     with replacing(path) as (temporary,):
         pictures[0].save(

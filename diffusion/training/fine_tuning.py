@@ -5,7 +5,9 @@ from dataclasses import replace
 import torch
 
 from ..ddpm import DDPM
-from ..models.unet import UNet
+from ..models.registry import architecture
+from ..models.unet import UNet, UNetConfig
+from ..process.value_range import SIGNED
 from .recipe import Recipe
 
 CLASSES = "label_embedding.weight"
@@ -15,8 +17,14 @@ CLASS_FIELDS = {"num_classes": None, "has_null_label": True}  # fields of UNetCo
 def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
     """The recipe with the network, the noise schedule and the prediction type of a model.
 
-    The number of classes stays the recipe's: it belongs to the data.
+    The number of classes stays the recipe's: it belongs to the data. ValueError for a model that a recipe
+    cannot describe: one with another network than a UNet, or of images that are not diffused in [-1, 1].
     """
+    if not isinstance(model.unet.config, UNetConfig):
+        raise ValueError(f"recipes train UNets, and this model has a {architecture(model.unet.config)}")
+    if model.diffused_range != SIGNED:
+        low, high = model.diffused_range
+        raise ValueError(f"recipes train on images in [-1, 1]; this model's are in [{low:g}, {high:g}]")
     classes = {name: recipe.unet.get(name, default) for name, default in CLASS_FIELDS.items()}
     return replace(
         recipe,

@@ -212,7 +212,7 @@ def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown model 'nonesuch'.*mnist"):
         diffusion.load("nonesuch")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="is no checkpoint"):
         diffusion.load(tmp_path / "file")
     with pytest.raises(ValueError, match="no device"):
         diffusion.load("mnist", device="abacus")
