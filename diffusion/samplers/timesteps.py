@@ -14,7 +14,7 @@ from ..utils.validation import choice, whole_number
 # sqrt(alphas_cumprod) where sampling starts, beyond that at T - 1. Above it, 2 % of the pixels in the bundled
 # model's background are grey; at 0.7, nearly all.
 MAX_SIGNAL = 0.2
-SPACINGS = ("leading", "linspace", "trailing", "quad", "respaced")
+SPACINGS = ("leading", "linspace", "trailing", "quad", "respaced", "truncated")
 STRIDES = ("stride", "uniform")  # spacings with one whole stride, which not every number of steps has
 
 
@@ -39,7 +39,8 @@ def spaced_timesteps(
     (T - 1) / (steps - 1), added up in floating point, and multiples of the smallest whole stride that gives
     `steps` of them. Counts such as "10,15,20" are theirs, too: T is divided into as many sections, each
     respaced with its count, and steps is their sum or None. "uniform" has all multiples of T // steps, as in
-    ermongroup/ddim, which can be more than `steps`.
+    ermongroup/ddim, which can be more than `steps`. "truncated" is that of denoising-diffusion-pytorch:
+    from T - 1 in strides of T / steps towards -1, truncated to whole numbers.
 
     skip_zero: leading and linspace space steps + 1 points and leave out the one at 0, as DPM-Solver++
     does in diffusers, because its last step goes to x_0 from any timestep. With all T
@@ -60,6 +61,9 @@ def spaced_timesteps(
     elif spacing == "trailing":
         # In floating point, arange can have one point too many, near 0.
         increasing = np.arange(T, 0, -T / steps)[:steps][::-1].round() - 1
+    elif spacing == "truncated":
+        # In float32, as published, because a timestep that is nearly whole is truncated to the one below.
+        increasing = torch.linspace(-1, T - 1, steps + 1, device="cpu", dtype=torch.float32)[1:].int().numpy()
     elif spacing == "stride":
         increasing = np.arange(0, T, _smallest_stride(T, steps))
     elif spacing == "uniform":

@@ -1,6 +1,8 @@
 """The timesteps that are visited, against diffusers and the DDIM paper's code."""
 
 import hashlib
+import math
+from fractions import Fraction
 from itertools import pairwise
 
 import diffusers
@@ -79,6 +81,17 @@ def test_sections_are_those_of_guided_diffusion():
 @pytest.mark.parametrize("steps", [1, 2, 10, 30, 300, 501, 1000])
 def test_uniform_spacing_is_that_of_ermongroup_ddim(steps):
     assert spaced_timesteps(1000, steps, "uniform").tolist()[::-1] == list(range(0, 1000, 1000 // steps))
+
+
+@pytest.mark.parametrize(("T", "steps"), [(1000, 250), (1000, 37), (1000, 999), (20, 7), (20, 1), (5, 5)])
+def test_truncated_spacing_is_that_of_denoising_diffusion_pytorch(T, steps):
+    timesteps = spaced_timesteps(T, steps, "truncated").tolist()[::-1]
+    assert len(set(timesteps)) == steps
+    for k, timestep in enumerate(timesteps, start=1):
+        exact = Fraction(T * k, steps) - 1
+        # The original computes in float32, so that a timestep a little above a whole number can be below it.
+        near_whole = T % steps != 0 and exact - math.floor(exact) < 1e-3
+        assert timestep in ({math.floor(exact), math.floor(exact) - 1} if near_whole else {math.floor(exact)})
 
 
 @pytest.mark.parametrize(
