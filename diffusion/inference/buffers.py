@@ -56,7 +56,7 @@ class BufferSpec:
     batch_size: B.
     num_labels: distinct labels, the null label included where a step is guided; 1 without labels.
     num_steps: rows of the table.
-    store_x0: whether the predicted x_0 is kept, for the next step or a callback.
+    store_x0: whether the predicted x_0 is kept, for the next step, the network or a callback.
     injects_noise: whether the caller gives the noise.
     """
 
@@ -72,7 +72,7 @@ class SamplerBuffers:
     """The tensors that the steps of a batch read and write.
 
     x: x_t, float32 [B, C, H, W].
-    x0: the predicted x_0 of the last step, like x; None unless the spec says store_x0.
+    x0: the predicted x_0 of the last step, 0 before the first, like x; None unless the spec says store_x0.
     noise: the caller's noise of this step, like x; None unless the spec says injects_noise.
     unet_input: x_t twice, [2 B, C, H, W] in the dtype of the UNet, channels_last. Steps without guidance read
         and write the first half.
@@ -112,6 +112,8 @@ class SamplerBuffers:
         self.table.copy_(table.table)
         self.counter.copy_(kernels.step_counter(batch.seed, stream=1))
         self.sample_ids.copy_(batch.sample_ids)
+        if self.x0 is not None:
+            self.x0.zero_()
         self.timesteps = table.table[:, TIMESTEP].float()
         self.whole_timesteps = bool((self.timesteps == self.timesteps.round()).all())
         self._load_labels(batch.labels, guided, null_label)

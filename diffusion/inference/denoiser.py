@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ..utils.device import DTYPES
 from .buffers import BufferSpec, SamplerBuffers
 from .cpu_plan import PlannedUNet, unsupported
 
-Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Denoiser:
         If it is not a SplitUNet, it is called as a whole in each step.
     null_label: the label that stands for no label, or None.
     backend: of the kernels of the reverse step.
+    self_condition: `unet` takes a fourth argument, the x_0 that was predicted in the step before.
     """
 
     unet: SplitUNet | Forward
@@ -55,6 +57,7 @@ class Denoiser:
     device: torch.device
     dtype: torch.dtype
     backend: str = "auto"
+    self_condition: bool = False
     _thread_local: threading.local = field(default_factory=threading.local)  # the buffers of each thread
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
@@ -172,13 +175,15 @@ def _altered_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype,
     kept = own.dtype if narrowed else dtype
     if (own.device, own.dtype) != (device, kept) or _training(unet):
         unet = _copy_with_hooks(unet).to(device, kept).eval()
-    options = {} if backend == "auto" else {"backend": backend}
+    options: dict[str, Any] = {} if backend == "auto" else {"backend": backend}
 
-    def forward(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(x: Tensor, timesteps: Tensor, labels: Tensor | None, x0_prev: Tensor | None = None) -> Tensor:
+        further = options if x0_prev is None else options | {"x0_prev": x0_prev}
         with torch.autocast(device.type, dtype if narrowed else None, enabled=narrowed):
-            return unet(x, timesteps, labels, **options)
+            return unet(x, timesteps, labels, **further)
 
-    return Denoiser(forward, config_of(unet).null_label, device, kept, backend)
+    config = config_of(unet)
+    return Denoiser(forward, config.null_label, device, kept, backend, config.self_condition)
 
 
 def _copy_with_hooks(unet: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.ops.reverse_step.arguments import InPlaceArguments
 from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
-from ..samplers.guidance import rescale_guidance
+from ..samplers.guidance import project_guidance, rescale_guidance
 from ..samplers.table import StepTable
 from .buffers import Batch, BufferSpec, SamplerBuffers, Step, checked_noise
 from .cuda_graph import capture_cuda_graph
@@ -34,6 +34,7 @@ def run(
     image_shape: tuple[int, int, int],
     *,
     guidance_rescale: float = 0.0,
+    guidance_parallel: float = 1.0,
     threshold: Threshold | None = None,
     callback: Callback | None = None,
     progress: Callable[[], None] | None = None,
@@ -44,6 +45,7 @@ def run(
     for each image; guided steps evaluate the conditional and the unconditional half together.
 
     guidance_rescale: phi of `rescale_guidance`; 0 for none.
+    guidance_parallel: share of `project_guidance`; 1 for all.
     threshold: takes the place of a step's clipping, as `thresholding.thresholded_step`.
     callback: callback(i, x, x0) follows step i, with copies of x_{t-1} and of the predicted x_0.
     progress: progress() follows each step. On a CUDA device the host runs ahead of it.
@@ -55,9 +57,13 @@ def run(
         batch_size=len(batch.sample_ids),
         num_labels=1 if batch.labels is None else len(batch.labels.unique()) + guided,
         num_steps=len(table),
-        store_x0=table.needs_x0_prev or callback is not None or threshold is not None,
+        store_x0=table.needs_x0_prev
+        or callback is not None
+        or threshold is not None
+        or denoiser.self_condition,
         injects_noise=batch.noise is not None,
     )
+    projects = guidance_rescale != 0 or guidance_parallel != 1
     # Autocast is off, because the caller chose the dtype of the UNet.
     with denoiser.buffers(spec) as buffers, torch.autocast(denoiser.device.type, enabled=False):
         buffers.load(batch, table, guided, denoiser.null_label, denoiser.backend)
@@ -68,9 +74,10 @@ def run(
                 assert batch.noise is not None
                 assert buffers.noise is not None
                 buffers.noise.copy_(checked_noise(batch.noise, i + 1, buffers.x.shape))
-            if threshold is not None or (guidance_rescale and step.guided):
+            if threshold is not None or (projects and step.guided):
                 noise = {"seed": batch.seed, "stream": i + 1}
-                eager_step(denoiser, buffers, step, table.row(i), guidance_rescale, threshold, **noise)
+                guidance = (guidance_rescale, guidance_parallel)
+                eager_step(denoiser, buffers, step, table.row(i), guidance, threshold, **noise)
             else:
                 next_step(denoiser, buffers, step)
             if callback is not None:
@@ -108,13 +115,23 @@ def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[T
         embedding = embedding.index_select(0, buffers.label_index[:images])  # [B or 2 B, E]
         output = denoiser.unet.denoise(inputs, embedding)
     else:  # user code may keep or change its arguments, so it gets copies
-        output = denoiser.unet(inputs.clone(), *buffers.timesteps_and_labels(images))
+        output = denoiser.unet(
+            inputs.clone(), *buffers.timesteps_and_labels(images), *_self_condition(denoiser, buffers, images)
+        )
     if not step.learned_variance:  # drops the variance channels of a UNet that has them
         output = output[:, : buffers.x.shape[1]]
     if not step.guided:
         return output, None
     cond, uncond = output.chunk(2)
     return cond, uncond
+
+
+def _self_condition(denoiser: Denoiser, buffers: SamplerBuffers, images: int) -> tuple[Tensor, ...]:
+    """For a network with self-conditioning, a copy of the x_0 of the step before, [images, C, H, W]."""
+    if not denoiser.self_condition:
+        return ()
+    assert buffers.x0 is not None
+    return (buffers.x0.repeat(images // buffers.batch_size, 1, 1, 1),)
 
 
 def reverse_step(
@@ -140,20 +157,21 @@ def eager_step(
     buffers: SamplerBuffers,
     step: Step,
     row: kernels.StepCoefficients,
-    rescale: float,
+    guidance: tuple[float, float],
     threshold: Threshold | None,
     *,
     seed: int,
     stream: int,
 ) -> None:
-    """`take_step` with guidance rescale or dynamic thresholding, which StepCoefficients cannot express.
+    """`take_step` with what StepCoefficients cannot express: `guide`, or dynamic thresholding.
 
-    row: the step's row of the table. seed, stream: of the step's noise, as in `kernels.reverse_step`.
+    row: the step's row of the table. guidance: phi and the parallel share, as in `guide`. seed, stream: of
+    the step's noise, as in `kernels.reverse_step`.
     """
     channels = buffers.x.shape[1]
     output, uncond = evaluate(denoiser, buffers, step)
     if uncond is not None:
-        output = guide_and_rescale(output, uncond, row.guidance_scale, rescale, channels)
+        output = guide(output, uncond, row.guidance_scale, *guidance, channels)
     if threshold is None:
         return reverse_step(denoiser, buffers, step, output, None)
     x0_prev = buffers.x0 if row.coef_x0_prev else None
@@ -178,14 +196,17 @@ def eager_step(
     return None
 
 
-def guide_and_rescale(output: Tensor, uncond: Tensor, scale: float, phi: float, channels: int) -> Tensor:
-    """The guided output with `rescale_guidance` by phi, float32 [B, C, H, W].
+def guide(output: Tensor, uncond: Tensor, scale: float, phi: float, parallel: float, channels: int) -> Tensor:
+    """The guided output, float32 [B, C, H, W], with `project_guidance` and `rescale_guidance`.
 
     The channels beyond `channels`, a learned variance, are those of the conditional output.
     """
     cond, variance = output[:, :channels].float(), output[:, channels:].float()
     uncond = uncond[:, :channels].float()
-    guided = uncond + scale * (cond - uncond)
+    if parallel == 1:
+        guided = uncond + scale * (cond - uncond)
+    else:
+        guided = cond + (scale - 1) * project_guidance(cond - uncond, cond, parallel)
     return torch.cat([rescale_guidance(guided, cond, phi), variance], dim=1)
 
 

@@ -67,6 +67,11 @@ class NetworkConfig:
         return self.out_channels == 2 * self.in_channels
 
     @property
+    def self_condition(self) -> bool:
+        """Whether the network also takes the x_0 that was predicted in the step before, as `x0_prev`."""
+        return False
+
+    @property
     def null_label(self) -> int | None:
         """The label that stands for no label; None for a model that has none."""
         return self.num_classes if self.has_null_label else None

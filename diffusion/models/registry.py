@@ -9,6 +9,7 @@ from ..utils.validation import choice, typed
 from .context_unet import ContextUNet
 from .conv_stack import ConvStack
 from .diagonal_unet import DiagonalUNet
+from .lucidrains import LucidrainsUNet
 from .naive_unet import NaiveUNet
 from .network import Network, NetworkConfig
 from .unet import UNet
@@ -18,6 +19,7 @@ NETWORKS: dict[str, type[Network]] = {
     "context_unet": ContextUNet,
     "conv_stack": ConvStack,
     "diagonal_unet": DiagonalUNet,
+    "lucidrains": LucidrainsUNet,
     "naive_unet": NaiveUNet,
 }
 ARCHITECTURE = "architecture"  # the key of the name; a configuration without it is that of "unet"

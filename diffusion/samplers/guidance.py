@@ -26,6 +26,20 @@ def guidance_scales(
     return torch.where(inside, scales, 1.0)
 
 
+def project_guidance(update: torch.Tensor, cond: torch.Tensor, parallel: float) -> torch.Tensor:
+    """The guidance's update with another share of the part that is parallel to the conditional prediction.
+
+    Sadat et al. 2024, arXiv 2410.02416, section 4: that part mostly raises the contrast. update: the
+    difference [B, ...] of the conditional and the unconditional prediction. cond: the former, like update.
+    parallel: the share of the parallel part that is kept; 1 changes nothing. The sums are in float64.
+    """
+    dims = tuple(range(1, update.ndim))
+    direction = cond.double()
+    direction = direction / direction.square().sum(dim=dims, keepdim=True).sqrt().clamp(min=1e-12)
+    along = (update.double() * direction).sum(dim=dims, keepdim=True) * direction
+    return update + ((parallel - 1) * along).to(update.dtype)
+
+
 def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float) -> torch.Tensor:
     """The guided prediction, rescaled towards the standard deviation of the conditional one, like `guided`.
 

@@ -9,7 +9,7 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from diffusion.kernels import StepCoefficients, reverse_step
 from diffusion.process.objective import drop_labels
-from diffusion.samplers.guidance import guidance_scales, rescale_guidance
+from diffusion.samplers.guidance import guidance_scales, project_guidance, rescale_guidance
 from diffusion.samplers.thresholding import dynamic_threshold, thresholded_step
 
 TIMESTEPS = torch.tensor([800, 600, 400, 200, 0])
@@ -194,3 +194,17 @@ def test_a_multistep_needs_the_x0_before():
     with pytest.raises(ValueError, match="x0_prev"):
         thresholded_step(ROW, x, x)
     thresholded_step(ROW._replace(coef_x0_prev=0.0), x, x)
+
+
+def test_projected_guidance_is_orthogonal_to_the_conditional_prediction():
+    cond, uncond = randn(3, 2, 4, 4), randn(3, 2, 4, 4) + 0.5
+    update = cond - uncond
+    kept = project_guidance(update, cond, 0.0)
+    for i in range(3):  # Gram-Schmidt, image by image
+        a, b = update[i].double().flatten(), cond[i].double().flatten()
+        expected = a - (a @ b) / (b @ b) * b
+        torch.testing.assert_close(kept[i].double().flatten(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(project_guidance(update, cond, 1.0), update)
+    half = project_guidance(update, cond, 0.5)
+    torch.testing.assert_close(half, (kept + update) / 2, rtol=0, atol=1e-6)
+    assert torch.equal(project_guidance(update, torch.zeros_like(cond), 0.0), update)
