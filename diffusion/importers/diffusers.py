@@ -88,12 +88,12 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
 def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
     """The UNet of a layout, and what was assumed of it."""
     path = layout.unet / "config.json"
-    options = {name: flags[name] for name in ("num_classes", "null_label") if name in flags}
+    options: dict[str, Any] = {name: flags[name] for name in ("num_classes", "null_label") if name in flags}
     if "size" in flags:
         options["size"] = _size(flags["size"])
     config = located(path, unet_config, read_json(path), **options)
     weights, tensors, variant = read_weights(layout, flags.get("variant"))
-    assumed = {} if variant is None or "variant" in flags else {"variant": variant}
+    assumed: dict[str, Any] = {} if variant is None or "variant" in flags else {"variant": variant}
     if config.label_embedding == "timestep" and "num_classes" not in flags:
         assumed["num_classes"] = config.num_classes
     with torch.device("meta"):  # no memory until the weights are known to fit

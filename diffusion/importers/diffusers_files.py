@@ -136,11 +136,10 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _sharded(index: Path) -> dict[str, torch.Tensor]:
     """The tensors of the files that an index names, each taken from the file that the index gives for it."""
-    places = read_json(index).get("weight_map")
-    plain = isinstance(places, dict) and bool(places)
-    if not plain or not all(isinstance(file, str) and Path(file).name == file for file in places.values()):
+    given = read_json(index).get("weight_map")
+    places = without_prefixes(given) if isinstance(given, dict) else {}
+    if not places or not all(isinstance(file, str) and Path(file).name == file for file in places.values()):
         raise ValueError(f"{index}: weight_map must give the name of a file beside it for each tensor")
-    places = without_prefixes(places)
     shards = {file: _tensors(index.parent / file) for file in sorted(set(places.values()))}
     listed = {(file, name) for name, file in places.items()}
     held = {(file, name) for file, tensors in shards.items() for name in tensors}

@@ -117,6 +117,8 @@ class PlannedUNet:
 
 def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:
     """The reason why an unaltered UNet cannot be planned, or None."""
+    if not isinstance(unet, UNet):
+        return f"it is {type(unet).__name__}, not UNet"
     first = next(unet.parameters())
     if first.device.type != "cpu":
         return f"it is on {first.device}, not on the CPU"
