@@ -1,4 +1,4 @@
-"""Convert a checkpoint of diffusers, guided-diffusion or improved-diffusion into a model folder."""
+"""Convert a checkpoint of diffusers or of another project into a model folder."""
 
 import argparse
 import ast
@@ -6,23 +6,37 @@ import ast
 from .. import importers
 from ..ddpm import DDPM
 
-OPTIONS = ("schedule", "size", "null_label")  # flags that have an option of their own
+OPTIONS = ("format", "schedule", "size", "null_label")  # flags that have an option of their own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="a diffusers folder, hf:owner/name, or a .pt file of guided- or improved-diffusion")
+    formats = [importer.NAME for importer in importers.REGISTRY]
+    add("source", help="a file or folder of another project, or hf:owner/name")
     add("--out", required=True, metavar="DIR", help="the model folder to write")
     add(
         "--flag",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="for .pt files: a flag of the training command, such as learn_sigma=True; may be repeated",
+        help="what the source does not tell, such as image_size=64; may be repeated; see below",
     )
+    add("--format", help=f"the project, where the source does not tell: {', '.join(formats)}")
     add("--schedule", help="a noise schedule by name, or a scheduler_config.json, where the source has none")
     add("--size", help="height and width of the images, such as 32 or 32x48, where the source has none")
     add("--null-label", type=int, help="the label that stands for no label, where the source has one")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _flags_help()
+
+
+def _flags_help() -> str:
+    """The flags of each format, a line for each."""
+    lines = ["flags, for --flag NAME=VALUE:"]
+    for importer in importers.REGISTRY:
+        if importer.FLAGS:
+            lines.append(f"  {importer.NAME}")
+            lines += [f"    {name}: {words}" for name, words in importer.FLAGS.items()]
+    return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def sweep(
     *,
     num: int = 1000,
     samplers: Sequence[str] = tuple(SAMPLERS),
-    steps: Sequence[int] = (5, 10, 20, 50),
+    steps: Sequence[int] = (4, 8, 10, 20, 50),
     guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0),
     classifier: str | os.PathLike | None = None,
     seed: int = 0,
