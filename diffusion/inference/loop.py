@@ -22,6 +22,7 @@ from ..samplers.table import StepTable
 from .buffers import Batch, BufferSpec, SamplerBuffers, Step, checked_noise
 from .cuda_graph import capture_cuda_graph
 from .denoiser import Denoiser, SplitUNet
+from .recall import Recall
 
 Callback = Callable[[int, Tensor, Tensor], None]
 Threshold = Callable[..., tuple[kernels.StepCoefficients, Tensor, Tensor]]  # thresholding.thresholded_step
@@ -58,6 +59,7 @@ def run(
         num_labels=1 if batch.labels is None else len(batch.labels.unique()) + guided,
         num_steps=len(table),
         store_x0=table.needs_x0_prev
+        or table.history is not None
         or callback is not None
         or threshold is not None
         or denoiser.self_condition,
@@ -68,8 +70,16 @@ def run(
     with denoiser.buffers(spec) as buffers, torch.autocast(denoiser.device.type, enabled=False):
         buffers.load(batch, table, guided, denoiser.null_label, denoiser.backend)
         next_step = replay_step if can_capture(denoiser, buffers) else take_step
+        recall = None if table.history is None else Recall(table.history, buffers)
+        if recall is not None and denoiser.self_condition:
+            raise ValueError(
+                "a network that gets its last x_0 cannot be sampled by a solver that keeps more than one; "
+                "choose solver_order 1 or 2 and algorithm 'dpmsolver++'"
+            )
         for i, step in enumerate(steps):
             embed_timesteps(denoiser, buffers, i)
+            if recall is not None:
+                recall.before(i)
             if step.injects_noise:
                 assert batch.noise is not None
                 assert buffers.noise is not None
@@ -80,6 +90,8 @@ def run(
                 eager_step(denoiser, buffers, step, table.row(i), guidance, threshold, **noise)
             else:
                 next_step(denoiser, buffers, step)
+            if recall is not None:
+                recall.after(i)
             if callback is not None:
                 assert buffers.x0 is not None
                 callback(i, buffers.x.clone(), buffers.x0.clone())

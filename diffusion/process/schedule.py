@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
@@ -14,8 +15,11 @@ from ..utils.validation import choice, number, numbers, shown, switch, typed, wh
 MAX_TIMESTEPS = 1_000_000  # T; published models have up to 4,000
 
 
+_dtype = ContextVar("dtype", default=torch.float64)  # of the betas; float32 within `in_float32`
+
+
 def _linspace(start: float, end: float, T: int) -> torch.Tensor:
-    return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
+    return torch.linspace(start, end, T, dtype=_dtype.get(), device="cpu")
 
 
 P = ParamSpec("P")
@@ -114,8 +118,10 @@ class NoiseSchedule:
         """alphas_cumprod a squared cosine with offset s > -1, betas at most max_beta (Nichol & Dhariwal 2021,
         arXiv 2102.09672, eq. 17)."""
         s = number("s", s, above=-1)
-        alphas_cumprod = torch.cos((_linspace(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
-        return cls((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta))
+        times = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
+        alphas_cumprod = torch.cos((times + s) / (1 + s) * math.pi / 2) ** 2
+        betas = (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
+        return cls(betas.to(_dtype.get()))
 
     @classmethod
     @_kind
@@ -127,7 +133,7 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas: Any) -> "NoiseSchedule":
         """A schedule from T numbers: a sequence, array or tensor, with the conditions of the class."""
-        return cls(numbers("betas", betas))
+        return cls(numbers("betas", betas).to(_dtype.get()))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
@@ -135,13 +141,15 @@ class NoiseSchedule:
         values = dict(typed("a schedule's configuration", config, dict))
         kind = choice("kind of schedule", values.pop("kind", None), (*_KINDS, "betas"))
         zero_terminal_snr = switch("zero_terminal_snr", values.pop("zero_terminal_snr", False))
+        float32 = switch("float32", values.pop("float32", False))
         needed = _KINDS.get(kind, ("betas",))
         if set(values) != set(needed):
             raise ValueError(
                 f"a schedule of kind {kind!r} needs the keys {', '.join(needed)}, not {shown(list(values))}"
             )
         schedule = cls.from_betas(**values) if kind == "betas" else getattr(cls, kind)(**values)
-        return schedule.rescale_zero_terminal_snr() if zero_terminal_snr else schedule
+        schedule = schedule.rescale_zero_terminal_snr() if zero_terminal_snr else schedule
+        return schedule.in_float32() if float32 else schedule
 
     def to_config(self) -> dict[str, Any]:
         """The schedule as a dictionary that JSON can hold; `from_config` makes the same schedule of it."""
@@ -161,3 +169,18 @@ class NoiseSchedule:
         alphas_cumprod = root**2
         alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
         return NoiseSchedule(1 - alphas, {**self.to_config(), "zero_terminal_snr": True})
+
+    def in_float32(self) -> "NoiseSchedule":
+        """This schedule with the alphas_cumprod that code in float32 computes for it, such as diffusers'.
+
+        They differ by up to 1e-4 of their value, and the images of such code with them, by more than the rest
+        of its rounding. The tables stay float64.
+        """
+        config = self.to_config()
+        token = _dtype.set(torch.float32)
+        try:
+            rounded = NoiseSchedule.from_config({**config, "float32": False}).alphas_cumprod.double()
+        finally:
+            _dtype.reset(token)
+        betas = 1 - rounded / torch.cat([rounded.new_ones(1), rounded[:-1]])
+        return NoiseSchedule(betas, {**config, "float32": True})

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M)."""
+"""DPM-Solver and DPM-Solver++, multistep, of orders 1 to 3."""
 
 import math
 from typing import Annotated
@@ -7,9 +7,16 @@ import torch
 
 from ..process.prediction import check_x0_determined
 from ..process.schedule import NoiseSchedule
-from ..utils.validation import switch
-from .table import StepTable, make_table, next_alphas_cumprod
+from ..utils.validation import choice, refuse, switch, whole_number
+from .options import NOISE_IN_LAST_STEP, STEPS_OFFSET
+from .sigmas import SIGMAS, ZERO_SNR, spaced_sigmas
+from .table import History, StepTable, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
+
+ALGORITHMS = ("dpmsolver++", "dpmsolver")
+SOLVER_TYPES = ("midpoint", "heun")
+FINAL_SIGMAS = ("zero", "sigma_min")
+FEW_STEPS = 15  # lower_order_final applies to fewer
 
 
 def dpmpp_2m(
@@ -22,31 +29,97 @@ def dpmpp_2m(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     sde: Annotated[bool, "use the stochastic form"] = False,
+    algorithm: Annotated[str, f"{', '.join(ALGORITHMS)}: integrates the image, or the noise"] = "dpmsolver++",
+    solver_order: Annotated[int, "order of the solver, 1 to 3"] = 2,
+    solver_type: Annotated[str, f"form of the second order: {', '.join(SOLVER_TYPES)}"] = "midpoint",
+    sigmas: Annotated[str, f"spacing of the noise levels: {', '.join(SIGMAS)}"] = "timesteps",
+    final_sigmas_type: Annotated[
+        str, f"noise that the last step leads to: {', '.join(FINAL_SIGMAS)}"
+    ] = "zero",
+    lower_order_final: Annotated[bool, "lower the order of the last steps, where there are under 15"] = True,
+    euler_at_final: Annotated[bool, "take a last step of first order"] = False,
+    lambda_min_clipped: Annotated[float, "start where log(alpha / sigma) is at least this"] = -math.inf,
+    steps_offset: Annotated[int, STEPS_OFFSET] = 0,
+    noise_in_last_step: Annotated[bool, NOISE_IN_LAST_STEP] = False,
 ) -> StepTable:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), or its SDE form (eq. 19).
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), or another multistep DPM-Solver.
 
-    sde: the stochastic form.
+    With the options' defaults, the first step and the last, which goes to x_0 without noise, are of first
+    order. The options have the names and the meanings that they have in diffusers, but for those in brackets.
 
-    The package's docstring has the other arguments. The first and the last step, which goes to x_0 without
-    noise, are of first order. Timesteps: leading and linspace leave out 0 (see `timesteps.spaced_timesteps`),
-    but for the full chain, which visits every timestep; there the grids of diffusers would repeat one.
+    sde: the stochastic form (eq. 19).
+    algorithm (algorithm_type): "dpmsolver" integrates the predicted noise instead of the image (Lu et al.
+        2022, arXiv 2206.00927). It needs final_sigmas_type "sigma_min".
+    solver_order: 1, 2 or 3. solver_type: of second order, "midpoint" or "heun".
+    sigmas (use_karras_sigmas and so on): "timesteps" takes the noise of the timesteps of `spacing`; the
+        others space the noise levels, see `sigmas.spaced_sigmas`, and ignore spacing, steps_offset and
+        lambda_min_clipped.
+    final_sigmas_type: "sigma_min" leads the last step to the noise of timestep 0.
+    lower_order_final: with fewer than 15 steps, the last step is of first order, the one before at most of
+        second. euler_at_final: the last step is of first order. Both matter where the last step does not lead
+        to x_0, and for order 3.
+    lambda_min_clipped: leaves out the timesteps where log(alpha / sigma) is less.
+    noise_in_last_step: whether the last step of the stochastic form adds noise, too.
+
+    The package's docstring has the other arguments. Timesteps: leading and linspace leave out 0 (see
+    `timesteps.spaced_timesteps`), but for the full chain, which visits every timestep; there the grids of
+    diffusers would repeat one. ValueError for a third order of the stochastic form of "dpmsolver".
     """
-    switch("sde", sde)
-    timesteps = visited_timesteps(schedule, steps, spacing, skip_zero=True)
-    current = schedule.alphas_cumprod[timesteps]
-    check_x0_determined(prediction_type, current)
-    # The solver runs in lambda = log(alpha / sigma), so zero SNR stands for 2^-24 (as in diffusers), or for
-    # less where the next timestep is nearly as noisy.
-    current = torch.where(current > 0, current, (next_alphas_cumprod(current) / 2).clamp(max=2**-24))
-    following = next_alphas_cumprod(current)
-    log_snr_half = 0.5 * torch.log(current / (1 - current))
-    h = torch.cat([log_snr_half[1:], log_snr_half.new_full((1,), math.inf)]) - log_snr_half
-    gain = -torch.expm1(-2 * h if sde else -h)
-    coef_x0 = following.sqrt() * gain
-    # D = x0 + (x0 - x0_prev) / (2 r), r = h_prev / h; without the second term in the first and last step.
-    extrapolation = torch.zeros_like(h)
-    extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
-    coef_x = ((1 - following) / (1 - current)).sqrt()
+    for name, value in (
+        ("sde", sde),
+        ("lower_order_final", lower_order_final),
+        ("euler_at_final", euler_at_final),
+        ("noise_in_last_step", noise_in_last_step),
+    ):
+        switch(name, value)
+    order = whole_number("solver_order", solver_order, 1, 3)
+    choice("algorithm", algorithm, ALGORITHMS)
+    choice("solver_type", solver_type, SOLVER_TYPES)
+    choice("sigmas", sigmas, SIGMAS)
+    choice("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS)
+    of_noise, ends_in_noise = algorithm == "dpmsolver", final_sigmas_type == "sigma_min"
+    if of_noise and not ends_in_noise:
+        raise ValueError(
+            "algorithm 'dpmsolver' cannot lead to an image without noise; set final_sigmas_type='sigma_min'"
+        )
+    if of_noise and sde and order == 3:
+        raise ValueError(
+            "the stochastic form of 'dpmsolver' has no solver_order 3; take 1 or 2, or 'dpmsolver++'"
+        )
+    if sigmas == "timesteps":
+        noisiest = _noisiest(schedule, lambda_min_clipped)
+        timesteps = visited_timesteps(
+            schedule, steps, spacing, skip_zero=True, steps_offset=steps_offset, noisiest=noisiest
+        )
+        current = schedule.alphas_cumprod[timesteps]
+        check_x0_determined(prediction_type, current)
+        # The solver runs in lambda = log(alpha / sigma), so zero SNR stands for less SNR than any other.
+        least_noisy = schedule.alphas_cumprod[0].item()
+        current = torch.where(current > 0, current, (next_alphas_cumprod(current) / 2).clamp(max=ZERO_SNR))
+    else:
+        timesteps, current, least_noisy = spaced_sigmas(schedule, steps, sigmas)
+    following = next_alphas_cumprod(current, least_noisy if ends_in_noise else 1.0)
+    h = _log_snr_half(following) - _log_snr_half(current)
+    # e^-h, from the signals, because h is inf where the last step leads to an image without noise
+    decay = ((1 - following) / following * current / (1 - current)).sqrt()
+    lowered = lower_order_final and len(timesteps) < FEW_STEPS
+    orders = _orders(order, len(timesteps), lowered, lowered or euler_at_final or not ends_in_noise)
+    terms, sigma = _terms(h, decay, orders, of_noise, sde, solver_type)
+    scale = -(1 - following).sqrt() if of_noise else following.sqrt()
+    weights = scale[:, None] * _multistep(h, orders, terms)
+    if of_noise:
+        coef_x = (following / current).sqrt()
+    else:
+        coef_x = ((1 - following) / (1 - current)).sqrt() * (decay if sde else 1)
+    coef_x0, coef_x0_prev, history = weights[:, 0], weights[:, 1], None
+    if of_noise:  # m = (x - alpha x_0) / sigma
+        from_x, from_x0 = 1 / (1 - current).sqrt(), -(current / (1 - current)).sqrt()
+        coef_x, coef_x0 = coef_x + coef_x0 * from_x, coef_x0 * from_x0
+    else:
+        from_x, from_x0 = torch.zeros_like(h), torch.ones_like(h)
+    if (weights[:, 2] != 0).any() or (of_noise and (coef_x0_prev != 0).any()):
+        history = History(from_x, from_x0, weights[:, 1:])
+        coef_x0_prev = (weights[:, 1:] != 0).any(dim=1).double()
     return make_table(
         timesteps,
         current,
@@ -54,8 +127,86 @@ def dpmpp_2m(
         clip,
         guidance_scale,
         guidance_interval,
-        coef_x=coef_x * torch.exp(-h) if sde else coef_x,
-        coef_x0=coef_x0 * (1 + extrapolation),
-        coef_x0_prev=-coef_x0 * extrapolation,
-        sigma=((1 - following) * gain).sqrt() if sde else torch.zeros_like(h),
+        noise_in_last_step=noise_in_last_step,
+        history=history,
+        coef_x=coef_x,
+        coef_x0=coef_x0,
+        coef_x0_prev=coef_x0_prev,
+        sigma=(1 - following).sqrt() * sigma,
     )
+
+
+def _orders(order: int, steps: int, lowered: bool, euler_at_final: bool) -> torch.Tensor:
+    """The order of each step, int64 [steps]: the first have no earlier steps to use."""
+    orders = torch.arange(1, steps + 1).clamp(max=order)
+    if lowered:
+        orders[-2:] = orders[-2:].clamp(max=2)
+    if euler_at_final:
+        orders[-1] = 1
+    return orders
+
+
+def _noisiest(schedule: NoiseSchedule, lambda_min: float) -> int | None:
+    """The last timestep whose log(alpha / sigma) is at least lambda_min; None without a bound."""
+    if lambda_min == -math.inf:
+        return None
+    if not isinstance(lambda_min, int | float) or math.isnan(lambda_min):
+        refuse("lambda_min_clipped", "a number, or -inf", lambda_min)
+    inside = (_log_snr_half(schedule.alphas_cumprod) >= lambda_min).sum().item()
+    if inside == 0:
+        raise ValueError(f"lambda_min_clipped {lambda_min} leaves no timestep; choose a smaller number")
+    return int(inside) - 1
+
+
+def _log_snr_half(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    return 0.5 * torch.log(alphas_cumprod / (1 - alphas_cumprod))
+
+
+def _terms(
+    h: torch.Tensor, decay: torch.Tensor, orders: torch.Tensor, of_noise: bool, sde: bool, solver_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(terms, sigma): the factors [n, 3] of D0, D1 and D2 in an exponential integrator, and of the noise [n].
+
+    The factors come from the integrals of the Taylor polynomial of m in lambda over a step h: Lu et al. 2022,
+    arXiv 2206.00927, appendix B, and arXiv 2211.01095, appendix B.
+    """
+    d0, d1, d2, sigma = torch.zeros(4, len(h), dtype=torch.float64)
+    if of_noise:
+        k, grown = (2 if sde else 1), 1 / decay - 1  # e^h - 1
+        d0 = k * grown
+        heun, cubic = k * (grown / h - 1), (grown - h) / h**2 - 0.5
+        sigma = torch.expm1(2 * h).clamp(min=0).sqrt() if sde else sigma
+    else:
+        k = 2 if sde else 1
+        d0 = 1 - decay**k
+        heun, cubic = 1 - d0 / (k * h), 0.5 - (k * h - d0) / (k * h) ** 2
+        if sde:
+            cubic = (d0 - 2 * h) / (2 * h) ** 2 - 0.5
+            sigma = d0.clamp(min=0).sqrt()
+    midpoint = d0 / 2
+    d1 = torch.where(orders == 3, heun, midpoint if solver_type == "midpoint" else heun)
+    d1 = torch.where((orders == 1) | (h == 0), 0, d1)
+    d2 = torch.where((orders < 3) | (h == 0), 0, cubic)
+    return torch.stack([d0, d1, d2], dim=1), sigma
+
+
+def _multistep(h: torch.Tensor, orders: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """The weights [n, 3] of m_i, m_{i-1} and m_{i-2}, from the factors of D0, D1 and D2.
+
+    D1 and D2 are divided differences of the m over lambda, times h and h^2.
+    """
+    weights = torch.zeros_like(terms)
+    weights[:, 0] = terms[:, 0]
+    for i, order in enumerate(orders.tolist()):
+        if order == 1:
+            continue
+        step, before = h[i].item(), h[i - 1].item()
+        slope = torch.tensor([step, -step, 0], dtype=torch.float64) / before
+        curvature = torch.zeros(3, dtype=torch.float64)
+        if order == 3:
+            earlier = h[i - 2].item()
+            bend = slope - torch.tensor([0, step, -step], dtype=torch.float64) / earlier
+            slope = slope + before / (before + earlier) * bend
+            curvature = step / (before + earlier) * bend
+        weights[i] += terms[i, 1] * slope + terms[i, 2] * curvature
+    return weights

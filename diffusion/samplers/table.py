@@ -16,21 +16,39 @@ from .guidance import guidance_scales
 
 
 @dataclass(frozen=True, eq=False)
+class History:
+    """What the steps of a solver take from earlier steps, where a row's coef_x0_prev cannot say it.
+
+    Step i keeps m_i = from_x[i] * x + from_x0[i] * x0, with the x that it starts from and its x0. In its row,
+    coef_x0_prev is 1 and x0_prev is weights[i, 0] * m_{i-1} + weights[i, 1] * m_{i-2}, or both are 0.
+
+    from_x, from_x0: float64 [n]. weights: float64 [n, 2].
+    """
+
+    from_x: torch.Tensor
+    from_x0: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class StepTable:
     """The steps of a sampler.
 
     table: float64 [n, 12], the `StepCoefficients` of each step, in order.
     learned_variance: the variance of each step is the model's (its output has 2C channels).
+    history: for solvers whose steps use more than the x_0 of the step before; None for all others.
     """
 
     table: torch.Tensor
     learned_variance: bool = False
+    history: History | None = None
 
     def __post_init__(self) -> None:
         # The steps run in float32; only the clip may be infinite.
         numbers = self.table.clone()
         numbers[:, StepCoefficients._fields.index("clip_x0")] = 0
-        if not (numbers.abs() <= torch.finfo(torch.float32).max).all():
+        parts = [numbers] if self.history is None else [numbers, *vars(self.history).values()]
+        if not all((part.abs() <= torch.finfo(torch.float32).max).all() for part in parts):
             raise ValueError(
                 "the schedule or an option is too extreme: a step's coefficients overflow float32"
             )
@@ -40,7 +58,7 @@ class StepTable:
 
     @cached_property
     def timesteps(self) -> torch.Tensor:
-        """int64 [n], strictly decreasing."""
+        """int64 [n], decreasing; several steps may share one where a solver spaces noise levels."""
         return self.table[:, StepCoefficients._fields.index("timestep")].to(torch.int64)
 
     @cached_property
@@ -66,6 +84,7 @@ def make_table(
     guidance_interval: tuple[float, float] | None,
     learned_variance: bool = False,
     noise_in_last_step: bool = False,
+    history: History | None = None,
     **columns: torch.Tensor,
 ) -> StepTable:
     """The table for timesteps [n] and alphas_cumprod [n] there.
@@ -84,7 +103,7 @@ def make_table(
         table[:, StepCoefficients._fields.index(name)] = column
     if not noise_in_last_step or timesteps[-1] == 0:
         table[-1, StepCoefficients._fields.index("sigma")] = 0
-    return StepTable(table, learned_variance)
+    return StepTable(table, learned_variance, history)
 
 
 def next_alphas_cumprod(alphas_cumprod: torch.Tensor, final: float = 1.0) -> torch.Tensor:

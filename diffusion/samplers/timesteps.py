@@ -25,6 +25,7 @@ def spaced_timesteps(
     *,
     skip_zero: bool = False,
     steps_offset: int = 0,
+    noisiest: int | None = None,
 ) -> torch.Tensor:
     """`steps` of the timesteps 0..T-1, int64 [steps], strictly decreasing; None or T means all of them.
 
@@ -48,6 +49,9 @@ def spaced_timesteps(
 
     steps_offset: at least 0, added to the timesteps of leading spacing. ValueError for steps outside 1..T or
     another spacing, where no stride gives so many steps, and for an offset that leads beyond T - 1.
+
+    noisiest: leading, linspace and trailing start at this timestep instead of T - 1, in diffusers' way:
+    trailing keeps its stride, so it has fewer steps.
     """
     if isinstance(spacing, str) and re.fullmatch(r"[0-9]+(,[0-9]+)*", spacing):
         return _descending(_sections(T, steps, spacing))
@@ -56,11 +60,13 @@ def spaced_timesteps(
     increasing: np.ndarray
     if spacing == "respaced":
         return _descending(_respaced(T, [steps]))
+    end = T if noisiest is None else noisiest + 1
     if steps == T:
-        increasing = np.arange(T)
+        increasing = np.arange(end)
     elif spacing == "trailing":
         # In floating point, arange can have one point too many, near 0.
-        increasing = np.arange(T, 0, -T / steps)[:steps][::-1].round() - 1
+        increasing = np.arange(end, 0, -T / steps)[:steps][::-1].round() - 1
+        increasing = increasing[increasing >= 0]
     elif spacing == "truncated":
         # In float32, as published, because a timestep that is nearly whole is truncated to the one below.
         increasing = torch.linspace(-1, T - 1, steps + 1, device="cpu", dtype=torch.float32)[1:].int().numpy()
@@ -74,8 +80,10 @@ def spaced_timesteps(
         increasing = np.maximum.accumulate(increasing - index) + index
     else:
         points = steps + skip_zero
-        multiples = np.arange(points) * (T // points)
-        increasing = multiples if spacing == "leading" else np.linspace(0, T - 1, points).round()
+        if points > end:
+            raise ValueError(f"there are no {steps} timesteps below {end} to take; take fewer steps")
+        multiples = np.arange(points) * (end // points)
+        increasing = multiples if spacing == "leading" else np.linspace(0, end - 1, points).round()
         increasing = increasing[skip_zero:]
     if spacing == "leading":
         increasing = increasing + whole_number("steps_offset", steps_offset, 0)

@@ -49,15 +49,20 @@ def noises(steps: int) -> list[torch.Tensor]:
 
 def run_table(table: StepTable, model, noise: list[torch.Tensor], thresholding=None) -> list[torch.Tensor]:
     """x after every step."""
-    x, x0, trajectory = noise[0], None, []
+    x, x0, trajectory, kept = noise[0], None, [], []
     for i, t in enumerate(table.timesteps.tolist()):
-        row, output, x0_prev = table.row(i), model(x, t), x0
+        row, output, x0_prev, start = table.row(i), model(x, t), x0, x
+        if table.history and row.coef_x0_prev:
+            x0_prev = sum(w * m for w, m in zip(table.history.weights[i].tolist(), kept, strict=False) if w)
         if thresholding:
             out = output[:, : x.shape[1]]
             row, x0_prev, x0 = thresholded_step(row, x, out, x0_prev, **thresholding)
             x, _ = reverse_step(x, output, row, x0_prev=x0_prev, noise=noise[i + 1], backend="reference")
         else:
             x, x0 = reverse_step(x, output, row, x0_prev=x0_prev, noise=noise[i + 1], backend="reference")
+        if table.history:
+            m = table.history.from_x[i].item() * start + table.history.from_x0[i].item() * x0
+            kept = [m, *kept[:1]]
         trajectory.append(x)
     return trajectory
 

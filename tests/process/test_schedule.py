@@ -209,3 +209,30 @@ def test_wrong_configurations(config, message):
     with pytest.raises(ValueError, match=message) as error:
         NoiseSchedule.from_config(config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("T", [37, 1000])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2"])
+def test_in_float32_is_what_diffusers_computes(kind, T, zero_snr):
+    peer = diffusers.DDPMScheduler(T, beta_schedule=kind, rescale_betas_zero_snr=zero_snr)
+    config = {"kind": "cosine" if kind == "squaredcos_cap_v2" else kind, "T": T}
+    ends = (
+        {"s": 0.008, "max_beta": 0.999}
+        if kind == "squaredcos_cap_v2"
+        else {"beta_start": 1e-4, "beta_end": 0.02}
+    )
+    schedule = NoiseSchedule.from_config({**config, **ends, "zero_terminal_snr": zero_snr}).in_float32()
+    assert torch.equal(schedule.alphas_cumprod.float(), peer.alphas_cumprod)
+    assert schedule.betas.dtype == torch.float64
+    assert schedule.to_config()["float32"] is True
+    assert torch.equal(NoiseSchedule.from_config(schedule.to_config()).betas, schedule.betas)
+    assert torch.equal(schedule.in_float32().betas, schedule.betas)
+
+
+def test_betas_in_float32():
+    betas = [0.1, 0.2, 0.4]
+    peer = diffusers.DDPMScheduler(3, trained_betas=betas)
+    assert torch.equal(
+        NoiseSchedule.from_betas(betas).in_float32().alphas_cumprod.float(), peer.alphas_cumprod
+    )

@@ -56,7 +56,9 @@ def test_the_command_line_has_the_options_of_a_new_sampler(registered, capsys):
 def test_which_options_a_sampler_has():
     ends = {"steps_offset", "set_alpha_to_one", "noise_in_last_step"}
     ddim_only = {"eta", "use_clipped_model_output", "fixed_stride"}
-    assert {*own_options()} == {"variance", "sde"} | ddim_only | ends
+    solver_only = {"sde", "algorithm", "solver_order", "solver_type", "sigmas", "final_sigmas_type"}
+    solver_only |= {"lower_order_final", "euler_at_final", "lambda_min_clipped"}
+    assert {*own_options()} == {"variance"} | ddim_only | solver_only | ends
     shared = {"prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval"}
     assert {*options_of("ddim")} == shared | ddim_only | ends
     assert {*options_of("ddpm")} == shared | {"variance"} | ends
