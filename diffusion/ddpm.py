@@ -15,7 +15,7 @@ from . import importers, kernels
 from .inference import loop
 from .inference.batches import Interrupted, sample_in_batches
 from .inference.buffers import Batch, Noise
-from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype
+from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
 from .models.network import Network
 from .models.structure import config_of
 from .process.bound import VARIANCES, variational_bound_terms
@@ -83,6 +83,10 @@ class DDPM(nn.Module):
         super().__init__()
         check_prediction_type(prediction_type)
         config = config_of(unet)
+        channels, outputs = config.in_channels, config.out_channels
+        if outputs not in (channels, 2 * channels):
+            expected = f"{channels}, or {2 * channels} for a learned variance"
+            refuse("out_channels of the network", expected, outputs)
         self.unet = unet
         self.schedule = schedule
         self.prediction_type = prediction_type
@@ -244,7 +248,8 @@ class DDPM(nn.Module):
     ) -> torch.Tensor:
         """Samples images, float32 [N, C, H, W] on the model's device, in its value_range unless clip is None.
 
-        labels: a class for each image, or None for none. A single label is repeated.
+        labels: a class for each image, or None for none. A single label is repeated. A network whose labels
+            are vectors takes float [N, E].
         num_samples: N; by default the number of labels, or 1.
         guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
             0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1. None
@@ -286,6 +291,9 @@ class DDPM(nn.Module):
                     f"batch_size is the number of images made at a time; for {batch_size} images "
                     f"give num_samples={batch_size}"
                 )
+        vectors = None
+        if config_of(self.unet).label_size is not None:
+            vectors, labels = self._vectors(labels)
         labels, ids = self._images(labels, num_samples, sample_ids)
         guidance = self._guidance(guidance_scale, labels)
         guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
@@ -297,6 +305,8 @@ class DDPM(nn.Module):
                 refuse(name, "a function, or None", function)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
         denoiser = self._denoiser(device, dtype, precision, backend)
+        if vectors is not None:
+            denoiser = with_vectors(denoiser, vectors)
         _check_backend(denoiser)
         try:
             images = sample_in_batches(
@@ -362,7 +372,7 @@ class DDPM(nn.Module):
         self, labels: Any, num_samples: int | None, sample_ids: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Labels int64 [N] or None, and sample ids int64 [N], both on the CPU."""
-        if labels is not None:
+        if labels is not None and config_of(self.unet).label_size is None:
             if self.num_classes is None:
                 raise ValueError("labels are given, but this model is unconditional")
             labels = whole_numbers("labels", labels, 0, self.num_classes - 1)
@@ -385,6 +395,14 @@ class DDPM(nn.Module):
         if len(sample_ids) != count:
             raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
         return labels, sample_ids
+
+    def _vectors(self, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct vectors [K, E] among labels [N, E], and the number of each label's row, int64 [N]."""
+        size = config_of(self.unet).label_size
+        found = isinstance(labels, torch.Tensor) and labels.ndim == 2 and labels.shape[1] == size
+        if not found or not labels.is_floating_point():
+            refuse("labels", f"vectors [N, {size}], a tensor of floats", labels)
+        return labels.detach().float().cpu().unique(dim=0, return_inverse=True)
 
     def _guidance(self, guidance_scale: float | None, labels: torch.Tensor | None) -> float:
         """The guidance scale; ValueError unless it is 1, or there are labels and a null label."""

@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,21 @@ def _make_denoiser(
     split = SplitUNet(unet.embed, functools.partial(unet.denoise, backend=backend), size)
     parameter = next(unet.parameters())
     return Denoiser(split, null_label, parameter.device, parameter.dtype, backend)
+
+
+def with_vectors(denoiser: Denoiser, vectors: Tensor) -> Denoiser:
+    """The denoiser of a network whose labels are vectors, for labels that are numbers of rows of `vectors`.
+
+    vectors: float [K, E], on any device.
+    """
+    unet, vectors = denoiser.unet, vectors.to(denoiser.device)
+
+    def rows(labels: Tensor | None) -> Tensor | None:
+        return None if labels is None else vectors[labels]
+
+    if isinstance(unet, SplitUNet):
+        return replace(denoiser, unet=replace(unet, embed=lambda t, labels: unet.embed(t, rows(labels))))
+    return replace(denoiser, unet=lambda x, t, labels, *more: unet(x, t, rows(labels), *more))
 
 
 def explain(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> str:

@@ -190,6 +190,16 @@ class UNetConfig(NetworkConfig):
         return tuple((i in self.attention_levels, i in up) for i in range(len(self.channel_mult)))
 
     @property
+    def embed_dim(self) -> int:
+        """Width of the time embedding."""
+        return self.time_embed_dim or 4 * self.channels
+
+    @property
+    def label_size(self) -> int | None:
+        """Size of the vectors that are the labels of images; None where labels are whole numbers."""
+        return self.embed_dim if self.label_embedding == "identity" else None
+
+    @property
     def time_features(self) -> int:
         """Features of a timestep before the MLP of the time embedding."""
         return self.channels * (2 if self.time_embedding == "fourier" else 1)
@@ -221,7 +231,7 @@ class UNetConfig(NetworkConfig):
     @cached_property
     def num_parameters(self) -> int:
         """Number of parameters of such a UNet, computed without building it."""
-        embed, widths = self.time_embed_dim or 4 * self.channels, self.level_channels
+        embed, widths = self.embed_dim, self.level_channels
 
         def residual(inputs: int, outputs: int) -> int:
             convolutions = 9 * inputs * outputs + outputs + 9 * outputs * outputs + outputs

@@ -76,6 +76,11 @@ class NetworkConfig:
         """The label that stands for no label; None for a model that has none."""
         return self.num_classes if self.has_null_label else None
 
+    @property
+    def label_size(self) -> int | None:
+        """Size of the vectors that are the labels of images; None where labels are whole numbers."""
+        return None
+
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of parameters of such a network."""

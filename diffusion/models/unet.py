@@ -58,7 +58,7 @@ class UNet(Network):
         if device.type != "meta":
             check_fits(f"{config.num_parameters:,} parameters", 4 * config.num_parameters, device)
         self.config = config
-        widths, embed_dim = config.level_channels, config.time_embed_dim or 4 * config.channels
+        widths, embed_dim = config.level_channels, config.embed_dim
         if config.time_embedding == "fourier":
             frequencies = 16 * torch.randn(config.channels)  # of Song et al.'s networks; fixed in training
             self.time_frequencies = nn.Parameter(frequencies, requires_grad=False)
@@ -136,8 +136,7 @@ class UNet(Network):
             raise ValueError(f"timesteps must have shape [B], not {list(timesteps.shape)}")
         embedding = self.time_mlp(self._time_features(timesteps))
         if config.label_embedding == "identity":
-            self._check_vectors(labels, embedding)
-            embedding = embedding + labels
+            embedding = embedding + self._checked_vectors(labels, embedding)
         elif config.num_classes is not None:
             if labels is None:
                 if config.null_label is None:
@@ -184,13 +183,14 @@ class UNet(Network):
                 )
         return rows
 
-    def _check_vectors(self, labels: torch.Tensor | None, embedding: torch.Tensor) -> None:
-        """ValueError unless labels are vectors that can be added to an embedding [B, E]."""
+    def _checked_vectors(self, labels: torch.Tensor | None, embedding: torch.Tensor) -> torch.Tensor:
+        """Labels as vectors that can be added to an embedding [B, E]; ValueError for other labels."""
         if not isinstance(labels, torch.Tensor) or labels.shape != embedding.shape:
             given = list(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
             raise ValueError(
                 f"labels must be vectors {list(embedding.shape)}, the embeddings of the images, not {given}"
             )
+        return labels.to(embedding.dtype)
 
     def _check_labels(self, labels: torch.Tensor, timesteps: torch.Tensor, rows: int) -> None:
         """ValueError unless labels are integers [B] in 0..rows-1, as far as the values can be read."""

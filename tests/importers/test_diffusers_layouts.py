@@ -417,3 +417,26 @@ def test_the_command(tmp_path, capsys):
     assert (found.num_classes, found.unet.config.null_label) == (2, 2)
     expected = outputs(scaled(model), torch.tensor([2, 2]))
     assert (outputs(found.unet) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_vectors_as_labels(tmp_path):
+    """class_embed_type identity: samples are those of a loop over diffusers' own network and scheduler."""
+    model = original(SMALL | {"class_embed_type": "identity"})
+    save_pipeline(tmp_path, model)
+    found = load(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(3, 64, generator=generator)
+    noise = torch.randn(5, 3, 3, 16, 16, generator=generator)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(4)
+    x = noise[0]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, class_labels=vectors).sample, t, x).prev_sample
+    options = {"sampler": "ddim", "steps": 4, "noise": lambda k: noise[k], "clip": None}
+    for backend in ("auto", "reference"):
+        samples = found.sample(vectors, backend=backend, **options)
+        assert (samples - x).abs().max() <= 1e-4 * x.abs().max()
+    for labels in (None, [1, 2], vectors[:, :5], vectors.long()):
+        with pytest.raises(ValueError, match=r"labels must be vectors \[N, 64\], a tensor of floats"):
+            found.sample(labels)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from diffusion import DDPM, NoiseSchedule
 from diffusion.models.unet import UNet, UNetConfig, fourier_embedding, timestep_embedding
 from diffusion.utils import memory
 from helpers.unets import CONDITIONAL, TINY, UNPLANNED, VARIANTS, inputs, randomized
@@ -467,3 +468,12 @@ def test_bad_calls(config, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(unet, *inputs(config))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 5])
+def test_outputs_that_no_sampler_has_a_use_for(outputs):
+    unet = UNet(replace(TINY, out_channels=outputs))
+    with pytest.raises(
+        ValueError, match="out_channels of the network must be 2, or 4 for a learned variance"
+    ):
+        DDPM(unet, NoiseSchedule.linear())
