@@ -4,13 +4,14 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..ddpm import load
+from ..ddpm import DDPM, load
 from ..evaluation.shards import report, sample_shards
 from ..inference.batches import Interrupted
-from ..samplers import FULL_CHAIN, SAMPLERS, own_options
+from ..samplers import FULL_CHAIN, SAMPLERS, options_of, own_options
 from ..samplers.timesteps import SPACINGS, STRIDES
 from ..storage.atomic import check_writable
 from ..storage.images import check_grid, save_gif, save_grid, save_npz, to_uint8
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         )
         print("\n".join(report(out, done, ranks)))
         return
-    frames = _Frames(num, steps or model.schedule.T) if out.suffix.lower() == ".gif" else None
+    frames = _Frames(_evaluations(model, options)) if out.suffix.lower() == ".gif" else None
     start, interrupted = time.perf_counter(), None
     try:
         images = model.sample(
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
         save_npz(to_uint8(images, model.value_range), out, labels and labels[: len(images)], seed=args.seed)
     else:
         save_grid(images, out, columns=args.columns, scale=args.scale, value_range=model.value_range)
-    how = f"{sampler}, {steps or model.schedule.T} steps"
+    how = f"{sampler}, {steps or model.schedule.max_steps} steps"
     print(f"{out}: {len(images)} images in {seconds:.1f} s ({how})")
     if interrupted is not None:
         raise interrupted
@@ -164,10 +165,16 @@ def is_folder(out: str) -> bool:
     return out.endswith(("/", os.sep)) or os.path.isdir(out) or not Path(out).suffix
 
 
-class _Frames:
-    """Keeps x_t at GIF_FRAMES steps, over all batches of one call of `sample`."""
+def _evaluations(model: DDPM, options: dict[str, Any]) -> int:
+    """The rows of the table for these options of `DDPM.sample`; some samplers have two for a step."""
+    known = {"sampler", "steps", *options_of(options["sampler"])}
+    return len(model.steps(**{name: value for name, value in options.items() if name in known}))
 
-    def __init__(self, num: int, steps: int):
+
+class _Frames:
+    """Keeps x_t at GIF_FRAMES of the table's rows, over all batches of one call of `sample`."""
+
+    def __init__(self, steps: int):
         self.kept = sorted({round(i * (steps - 1) / (GIF_FRAMES - 1)) for i in range(GIF_FRAMES)})
         self.images: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
 

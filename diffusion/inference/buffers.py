@@ -130,6 +130,8 @@ class SamplerBuffers:
                     backend=backend,
                 )
             )
+        if table.initial_scale != 1:
+            self.x.mul_(table.initial_scale)
         self.unet_input.unflatten(0, (2, self.batch_size)).copy_(self.x)
 
     def _load_labels(self, labels: torch.Tensor | None, guided: bool, null_label: int | None) -> None:

@@ -87,6 +87,16 @@ class NoiseSchedule:
         """Number of timesteps, which are 0..T-1."""
         return len(self.betas)
 
+    @property
+    def max_steps(self) -> int:
+        """The largest number of steps of a sampler, T."""
+        return self.T
+
+    @property
+    def summary(self) -> str:
+        """The schedule in a few words."""
+        return f"T = {self.T}"
+
     @cached_property
     def alphas(self) -> torch.Tensor:
         """1 - betas, float64 [T]."""

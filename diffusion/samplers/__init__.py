@@ -33,10 +33,11 @@ from ..utils.validation import choice, known_names
 from .ancestral import ddpm as ddpm
 from .ddim import ddim as ddim
 from .dpm_solver import dpmpp_2m as dpmpp_2m
+from .heun import heun as heun
 from .table import StepTable
 from .timesteps import SpacingWarning
 
-SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp_2m}
+SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp_2m, "heun": heun}
 SHARED_OPTIONS = ("prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval")
 FULL_CHAIN = ("ddpm",)  # the command line takes all T steps of these by default, and few of the others
 

@@ -37,11 +37,13 @@ class StepTable:
     table: float64 [n, 12], the `StepCoefficients` of each step, in order.
     learned_variance: the variance of each step is the model's (its output has 2C channels).
     history: for solvers whose steps use more than the x_0 of the step before; None for all others.
+    initial_scale: standard deviation of the initial noise.
     """
 
     table: torch.Tensor
     learned_variance: bool = False
     history: History | None = None
+    initial_scale: float = 1.0
 
     def __post_init__(self) -> None:
         # The steps run in float32; only the clip may be infinite.
@@ -58,8 +60,12 @@ class StepTable:
 
     @cached_property
     def timesteps(self) -> torch.Tensor:
-        """int64 [n], decreasing; several steps may share one where a solver spaces noise levels."""
-        return self.table[:, StepCoefficients._fields.index("timestep")].to(torch.int64)
+        """int64 [n], decreasing, or float64 [n] where noise levels take the place of timesteps.
+
+        Several steps may share one where a solver spaces noise levels, or evaluates the network twice.
+        """
+        timesteps = self.table[:, StepCoefficients._fields.index("timestep")]
+        return timesteps.to(torch.int64) if (timesteps == timesteps.round()).all() else timesteps
 
     @cached_property
     def needs_x0_prev(self) -> bool:
