@@ -9,6 +9,7 @@ from ..utils.validation import choice, typed
 from .context_unet import ContextUNet
 from .conv_stack import ConvStack
 from .diagonal_unet import DiagonalUNet
+from .edm import EDMUNet
 from .lucidrains import LucidrainsUNet
 from .naive_unet import NaiveUNet
 from .network import Network, NetworkConfig
@@ -20,6 +21,7 @@ NETWORKS: dict[str, type[Network]] = {
     "conv_stack": ConvStack,
     "diagonal_unet": DiagonalUNet,
     "lucidrains": LucidrainsUNet,
+    "edm": EDMUNet,
     "naive_unet": NaiveUNet,
 }
 ARCHITECTURE = "architecture"  # the key of the name; a configuration without it is that of "unet"
