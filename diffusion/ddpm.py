@@ -16,10 +16,12 @@ from .inference import loop
 from .inference.batches import Interrupted, sample_in_batches
 from .inference.buffers import Batch, Noise
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
+from .models.edm import edm_loss
 from .models.network import Network
 from .models.structure import config_of
 from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
+from .process.noise_levels import NoiseLevels
 from .process.objective import drop_labels, loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
@@ -48,7 +50,7 @@ class DDPM(nn.Module):
     """A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239).
 
     unet: the network, called with (x_t, t, label): a UNet or another of `models.registry.NETWORKS`.
-    schedule: the noise schedule, of T timesteps.
+    schedule: the noise schedule, of T timesteps, or the continuous noise levels of EDM.
     prediction_type: output of the UNet, "epsilon", "sample" (x_0) or "v_prediction".
     clip: predicted images are clipped to [-clip, clip] while sampling; None for no clipping.
     variance: default of the "ddpm" sampler; "learned_range" for a UNet with learned variance.
@@ -67,7 +69,7 @@ class DDPM(nn.Module):
     def __init__(
         self,
         unet: Network,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | NoiseLevels,
         *,
         prediction_type: str = "epsilon",
         clip: float | None = 1.0,
@@ -97,7 +99,7 @@ class DDPM(nn.Module):
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
         for name, options in typed("sampler_options", self.sampler_options, dict).items():
             check_options(name, typed(f"sampler_options[{name!r}]", options, dict))
-            _check_values(name, options)
+            _check_values(name, options, self.schedule)
         self.sampler = copy.deepcopy(typed("sampler", sampler, dict | None))
         if self.sampler is not None:
             choice("sampler's name", self.sampler.get("name"), SAMPLERS)
@@ -145,10 +147,11 @@ class DDPM(nn.Module):
 
         x0: images, float [B, C, H, W] in the model's value_range.
         labels: int64 [B] in 0..num_classes-1, or None.
-        t: int64 [B]; by default drawn by `random_timesteps`, from PyTorch's global generators.
+        t: int64 [B]; by default drawn by `random_timesteps`, from PyTorch's global generators. A model with
+            noise levels takes those, float [B]; by default drawn by `noise_levels.random_levels`.
         noise: like x0; by default drawn, likewise.
         label_dropout: share of the labels that the null label replaces, 0 to 1.
-        weighting, min_snr_gamma: see `objective.loss_weight`.
+        weighting, min_snr_gamma: see `objective.loss_weight`. For noise levels, see `models.edm.edm_loss`.
         vlb_weight: weight of the variational bound, in bits per dimension, for a UNet with learned variance.
             The bound is T times the mean of its terms, and only the variance gets its gradient (Nichol &
             Dhariwal 2021, arXiv 2102.09672, section 3.1).
@@ -164,12 +167,15 @@ class DDPM(nn.Module):
             number("label_dropout", label_dropout, 0, 1),
             number("vlb_weight", vlb_weight, 0),
         )
-        t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         if labels is not None and label_dropout:
             labels = drop_labels(labels, label_dropout, self.null_label)
+        predict = self.unet if network is None else network
+        if isinstance(self.schedule, NoiseLevels):
+            return edm_loss(config_of(self.unet), predict, x0, labels, t, noise, weighting)
+        t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         x_t = q_sample(self.schedule, x0, t, noise)
-        output = (self.unet if network is None else network)(x_t, t, labels).float()
+        output = predict(x_t, t, labels).float()
         prediction = output[:, : x0.shape[1]]
         errors = prediction - target(self.schedule, self.prediction_type, x0, t, noise)
         weights = loss_weight(self.schedule, self.prediction_type, t, weighting, min_snr_gamma)
@@ -495,10 +501,13 @@ def _check_backend(denoiser: Denoiser) -> None:
     kernels.philox_normal((0, 1), seed=0, device=denoiser.device, backend=denoiser.backend)
 
 
-def _check_values(sampler: str, options: dict[str, Any]) -> None:
+def _check_values(sampler: str, options: dict[str, Any], schedule: NoiseSchedule | NoiseLevels) -> None:
     """ValueError unless a sampler takes the values of its options, whatever the schedule and the steps."""
     try:
-        SAMPLERS[sampler](_any_schedule(), **options)
+        if isinstance(schedule, NoiseLevels):
+            SAMPLERS[sampler](schedule, prediction_type="sample", **options)
+        else:
+            SAMPLERS[sampler](_any_schedule(), **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"sampler_options[{sampler!r}]: {error}") from None
 

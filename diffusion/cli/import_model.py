@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     model.save(args.out, source=args.source)
     parameters = model.unet.config.num_parameters
     print(
-        f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, T = {model.schedule.T}"
+        f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, {model.schedule.summary}"
     )
 
 

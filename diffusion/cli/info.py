@@ -44,6 +44,8 @@ def explanations(device: str) -> list[str]:
 def describe(name: str) -> None:
     model = load(name)
     print(f"{name}: {model.unet.config.num_parameters:,} parameters, {model.num_classes or 'no'} classes")
-    print(f"T = {model.schedule.T}, {model.prediction_type} prediction, {model.variance}, clip {model.clip}")
+    print(
+        f"{model.schedule.summary}, {model.prediction_type} prediction, {model.variance}, clip {model.clip}"
+    )
     for key, value in {**model.unet.config.to_dict(), **model.metadata}.items():
         print(f"  {key}: {value}")

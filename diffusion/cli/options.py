@@ -66,20 +66,23 @@ def choose_sampler(model: DDPM, sampler: str | None, steps: int | None) -> tuple
     What is left out is the model's own, or else that of DEFAULT_SAMPLER.
     """
     if steps is not None:
-        whole_number("--steps", steps, 1, model.schedule.T)
+        whole_number("--steps", steps, 1, model.schedule.max_steps)
     if sampler is None and model.sampler is None:
         sampler = DEFAULT_SAMPLER["sampler"]
     name, steps, _ = model.chosen_sampler(sampler, steps)
     if steps is None and name not in FULL_CHAIN and (model.sampler or {}).get("name") != name:
-        steps = min(DEFAULT_SAMPLER["steps"], model.schedule.T)
+        steps = min(DEFAULT_SAMPLER["steps"], model.schedule.max_steps)
     return name, steps
 
 
 def choose_guidance(model: DDPM, scale: float | None, labels: list[int] | None) -> float:
-    """The guidance scale from the command line; by default the model's own, or else GUIDANCE_SCALE."""
+    """The guidance scale from the command line; by default the model's own.
+
+    GUIDANCE_SCALE is that of a model that does not say how it is sampled.
+    """
     if scale is not None or labels is None:
         return 1.0 if scale is None else scale
-    if model.guidance_scale == 1 and model.null_label is not None:
+    if model.guidance_scale == 1 and model.sampler is None and model.null_label is not None:
         return GUIDANCE_SCALE
     return model.guidance_scale
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from ..storage import checkpoint
 from ..utils.validation import choice
-from . import diffusers, guided_diffusion
+from . import diffusers, edm, guided_diffusion
 from .checkpoint_file import Checkpoint
 from .imported import Imported, Importer
 
 __all__ = ["REGISTRY", "Checkpoint", "Imported", "Importer", "read"]
 
 # The first that recognises a checkpoint reads it.
-REGISTRY: tuple[Importer, ...] = (diffusers, guided_diffusion)
+REGISTRY: tuple[Importer, ...] = (diffusers, edm, guided_diffusion)
 
 
 def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] | None = None) -> Imported:

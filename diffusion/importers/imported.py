@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol
 
 from ..models.network import Network
+from ..process.noise_levels import NoiseLevels
 from ..process.schedule import NoiseSchedule
 from .checkpoint_file import Checkpoint
 
@@ -16,7 +17,7 @@ class Imported(NamedTuple):
     """
 
     unet: Network
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | NoiseLevels
     conventions: dict[str, Any]
     assumed: dict[str, Any] | None = None
 

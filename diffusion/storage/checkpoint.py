@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ..models.network import Network
 from ..models.registry import build, config_from_dict, config_to_dict
 from ..models.structure import config_of, configured
+from ..process.noise_levels import NoiseLevels, process_from_config
 from ..process.schedule import NoiseSchedule
 from ..utils.errors import first_line
 from ..utils.validation import plain_number
@@ -112,7 +113,7 @@ def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtyp
     return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
 
 
-def read(folder: Path, verify: bool = True) -> tuple[Network, NoiseSchedule, dict]:
+def read(folder: Path, verify: bool = True) -> tuple[Network, NoiseSchedule | NoiseLevels, dict]:
     """Reads a model folder: its network in float32 on the CPU, its noise schedule, and its conventions.
 
     The conventions are the arguments of `DDPM` that config.json holds. verify: refuse weights that are not
@@ -126,7 +127,7 @@ def read(folder: Path, verify: bool = True) -> tuple[Network, NoiseSchedule, dic
         return _read(folder, verify)
 
 
-def _read(folder: Path, verify: bool) -> tuple[Network, NoiseSchedule, dict]:
+def _read(folder: Path, verify: bool) -> tuple[Network, NoiseSchedule | NoiseLevels, dict]:
     path = folder / "config.json"
     config = read_json(path)
     if config.get("format") != FORMAT:
@@ -143,7 +144,7 @@ def _read(folder: Path, verify: bool) -> tuple[Network, NoiseSchedule, dict]:
     try:
         with torch.device("meta"):  # no memory until the weights are known to fit
             unet = build(config_from_dict(config["unet"]))
-        schedule = NoiseSchedule.from_config(config["schedule"])
+        schedule = process_from_config(config["schedule"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     load_weights(unet, weights, folder / "model.safetensors")
