@@ -21,7 +21,7 @@ from .models.network import Network
 from .models.structure import config_of
 from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
-from .process.noise_levels import NoiseLevels
+from .process.noise_levels import NoiseLevels, random_levels
 from .process.objective import drop_labels, loss_weight, random_timesteps, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
@@ -167,13 +167,15 @@ class DDPM(nn.Module):
             number("label_dropout", label_dropout, 0, 1),
             number("vlb_weight", vlb_weight, 0),
         )
+        if t is None and isinstance(self.schedule, NoiseLevels):
+            t = random_levels(len(x0), x0.device)
+        t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         if labels is not None and label_dropout:
             labels = drop_labels(labels, label_dropout, self.null_label)
         predict = self.unet if network is None else network
         if isinstance(self.schedule, NoiseLevels):
             return edm_loss(config_of(self.unet), predict, x0, labels, t, noise, weighting)
-        t = random_timesteps(len(x0), self.schedule.T, x0.device) if t is None else t
         x_t = q_sample(self.schedule, x0, t, noise)
         output = predict(x_t, t, labels).float()
         prediction = output[:, : x0.shape[1]]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ..process.noise_levels import random_levels
 from ..utils.validation import choice, refuse
 from .arguments import check_arguments
 from .blocks import Conv2d, module_list, run
@@ -269,21 +268,20 @@ def edm_loss(
     predict: Callable[..., Tensor],
     x0: Tensor,
     labels: Tensor | None,
-    sigma: Tensor | None,
+    sigma: Tensor,
     noise: Tensor,
     weighting: str = "uniform",
 ) -> Tensor:
     """Mean weighted squared error of the denoised images (Karras et al. 2022, table 1); a scalar.
 
-    predict: the network. x0, noise: [B, C, H, W]. labels: int64 [B], or None. sigma: noise levels [B]; None
-    for `random_levels`. ValueError for another preconditioning than "edm", whose loss is another, and for
+    predict: the network. x0, noise: [B, C, H, W]. labels: int64 [B], or None. sigma: noise levels [B].
+    ValueError for another preconditioning than "edm", whose loss is another, and for
     another weighting than "uniform", which stands for EDM's own weight of each level.
     """
     choice("loss weighting of continuous noise levels", weighting, ("uniform",))
     if not isinstance(config, EDMConfig) or config.preconditioning != "edm":
         kind = config.preconditioning if isinstance(config, EDMConfig) else "none"
         raise ValueError(f"there is no loss for the preconditioning {kind!r}; 'edm' has one")
-    sigma = random_levels(len(x0), x0.device) if sigma is None else sigma
     if sigma.shape != x0.shape[:1] or not sigma.is_floating_point():
         raise ValueError(f"t must be noise levels, floats [{len(x0)}], not {sigma.dtype} {list(sigma.shape)}")
     if noise.shape != x0.shape:
