@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+__version__ = "0.2.0.dev0"
+
 if not (Path(__file__).parent / "kernels").is_dir():
     # In a clone, kernels/ lies beside this folder; in an installation, within it.
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import kernels
 from . import samplers as steps
+from .certificates import certify
 from .ddpm import DDPM, load
 from .exporters.onnx import to_onnx
 from .exporters.program import to_exported_program
@@ -19,14 +22,13 @@ from .storage.images import save_gif, save_grid
 
 sys.modules[f"{__name__}.steps"] = steps  # `from diffusion.steps import ddim` finds it
 
-__version__ = "0.2.0.dev0"
-
 __all__ = [
     "DDPM",
     "NoiseSchedule",
     "StepTable",
     "UNet",
     "UNetConfig",
+    "certify",
     "kernels",
     "load",
     "save_gif",

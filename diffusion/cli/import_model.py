@@ -2,8 +2,11 @@
 
 import argparse
 import ast
+from pathlib import Path
 
 from .. import importers
+from ..certificates import FILE as CERTIFICATE
+from ..certificates import measure, summary, write_certificate
 from ..ddpm import DDPM
 
 OPTIONS = ("format", "schedule", "size", "null_label")  # flags that have an option of their own
@@ -25,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--schedule", help="a noise schedule by name, or a scheduler_config.json, where the source has none")
     add("--size", help="height and width of the images, such as 32 or 32x48, where the source has none")
     add("--null-label", type=int, help="the label that stands for no label, where the source has one")
+    add("--certify", action="store_true", help="measure the model against the original: certificate.json")
+    add("--reference", metavar="FILE", help="numbers of the original, .safetensors, for --certify")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _flags_help()
 
@@ -41,16 +46,25 @@ def _flags_help() -> str:
 
 def run(args: argparse.Namespace) -> None:
     flags = _flags(args.flag)
+    if args.reference and not args.certify:
+        raise ValueError("--reference belongs to --certify")
     flags |= {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     imported = importers.read(args.source, flags=flags)
     if assumed := imported.assumed_text():
         print(f"assumed flags, which --flag NAME=VALUE changes: {assumed}")
-    model = DDPM(imported.unet, imported.schedule, **imported.conventions)
+    model = DDPM(imported.unet, imported.schedule, **imported.conventions).eval()
+    certificate = None
+    if args.certify:  # before anything is written: the reference may be damaged
+        how = {"flags": flags, "assumed": imported.assumed or {}, "reference": args.reference}
+        certificate = measure(model, args.source, **how)
     model.save(args.out, source=args.source)
     parameters = model.unet.config.num_parameters
     print(
         f"{args.out}: {parameters:,} parameters, {model.prediction_type} prediction, {model.schedule.summary}"
     )
+    if certificate is not None:
+        write_certificate(args.out, certificate)
+        print(f"{Path(args.out, CERTIFICATE)}: {summary(certificate)}")
 
 
 def _flags(words: list[str]) -> dict[str, object]:

@@ -5,6 +5,7 @@ describes them, and its entry in REGISTRY.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from ..storage import checkpoint
@@ -13,7 +14,7 @@ from . import diffusers, edm, guided_diffusion
 from .checkpoint_file import Checkpoint
 from .imported import Imported, Importer
 
-__all__ = ["REGISTRY", "Checkpoint", "Imported", "Importer", "read"]
+__all__ = ["REGISTRY", "Checkpoint", "Imported", "Importer", "importer_of", "locate", "read"]
 
 # The first that recognises a checkpoint reads it.
 REGISTRY: tuple[Importer, ...] = (diffusers, edm, guided_diffusion)
@@ -27,22 +28,33 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
     the NAME of an importer, for a checkpoint that is not recognised or that several could read. ValueError,
     in one line, if the model is missing or damaged, or is not a model.
     """
-    patterns = (*checkpoint.FILES, *(pattern for importer in REGISTRY for pattern in importer.HUB_FILES))
-    path, flags = checkpoint.locate(str(name), patterns), dict(flags or {})
+    path, flags = locate(name), dict(flags or {})
     if checkpoint.is_model(path):
         if flags:
             raise ValueError(f"{name} takes no flag {min(flags)}: it says itself how it was trained")
         return Imported(*checkpoint.read(path, verify))
-    foreign, known = Checkpoint(path), {importer.NAME: importer for importer in REGISTRY}
-    if "format" in flags:
-        return known[choice("format", flags.pop("format"), known)].load(foreign, **flags)
-    for importer in REGISTRY:
-        if importer.recognises(foreign):
-            return importer.load(foreign, **flags)
+    foreign = Checkpoint(path)
+    if importer := importer_of(foreign, flags.pop("format", None)):
+        return importer.load(foreign, **flags)
     if path.is_file():
+        known = [importer.NAME for importer in REGISTRY]
         foreign.contents  # noqa: B018 (raises where the file is damaged)
         raise ValueError(
             f"{name} is no checkpoint of a known format, which are {', '.join(known)}; a model of this "
             "package is a folder with config.json and model.safetensors"
         )
     return Imported(*checkpoint.read(path, verify))
+
+
+def locate(name: str | os.PathLike) -> Path:
+    """The file or folder of a model, by a name as `read` takes it; ValueError if there is none."""
+    patterns = (*checkpoint.FILES, *(pattern for importer in REGISTRY for pattern in importer.HUB_FILES))
+    return checkpoint.locate(str(name), patterns)
+
+
+def importer_of(foreign: Checkpoint, wanted: str | None = None) -> Importer | None:
+    """The importer that reads a checkpoint, or None. wanted: its NAME, whatever the checkpoint looks like."""
+    if wanted is not None:
+        known = {importer.NAME: importer for importer in REGISTRY}
+        return known[choice("format", wanted, known)]
+    return next((importer for importer in REGISTRY if importer.recognises(foreign)), None)

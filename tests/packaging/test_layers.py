@@ -20,6 +20,7 @@ LAYERS = [
     "data",
     "ddpm",
     "exporters",
+    "certificates",
 ]
 LAYERS += ["training", "classifier", "evaluation", "cli"]
 LEVEL = {name: level for level, name in enumerate(LAYERS)}

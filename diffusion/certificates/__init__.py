@@ -1,0 +1,5 @@
+"""Certificates of imported models: how far their numbers are from those of the original."""
+
+from .certificate import FILE, certify, measure, summary, write_certificate
+
+__all__ = ["FILE", "certify", "measure", "summary", "write_certificate"]
