@@ -10,14 +10,21 @@ from typing import Any
 
 from ..storage import checkpoint
 from ..utils.validation import choice
-from . import diffusers, edm, guided_diffusion
+from . import conditional_mnist, diffusers, edm, from_scratch, guided_diffusion, mindiffusion
 from .checkpoint_file import Checkpoint
 from .imported import Imported, Importer
 
 __all__ = ["REGISTRY", "Checkpoint", "Imported", "Importer", "importer_of", "locate", "read"]
 
 # The first that recognises a checkpoint reads it.
-REGISTRY: tuple[Importer, ...] = (diffusers, edm, guided_diffusion)
+REGISTRY: tuple[Importer, ...] = (
+    diffusers,
+    edm,
+    from_scratch,
+    conditional_mnist,
+    mindiffusion,
+    guided_diffusion,
+)
 
 
 def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] | None = None) -> Imported:

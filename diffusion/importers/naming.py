@@ -41,6 +41,20 @@ class Source:
             raise ValueError(f"{self.origin} is of another architecture than its configuration: no {name}")
         return self.tensors.pop(name)
 
+    def peek(self, name: str, dims: int) -> torch.Tensor:
+        """A tensor, to read its shape; ValueError if no tensor of so many dimensions has this name."""
+        if name not in self.tensors or self.tensors[name].ndim != dims:
+            raise ValueError(f"{self.origin} has no {name} of {dims} dimensions")
+        return self.tensors[name]
+
+    def finish(self) -> None:
+        """ValueError if a tensor was not taken."""
+        if self.tensors:
+            raise ValueError(
+                f"{self.origin} is of another architecture than its configuration: "
+                f"{len(self.tensors)} tensors too many, such as {min(self.tensors)}"
+            )
+
 
 def convert(
     source: Source,
@@ -78,9 +92,5 @@ def convert(
     for name, foreign in parts.attention:
         for inner, tensor in take_attention(source, foreign).items():
             ours[f"{name}.{inner}"] = tensor
-    if source.tensors:
-        raise ValueError(
-            f"{source.origin} is of another architecture than its configuration: "
-            f"{len(source.tensors)} tensors too many, such as {min(source.tensors)}"
-        )
+    source.finish()
     return ours

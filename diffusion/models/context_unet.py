@@ -151,7 +151,7 @@ class ContextUNet(Network):
         time1, time2 = (embed(time)[:, :, None, None] for embed in (self.time1, self.time2))
         label1, label2 = (embed(-one_hot)[:, :, None, None] for embed in (self.label1, self.label2))
 
-        x = self.input(x.to(dtype))
+        x = self.input(x.to(dtype).contiguous())
         down1 = F.max_pool2d(self.down1(x), 2)
         down2 = F.max_pool2d(self.down2(down1), 2)
         h = F.gelu(F.avg_pool2d(down2, self.config.pool))

@@ -67,4 +67,4 @@ class ConvStack(Network):
         labels: None. backend: unused, as all is plain PyTorch. ValueError for labels.
         """
         check_arguments(self.config, x, timesteps, labels)
-        return self.layers(x.to(next(self.parameters()).dtype))
+        return self.layers(x.to(next(self.parameters()).dtype).contiguous())

@@ -276,7 +276,7 @@ class DiagonalUNet(Network):
             is_labelled = (labels < self.config.num_classes)[:, None].to(dtype)
         embedding = (time, label, is_labelled)
 
-        h = self.input_conv(x.to(dtype))
+        h = self.input_conv(x.to(dtype).contiguous())
         skips = []
         for i, level in enumerate(self.down):
             h = level(h if i == 0 else F.avg_pool2d(h, 2), *embedding)

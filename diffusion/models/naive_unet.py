@@ -127,7 +127,7 @@ class NaiveUNet(Network):
         time = time_fraction(timesteps, self.config.num_timesteps)[:, None].to(dtype)
         time = self.time_projection(torch.sin(self.time_frequencies(time)))[:, :, None, None]
 
-        x = self.input(x.to(dtype))
+        x = self.input(x.to(dtype).contiguous())
         down1 = F.max_pool2d(self.down1(x), 2)
         down2 = F.max_pool2d(self.down2(down1), 2)
         down3 = F.max_pool2d(self.down3(down2), 2)
