@@ -11,7 +11,7 @@ from ..process.schedule import NoiseSchedule
 from ..storage.reading import load_weights, read_json
 from ..utils.validation import known_names, number, typed
 from .checkpoint_file import Checkpoint
-from .diffusers_files import Layout, find, is_unet, located, read_weights
+from .diffusers_files import UNETS, Layout, find, is_unet, located, read_weights
 from .diffusers_unet import ASSUMED_CLASSES, convert_weights, known, unet_config
 from .imported import Imported
 
@@ -52,7 +52,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     path = checkpoint.path
     if not checkpoint.is_folder:
         return path.suffix in (".safetensors", ".bin") and is_unet(path.parent)
-    parts = (path, path / "unet", path / "unet_ema")
+    parts = (path, *(path / part for part in UNETS))
     return (path / "model_index.json").is_file() or any(map(is_unet, parts))
 
 

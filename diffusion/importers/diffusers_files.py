@@ -17,7 +17,7 @@ from .checkpoint_file import Checkpoint, without_prefixes
 
 T = TypeVar("T")
 STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")  # names of weights, the preferred one first
-COMPONENTS = ("unet", "scheduler")  # of a pipeline that can be imported
+UNETS = ("unet_ema", "unet")  # folders of UNets, the preferred one first
 _FORMATS = ("safetensors", "bin")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -49,18 +49,20 @@ def find(checkpoint: Checkpoint, wanted: str | None = None) -> Layout:
     """The layout of a folder, or of a file of weights beside its config.json.
 
     wanted: "unet" or "unet_ema", for a folder that has both; the average is preferred, except in a pipeline,
-    whose index names `unet`. ValueError for a pipeline with a component that is not in COMPONENTS.
+    whose index names `unet`. ValueError for a pipeline with a component that is neither a UNet nor a
+    scheduler, also where the UNet's folder in it is given.
     """
-    folder = checkpoint.path
-    if not checkpoint.is_folder:
-        weights, folder = folder, folder.parent
-        return Layout(folder, folder, weights, _scheduler_in(folder))
+    folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
     index = folder / "model_index.json"
-    if index.is_file():
-        _check_components(index)
-    parts = {name: folder / name for name in ("unet_ema", "unet") if is_folder(folder / name)}
+    _check_components(index, _components_of(folder))
+    if is_unet(folder):
+        index_above = folder.absolute().parent / "model_index.json"
+        _check_components(index_above, read_json(index_above) if index_above.is_file() else {})
+    if not checkpoint.is_folder:
+        return Layout(folder, folder, checkpoint.path, _scheduler_in(folder))
+    parts = {name: folder / name for name in UNETS if is_folder(folder / name)}
     if wanted is not None:
-        choice("part of weights", wanted, ("unet", "unet_ema"))
+        choice("part of weights", wanted, sorted(UNETS))
         if wanted not in parts:
             raise ValueError(f"{folder} has no {wanted}/")
         return Layout(folder, parts[wanted], None, _scheduler_in(folder))
@@ -75,15 +77,25 @@ def _scheduler_in(folder: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _check_components(path: Path) -> None:
+def _components_of(folder: Path) -> dict[str, Any]:
+    """The components of a pipeline, by its index, or by its folders with a config.json where it has none."""
+    if (folder / "model_index.json").is_file():
+        return read_json(folder / "model_index.json")
+    if not any(is_unet(folder / part) for part in UNETS):
+        return {}
+    return {part.name: f"{part.name}/" for part in sorted(folder.iterdir()) if is_unet(part)}
+
+
+def _check_components(path: Path, components: dict[str, Any]) -> None:
     """ValueError, naming the component, for a pipeline of more than a UNet and a scheduler."""
-    for name, value in read_json(path).items():
+    for name, value in components.items():
         absent = value is None or value is False or (isinstance(value, list) and not any(value))
-        if name.startswith("_") or name in COMPONENTS or absent:
+        if name.startswith("_") or name in (*UNETS, "scheduler") or absent:
             continue
         kind = ".".join(map(str, value)) if isinstance(value, list) else shown(value)
+        where = path if path.is_file() else path.parent
         raise ValueError(
-            f"{path}: a pipeline with the component {name} ({kind}) cannot be imported, only one of a unet "
+            f"{where}: a pipeline with the component {name} ({kind}) cannot be imported, only one of a unet "
             "and a scheduler: without it, the UNet's samples are no images"
         )
 

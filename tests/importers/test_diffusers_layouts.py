@@ -13,6 +13,7 @@ from diffusion.cli import main
 from helpers.unet2d import SMALL, original
 
 NAME = "diffusion_pytorch_model"
+LINEAR = {"schedule": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
 
 
 def outputs(unet, labels=None) -> torch.Tensor:
@@ -93,9 +94,17 @@ def test_half_precision(tmp_path):
     assert_is(load(tmp_path, variant="fp16"), model)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", f"{NAME}.bin"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [
+        (f"{NAME}.bin", None),
+        ("model.safetensors", None),
+        ("pytorch_model.bin", None),
+        ("pytorch_model.bin", "state_dict"),
+        ("pytorch_model.bin", "model"),
+    ],
+)
 def test_names_and_wrappers(name, prefix, wrapper, tmp_path):
     """As DistributedDataParallel, torch.compile and accelerate leave them."""
     model = original(SMALL)
@@ -192,8 +201,7 @@ def test_averages_are_preferred(tmp_path):
     with pytest.warns(UserWarning, match="assumed: weights=unet_ema num_train_timesteps=1000"):
         found = load(tmp_path, schedule="cosine")
     assert_is(found, scaled(model))
-    flags = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
-    assert_is(load(tmp_path, schedule="cosine", weights="unet", **flags), model)
+    assert_is(load(tmp_path, weights="unet", **LINEAR), model)
     with pytest.raises(ValueError, match="unknown part of weights 'ema'; choose from: unet, unet_ema"):
         load(tmp_path, schedule="cosine", weights="ema")
 
@@ -221,7 +229,7 @@ SCHEDULES = {
 def test_schedules_by_name(name, tmp_path):
     original(SMALL).save_pretrained(tmp_path)
     betas = diffusers.DDPMScheduler(**SCHEDULES[name]).betas.double()
-    found = load(tmp_path, schedule=name, num_train_timesteps=1000, prediction_type="epsilon").schedule
+    found = load(tmp_path, **(LINEAR | {"schedule": name})).schedule
     expected = torch.cumprod(1 - betas, 0)
     torch.testing.assert_close(found.alphas_cumprod, expected, rtol=1e-4, atol=1e-6)
 
@@ -238,7 +246,7 @@ def test_schedules_from_files(tmp_path):
 
 def test_a_schedule_for_a_learned_variance(tmp_path):
     original(SMALL | {"out_channels": 6}).save_pretrained(tmp_path)
-    found = load(tmp_path, schedule="linear", num_train_timesteps=1000, prediction_type="epsilon")
+    found = load(tmp_path, **LINEAR)
     assert found.variance == "learned_range"
 
 
@@ -340,6 +348,43 @@ def test_components_of_pipelines(name, tmp_path):
     with pytest.raises(ValueError, match=rf"model_index\.json: .* the component {name} \(") as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_components_without_an_index(tmp_path):
+    """With an index, also where the UNet's own folder, or its file, is given."""
+    save_pipeline(tmp_path, original(SMALL))
+    (tmp_path / "vqvae").mkdir()
+    (tmp_path / "vqvae" / "config.json").write_text('{"_class_name": "VQModel"}')
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"vqvae": COMPONENTS["vqvae"]}
+    unet = tmp_path / "unet"
+    for text in (json.dumps(index), None):
+        (tmp_path / "model_index.json").unlink()
+        if text is not None:
+            (tmp_path / "model_index.json").write_text(text)
+        paths = (tmp_path, unet, unet / f"{NAME}.safetensors") if text else (tmp_path,)
+        for path in paths:
+            with pytest.raises(ValueError, match="a pipeline with the component vqvae") as error:
+                load(path, schedule="linear")
+            assert "\n" not in str(error.value)
+
+
+def test_models_side_by_side(tmp_path):
+    """Other models in the same folder are no components of each other."""
+    model = original(SMALL)
+    model.save_pretrained(tmp_path / "unet")
+    save_pipeline(tmp_path / "flat", scaled(model))
+    scaled(model, 0.25).save_pretrained(tmp_path / "vae")
+    assert_is(load(tmp_path / "unet", **LINEAR), model)
+    assert_is(load(tmp_path / "flat"), scaled(model))
+    assert_is(load(tmp_path / "vae", **LINEAR), scaled(model, 0.25))
+
+
+def test_the_index_of_a_flat_pipeline_is_read_too(tmp_path):
+    original(SMALL).save_pretrained(tmp_path)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"vqvae": COMPONENTS["vqvae"]}))
+    with pytest.raises(ValueError, match="a pipeline with the component vqvae"):
+        load(tmp_path)
 
 
 def damage(folder: Path, how: str) -> None:
