@@ -22,7 +22,7 @@ from .models.structure import config_of
 from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
 from .process.noise_levels import NoiseLevels, random_levels
-from .process.objective import drop_labels, loss_weight, random_timesteps, target
+from .process.objective import drop_labels, loss_weight, random_timesteps, self_conditioned, target
 from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
 from .process.value_range import SIGNED, change_range, check_range
@@ -58,7 +58,7 @@ class DDPM(nn.Module):
         {"ddim": {"use_clipped_model_output": True}}, which DDIM needs under guidance.
     sampler: the model's own sampler, such as {"name": "dpm++", "steps": 10, "spacing": "trailing"}: a name of
         `samplers.SAMPLERS`, the number of steps (all T without it) and options. Without any, "ddpm".
-    guidance_scale: of images with labels, unless another is given.
+    guidance_scale, guidance_rescale, guidance_parallel: of images with labels, unless `sample` gets others.
     value_range: of the images that `sample` returns and `loss` takes.
     normalize: images are diffused in [-1, 1], to which value_range is mapped; False diffuses them in
         value_range itself.
@@ -77,6 +77,8 @@ class DDPM(nn.Module):
         sampler_options: dict[str, dict[str, Any]] | None = None,
         sampler: dict[str, Any] | None = None,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_parallel: float = 1.0,
         value_range: tuple[float, float] = SIGNED,
         normalize: bool = True,
         clip_output: bool = False,
@@ -105,6 +107,8 @@ class DDPM(nn.Module):
             choice("sampler's name", self.sampler.get("name"), SAMPLERS)
             self.steps()  # raises where the steps or an option do not fit the model
         self.guidance_scale = number("guidance_scale", guidance_scale)
+        self.guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
+        self.guidance_parallel = number("guidance_parallel", guidance_parallel, 0, 1)
         self.value_range = check_range("value_range", value_range)
         self.normalize = switch("normalize", normalize)
         self.clip_output = switch("clip_output", clip_output)
@@ -177,6 +181,8 @@ class DDPM(nn.Module):
         if isinstance(self.schedule, NoiseLevels):
             return edm_loss(config_of(self.unet), predict, x0, labels, t, noise, weighting)
         x_t = q_sample(self.schedule, x0, t, noise)
+        if config_of(self.unet).self_condition:
+            predict = self_conditioned(predict, self.schedule, self.prediction_type)
         output = predict(x_t, t, labels).float()
         prediction = output[:, : x0.shape[1]]
         errors = prediction - target(self.schedule, self.prediction_type, x0, t, noise)
@@ -249,7 +255,8 @@ class DDPM(nn.Module):
         device: str | torch.device | None = None,
         progress: bool = False,
         callback: loop.Callback | None = None,
-        guidance_rescale: float = 0.0,
+        guidance_rescale: float | None = None,
+        guidance_parallel: float | None = None,
         dynamic_threshold: float | None = None,
         dynamic_threshold_max: float = math.inf,
         **sampler_options: Any,
@@ -280,7 +287,11 @@ class DDPM(nn.Module):
         callback: called as callback(i, x, x0) after step i of a batch, with values of the model's
             diffused_range. Changes that it makes to the network
             take effect with the next call at the earliest.
-        guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none.
+        guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none; by default the
+            model's own.
+        guidance_parallel: share, 0 to 1, that is kept of the part of the guidance's update that is parallel
+            to the conditional prediction (Sadat et al. 2024, arXiv 2410.02416); 1 is classifier-free
+            guidance. By default the model's own.
         dynamic_threshold: quantile in [0, 1], such as 0.995, to which predicted images are clipped instead of
             `clip` (Saharia et al. 2022, arXiv 2205.11487).
         dynamic_threshold_max: upper bound of that threshold, at least 1.
@@ -304,7 +315,8 @@ class DDPM(nn.Module):
             vectors, labels = self._vectors(labels)
         labels, ids = self._images(labels, num_samples, sample_ids)
         guidance = self._guidance(guidance_scale, labels)
-        guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
+        rescale = self.guidance_rescale if guidance_rescale is None else guidance_rescale
+        parallel = self.guidance_parallel if guidance_parallel is None else guidance_parallel
         threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
         if threshold is not None:
             sampler_options.setdefault("clip", None)
@@ -323,7 +335,8 @@ class DDPM(nn.Module):
                 Batch(labels, ids, seed, noise),
                 config_of(self.unet),
                 batch_size,
-                guidance_rescale=guidance_rescale,
+                guidance_rescale=number("guidance_rescale", rescale, 0, 1),
+                guidance_parallel=number("guidance_parallel", parallel, 0, 1),
                 threshold=threshold,
                 callback=callback,
                 progress=progress,
@@ -369,6 +382,8 @@ class DDPM(nn.Module):
             "sampler_options": self.sampler_options,
             "sampler": self.sampler,
             "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "guidance_parallel": self.guidance_parallel,
             "value_range": self.value_range,
             "normalize": self.normalize,
             "clip_output": self.clip_output,

@@ -51,9 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance-rescale",
         type=float,
-        default=0.0,
         metavar="PHI",
-        help="rescaling after guidance, 0 to 1 (default: 0)",
+        help="rescaling after guidance, 0 to 1 (default: the model's, or 0)",
+    )
+    add(
+        "--guidance-parallel",
+        type=float,
+        metavar="SHARE",
+        help="share of the guidance that is parallel to the prediction with labels, 0 to 1 (default: the "
+        "model's, or 1)",
     )
     add("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's, or {DEFAULT_SAMPLER['sampler']})")
     add(
@@ -113,11 +119,12 @@ def run(args: argparse.Namespace) -> None:
     guidance = choose_guidance(model, args.guidance_scale, labels)
     sampler, steps = choose_sampler(model, args.sampler, args.steps)
     names = ("spacing", *own_options(), "guidance_interval", "clip")
-    names += ("dynamic_threshold", "dynamic_threshold_max")
+    names += ("guidance_parallel", "dynamic_threshold", "dynamic_threshold_max")
+    rescale = args.guidance_rescale
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     options |= {
         "guidance_scale": guidance,
-        "guidance_rescale": args.guidance_rescale,
+        "guidance_rescale": model.guidance_rescale if rescale is None else rescale,
         "sampler": sampler,
         "steps": steps,
         "seed": args.seed,

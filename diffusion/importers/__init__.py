@@ -10,7 +10,7 @@ from typing import Any
 
 from ..storage import checkpoint
 from ..utils.validation import choice
-from . import conditional_mnist, diffusers, edm, from_scratch, guided_diffusion, mindiffusion
+from . import conditional_mnist, diffusers, edm, from_scratch, guided_diffusion, lucidrains, mindiffusion
 from .checkpoint_file import Checkpoint
 from .imported import Imported, Importer
 
@@ -23,6 +23,7 @@ REGISTRY: tuple[Importer, ...] = (
     from_scratch,
     conditional_mnist,
     mindiffusion,
+    lucidrains,
     guided_diffusion,
 )
 

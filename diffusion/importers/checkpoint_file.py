@@ -75,6 +75,6 @@ def state_dict(contents: Any) -> dict[str, torch.Tensor]:
 def without_prefixes(named: Mapping[str, T]) -> dict[str, T]:
     """Named tensors, or other values of the same names, without the `PREFIXES` that all their names have."""
     found = dict(named)
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), None):
+    while found and (prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in found)), None)):
         found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found

@@ -13,6 +13,7 @@ from ..utils.validation import known_names, number, typed
 from .checkpoint_file import Checkpoint
 from .diffusers_files import UNETS, Layout, find, is_unet, located, read_weights
 from .diffusers_unet import ASSUMED_CLASSES, convert_weights, known, unet_config
+from .flags import image_size
 from .imported import Imported
 
 NAME = "diffusers"
@@ -90,7 +91,7 @@ def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
     path = layout.unet / "config.json"
     options: dict[str, Any] = {name: flags[name] for name in ("num_classes", "null_label") if name in flags}
     if "size" in flags:
-        options["size"] = _size(flags["size"])
+        options["size"] = image_size("size", flags["size"])
     config = located(path, unet_config, read_json(path), **options)
     weights, tensors, variant = read_weights(layout, flags.get("variant"))
     assumed: dict[str, Any] = {} if variant is None or "variant" in flags else {"variant": variant}
@@ -101,15 +102,6 @@ def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
     converted = convert_weights(config, tensors, str(weights), null_label=flags.get("null_label"))
     load_weights(unet, converted, weights)
     return unet, assumed
-
-
-def _size(value: Any) -> int | tuple[int, int]:
-    """The flag `size`: 32, "32x48" (height x width), or [32, 48]."""
-    if isinstance(value, str):
-        words = value.lower().split("x")
-        value = [int(word) if word.isdecimal() else word for word in words]
-        value = value[0] if len(value) == 1 else value
-    return typed("size", value, int | tuple[int, int], least=1, most=65536)
 
 
 def _scheduler_config(

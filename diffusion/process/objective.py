@@ -9,7 +9,7 @@ import torch
 
 from ..utils.validation import choice, number
 from .forward import at_timesteps, check_same_shape
-from .prediction import check_prediction_type
+from .prediction import check_prediction_type, predict_x0
 from .schedule import NoiseSchedule
 
 
@@ -37,6 +37,26 @@ def lognormal_timesteps(schedule: NoiseSchedule, mean: float, std: float) -> tor
     between = ((level[1:] + level[:-1]) / 2 - mean) / std
     last = torch.ones(1, dtype=torch.float64, device="cpu")
     return torch.cat([torch.special.ndtr(between), last])
+
+
+def self_conditioned(
+    network: Callable[..., torch.Tensor], schedule: NoiseSchedule, prediction_type: str
+) -> Callable[..., torch.Tensor]:
+    """A network with self-conditioning, called as in its training: network(x_t, t, labels).
+
+    In half of the calls, by PyTorch's global generator, it also gets the x_0 that it predicts without one, as
+    `x0_prev` (Chen et al. 2022, arXiv 2208.04202, algorithm 1). That prediction gets no gradient.
+    """
+
+    def call(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        if torch.rand((), device="cpu") < 0.5:
+            return network(x_t, t, labels)
+        with torch.no_grad():
+            output = network(x_t, t, labels)[:, : x_t.shape[1]]
+            x0 = predict_x0(schedule, prediction_type, x_t, t, output.to(x_t.dtype))
+        return network(x_t, t, labels, x0_prev=x0)
+
+    return call
 
 
 def target(

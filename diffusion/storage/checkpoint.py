@@ -39,6 +39,8 @@ OPTIONAL = (
     "sampler_options",
     "sampler",
     "guidance_scale",
+    "guidance_rescale",
+    "guidance_parallel",
     "value_range",
     "normalize",
     "clip_output",
