@@ -10,7 +10,18 @@ from typing import Any
 
 from ..storage import checkpoint
 from ..utils.validation import choice
-from . import conditional_mnist, diffusers, edm, from_scratch, guided_diffusion, lucidrains, mindiffusion
+from . import (
+    conditional_mnist,
+    diffusers,
+    edm,
+    ermongroup_ddim,
+    from_scratch,
+    guided_diffusion,
+    improved_diffusion,
+    lucidrains,
+    mindiffusion,
+    pytorch_ddpm,
+)
 from .checkpoint_file import Checkpoint
 from .imported import Imported, Importer
 
@@ -25,6 +36,9 @@ REGISTRY: tuple[Importer, ...] = (
     mindiffusion,
     lucidrains,
     guided_diffusion,
+    improved_diffusion,
+    pytorch_ddpm,
+    ermongroup_ddim,
 )
 
 
@@ -41,9 +55,12 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
         if flags:
             raise ValueError(f"{name} takes no flag {min(flags)}: it says itself how it was trained")
         return Imported(*checkpoint.read(path, verify))
-    foreign = Checkpoint(path)
-    if importer := importer_of(foreign, flags.pop("format", None)):
-        return importer.load(foreign, **flags)
+    foreign, wanted = Checkpoint(path), flags.pop("format", None)
+    if importer := importer_of(foreign, wanted):
+        imported = importer.load(foreign, **flags)
+        if wanted is not None and imported.assumed:
+            imported = imported._replace(assumed={k: v for k, v in imported.assumed.items() if k != "format"})
+        return imported
     if path.is_file():
         known = [importer.NAME for importer in REGISTRY]
         foreign.contents  # noqa: B018 (raises where the file is damaged)

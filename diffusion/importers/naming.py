@@ -94,3 +94,22 @@ def convert(
             ours[f"{name}.{inner}"] = tensor
     source.finish()
     return ours
+
+
+def separate_attention(
+    norm: str, query: str, key: str, value: str, proj: str
+) -> Callable[[Source, str], dict[str, torch.Tensor]]:
+    """The `take_attention` of an attention whose q, k and v are linear layers or 1x1 convolutions of their
+    own. The arguments are the foreign names within the attention."""
+
+    def take(source: Source, foreign: str) -> dict[str, torch.Tensor]:
+        ours = {}
+        for kind in ("weight", "bias"):
+            qkv = torch.cat([source.take(f"{foreign}.{name}.{kind}") for name in (query, key, value)])
+            out = source.take(f"{foreign}.{proj}.{kind}")
+            ours[f"qkv.{kind}"] = qkv.flatten(1) if kind == "weight" else qkv
+            ours[f"proj.{kind}"] = out.flatten(1) if kind == "weight" else out
+            ours[f"norm.{kind}"] = source.take(f"{foreign}.{norm}.{kind}")
+        return ours
+
+    return take

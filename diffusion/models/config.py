@@ -49,6 +49,7 @@ class UNetConfig(NetworkConfig):
     in_channels, out_channels: channels of the images and of the output; out_channels = 2 * in_channels
         means a learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1).
     channels, channel_mult: the base width, and its multiple at each level.
+    input_width: width of the first convolution; None for that of level 0.
     num_res_blocks: number of residual blocks at each level on the way down, or one integer for all levels;
         the way up has one more.
     attention_levels: levels with attention after each block. For 32x32 images, level 1 is DDPM's attention at
@@ -121,6 +122,7 @@ class UNetConfig(NetworkConfig):
     time_embedding: str = "sinusoidal"
     learned_timesteps: int | None = None
     label_embedding: str = "table"
+    input_width: int | None = None
     bounds: ClassVar[dict[str, dict[str, float]]] = _BOUNDS
 
     def __post_init__(self) -> None:
@@ -253,8 +255,9 @@ class UNetConfig(NetworkConfig):
             count += mlp
         elif self.num_classes is not None:
             count += (self.num_classes + self.has_null_label) * embed
-        count += (9 * self.patch_size**2 * self.in_channels + 1) * widths[0]
-        width, skips = widths[0], [widths[0]]
+        width = self.input_width or widths[0]
+        count += (9 * self.patch_size**2 * self.in_channels + 1) * width
+        skips = [width]
         levels = list(zip(widths, self.level_blocks, self.level_downsample, self.level_upsample, strict=True))
         for level, (outputs, blocks, down, _) in enumerate(levels):
             count += blocks * attention(outputs) * self.level_attention[level][0]

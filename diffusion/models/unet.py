@@ -70,10 +70,10 @@ class UNet(Network):
         elif config.num_classes is not None:
             self.label_embedding = nn.Embedding(config.num_classes + config.has_null_label, embed_dim)
         pixels = config.patch_size**2
-        self.input_conv = nn.Conv2d(pixels * config.in_channels, widths[0], 3, padding=1)
+        width = config.input_width or widths[0]
+        self.input_conv = nn.Conv2d(pixels * config.in_channels, width, 3, padding=1)
 
-        width, skips = widths[0], [widths[0]]
-        down = []
+        skips, down = [width], []
         for i, how in enumerate(config.level_downsample):
             inputs = [width, *[widths[i]] * (config.level_blocks[i] - 1)]
             attends = config.level_attention[i][0]

@@ -56,6 +56,7 @@ VARIANTS = {
     "learned_variance": replace(TINY, out_channels=4),
     "embedding": replace(TINY, flip_sin_to_cos=True, freq_shift=0, time_embed_dim=12, timestep_scale=0.25),
     "oblong": replace(TINY, sample_size=(8, 12)),
+    "input_width": replace(TINY, channel_mult=(2, 1), input_width=8),
     "patches": replace(TINY, patch_size=2),
     "oblong_patches": replace(TINY, sample_size=(8, 16), patch_size=4, channel_mult=(1, 1)),
     "up_attention": replace(TINY, attention_levels=(1,), up_attention_levels=(0,)),

@@ -1,7 +1,6 @@
 """Imported models compute what the originals do: diffusers itself, and stored outputs of OpenAI's code."""
 
 import json
-import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,12 +12,11 @@ from safetensors.torch import save_file
 import diffusion
 from diffusion import importers
 from diffusion.cli import main
-from diffusion.importers import Checkpoint, Imported, guided_diffusion
+from diffusion.importers import Checkpoint, Imported
 from diffusion.importers import diffusers as diffusers_format
 from diffusion.importers.diffusers_unet import convert_weights, unet_config
 from diffusion.models.unet import UNet
 from diffusion.utils.validation import known_names
-from helpers.paths import FIXTURES
 from helpers.unet2d import SMALL, original
 
 # google/ddpm-cifar10-32, as its config.json has it.
@@ -361,132 +359,6 @@ def test_damaged_json(text, tmp_path):
     assert "\n" not in str(error.value)
 
 
-# Outputs of OpenAI's own UNetModel (guided-diffusion at 22e0df8, improved-diffusion at 1bc7bbb for the case
-# of that name) in float32 on a CPU, with the weights of `weights` and the input of `numbers` below: every
-# step-th number of the flattened output for timesteps 7 and 983. "modules" lists the names of the original's
-# modules by the shape of their weights; their biases have the first dimension of it.
-EXPECTED = json.loads((FIXTURES / "guided_diffusion.json").read_text())
-
-
-def numbers(count: int, key: int) -> torch.Tensor:
-    """`count` numbers in [-1, 1), a function of index and key that looks random."""
-    h = torch.sin(torch.arange(count, dtype=torch.float64) * 12.9898 + key * 78.233 + 1.0) * 43758.5453
-    return (h - h.floor()) * 2 - 1
-
-
-def weights(modules: dict[str, str]) -> dict[str, torch.Tensor]:
-    shapes = {}
-    for shape, names in modules.items():
-        for name in names.split():
-            shapes[f"{name}.weight"] = tuple(map(int, shape.split()))
-            if name != "label_emb":
-                shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
-    tensors = {}
-    for key, name in enumerate(sorted(shapes)):
-        shape = torch.Size(shapes[name])
-        u = numbers(shape.numel(), key).reshape(shape)
-        if len(shape) > 1:
-            u = u * (3 / shape[1:].numel()) ** 0.5
-        else:
-            u = 1 + 0.3 * u if name.endswith("weight") else 0.2 * u
-        tensors[name] = u.float()
-    return tensors
-
-
-def save_guided(name: str, folder: Path) -> Path:
-    torch.save(weights(EXPECTED[name]["modules"]), folder / "model.pt")
-    return folder / "model.pt"
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_guided_diffusion(name, tmp_path):
-    case = EXPECTED[name]
-    unet, schedule, conventions, _ = guided_diffusion.load(
-        Checkpoint(save_guided(name, tmp_path)), **case["flags"]
-    )
-    config = unet.config
-    x = (numbers(2 * 3 * config.sample_size**2, 1000) * 1.7).float().reshape(2, 3, *config.image_shape)
-    labels = None if case["labels"] is None else torch.tensor(case["labels"])
-    with torch.no_grad():
-        out = unet.eval()(x, torch.tensor([7, 983]), labels)
-    expected = torch.tensor(case["values"])
-    assert expected.std() > 0.3
-    assert (out.flatten()[:: case["step"]] - expected).abs().max() <= 1e-5
-    assert case["flags"].get("diffusion_steps", 1000) == schedule.T
-    learned = case["flags"]["learn_sigma"]
-    assert conventions == {
-        "prediction_type": "epsilon",
-        "variance": "learned_range" if learned else "fixed_large",
-        "clip": 1.0,
-    }
-    assert config.learned_variance == learned
-    if labels is not None:
-        with pytest.raises(ValueError, match="without a null label"):
-            unet(x, torch.tensor([7, 983]))
-
-
-def test_guided_diffusion_conventions(tmp_path):
-    path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
-    options = {"predict_xstart": True, "sigma_small": True, "use_fp16": True, "diffusion_steps": 250}
-    _, schedule, conventions, _ = guided_diffusion.load(Checkpoint(path), **flags, **options)
-    assert conventions == {"prediction_type": "sample", "variance": "fixed_small", "clip": 1.0}
-    # Dhariwal & Nichol's code: the betas of 1000 steps, times 1000 / steps.
-    torch.testing.assert_close(schedule.betas, torch.linspace(4e-4, 0.08, 250, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"imagesize": 3}, "unknown flag 'imagesize'; choose from: attention_resolutions, "),
-        ({"image_size": "64"}, "flag image_size must be a whole number of at most 64 bits, not '64'"),
-        ({"class_cond": "False"}, "flag class_cond must be true or false"),
-        ({"num_channels": True}, "flag num_channels must be a whole number"),
-        ({"class_cond": True}, "has no label_emb"),
-        ({"channel_mult": "1,x"}, "channel_mult must be numbers"),
-        ({"channel_mult": "", "image_size": 8}, "channel_mult must be given for an image_size of 8"),
-        ({"channel_mult": "1,1,1,1,1"}, "cannot be halved"),
-        ({"attention_resolutions": "a"}, "attention_resolutions must be numbers"),
-        ({"noise_schedule": "warped"}, "noise_schedule 'warped'"),
-        ({"noise_schedule": ["linear"]}, "unknown noise_schedule"),
-        ({"diffusion_steps": 0}, "flag diffusion_steps must be a whole number in 1..1000000, not 0"),
-        ({"diffusion_steps": 10**400}, "flag diffusion_steps must be a whole number"),
-        ({"diffusion_steps": 2**40}, "flag diffusion_steps must be a whole number in 1..1000000"),
-        ({"num_heads": 2**40}, "num_heads must be a whole number in 1..65536"),
-        ({"num_res_blocks": 10**18}, "num_res_blocks must be a whole number in 1..64"),
-        ({"channel_mult": "1,inf"}, "channel_mult must be a list of finite numbers, not inf"),
-        ({"channel_mult": (1, 10**400)}, "channel_mult must be a list of finite numbers"),
-        ({"attention_resolutions": "1e400"}, "attention_resolutions must be a list of finite numbers"),
-        ({"dropout": math.nan}, "flag dropout must be a finite number, not nan"),
-        ({"num_heads_upsample": 4, "num_head_channels": -1}, "num_heads_upsample"),
-        ({"num_head_channels": 48}, "heads of width 48"),
-        ({"num_res_blocks": 2}, "of another architecture"),
-        ({"resblock_updown": True}, "of another architecture"),
-        ({"learn_sigma": True}, r"output_conv.weight is \[3, 32, 3, 3\], not \[6, 32, 3, 3\]"),
-    ],
-)
-def test_wrong_flags(flags, message, tmp_path):
-    path = save_guided("pooling", tmp_path)
-    with pytest.raises(ValueError, match=message) as error:
-        guided_diffusion.load(Checkpoint(path), **(EXPECTED["pooling"]["flags"] | flags))
-    assert "\n" not in str(error.value)
-
-
-def test_flags_that_nobody_gave_are_named(tmp_path, capsys):
-    path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
-    with pytest.warns(UserWarning, match=r"assumed: .*\bnoise_schedule=linear\b.* rescale_timesteps=False"):
-        model = diffusion.load(path, flags=flags)
-    given = [word for flag, value in flags.items() for word in ("--flag", f"{flag}={value}")]
-    main(["import", str(path), "--out", str(tmp_path / "model"), *given])
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("assumed flags, which --flag NAME=VALUE changes: ")
-    assumed = dict(word.split("=") for word in first.partition(": ")[2].split())
-    assert assumed["noise_schedule"] == "linear"
-    assert assumed.keys().isdisjoint(flags)
-    assert second.endswith("T = 1000")
-    for name, weight in diffusion.load(tmp_path / "model").unet.state_dict().items():
-        assert torch.equal(weight, model.unet.state_dict()[name])
-
-
 class Doubling:
     """An importer of made-up files: text that says by how much the bundled model's weights are multiplied."""
 
@@ -532,11 +404,3 @@ def test_an_importer_is_one_entry(tmp_path, monkeypatch):
         assert diffusion.load(other, flags={"format": "doubling"}).num_classes == 10
     with pytest.raises(ValueError, match="mnist takes no flag factor"):
         diffusion.load("mnist", flags={"factor": 3})
-
-
-def test_no_guided_diffusion_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"model.pt is missing"):
-        guided_diffusion.load(Checkpoint(tmp_path / "model.pt"))
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="holds no UNet of guided-diffusion"):
-        guided_diffusion.load(Checkpoint(tmp_path / "model.pt"))

@@ -23,7 +23,7 @@ from diffusion.data.image_folder import read_images
 from diffusion.data.npz import load_images
 from diffusion.evaluation.features import load_features
 from diffusion.evaluation.shards import sample_shards
-from diffusion.importers import Checkpoint, diffusers, guided_diffusion
+from diffusion.importers import Checkpoint, diffusers, guided_diffusion, openai_unet
 from diffusion.storage import reading
 from diffusion.storage.images import save_npz
 from diffusion.training.log_file import LogFile
@@ -333,7 +333,7 @@ def test_counters_keep_their_dtype():
 def test_what_a_pt_file_can_hold(make, said, tmp_path):
     torch.save(make(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match=said):
-        guided_diffusion.convert_weights(
+        openai_unet.convert_weights(
             make_model().unet.config, reading.read_torch(tmp_path / "w.pt"), origin=str(tmp_path / "w.pt")
         )
 
