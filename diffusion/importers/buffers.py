@@ -1,19 +1,18 @@
 """A state dict that holds a whole DDPM: the network's tensors, and the schedule in its buffers."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.reading import check_weights
-from ..utils.validation import number, refuse, whole_number
+from ..utils.validation import number, whole_number
 
 # What these projects' loops do, over a schedule of T + 1 betas of which the first is never visited: every
 # timestep from T to 1, the variance beta, and an end at the noise of timestep 0.
 SAMPLER = {"name": "ddpm", "variance": "fixed_large", "steps_offset": 1, "set_alpha_to_one": False}
 FLAGS = {
-    "size": "height and width of the images, one number or two",
+    "size": "height and width of the images, such as 32 or 32x48",
     "T": "number of timesteps, where the file holds no schedule",
     "beta_start": "first beta of the linear schedule, where the file holds none",
     "beta_end": "last beta of the linear schedule, where the file holds none",
@@ -101,16 +100,6 @@ def read_schedule(
     T = whole_number("flag T", values["T"], 1, MAX_TIMESTEPS - 1)
     ends = (number(f"flag {name}", values[name], above=0, below=1) for name in ("beta_start", "beta_end"))
     return NoiseSchedule.linear(T + 1, *ends), {k: v for k, v in defaults.items() if k not in given}
-
-
-def image_size(value: Any) -> int | tuple[int, int]:
-    """The flag `size`: one number, or height and width, as numbers or as text such as "28,28"."""
-    sides = value.split(",") if isinstance(value, str) else value
-    if isinstance(sides, Sequence):
-        if len(sides) != 2 or not all(str(side).strip().isdigit() for side in sides):
-            refuse("flag size", "one number or two, such as 32 or 28,28", value)
-        return (int(sides[0]), int(sides[1]))
-    return whole_number("flag size", value, 1)
 
 
 def _precision(tensor: torch.Tensor, otherwise: float) -> float:

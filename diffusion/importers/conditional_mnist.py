@@ -9,6 +9,7 @@ from ..storage.reading import load_weights
 from ..utils.validation import known_names
 from . import buffers
 from .checkpoint_file import Checkpoint
+from .flags import image_size
 from .imported import Imported
 from .naming import Source
 
@@ -41,7 +42,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         assumed["size"] = 4 * window.shape[2]
     width = first.shape[0]
     config = ContextUNetConfig(
-        sample_size=buffers.image_size(flags.get("size", 4 * window.shape[2])),
+        sample_size=image_size("flag size", flags.get("size", 4 * window.shape[2])),
         in_channels=first.shape[1],
         channels=width,
         pool=window.shape[2],

@@ -14,6 +14,7 @@ from ..storage.reading import load_weights
 from ..utils.validation import known_names, number, numbers, refuse, switch
 from . import buffers
 from .checkpoint_file import Checkpoint
+from .flags import image_size
 from .imported import Imported
 from .naming import Source
 
@@ -98,7 +99,7 @@ def _config(source: Source, values: dict[str, Any], num_timesteps: int) -> Diago
     heads = [len(tensor) for name, tensor in source.tensors.items() if name.endswith(".K_W")]
     labels = source.peek(_LABELS, 2) if _LABELS in source else None
     return DiagonalUNetConfig(
-        sample_size=buffers.image_size(values["size"]),
+        sample_size=image_size("flag size", values["size"]),
         in_channels=source.peek("first_conv.weight", 4).shape[1],
         out_channels=len(source.peek("out.2.weight", 4)),
         channels=channels,

@@ -16,6 +16,7 @@ from ..storage.reading import load_weights
 from ..utils.validation import known_names
 from . import buffers
 from .checkpoint_file import Checkpoint
+from .flags import image_size
 from .imported import Imported
 from .naming import Source
 
@@ -51,7 +52,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         source, limit, size = Source(buffers.network_part(tensors, _STACK), origin), 0.5, 28
     if "size" not in flags:
         assumed["size"] = size
-    size = buffers.image_size(flags.get("size", size))
+    size = image_size("flag size", flags.get("size", size))
     config: NetworkConfig
     if part:
         config = _unet_config(source, size, schedule.T - 1)

@@ -388,7 +388,7 @@ def test_an_importer_is_one_entry(tmp_path, monkeypatch):
         diffusion.load(path)
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, other)
-    with pytest.raises(ValueError, match=r"known format, which are diffusers, guided-diffusion"):
+    with pytest.raises(ValueError, match=r"known format, which are diffusers, "):
         diffusion.load(other)
     monkeypatch.setattr(importers, "REGISTRY", (Doubling, *importers.REGISTRY))
     bias = diffusion.load("mnist").unet.output_conv.bias
