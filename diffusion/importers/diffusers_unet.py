@@ -116,7 +116,7 @@ def unet_config(
     activation = options["act_fn"]
     activation = activation.lower() if isinstance(activation, str) else activation
     scale_shift = options["resnet_time_scale_shift"] == "scale_shift"
-    mid_groups = options["attn_norm_num_groups"]
+    mid_groups, head = options["attn_norm_num_groups"], options["attention_head_dim"]
     time = _TIME_EMBEDDINGS[known("time_embedding_type", options["time_embedding_type"], _TIME_EMBEDDINGS)]
     classes, has_null_label = _classes(options, num_classes, null_label)
     return UNetConfig(
@@ -132,7 +132,8 @@ def unet_config(
         mid_attention_groups=0 if mid_groups is None and scale_shift else mid_groups,
         has_middle=options["mid_block_type"] is not None,
         mid_divisor=number("mid_block_scale_factor", options["mid_block_scale_factor"], above=0),
-        head_channels=options["attention_head_dim"],
+        head_channels=head,
+        narrow_attention=isinstance(head, int) and head > 0 and any(width % head for width in widths),
         activation=_ACTIVATIONS[known("act_fn", activation, _ACTIVATIONS)],
         center_input=switch("center_input_sample", options["center_input_sample"]),
         time_embedding=time,

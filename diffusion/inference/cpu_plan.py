@@ -265,7 +265,8 @@ class _Plan:
             self._call(_store, out, resample, x)
 
     def _attend(self, attention: Attention, x: Tensor, out: Tensor) -> None:
-        batch, channels, height, width = x.shape
+        batch, _, height, width = x.shape
+        channels = attention.proj.weight.shape[1]  # fewer than x has for `narrow_attention`
         qkv = self._scratch("qkv", 3 * channels, height, width)
         norm: ChannelAffine = (None, False)
         if attention.norm is not None:

@@ -215,12 +215,13 @@ class Attention(nn.Module):
         if config.head_channels is not None:
             self.heads = max(1, channels // config.head_channels)
         width = config.head_channels or channels // self.heads
-        if channels != self.heads * width:
+        inner = self.heads * width
+        if inner != channels and not (config.narrow_attention and inner < channels):
             raise ValueError(f"{channels} channels cannot be divided into attention heads of width {width}")
         groups = config.norm_groups if groups is None else groups
         self.norm = Norm(channels, groups, config.norm_eps, "none") if groups else None
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = nn.Linear(channels, 3 * inner)
+        self.proj = nn.Linear(inner, channels)
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -229,7 +230,7 @@ class Attention(nn.Module):
 
     def _forward(self, x: torch.Tensor, backend: str) -> torch.Tensor:
         h = x if self.norm is None else run(self.norm, x, backend=backend)
-        qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 C]; no copy where x is channels_last
+        qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 inner]; no copy where x is channels_last
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         h = self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
         h = x + h.transpose(1, 2).reshape(x.shape)

@@ -85,6 +85,8 @@ class UNetConfig(NetworkConfig):
     label_embedding: "table", a row for each label; "timestep", the label is embedded as a timestep is, by
         an MLP of its own, and has no null label; or "identity", each label is itself an embedding [E], and
         num_classes is None.
+    narrow_attention: where head_channels does not divide the channels of a level, its attention has the
+        largest multiple of head_channels; without it, such numbers are refused.
 
     ValueError for a value of a wrong type or out of range, or more than 2**34 parameters.
     """
@@ -123,6 +125,7 @@ class UNetConfig(NetworkConfig):
     learned_timesteps: int | None = None
     label_embedding: str = "table"
     input_width: int | None = None
+    narrow_attention: bool = False
     bounds: ClassVar[dict[str, dict[str, float]]] = _BOUNDS
 
     def __post_init__(self) -> None:
@@ -242,7 +245,9 @@ class UNetConfig(NetworkConfig):
             return 2 * inputs + 2 * outputs + convolutions + skip + modulation * (embed + 1)
 
         def attention(width: int, norm: bool = True) -> int:
-            return 4 * width * (width + 1) + 2 * width * norm
+            head = self.head_channels if self.narrow_attention and self.head_channels else 1
+            inner = width // head * head
+            return 3 * inner * (width + 1) + width * (inner + 1) + 2 * width * norm
 
         def resampling(kind: str | None, width: int) -> int:
             if kind == "resblock":

@@ -65,6 +65,7 @@ VARIANTS = {
     "center_input": replace(TINY, center_input=True, patch_size=2),
     "fourier": replace(TINY, time_embedding="fourier"),
     "learned": replace(TINY, time_embedding="learned", learned_timesteps=404),
+    "narrow_attention": replace(TINY, attention_levels=(0, 1), head_channels=3, narrow_attention=True),
     "label_timestep": replace(CONDITIONAL, label_embedding="timestep", has_null_label=False),
 }
 # Those that no plan supports, with the reason.

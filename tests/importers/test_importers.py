@@ -147,7 +147,7 @@ def test_old_attention_names():
         ({"downsample_type": "fir"}, "downsample_type 'fir'"),
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift 'spatial'"),
         ({"downsample_padding": 2}, "downsample_padding 2"),
-        ({"attention_head_dim": 5}, "attention heads of width 5"),
+        ({"attention_head_dim": 33}, "attention heads of width 33"),
         ({"block_out_channels": "wide"}, "block_out_channels"),
         ({"sample_size": None}, "sample_size"),
         ({"sample_size": 15}, "cannot be halved"),

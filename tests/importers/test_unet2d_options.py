@@ -54,6 +54,8 @@ OPTIONS = {
     "labels as vectors": {"class_embed_type": "identity"},
     "labels as vectors, embedding": {"class_embed_type": "identity", "time_embedding_dim": 24},
     "no width of heads": {"attention_head_dim": None},
+    "heads that do not fill the channels": {"attention_head_dim": 5},
+    "wide heads that do not fill the channels": {"attention_head_dim": 12, "act_fn": "gelu"},
     "groups of the middle": {"attn_norm_num_groups": 4},
     "scaled and shifted": SCALE_SHIFT,
     "scaled and shifted, groups of the middle": {"attn_norm_num_groups": 4, **SCALE_SHIFT},

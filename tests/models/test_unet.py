@@ -311,6 +311,7 @@ CONFIGS = {
         "has_null_label": False,
         "label_embedding": "timestep",
     },
+    "narrow attention": {"head_channels": 12, "narrow_attention": True, "attention_levels": [1, 3]},
     "vectors as labels": {"label_embedding": "identity", "mid_divisor": 2, "activation": "gelu"},
 }
 
@@ -431,6 +432,10 @@ def test_bad_configurations(options, message):
         ({"norm_groups": 3}, "8 channels cannot be divided into 3 normalisation groups"),
         ({"attention_levels": (1,), "num_heads": 3}, "16 channels cannot be divided into attention heads"),
         ({"head_channels": 5}, "16 channels cannot be divided into attention heads of width 5"),
+        (
+            {"head_channels": 17, "narrow_attention": True},
+            "cannot be divided into attention heads of width 17",
+        ),
     ],
 )
 def test_architectures_that_do_not_divide(options, message):
