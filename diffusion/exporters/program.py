@@ -33,9 +33,14 @@ def to_exported_program(model: DDPM) -> torch.export.ExportedProgram:
     `program.module()(x, timesteps, labels)` gives the network's output [B, out_channels, H, W] for x float32
     [B, in_channels, H, W], timesteps int64 [B] and, for a conditional model only, labels int64 [B], of which
     the number of classes stands for no label where the model has a null label. B is free; H and W are those
-    of the model's images. ValueError if the network cannot be traced.
+    of the model's images. ValueError if the network cannot be traced, or has self-conditioning.
     """
     config = config_of(model.unet)
+    if config.self_condition:
+        raise ValueError(
+            "the network cannot be exported: it has self-conditioning, and a graph has no input for the "
+            "image predicted in the step before"
+        )
     network = copy.deepcopy(model.unet).to("cpu", torch.float32).eval().requires_grad_(False)
     inputs = [torch.zeros(_BATCH, config.in_channels, *config.image_shape), torch.arange(_BATCH)]
     if config.num_classes is not None:

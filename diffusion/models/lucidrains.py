@@ -329,7 +329,7 @@ class FullAttention(nn.Module):
             q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
         memory = 0 if self.memory is None else self.memory.shape[2]
         if self.memory is not None:
-            keys, values = self.memory.to(k.dtype).expand(len(x), -1, -1, -1, -1).unbind(1)
+            keys, values = self.memory.to(k.dtype).expand(x.shape[0], -1, -1, -1, -1).unbind(1)
             k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
             q = F.pad(q, (0, 0, memory, 0))  # the op takes as many queries as keys
         h = attention(q, k, v, scale=self.scale, backend=backend)[:, :, memory:]
@@ -364,7 +364,7 @@ class LinearAttention(nn.Module):
         q, k, v = qkv.flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)  # [B, heads, D, S]
         scale = self.scale / q.shape[-1] if self.mean_values else self.scale
         if self.memory is not None:
-            keys, values = self.memory.to(k.dtype).expand(len(x), -1, -1, -1, -1).unbind(1)
+            keys, values = self.memory.to(k.dtype).expand(x.shape[0], -1, -1, -1, -1).unbind(1)
             k, v = torch.cat([keys, k], dim=-1), torch.cat([values, v], dim=-1)
         summary = v @ k.softmax(dim=-1).transpose(-1, -2)  # [B, heads, D of v, D of k]
         h = summary @ (q.softmax(dim=-2) * scale)

@@ -1,6 +1,7 @@
 """Exported networks run elsewhere: ONNX Runtime and `torch.export` give what the network gives."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from diffusion.exporters.program import save_program, to_exported_program
 from diffusion.models.context_unet import ContextUNetConfig
 from diffusion.models.conv_stack import ConvStackConfig
 from diffusion.models.diagonal_unet import DiagonalUNetConfig
+from diffusion.models.lucidrains import LucidrainsConfig
 from diffusion.models.naive_unet import NaiveUNetConfig
 from diffusion.models.registry import build
 from diffusion.models.structure import config_of
@@ -41,6 +43,15 @@ OTHERS = {
     "context_unet": ContextUNetConfig(sample_size=8, channels=8, pool=2, num_classes=3),
     "naive_unet": NaiveUNetConfig(sample_size=16, channels=8, pool=2),
     "conv_stack": ConvStackConfig(sample_size=6, widths=(8, 4)),
+    "lucidrains": LucidrainsConfig(
+        sample_size=8,
+        channels=4,
+        channel_mult=(1, 2),
+        full_attention=(False, True),
+        num_heads=(1, 2, 2),
+        head_channels=(4, 6, 4),
+        num_classes=3,
+    ),
 }
 
 
@@ -167,3 +178,9 @@ def test_onnx_without_its_libraries(tmp_path, monkeypatch):
 def test_a_target_that_is_a_folder(write, tmp_path):
     with pytest.raises(ValueError, match="it is a folder, not a file"):
         write(make_model(), tmp_path)
+
+
+def test_self_conditioning_has_no_input_in_a_graph():
+    config = replace(OTHERS["lucidrains"], self_condition=True)
+    with pytest.raises(ValueError, match="no input for the image predicted in the step before"):
+        to_exported_program(DDPM(build(config), NoiseSchedule.linear()))
