@@ -86,7 +86,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         network = EDMUNet(config)
     weights = convert_weights(config, tensors)
     load_weights(network, weights, origin)
-    assumed = {"precond": precond} if "u" not in tensors else {}
+    assumed: dict[str, Any] = {"precond": precond} if "u" not in tensors else {}
     if precond == "edm":
         assumed["sigma_data"] = sigma_data
     conventions = {"prediction_type": "sample", "clip": None, "sampler": {"name": "heun", "steps": 18}}
@@ -146,10 +146,10 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
         hint = "; the flag precond=iddpm takes two" if outputs == 2 * first[1] else ""
         raise ValueError(f"{origin} has {outputs} output channels for {first[1]} of the images{hint}")
     label = tensors.get("map_label.weight")
-    song: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if not adm:
         auxiliary = [name for name in ("skip", "residual") if _has(tensors, f"enc.{{}}_aux_{name}.", sizes)]
-        song = {
+        options = {
             "embedding": "fourier" if "map_noise.freqs" in tensors else "positional",
             "noise_mult": noise // channels,
             "encoder": auxiliary[0] if auxiliary else "standard",
@@ -157,8 +157,9 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
         }
     taps = _taps(tensors, origin)
     if taps is not None:
-        song["resample_filter"] = taps
-    levels = {"num_levels": len(tensors["u"]) - 1} if "u" in tensors else {}
+        options["resample_filter"] = taps
+    if "u" in tensors:
+        options["num_levels"] = len(tensors["u"]) - 1
     return EDMConfig(
         sample_size=int(sizes[0].split("x")[0]),
         in_channels=first[1],
@@ -173,8 +174,7 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
         num_classes=None if label is None else label.shape[1],
         preconditioning=precond,
         sigma_data=sigma_data,
-        **song,
-        **levels,
+        **options,
     )
 
 

@@ -1,6 +1,5 @@
 """EDMUNet: the preconditioned networks of EDM (Karras et al. 2022, arXiv 2206.00364)."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -160,7 +159,10 @@ class EDMUNet(Network):
             "eps": 1e-6 if song else 1e-5,
             "dropout": config.dropout,
         }
-        block = functools.partial(Block, **options)
+
+        def block(inputs: int, outputs: int, **more: Any) -> Block:
+            return Block(inputs, outputs, **options, **more)
+
         taps, count, images = config.resample_filter, config.num_res_blocks, config.in_channels
         width = config.channels if song else widths[0]
         self.input_conv = Conv2d(images, width, 3, padding=1)
@@ -252,13 +254,13 @@ class EDMUNet(Network):
         """The raw network, F of the paper's eq. 7."""
         h = run(self.input_conv, x, backend=backend)
         skips, image = [h], x
-        for level in self.down:
-            h, image = level(h, image, embedding, skips, backend)
+        for encoder in self.down:
+            h, image = encoder(h, image, embedding, skips, backend)
         for block in self.middle:
             h = run(block, h, embedding, backend=backend)
         output = None
-        for level in reversed(self.up):
-            h, output = level(h, output, embedding, skips, backend)
+        for decoder in reversed(self.up):
+            h, output = decoder(h, output, embedding, skips, backend)
         assert output is not None
         return output
 

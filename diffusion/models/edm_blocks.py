@@ -80,10 +80,12 @@ def positional(noise: Tensor, width: int, sines_first: bool) -> Tensor:
 class Fourier(nn.Module):
     """Cosines and sines of random frequencies (Tancik et al. 2020, arXiv 2006.10739), [B, 2 n]."""
 
+    frequency_bits: Tensor
+
     def __init__(self, count: int):
         super().__init__()
         # A buffer of the bits of float32 numbers: a change of the model's dtype would round floats.
-        frequencies = 16 * torch.randn(count, dtype=torch.float32)
+        frequencies = 16 * torch.randn(count, dtype=torch.float32, device=torch.get_default_device())
         self.register_buffer("frequency_bits", frequencies.view(torch.int32))
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ class DecoderLevel(nn.Module):
             image = None if image is None else upsample(image, self.resample.taps)
         for block in self.blocks:
             h = run(block, torch.cat([h, skips.pop()], dim=1), embedding, backend=backend)
-        if self.output_conv is not None:
+        if self.output_norm is not None and self.output_conv is not None:
             own = run(self.output_conv, run(self.output_norm, h, backend=backend), backend=backend)
             image = own if image is None else own + image
         return h, image

@@ -56,6 +56,8 @@ def ve(sigma: Tensor) -> Coefficients:
 class IDDPM(nn.Module):
     """Improved DDPM's (Nichol & Dhariwal 2021, arXiv 2102.09672), which knows discrete noise levels only."""
 
+    level_bits: Tensor
+
     def __init__(self, num_levels: int):
         super().__init__()
         # The bits of float32 numbers: a change of the model's dtype would round floats.

@@ -78,7 +78,7 @@ def heun(
     start = torch.hypot(current[0], added[0]).item()
     following = torch.cat([current[1:], current.new_zeros(1)])
     ones = torch.ones_like(raised)
-    rows = _rows(raised, following, ones, ones)
+    rows: dict[str, Any] = _rows(raised, following, ones, ones)
     # The correction at s1 is followed by the noise that the next step begins with.
     rows["sigma"] = _interleaved(torch.zeros_like(added), added[1:])
     timesteps = _interleaved(raised, current[1:])
@@ -116,13 +116,9 @@ def _over_timesteps(
     finite = torch.where(current > 0, current, (next_alphas_cumprod(current) / 2).clamp(max=2**-24))
     following = next_alphas_cumprod(finite)
     levels, next_levels = (((1 - a) / a).sqrt() for a in (finite, following))
-    return make_table(
-        _interleaved(timesteps, timesteps[1:]),
-        _interleaved(current, current[1:]),
-        prediction_type,
-        **shared,
-        **_rows(levels, next_levels, finite.sqrt(), following.sqrt()),
-    )
+    rows: dict[str, Any] = _rows(levels, next_levels, finite.sqrt(), following.sqrt())
+    visited, alphas_cumprod = _interleaved(timesteps, timesteps[1:]), _interleaved(current, current[1:])
+    return make_table(visited, alphas_cumprod, prediction_type, **shared, **rows)
 
 
 def _rows(level: Tensor, next_level: Tensor, alpha: Tensor, next_alpha: Tensor) -> dict[str, Tensor]:
