@@ -14,7 +14,7 @@ from torch import Tensor
 from ..models.edm import EDMConfig, EDMUNet
 from ..models.edm_preconditioning import PRECONDITIONINGS
 from ..process.noise_levels import NoiseLevels
-from ..storage.reading import check_weights, load_weights, open_regular
+from ..storage.reading import check_finite, check_weights, load_weights, open_regular
 from ..utils.validation import choice, known_names, number
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
@@ -77,6 +77,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         )
     origin, tensors = str(checkpoint.path), _tensors(checkpoint)
     check_weights(tensors, origin)
+    check_finite(tensors, origin)
     precond = choice("flag precond", flags.get("precond", _told(tensors)), PRECONDITIONINGS)
     if precond != "iddpm" and "u" in tensors:
         raise ValueError(f"{origin} has the noise levels of improved DDPM, but precond is {precond}")
@@ -123,8 +124,8 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
     """The architecture, from the names and shapes of a state dict; ValueError for another project's."""
 
     def shape(name: str) -> torch.Size:
-        if name not in tensors or tensors[name].ndim < 2:
-            raise ValueError(f"{origin} holds no network of NVlabs/edm: no {name}")
+        if name not in tensors or tensors[name].ndim < 2 or not tensors[name].numel():
+            raise ValueError(f"{origin} holds no network of NVlabs/edm: no {name}, or one of another shape")
         return tensors[name].shape
 
     sizes = _sizes(tensors, origin)
@@ -145,7 +146,6 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
     if outputs != first[1] * (2 if precond == "iddpm" else 1):
         hint = "; the flag precond=iddpm takes two" if outputs == 2 * first[1] else ""
         raise ValueError(f"{origin} has {outputs} output channels for {first[1]} of the images{hint}")
-    label = tensors.get("map_label.weight")
     options: dict[str, Any] = {}
     if not adm:
         auxiliary = [name for name in ("skip", "residual") if _has(tensors, f"enc.{{}}_aux_{name}.", sizes)]
@@ -155,10 +155,18 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
             "encoder": auxiliary[0] if auxiliary else "standard",
             "decoder": "skip" if _has(tensors, "dec.{}_aux_conv.", sizes[1:]) else "standard",
         }
+    for size in sizes[1:]:
+        if f"enc.{size}_down.conv0.resample_filter" not in tensors:
+            raise ValueError(
+                f"{origin} lacks buffers, such as enc.{size}_down.conv0.resample_filter, without which the "
+                "network is unknown; save net.state_dict()"
+            )
     taps = _taps(tensors, origin)
     if taps is not None:
         options["resample_filter"] = taps
     if "u" in tensors:
+        if tensors["u"].ndim != 1 or len(tensors["u"]) < 3:
+            raise ValueError(f"{origin}: u must be a list of noise levels, not {list(tensors['u'].shape)}")
         options["num_levels"] = len(tensors["u"]) - 1
     return EDMConfig(
         sample_size=int(sizes[0].split("x")[0]),
@@ -171,7 +179,7 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
         attention_levels=tuple(
             level for level, size in enumerate(sizes) if f"enc.{size}_block0.qkv.weight" in tensors
         ),
-        num_classes=None if label is None else label.shape[1],
+        num_classes=shape("map_label.weight")[1] if "map_label.weight" in tensors else None,
         preconditioning=precond,
         sigma_data=sigma_data,
         **options,
@@ -235,7 +243,7 @@ def convert_weights(config: EDMConfig, tensors: Mapping[str, Tensor]) -> dict[st
             weights[f"{OUTSIDE.get(head, head)}.{kind}"] = tensor
     if config.preconditioning == "iddpm":
         for name in weights:
-            if ".output_conv." in name:
+            if ".output_conv." in name and weights[name].shape[:1] == (2 * config.in_channels,):
                 weights[name] = weights[name][: config.in_channels]
     return weights
 
@@ -262,6 +270,6 @@ def _part(way: str, level: int, part: str, index: str) -> str:
 
 def _ordered(qkv: Tensor, heads: int) -> Tensor:
     """The rows of qkv by (q, k, v), head and channel, from rows by head, channel and (q, k, v)."""
-    if not heads or len(qkv) % (3 * heads):
+    if not heads or not qkv.ndim or len(qkv) % (3 * heads):
         return qkv  # of a shape that `load_weights` refuses
     return qkv.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)

@@ -193,6 +193,8 @@ def replaced(name, function):
         (lambda tensors: tensors | {"model.more": torch.ones(2)}, {}, "1 unknown"),
         (replaced("model.map_layer1.weight", lambda t: t * math.nan), {}, "NaN"),
         (replaced("model.enc.4x4_down.conv0.resample_filter", lambda t: t * 2), {}, "resample_filter"),
+        (replaced("model.map_label.weight", lambda t: t[0]), {}, "no map_label.weight"),
+        (without("model.enc.4x4_down.conv0.resample_filter"), {}, "lacks buffers"),
         (lambda tensors: tensors, {"precond": "flow"}, "unknown flag precond 'flow'"),
         (lambda tensors: tensors, {"precond": "iddpm"}, "3 output channels for 3 of the images"),
         (lambda tensors: tensors, {"sigma_data": 0}, "sigma_data must be"),
@@ -200,7 +202,7 @@ def replaced(name, function):
     ],
 )
 def test_what_is_refused(saved, change, flags, error):
-    path, _ = saved("ddpmpp", change)
+    path, _ = saved("ddpmpp_cond", change)
     with pytest.raises(ValueError, match=error) as raised:
         diffusion.load(path, flags=flags)
     assert "\n" not in str(raised.value)
