@@ -27,6 +27,7 @@ class Layout(NamedTuple):
 
     folder: of the whole. unet: folder of the UNet. weights: its file, if the caller named it. scheduler: the
     scheduler_config.json, or None. chosen: the UNet's folder by name, if there was another to choose from.
+    pipeline: the pipeline's class, or None without an index.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
     weights: Path | None = None
     scheduler: Path | None = None
     chosen: str | None = None
+    pipeline: str | None = None
 
 
 def is_unet(folder: Path) -> bool:
@@ -54,22 +56,24 @@ def find(checkpoint: Checkpoint, wanted: str | None = None) -> Layout:
     """
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
     index = folder / "model_index.json"
-    _check_components(index, _components_of(folder))
+    components = _components_of(folder)
+    _check_components(index, components)
     if is_unet(folder):
         index_above = folder.absolute().parent / "model_index.json"
         _check_components(index_above, read_json(index_above) if index_above.is_file() else {})
+    found = Layout(folder, folder, None, _scheduler_in(folder), None, components.get("_class_name"))
     if not checkpoint.is_folder:
-        return Layout(folder, folder, checkpoint.path, _scheduler_in(folder))
+        return found._replace(weights=checkpoint.path)
     parts = {name: folder / name for name in UNETS if is_folder(folder / name)}
     if wanted is not None:
         choice("part of weights", wanted, sorted(UNETS))
         if wanted not in parts:
             raise ValueError(f"{folder} has no {wanted}/")
-        return Layout(folder, parts[wanted], None, _scheduler_in(folder))
+        return found._replace(unet=parts[wanted])
     if not parts:
-        return Layout(folder, folder, None, _scheduler_in(folder))
+        return found
     name = "unet" if index.is_file() and "unet" in parts else next(iter(parts))
-    return Layout(folder, parts[name], None, _scheduler_in(folder), name if len(parts) > 1 else None)
+    return found._replace(unet=parts[name], chosen=name if len(parts) > 1 else None)
 
 
 def _scheduler_in(folder: Path) -> Path | None:
