@@ -3,6 +3,7 @@
 import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ from helpers.native import requires_native
 from helpers.unets import TINY, UNPLANNED, VARIANTS, inputs, randomized
 
 pytestmark = requires_native
+
+
+@pytest.fixture(autouse=True)
+def fast_kernels(monkeypatch):
+    """Plans the small networks of these tests as large ones are planned."""
+    monkeypatch.setattr(cpu_plan, "SMALL_NETWORK", 0)
 
 
 def labels_of(config, batch: int):
@@ -61,6 +68,23 @@ def test_in_sixteen_bits(name, dtype):
         peer = copy.deepcopy(unet).to(dtype)(x, t, labels)
     error, allowed = (actual - expected).abs().max(), (peer - expected).abs().max()
     assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["tiny", "scale_shift", "heads"])
+def test_small_networks_are_as_accurate_as_pytorch(name, monkeypatch):
+    """Their error is at most twice that of the UNet itself in float32."""
+    monkeypatch.setattr(cpu_plan, "SMALL_NETWORK", 2**20)
+    unet = randomized(replace(VARIANTS[name], channels=32))
+    x, t = inputs(unet.config, size=(16, 16))
+    actual, expected = evaluate(unet, torch.float32, x, t, None)
+    with torch.no_grad():
+        peer = unet(x, t, backend="reference")
+    error, allowed = (actual - expected).square().mean().sqrt(), (peer - expected).square().mean().sqrt()
+    assert error <= 2 * allowed
+    planned = PlannedUNet(unet, torch.float32)
+    planned.denoise(x, unet.embed(t))
+    used = {packing for _, packing in planned._weights}
+    assert all(packing.amx_limbs == 0 and packing.winograd_m <= 2 for packing in used)
 
 
 @pytest.mark.thinned
