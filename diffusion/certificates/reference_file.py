@@ -18,6 +18,7 @@ from .original import Forward, Original, Trajectory
 
 _FORWARD = re.compile(r"forward\.(?:(cond|null)\.)?t(\d+(?:\.\d+)?)")
 _TRAJECTORY = re.compile(r"traj\.([^.]+)(?:\..*)?")
+_GUIDED = re.compile(r"traj\.w(\d+(?:\.\d+)?)")
 _OWN = "final"  # the trajectory of the model's own sampler
 _OTHER = ("x", "y", "t", "traj.noise", "traj.noise.seed", "traj.noise.shape", "traj.w")
 
@@ -39,11 +40,14 @@ def read_reference(path: str | os.PathLike, model: DDPM) -> Original:
             forwards.append(Forward(name, timestep, tensor, match[1] != "null"))
         elif name in _OTHER:
             continue
+        elif noise is not None and (match := _GUIDED.fullmatch(name)):
+            how = {"guidance_scale": 1 + float(match[1])}
+            trajectories.append(Trajectory(name, tensor, None, _steps(model, None, noise), how))
         elif (match := _TRAJECTORY.fullmatch(name)) and match[1] in (_OWN, *SAMPLERS):
             if noise is None:
                 raise ValueError(f"{path}: {name} needs traj.noise, the noise that it was sampled from")
             sampler = None if match[1] == _OWN else match[1]
-            trajectories.append(Trajectory(name, tensor, sampler, len(noise) - 1, guided))
+            trajectories.append(Trajectory(name, tensor, sampler, _steps(model, sampler, noise), guided))
         else:
             notes.append(f"{name} of the reference is not compared: no such name is known")
     if not forwards and not trajectories:
@@ -58,7 +62,9 @@ def read_reference(path: str | os.PathLike, model: DDPM) -> Original:
     count = max(tensor.shape[0] if tensor.ndim else 0 for _, tensor, _ in shapes)
     for name, tensor, shape in shapes:
         if list(tensor.shape) != [count, *shape] and tensor.numel():
-            raise ValueError(f"{path}: {name} must have shape {[count, *shape]}, not {list(tensor.shape)}")
+            raise ValueError(
+                f"{path}: {name} must have shape {[count, *shape]} for this model, not {list(tensor.shape)}"
+            )
     if noise is not None and (len(noise) < 2 or list(noise.shape[1:]) != [count, *image]):
         shape = ", ".join(map(str, [count, *image]))
         raise ValueError(f"{path}: traj.noise must have shape [steps + 1, {shape}], not {list(noise.shape)}")
@@ -68,6 +74,12 @@ def read_reference(path: str | os.PathLike, model: DDPM) -> Original:
         raise ValueError(f"{path} has labels y, but the model is unconditional")
     labels = None if labels is None else labels.long()
     return Original(f"the file {Path(path).name}", x, labels, forwards, trajectories, noise, notes)
+
+
+def _steps(model: DDPM, sampler: str | None, noise: Tensor) -> int:
+    """The number of steps that the noise is for. A sampler that adds none in the last needs none for it."""
+    own = model.chosen_sampler(sampler)[1] or model.schedule.T
+    return own if len(noise) == own else len(noise) - 1
 
 
 def _noise(path: str | os.PathLike, tensors: dict[str, Tensor]) -> Tensor | None:

@@ -195,12 +195,27 @@ def test_numbers_by_other_names(model, tmp_path):
     assert certificate["notes"] == ["traj.mystery of the reference is not compared: no such name is known"]
 
 
+def test_no_noise_for_the_last_step_and_guidance(tmp_path):
+    model = make_model(4, T=20, sampler={"name": "ddpm", "steps": 5})
+    model.save(tmp_path / "model")
+    noise = torch.randn(5, BATCH, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    how = {"noise": lambda k: noise[k], "guidance_scale": 2.5}
+    tensors = {"traj.w1.5": model.sample([3, 1], **how), "traj.noise": noise, "y": torch.tensor([3, 1])}
+    save_file(tensors, tmp_path / "numbers.safetensors")
+    certificate = certify(tmp_path / "model", tmp_path / "model", reference=tmp_path / "numbers.safetensors")
+    (trajectory,) = certificate["trajectories"]
+    assert (trajectory["name"], trajectory["steps"], trajectory["max_error"]) == ("traj.w1.5", 5, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"x": None}, "forward.t0 needs x"),
         ({"traj.noise": None}, "traj.final needs traj.noise"),
-        ({"x": torch.zeros(BATCH, 3, 8, 8)}, "x must have shape [2, 2, 8, 8], not [2, 3, 8, 8]"),
+        (
+            {"x": torch.zeros(BATCH, 3, 8, 8)},
+            "x must have shape [2, 2, 8, 8] for this model, not [2, 3, 8, 8]",
+        ),
         ({"traj.final": torch.zeros(1, 2, 8, 8)}, "traj.final must have shape [2, 2, 8, 8]"),
         ({"forward.t7": torch.zeros(2, 4, 8, 8)}, "forward.t7 must have shape [2, 2, 8, 8]"),
         ({"traj.noise": torch.zeros(2, 2, 8, 8)}, "traj.noise must have shape [steps + 1, 2, 2, 8, 8]"),
