@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 
+from ..models.network import Network, NetworkConfig
+from ..models.registry import build
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
-from ..storage.reading import check_weights
+from ..storage.reading import check_weights, load_weights
 from ..utils.validation import number, whole_number
 
 # What these projects' loops do, over a schedule of T + 1 betas of which the first is never visited: every
@@ -100,6 +102,29 @@ def read_schedule(
     T = whole_number("flag T", values["T"], 1, MAX_TIMESTEPS - 1)
     ends = (number(f"flag {name}", values[name], above=0, below=1) for name in ("beta_start", "beta_end"))
     return NoiseSchedule.linear(T + 1, *ends), {k: v for k, v in defaults.items() if k not in given}
+
+
+def load_network(config: NetworkConfig, weights: dict[str, torch.Tensor], origin: str) -> Network:
+    """The network of a configuration with these weights; ValueError if they do not fit it."""
+    try:
+        with torch.device("meta"):  # no memory until the weights are known to fit
+            network = build(config)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    load_weights(network, weights, origin)
+    return network
+
+
+def conventions(schedule: NoiseSchedule, value_range: tuple[float, float], **sampler: Any) -> dict[str, Any]:
+    """The further arguments of DDPM. sampler: options of the model's sampler beyond SAMPLER."""
+    return {
+        "prediction_type": "epsilon",
+        "variance": "fixed_large",
+        "clip": None,
+        "sampler": {**SAMPLER, "steps": schedule.T - 1, **sampler},
+        "value_range": value_range,
+        "normalize": False,
+    }
 
 
 def _precision(tensor: torch.Tensor, otherwise: float) -> float:

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from ..models.context_unet import ContextUNet, ContextUNetConfig
-from ..storage.reading import load_weights
+from ..models.context_unet import ContextUNetConfig
 from ..utils.validation import known_names
 from . import buffers
 from .checkpoint_file import Checkpoint
@@ -50,18 +49,8 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         num_classes=labels.shape[1],
         concatenate=len(window) == 6 * width,
     )
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = ContextUNet(config)
-    load_weights(unet, convert_weights(source), origin)
-    conventions = {
-        "prediction_type": "epsilon",
-        "variance": "fixed_large",
-        "clip": None,
-        "sampler": {**buffers.SAMPLER, "steps": schedule.T - 1},
-        "value_range": (0.0, 1.0),
-        "normalize": False,
-    }
-    return Imported(unet, schedule, conventions, assumed)
+    unet = buffers.load_network(config, convert_weights(source), origin)
+    return Imported(unet, schedule, buffers.conventions(schedule, (0.0, 1.0)), assumed)
 
 
 def convert_weights(source: Source) -> dict[str, torch.Tensor]:

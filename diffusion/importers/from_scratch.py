@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models.diagonal_unet import DiagonalUNet, DiagonalUNetConfig
-from ..storage.reading import load_weights
+from ..models.diagonal_unet import DiagonalUNetConfig
 from ..utils.validation import known_names, number, numbers, refuse, switch
 from . import buffers
 from .checkpoint_file import Checkpoint
@@ -44,7 +43,8 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     given, origin = dict(flags), str(checkpoint)
     source = Source(buffers.network_part(checkpoint.tensors, _MARKER), origin)
     grey = source.peek("first_conv.weight", 4).shape[1] == 1
-    defaults = {"size": 28 if grey else 32, "value_range": "0,1" if grey else "-1,1", "has_residuals": True}
+    size, value_range = (28, "0,1") if grey else (32, "-1,1")
+    defaults: dict[str, Any] = {"size": size, "value_range": value_range, "has_residuals": True}
     if _LABELS in source:
         defaults["w"] = 0.2  # of the project's notebook
     elif "w" in flags:
@@ -56,18 +56,9 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     values = defaults | given
     assumed |= {name: value for name, value in defaults.items() if name not in given}
     config = _config(source, values, last)
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = DiagonalUNet(config)
-    load_weights(unet, convert_weights(config, source), origin)
-    conventions = {
-        "prediction_type": "epsilon",
-        "variance": "fixed_large",
-        "clip": None,
-        "sampler": {**buffers.SAMPLER, "steps": schedule.T - 1, "noise_in_last_step": True},
-        "guidance_scale": 1 + number("flag w", values.get("w", 0)),
-        "value_range": _value_range(values["value_range"]),
-        "normalize": False,
-    }
+    unet = buffers.load_network(config, convert_weights(config, source), origin)
+    conventions = buffers.conventions(schedule, _value_range(values["value_range"]), noise_in_last_step=True)
+    conventions["guidance_scale"] = 1 + number("flag w", values.get("w", 0))
     return Imported(unet, schedule, conventions, assumed)
 
 

@@ -11,8 +11,6 @@ import torch
 from ..models.conv_stack import ConvStackConfig
 from ..models.naive_unet import NaiveUNetConfig
 from ..models.network import NetworkConfig
-from ..models.registry import build
-from ..storage.reading import load_weights
 from ..utils.validation import known_names
 from . import buffers
 from .checkpoint_file import Checkpoint
@@ -47,12 +45,12 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     part = buffers.network_part(tensors, _UNET)
     if part:
         source, limit = Source(part, origin), 1.0
-        size = 8 * source.peek("up0.0.weight", 4).shape[2]
+        side = 8 * source.peek("up0.0.weight", 4).shape[2]
     else:
-        source, limit, size = Source(buffers.network_part(tensors, _STACK), origin), 0.5, 28
+        source, limit, side = Source(buffers.network_part(tensors, _STACK), origin), 0.5, 28
     if "size" not in flags:
-        assumed["size"] = size
-    size = image_size("flag size", flags.get("size", size))
+        assumed["size"] = side
+    size = image_size("flag size", flags.get("size", side))
     config: NetworkConfig
     if part:
         config = _unet_config(source, size, schedule.T - 1)
@@ -60,18 +58,8 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     else:
         config = _stack_config(source, size)
         weights = convert_stack(config, source)
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        network = build(config)
-    load_weights(network, weights, origin)
-    conventions = {
-        "prediction_type": "epsilon",
-        "variance": "fixed_large",
-        "clip": None,
-        "sampler": {**buffers.SAMPLER, "steps": schedule.T - 1},
-        "value_range": (-limit, limit),
-        "normalize": False,
-    }
-    return Imported(network, schedule, conventions, assumed)
+    network = buffers.load_network(config, weights, origin)
+    return Imported(network, schedule, buffers.conventions(schedule, (-limit, limit)), assumed)
 
 
 def _unet_config(source: Source, size: int | tuple[int, int], num_timesteps: int) -> NaiveUNetConfig:

@@ -224,6 +224,7 @@ class DiagonalUNet(Network):
     config: DiagonalUNetConfig
     down: Sequence[Level]
     up: Sequence[Level]
+    time_table: torch.Tensor
     upsample: Sequence[nn.ConvTranspose2d]
 
     def __init__(self, config: DiagonalUNetConfig):
