@@ -5,9 +5,10 @@ schedule, and state dicts of its Unet alone. The classes of its `classifier_free
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +34,7 @@ HUB_FILES: tuple[str, ...] = ()  # read from a local file only
 FLAGS = {
     "image_size": "height and width of the images, such as 32 or 32x48; also --size",
     "size": "the same",
+    "milestone": "number of a milestone in a folder; by default the last",
     "ema": "False for the weights of a milestone instead of their moving average",
     "sampling_timesteps": "number of DDIM's steps; by default all timesteps by ancestral sampling",
     "ddim_sampling_eta": "eta of DDIM",
@@ -53,9 +55,9 @@ _OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_predic
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
-    """Whether the file holds a UNet of this layout, alone or in a milestone."""
+    """Whether a file, or the last milestone in a folder, holds a UNet of this layout."""
     try:
-        tensors, _ = _tensors(checkpoint, ema=True)
+        tensors = _stored(_file(checkpoint)).tensors
     except ValueError:
         return False
     names = [name.rpartition("downs.0.0.")[2] for name in tensors if "downs.0.0." in name]
@@ -71,9 +73,15 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     """
     if "version" in flags:  # the command line reads 1.5 as a number
         flags["version"] = str(flags["version"])
-    origin, given = str(checkpoint), Flags(flags, FLAGS, str(checkpoint))
-    ema = typed("flag ema", flags.get("ema", True), bool)
-    tensors, milestone = _tensors(checkpoint, ema)
+    given = Flags(flags, FLAGS, str(checkpoint))
+    if checkpoint.is_folder:
+        checkpoint = _file(checkpoint, given.get("milestone", _last(checkpoint), int))
+    origin = str(checkpoint)
+    tensors, milestone, ema = _stored(checkpoint, typed("flag ema", flags.get("ema", True), bool))
+    if ema != flags.get("ema", ema):
+        raise ValueError(f"{origin} holds no moving average of the weights; give the flag ema=False")
+    if not ema and "ema" not in flags:
+        given.assumed["ema"] = False
     network, buffers = _split(tensors, origin)
     check_kind(network, origin)
     version = _version(given, network, buffers, milestone)
@@ -115,23 +123,46 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     return Imported(unet, schedule, conventions, given.assumed)
 
 
-def _tensors(checkpoint: Checkpoint, ema: bool) -> tuple[Tensors, Mapping[str, Any] | None]:
-    """The state dict of a GaussianDiffusion or a Unet, and the milestone that holds it, or None."""
-    if checkpoint.is_folder:
-        return {}, None
+def _last(checkpoint: Checkpoint) -> int:
+    """The largest number of the milestones in a folder."""
+    found = [re.fullmatch(r"model-(\d+)\.pt", name) for name in os.listdir(checkpoint.path)]
+    numbers = [int(match[1]) for match in found if match]
+    if not numbers:
+        raise ValueError(f"{checkpoint} holds no milestone, such as model-1.pt")
+    return max(numbers)
+
+
+def _file(checkpoint: Checkpoint, milestone: int | None = None) -> Checkpoint:
+    """The checkpoint itself, or the milestone of a folder, by default the last."""
+    if not checkpoint.is_folder:
+        return checkpoint
+    number = _last(checkpoint) if milestone is None else milestone
+    return Checkpoint(checkpoint.path / f"model-{number}.pt")
+
+
+class _Stored(NamedTuple):
+    """The state dict of a GaussianDiffusion or a Unet, the milestone that holds it, and whether its numbers
+    are the moving average of a milestone, or true where there is no milestone."""
+
+    tensors: Tensors
+    milestone: Mapping[str, Any] | None
+    ema: bool
+
+
+def _stored(checkpoint: Checkpoint, ema: bool = True) -> _Stored:
+    """What a file holds. ema: take the moving average of a milestone that has one."""
     contents, milestone = checkpoint.contents, None
     tensors = checkpoint.tensors
-    if isinstance(contents, Mapping) and isinstance(contents.get("ema"), Mapping) and "model" in contents:
-        milestone = contents
+    if isinstance(contents, Mapping) and isinstance(contents.get("model"), Mapping) and len(contents) > 1:
+        milestone, average = contents, contents.get("ema")
+        ema = ema and isinstance(average, Mapping) and bool(average)
         found = milestone["ema" if ema else "model"]
-        tensors = {}
-        if isinstance(found, Mapping):
-            tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     # ema_pytorch keeps both models beside its counters.
     prefix = "ema_model." if ema else "online_model."
     if any(name.startswith("ema_model.") for name in tensors):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return without_prefixes(tensors), milestone
+    return _Stored(without_prefixes(tensors), milestone, ema)
 
 
 def _split(tensors: Tensors, origin: str) -> tuple[Tensors, Tensors]:

@@ -170,6 +170,31 @@ def test_weights_of_a_milestone(tmp_path):
 BUFFERS = ("betas", "alphas_cumprod", "loss_weight")
 
 
+def test_milestones_of_a_folder(tmp_path):
+    state, _, version = stored("default")
+    for number in (2, 10, 9):
+        contents = milestone(state, version)
+        contents["ema"]["ema_model.model.final_conv.bias"] = torch.full((3,), float(number))
+        torch.save(contents, tmp_path / f"model-{number}.pt")
+    (tmp_path / "sample-1.png").touch()
+    assert load_file_with(tmp_path, image_size=(4, 8)).unet.output_conv.bias[0] == 10
+    assert load_file_with(tmp_path, image_size=(4, 8), milestone=2).unet.output_conv.bias[0] == 2
+    with pytest.raises(ValueError, match=r"model-3\.pt is missing"):
+        diffusion.load(tmp_path, flags={"image_size": 4, "milestone": 3})
+
+
+def test_a_milestone_without_average(tmp_path):
+    state, values, version = stored("default")
+    torch.save({"step": 3, "model": state, "version": version}, tmp_path / "model-1.pt")
+    imported = importers.read(tmp_path / "model-1.pt", flags={"image_size": (4, 8)})
+    assert imported.assumed["ema"] is False
+    assert "version" not in imported.assumed
+    with torch.no_grad():
+        close(imported.unet(values["x"], torch.tensor([0, 7])), values["forward"], 1e-5)
+    with pytest.raises(ValueError, match="holds no moving average"):
+        diffusion.load(tmp_path / "model-1.pt", flags={"image_size": 4, "ema": True})
+
+
 @pytest.mark.parametrize("wrapper", ["none", "state_dict", "ema", "module", "denoise_fn", "safetensors"])
 def test_state_dicts_in_other_wrappers(wrapper, tmp_path):
     state, values, _ = stored("default")
