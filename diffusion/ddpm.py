@@ -42,6 +42,7 @@ from .utils.validation import (
     whole_numbers,
 )
 
+THRESHOLD = ("dynamic_threshold", "dynamic_threshold_max")
 PRECISIONS = ("exact", "fast")
 MAX_PIXEL = 10  # magnitude in an image to train on: standardised images pass, those of 0..255 do not
 
@@ -57,7 +58,8 @@ class DDPM(nn.Module):
     sampler_options: this model's defaults for the options of samplers, by the sampler's name, such as
         {"ddim": {"use_clipped_model_output": True}}, which DDIM needs under guidance.
     sampler: the model's own sampler, such as {"name": "dpm++", "steps": 10, "spacing": "trailing"}: a name of
-        `samplers.SAMPLERS`, the number of steps (all T without it) and options. Without any, "ddpm".
+        `samplers.SAMPLERS`, the number of steps (all T without it) and options, with `dynamic_threshold` and
+        `dynamic_threshold_max` of `sample`. Without any, "ddpm".
     guidance_scale, guidance_rescale, guidance_parallel: of images with labels, unless `sample` gets others.
     value_range: of the images that `sample` returns and `loss` takes.
     normalize: images are diffused in [-1, 1], to which value_range is mapped; False diffuses them in
@@ -105,6 +107,7 @@ class DDPM(nn.Module):
         self.sampler = copy.deepcopy(typed("sampler", sampler, dict | None))
         if self.sampler is not None:
             choice("sampler's name", self.sampler.get("name"), SAMPLERS)
+            _threshold(*self._own_threshold(None))
             self.steps()  # raises where the steps or an option do not fit the model
         self.guidance_scale = number("guidance_scale", guidance_scale)
         self.guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
@@ -224,7 +227,7 @@ class DDPM(nn.Module):
         sampler, steps, options: as those of `steps`. The returned steps are None for all T. ValueError for an
         unknown sampler or option.
         """
-        own = dict(self.sampler or {"name": "ddpm"})
+        own = {k: v for k, v in (self.sampler or {"name": "ddpm"}).items() if k not in THRESHOLD}
         own_name, own_steps = own.pop("name"), own.pop("steps", None)
         name = own_name if sampler is None else sampler
         options = {} if options is None else options
@@ -235,6 +238,14 @@ class DDPM(nn.Module):
             check_options(name, own)
             defaults = defaults | own
         return name, steps, defaults | options
+
+    def _own_threshold(self, sampler: str | None, max_value: float = math.inf) -> tuple[float | None, float]:
+        """The dynamic threshold of the model's own sampler, and its bound, if a call of `sample` uses it."""
+        own = self.sampler or {}
+        if "dynamic_threshold" not in own or sampler not in (None, own["name"]):
+            return None, max_value
+        bound = own.get("dynamic_threshold_max", math.inf) if max_value == math.inf else max_value
+        return own["dynamic_threshold"], bound
 
     @torch.no_grad()
     def sample(
@@ -293,7 +304,8 @@ class DDPM(nn.Module):
             to the conditional prediction (Sadat et al. 2024, arXiv 2410.02416); 1 is classifier-free
             guidance. By default the model's own.
         dynamic_threshold: quantile in [0, 1], such as 0.995, to which predicted images are clipped instead of
-            `clip` (Saharia et al. 2022, arXiv 2205.11487).
+            `clip` (Saharia et al. 2022, arXiv 2205.11487). None is the model's own sampler's, unless another
+            sampler or a `clip` is given.
         dynamic_threshold_max: upper bound of that threshold, at least 1.
         sampler_options: the keyword arguments of the sampler in `diffusion.steps`, such as `spacing`, `clip`,
             `guidance_interval`, and `eta` for ddim.
@@ -317,6 +329,8 @@ class DDPM(nn.Module):
         guidance = self._guidance(guidance_scale, labels)
         rescale = self.guidance_rescale if guidance_rescale is None else guidance_rescale
         parallel = self.guidance_parallel if guidance_parallel is None else guidance_parallel
+        if dynamic_threshold is None and "clip" not in sampler_options:
+            dynamic_threshold, dynamic_threshold_max = self._own_threshold(sampler, dynamic_threshold_max)
         threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
         if threshold is not None:
             sampler_options.setdefault("clip", None)
@@ -498,6 +512,8 @@ def load(
     imported = importers.read(name, verify=verify, flags=flags)
     if assumed := imported.assumed_text():
         warnings.warn(f"{name} does not say how it was trained; assumed: {assumed}", stacklevel=2)
+    if imported.note:
+        warnings.warn(f"{name}: {imported.note}", stacklevel=2)
     try:
         model = DDPM(imported.unet, imported.schedule, **imported.conventions)
     except ValueError as error:

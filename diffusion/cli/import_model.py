@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     imported = importers.read(args.source, flags=flags)
     if assumed := imported.assumed_text():
         print(f"assumed flags, which --flag NAME=VALUE changes: {assumed}")
+    if imported.note:
+        print(imported.note)
     model = DDPM(imported.unet, imported.schedule, **imported.conventions).eval()
     certificate = None
     if args.certify:  # before anything is written: the reference may be damaged

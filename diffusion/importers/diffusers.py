@@ -6,13 +6,12 @@ from typing import Any
 import torch
 
 from ..models.unet import UNet
-from ..process.prediction import PREDICTION_TYPES
-from ..process.schedule import NoiseSchedule
 from ..storage.reading import load_weights, read_json
-from ..utils.validation import known_names, number, typed
+from ..utils.validation import known_names, typed
 from .checkpoint_file import Checkpoint
 from .diffusers_files import UNETS, Layout, find, is_unet, located, read_weights
-from .diffusers_unet import ASSUMED_CLASSES, convert_weights, known, unet_config
+from .diffusers_scheduler import read_scheduler
+from .diffusers_unet import ASSUMED_CLASSES, convert_weights, unet_config
 from .flags import image_size
 from .imported import Imported
 
@@ -36,17 +35,6 @@ _NAMED_SCHEDULES = {
     "sigmoid": "sigmoid",
 }
 
-# scheduler class -> whether it clips predictions by default
-_SCHEDULERS = {"DDPMScheduler": True, "DDIMScheduler": True, "DPMSolverMultistepScheduler": False}
-_BETA_SCHEDULES = ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2")
-_VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "learned_range": "learned_range",
-    None: "fixed_small",
-}
-
 
 def recognises(checkpoint: Checkpoint) -> bool:
     """Whether a folder is a pipeline or a model of diffusers, or a file the weights of one."""
@@ -63,16 +51,18 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     checkpoint: a pipeline's folder, with `unet/` and `scheduler/`, or the files of both side by side; a
     `checkpoint-N/` of diffusers' training script, whose `unet_ema/` is preferred; a UNet's folder alone, or
     its file of weights. flags: see FLAGS. The conventions are "prediction_type" ("epsilon", "sample" or
-    "v_prediction"), "variance" ("fixed_small", "fixed_large" or "learned_range") and "clip" (the largest
-    absolute value of a predicted image, or None). ValueError, in one line: a file that is missing or damaged,
-    a component or an option that cannot be represented, or an unknown flag.
+    "v_prediction"), "variance" ("fixed_small", "fixed_large" or "learned_range"), "clip" (the largest
+    absolute value of a predicted image, or None) and "sampler", which gives the pipeline's own images.
+    ValueError, in one line: a file that is missing or damaged, a component or an option that cannot be
+    represented, or an unknown flag.
     """
     known_names("flag", flags, FLAGS)
     layout = find(checkpoint, flags.get("weights"))
     assumed = {} if layout.chosen is None else {"weights": layout.chosen}
     unet, found = _unet(layout, flags)
     path, config, about = _scheduler_config(layout, unet, flags)
-    schedule, conventions = located(path, read_scheduler, config)
+    scheduler = located(path, read_scheduler, config, layout.pipeline)
+    schedule, conventions = scheduler.schedule, scheduler.conventions
     if unet.config.learned_variance != (conventions["variance"] == "learned_range"):
         raise ValueError(
             f"{path}: a variance of type {conventions['variance']!r} does not go with a UNet of "
@@ -83,7 +73,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         raise ValueError(
             f"{path}: the UNet has learned {rows} timesteps, fewer than the {schedule.T} of the schedule"
         )
-    return Imported(unet, schedule, conventions, assumed | found | about)
+    return Imported(unet, schedule, conventions, assumed | found | about, scheduler.note)
 
 
 def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
@@ -140,35 +130,3 @@ def _scheduler_config(
             raise ValueError(f"unknown schedule {given!r}: no such file; schedules by name: {known}")
         config, assumed = read_json(path), {}
     return path, {"_class_name": "DDPMScheduler"} | config, assumed
-
-
-def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """The noise schedule and conventions of a scheduler's configuration; see `load`.
-
-    ValueError naming the option that cannot be represented. The spacing of timesteps is ignored: it is an
-    option of sampling, not of the model.
-    """
-    name = known("_class_name", config.get("_class_name"), _SCHEDULERS)
-    prediction = config.get("prediction_type", "epsilon" if config.get("predict_epsilon", True) else "sample")
-    known("prediction_type", prediction, PREDICTION_TYPES)
-    variance = config.get("variance_type")
-    known("variance_type", variance, _VARIANCES)
-    if config.get("thresholding"):
-        raise ValueError("thresholding cannot be imported: it is an option of sampling, dynamic_threshold")
-    clips = config.get("clip_sample", _SCHEDULERS[name])
-    clip = config.get("clip_sample_range", 1.0) if clips else None
-    clip = None if clip is None else number("clip_sample_range", clip, above=0)
-    conventions = {"prediction_type": prediction, "variance": _VARIANCES[variance], "clip": clip}
-    return _schedule(config), conventions
-
-
-def _schedule(config: dict[str, Any]) -> NoiseSchedule:
-    T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
-    if config.get("trained_betas") is not None:
-        schedule = NoiseSchedule.from_betas(config["trained_betas"])
-    elif known("beta_schedule", kind, _BETA_SCHEDULES) == "squaredcos_cap_v2":
-        schedule = NoiseSchedule.cosine(T)
-    else:
-        schedule = NoiseSchedule.from_config({"kind": kind, "T": T, **ends})
-    return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule

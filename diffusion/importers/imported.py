@@ -13,13 +13,15 @@ class Imported(NamedTuple):
 
     unet: the network, in float32 on the CPU. schedule: the noise schedule of its training. conventions:
     further arguments of `DDPM`, such as "prediction_type", "variance" and "clip". assumed: the flags that the
-    checkpoint does not tell and the caller did not give, with the values that were taken for them.
+    checkpoint does not tell and the caller did not give, with the values that were taken for them. note: a
+    line about what this package does otherwise than the original; "" for nothing.
     """
 
     unet: Network
     schedule: NoiseSchedule | NoiseLevels
     conventions: dict[str, Any]
     assumed: dict[str, Any] | None = None
+    note: str = ""
 
     def assumed_text(self) -> str:
         """The assumed flags in the form that `--flag` takes, such as "learn_sigma=True"; "" for none."""

@@ -7,8 +7,8 @@ import torch
 from ..process.bound import VARIANCES
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, switch
-from .options import NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
-from .table import StepTable, make_table, next_alphas_cumprod
+from .options import EPSILON_AT_ZERO_SNR, NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
+from .table import StepTable, make_table, next_alphas_cumprod, tiny_signal
 from .timesteps import visited_timesteps
 
 
@@ -25,6 +25,7 @@ def ddpm(
     steps_offset: Annotated[int, STEPS_OFFSET] = 0,
     set_alpha_to_one: Annotated[bool, SET_ALPHA_TO_ONE] = True,
     noise_in_last_step: Annotated[bool, NOISE_IN_LAST_STEP] = False,
+    epsilon_at_zero_snr: Annotated[bool, EPSILON_AT_ZERO_SNR] = False,
 ) -> StepTable:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2 and eq. 7), strided where steps < T.
 
@@ -38,6 +39,7 @@ def ddpm(
         alphas_cumprod[0].
     noise_in_last_step: whether the last step adds noise, too, unless it starts at timestep 0, as diffusers
         does. It matters for fixed_large and learned_range.
+    epsilon_at_zero_snr: whether epsilon prediction may start at zero SNR; see `table.tiny_signal`.
 
     The package's docstring has the other arguments.
     """
@@ -45,7 +47,7 @@ def ddpm(
     switch("set_alpha_to_one", set_alpha_to_one)
     switch("noise_in_last_step", noise_in_last_step)
     timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
-    current = schedule.alphas_cumprod[timesteps]
+    current = tiny_signal(schedule.alphas_cumprod[timesteps], epsilon_at_zero_snr)
     following = next_alphas_cumprod(current, 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item())
     alpha = current / following
     beta = 1 - alpha

@@ -7,8 +7,8 @@ import torch
 from ..process.prediction import epsilon_coefficients
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import number, switch
-from .options import NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
-from .table import StepTable, make_table, next_alphas_cumprod
+from .options import EPSILON_AT_ZERO_SNR, NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
+from .table import StepTable, make_table, next_alphas_cumprod, tiny_signal
 from .timesteps import visited_timesteps
 
 
@@ -26,6 +26,7 @@ def ddim(
     steps_offset: Annotated[int, STEPS_OFFSET] = 0,
     set_alpha_to_one: Annotated[bool, SET_ALPHA_TO_ONE] = True,
     noise_in_last_step: Annotated[bool, NOISE_IN_LAST_STEP] = False,
+    epsilon_at_zero_snr: Annotated[bool, EPSILON_AT_ZERO_SNR] = False,
     fixed_stride: Annotated[
         bool, "lead each step T // steps timesteps down, as diffusers does, not to the next one visited"
     ] = False,
@@ -46,6 +47,7 @@ def ddim(
         DDIMScheduler. Otherwise it leads to the next timestep visited, the paper's tau_{i-1}. That is the
         same timestep with leading, and with trailing where steps divides T. Elsewhere it is another one, and
         images of diffusers keep noise.
+    epsilon_at_zero_snr: whether epsilon prediction may start at zero SNR; see `table.tiny_signal`.
 
     The package's docstring has the other arguments. ValueError for an eta that is negative or so large that
     some step would add more noise than its timestep has.
@@ -55,7 +57,7 @@ def ddim(
     switch("set_alpha_to_one", set_alpha_to_one)
     switch("noise_in_last_step", noise_in_last_step)
     timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
-    current = schedule.alphas_cumprod[timesteps]
+    current = tiny_signal(schedule.alphas_cumprod[timesteps], epsilon_at_zero_snr)
     final = 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item()
     if switch("fixed_stride", fixed_stride):
         below = timesteps - schedule.T // (schedule.T if steps is None else steps)

@@ -8,7 +8,7 @@ import torch
 from ..process.prediction import check_x0_determined
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, refuse, switch, whole_number
-from .options import NOISE_IN_LAST_STEP, STEPS_OFFSET
+from .options import EPSILON_AT_ZERO_SNR, NOISE_IN_LAST_STEP, STEPS_OFFSET
 from .sigmas import SIGMAS, ZERO_SNR, spaced_sigmas
 from .table import History, StepTable, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
@@ -41,6 +41,7 @@ def dpmpp_2m(
     lambda_min_clipped: Annotated[float, "start where log(alpha / sigma) is at least this"] = -math.inf,
     steps_offset: Annotated[int, STEPS_OFFSET] = 0,
     noise_in_last_step: Annotated[bool, NOISE_IN_LAST_STEP] = False,
+    epsilon_at_zero_snr: Annotated[bool, EPSILON_AT_ZERO_SNR] = False,
 ) -> StepTable:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), or another multistep DPM-Solver.
 
@@ -60,6 +61,8 @@ def dpmpp_2m(
         to x_0, and for order 3.
     lambda_min_clipped: leaves out the timesteps where log(alpha / sigma) is less.
     noise_in_last_step: whether the last step of the stochastic form adds noise, too.
+    epsilon_at_zero_snr: whether epsilon prediction may start at zero SNR, where alphas_cumprod of 2^-24
+        stands for 0.
 
     The package's docstring has the other arguments. Timesteps: leading and linspace leave out 0 (see
     `timesteps.spaced_timesteps`), but for the full chain, which visits every timestep; there the grids of
@@ -70,6 +73,7 @@ def dpmpp_2m(
         ("lower_order_final", lower_order_final),
         ("euler_at_final", euler_at_final),
         ("noise_in_last_step", noise_in_last_step),
+        ("epsilon_at_zero_snr", epsilon_at_zero_snr),
     ):
         switch(name, value)
     order = whole_number("solver_order", solver_order, 1, 3)
@@ -92,7 +96,8 @@ def dpmpp_2m(
             schedule, steps, spacing, skip_zero=True, steps_offset=steps_offset, noisiest=noisiest
         )
         current = schedule.alphas_cumprod[timesteps]
-        check_x0_determined(prediction_type, current)
+        if not epsilon_at_zero_snr:
+            check_x0_determined(prediction_type, current)
         # The solver runs in lambda = log(alpha / sigma), so zero SNR stands for less SNR than any other.
         least_noisy = schedule.alphas_cumprod[0].item()
         current = torch.where(current > 0, current, (next_alphas_cumprod(current) / 2).clamp(max=ZERO_SNR))

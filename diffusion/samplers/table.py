@@ -11,7 +11,7 @@ import torch
 
 from ..kernels import StepCoefficients
 from ..process.prediction import x0_coefficients
-from ..utils.validation import number
+from ..utils.validation import number, switch
 from .guidance import guidance_scales
 
 
@@ -110,6 +110,16 @@ def make_table(
     if not noise_in_last_step or timesteps[-1] == 0:
         table[-1, StepCoefficients._fields.index("sigma")] = 0
     return StepTable(table, learned_variance, history)
+
+
+def tiny_signal(alphas_cumprod: torch.Tensor, epsilon_at_zero_snr: bool) -> torch.Tensor:
+    """alphas_cumprod with 1e-30 in place of 0, if x_0 is to follow from epsilon there all the same.
+
+    x_0 is then huge, and clipping leaves the sign of x - epsilon, as where diffusers divides by 0.
+    """
+    if not switch("epsilon_at_zero_snr", epsilon_at_zero_snr):
+        return alphas_cumprod
+    return torch.where(alphas_cumprod > 0, alphas_cumprod, 1e-30)
 
 
 def next_alphas_cumprod(alphas_cumprod: torch.Tensor, final: float = 1.0) -> torch.Tensor:

@@ -188,7 +188,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name):
     scheduler = SCHEDULERS[name]
-    schedule, conventions = diffusers_format.read_scheduler(json.loads(scheduler.to_json_string()))
+    schedule, conventions, _ = diffusers_format.read_scheduler(json.loads(scheduler.to_json_string()))
     alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
     assert scheduler.config.num_train_timesteps == schedule.T
     torch.testing.assert_close(schedule.alphas_cumprod, alphas_cumprod, rtol=1e-4, atol=1e-6)
@@ -202,13 +202,12 @@ def test_schedulers(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"_class_name": "PNDMScheduler"}, "'PNDMScheduler' cannot be imported"),
+        ({"_class_name": "UnCLIPScheduler"}, "'UnCLIPScheduler' cannot be imported"),
         ({"_class_name": None}, "_class_name None"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
         ({"prediction_type": "flow"}, "prediction_type 'flow'"),
         ({"variance_type": "fixed_large_log"}, "variance_type 'fixed_large_log'"),
         ({"variance_type": "learned"}, "variance_type 'learned'"),
-        ({"thresholding": True}, "thresholding"),
         ({"clip_sample_range": "wide"}, "clip_sample_range must be a number in"),
         ({"clip_sample_range": 10**400}, "clip_sample_range must be a number in"),
         ({"num_train_timesteps": 2**62}, "T must be a whole number in 1..1000000"),
@@ -249,9 +248,11 @@ def save_pipeline(folder: Path, **options) -> diffusers.UNet2DModel:
 def test_pipeline(safe, tmp_path):
     model = save_pipeline(tmp_path, safe_serialization=safe)
     assert diffusers_format.recognises(Checkpoint(tmp_path))
-    unet, schedule, conventions, _ = diffusers_format.load(Checkpoint(tmp_path))
+    unet, schedule, conventions, *_ = diffusers_format.load(Checkpoint(tmp_path))
     assert_same_outputs(unet, model)
     assert schedule.T == 1000
+    sampler = {"name": "ddpm", "steps": 1000, "spacing": "leading", "noise_in_last_step": True}
+    assert conventions.pop("sampler") == sampler
     assert conventions == {"prediction_type": "epsilon", "variance": "fixed_large", "clip": 1.0}
 
 

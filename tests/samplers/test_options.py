@@ -54,7 +54,7 @@ def test_the_command_line_has_the_options_of_a_new_sampler(registered, capsys):
 
 
 def test_which_options_a_sampler_has():
-    ends = {"steps_offset", "set_alpha_to_one", "noise_in_last_step"}
+    ends = {"steps_offset", "set_alpha_to_one", "noise_in_last_step", "epsilon_at_zero_snr"}
     ddim_only = {"eta", "use_clipped_model_output", "fixed_stride"}
     solver_only = {"sde", "algorithm", "solver_order", "solver_type", "sigmas", "final_sigmas_type"}
     solver_only |= {"lower_order_final", "euler_at_final", "lambda_min_clipped"}

@@ -218,6 +218,8 @@ def test_epsilon_prediction_cannot_start_at_zero_snr(sampler, options):
     with pytest.raises(ValueError, match="SNR is zero"):
         SAMPLERS[sampler](schedule, 20, spacing="trailing", **options)
     SAMPLERS[sampler](schedule, 20, spacing="leading", **options)  # does not visit the last timestep
+    table = SAMPLERS[sampler](schedule, 20, spacing="trailing", epsilon_at_zero_snr=True, **options)
+    assert table.timesteps[0] == schedule.T - 1
 
 
 def test_coefficients_that_float32_cannot_hold():
