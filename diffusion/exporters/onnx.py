@@ -19,11 +19,11 @@ MAX_FILE = 2**31 - 2**24  # bytes; a protocol buffer holds less than 2 GiB, here
 def to_onnx(model: DDPM, path: str | os.PathLike) -> None:
     """Writes the network of a model to an ONNX file, in float32.
 
-    Its inputs are `x` float32 [B, in_channels, H, W], `timesteps` int64 [B] and, for a conditional model
-    only, `labels` int64 [B], of which the number of classes stands for no label where the model has a null
-    label. Its output is `output` float32 [B, out_channels, H, W]. B is free; H and W are those of the model's
-    images. The sampler is not part of the file. Weights of 2 GiB or more go into a second file, `path` with
-    ".data" after it. Both files are complete or not written at all.
+    Its inputs are `x` float32 [B, in_channels, H, W], `timesteps` int64 [B] or noise levels float32 [B], and,
+    for a conditional model only, `labels` int64 [B], of which the number of classes stands for no label where
+    the model has a null label. Its output is `output` float32 [B, out_channels, H, W]. B is free; H and W are
+    those of the model's images. The sampler is not part of the file. Weights of 2 GiB or more go into a
+    second file, `path` with ".data" after it. Both files are complete or not written at all.
 
     ValueError if a file cannot be written, the network cannot be traced, or `onnx` and `onnxscript` are not
     installed.

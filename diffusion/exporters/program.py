@@ -8,6 +8,7 @@ from torch import nn
 
 from ..ddpm import DDPM
 from ..models.structure import config_of
+from ..process.noise_levels import NoiseLevels
 from ..storage.atomic import check_writable, replacing
 from ..utils.errors import first_line
 
@@ -31,9 +32,10 @@ def to_exported_program(model: DDPM) -> torch.export.ExportedProgram:
     """The network of a model in eval mode, float32 on the CPU, as a graph that runs without this package.
 
     `program.module()(x, timesteps, labels)` gives the network's output [B, out_channels, H, W] for x float32
-    [B, in_channels, H, W], timesteps int64 [B] and, for a conditional model only, labels int64 [B], of which
-    the number of classes stands for no label where the model has a null label. B is free; H and W are those
-    of the model's images. ValueError if the network cannot be traced, or has self-conditioning.
+    [B, in_channels, H, W], timesteps int64 [B], or noise levels float32 [B], and, for a conditional model
+    only, labels int64 [B], of which the number of classes stands for no label where the model has a null
+    label. B is free; H and W are those of the model's images. ValueError if the network
+    cannot be traced, or has self-conditioning.
     """
     config = config_of(model.unet)
     if config.self_condition:
@@ -41,8 +43,10 @@ def to_exported_program(model: DDPM) -> torch.export.ExportedProgram:
             "the network cannot be exported: it has self-conditioning, and a graph has no input for the "
             "image predicted in the step before"
         )
+    kind = torch.float32 if isinstance(model.schedule, NoiseLevels) else torch.int64
+    timesteps = torch.arange(1, _BATCH + 1, dtype=kind, device="cpu")
     network = copy.deepcopy(model.unet).to("cpu", torch.float32).eval().requires_grad_(False)
-    inputs = [torch.zeros(_BATCH, config.in_channels, *config.image_shape), torch.arange(_BATCH)]
+    inputs = [torch.zeros(_BATCH, config.in_channels, *config.image_shape), timesteps]
     if config.num_classes is not None:
         inputs.append(torch.zeros(_BATCH, dtype=torch.int64))
     batch = {0: torch.export.Dim("batch", min=1)}

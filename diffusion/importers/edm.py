@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.edm import EDMConfig, EDMUNet
-from ..models.edm_preconditioning import PRECONDITIONINGS
+from ..models.edm_preconditioning import PRECONDITIONINGS, to_fixed
 from ..process.noise_levels import NoiseLevels
 from ..storage.reading import check_finite, check_weights, load_weights, open_regular
 from ..utils.validation import choice, known_names, number
@@ -225,9 +225,9 @@ def convert_weights(config: EDMConfig, tensors: Mapping[str, Tensor]) -> dict[st
         if name == "map_augment.weight" or name.endswith(".resample_filter"):
             continue
         if name == "u":
-            weights["precondition.level_bits"] = tensor.float().contiguous().view(torch.int32)
+            weights["precondition.fixed_levels"] = to_fixed(tensor)
         elif name == "map_noise.freqs":
-            weights["fourier.frequency_bits"] = tensor.float().contiguous().view(torch.int32)
+            weights["fourier.fixed_frequencies"] = to_fixed(tensor)
         elif match := IN_LEVEL.fullmatch(name):
             way, resolution, part, index, rest = match.groups()
             level = levels.get(int(resolution), -1)

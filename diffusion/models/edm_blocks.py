@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import attention
 from .blocks import Conv2d, Norm, module_list, run
+from .edm_preconditioning import from_fixed, to_fixed
 
 Taps = tuple[float, ...]  # of a filter along one axis, of even length; their sum is 1
 BOX = (0.5, 0.5)
@@ -80,16 +81,15 @@ def positional(noise: Tensor, width: int, sines_first: bool) -> Tensor:
 class Fourier(nn.Module):
     """Cosines and sines of random frequencies (Tancik et al. 2020, arXiv 2006.10739), [B, 2 n]."""
 
-    frequency_bits: Tensor
+    fixed_frequencies: Tensor
 
     def __init__(self, count: int):
         super().__init__()
-        # A buffer of the bits of float32 numbers: a change of the model's dtype would round floats.
         frequencies = 16 * torch.randn(count, dtype=torch.float32, device=torch.get_default_device())
-        self.register_buffer("frequency_bits", frequencies.view(torch.int32))
+        self.register_buffer("fixed_frequencies", to_fixed(frequencies))
 
     def forward(self, noise: Tensor) -> Tensor:
-        frequencies = self.frequency_bits.view(torch.float32)
+        frequencies = from_fixed(self.fixed_frequencies, torch.float32)
         angles = noise[:, None] * (2 * math.pi * frequencies).to(noise.dtype)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 

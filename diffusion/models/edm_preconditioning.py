@@ -15,6 +15,7 @@ Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 BETA_D, BETA_MIN = 19.9, 0.1  # of VP: beta(t) = BETA_MIN + BETA_D t for t in [0, 1]
 VP_TIMESTEPS = 1000
 IDDPM_C1, IDDPM_C2 = 0.001, 0.008
+UNIT = 2.0**-40
 
 
 def preconditioning(name: str, sigma_data: float, num_levels: int) -> Callable[[Tensor], Coefficients]:
@@ -56,22 +57,34 @@ def ve(sigma: Tensor) -> Coefficients:
 class IDDPM(nn.Module):
     """Improved DDPM's (Nichol & Dhariwal 2021, arXiv 2102.09672), which knows discrete noise levels only."""
 
-    level_bits: Tensor
+    fixed_levels: Tensor
 
     def __init__(self, num_levels: int):
         super().__init__()
-        # The bits of float32 numbers: a change of the model's dtype would round floats.
-        self.register_buffer("level_bits", iddpm_levels(num_levels).view(torch.int32))
+        self.register_buffer("fixed_levels", to_fixed(iddpm_levels(num_levels)))
 
     def levels(self) -> Tensor:
         """The noise levels, float32 [num_levels + 1], falling to 0."""
-        return self.level_bits.view(torch.float32)
+        return from_fixed(self.fixed_levels, torch.float32)
 
     def forward(self, sigma: Tensor) -> Coefficients:
         levels = self.levels().to(sigma.dtype)
         nearest = (sigma[:, None] - levels).abs().argmin(1)
         noise = (len(levels) - 2 - nearest).to(sigma.dtype)
         return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), noise
+
+
+def to_fixed(numbers: Tensor) -> Tensor:
+    """Numbers below 2^22 as fixed-point ones, int64 in units of 2^-40.
+
+    A buffer of these keeps its digits when the dtype of its model is changed, which would round floats.
+    """
+    return (numbers.double() / UNIT).round().long()
+
+
+def from_fixed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_fixed`; exact for float32 numbers of at least 2^-17."""
+    return numbers.to(dtype) * UNIT
 
 
 def iddpm_levels(num_levels: int) -> Tensor:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import diffusion
 from diffusion.cli import main
+from diffusion.exporters.program import to_exported_program
 from diffusion.importers import Checkpoint, edm
 from diffusion.models.registry import config_from_dict, config_to_dict
 from helpers.edm import expected, state_dict
@@ -89,7 +90,7 @@ def test_float64_agrees_with_float32(saved, case):
 def test_bfloat16_keeps_the_frequencies_and_levels(saved):
     for case in ("ncsnpp", "iddpm"):
         network, x = load(saved, case).unet, expected(case)["x"]
-        exact = {k: v for k, v in network.state_dict().items() if k.endswith("_bits")}
+        exact = {k: v for k, v in network.state_dict().items() if ".fixed_" in k}
         assert exact
         labels = None if network.config.num_classes is None else LABELS
         with torch.no_grad():
@@ -225,6 +226,12 @@ def test_other_files_are_not_recognised(tmp_path):
     (tmp_path / "text.pkl").write_text("no pickle")
     for name in ("other.pt", "text.pkl", "missing.pt", "."):
         assert not edm.recognises(Checkpoint(tmp_path / name))
+
+
+def test_its_program_takes_noise_levels(saved):
+    program, recorded = to_exported_program(load(saved, "ncsnpp")), expected("ncsnpp")
+    sigma = torch.full((2,), 0.01)
+    close(program.module()(recorded["x"] * 0.01, sigma), recorded["denoised.0.01"], 1e-5)
 
 
 def test_the_process_has_no_timesteps(saved):
