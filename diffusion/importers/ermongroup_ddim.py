@@ -118,7 +118,7 @@ def _conventions(options: dict[str, Any]) -> dict[str, Any]:
     )
     eta = number("flag eta", options["eta"], 0, 1)
     ddim, ddpm = {"spacing": spacing, "clip": None, "eta": eta}, {"spacing": spacing, "clip": 1.0}
-    conventions = {
+    conventions: dict[str, Any] = {
         "prediction_type": "epsilon",
         "variance": _VARIANCES[choice("var_type", options["var_type"], _VARIANCES)],
         "clip": None if generalized else 1.0,

@@ -87,8 +87,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     "format" is among the assumed flags unless the tensors tell that the model is not improved-diffusion's.
     """
     imported = load_unet(checkpoint, flags, DEFAULTS)
-    ours = imported.unet.config
-    if "resblock" in (*ours.level_downsample, *ours.level_upsample):
+    if read_architecture(checkpoint.tensors, str(checkpoint)).resblock_updown:
         return imported
     return imported._replace(assumed={"format": NAME, **(imported.assumed or {})})
 

@@ -21,7 +21,12 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 
 def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
-    """`guided_diffusion.load_unet` with the defaults of improved-diffusion: timesteps are rescaled."""
-    return guided_diffusion.load_unet(
-        checkpoint, flags, guided_diffusion.DEFAULTS | {"rescale_timesteps": True}
-    )
+    """`guided_diffusion.load_unet` with the defaults of improved-diffusion: timesteps are rescaled.
+
+    Its options of attention that came with guided-diffusion are not among the assumed flags.
+    """
+    defaults = guided_diffusion.DEFAULTS | {"rescale_timesteps": True}
+    imported = guided_diffusion.load_unet(checkpoint, flags, defaults)
+    later = ("num_head_channels", "use_new_attention_order")
+    assumed = {flag: value for flag, value in (imported.assumed or {}).items() if flag not in later}
+    return imported._replace(assumed=assumed)

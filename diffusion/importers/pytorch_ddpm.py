@@ -117,7 +117,9 @@ def _image_size(checkpoint: Checkpoint) -> dict[str, int]:
 def _config(tensors: dict[str, torch.Tensor], options: dict[str, Any], origin: str) -> UNetConfig:
     """The configuration, from the names and shapes of the tensors."""
     head, tail, table = (tensors[name] for name in ("head.weight", "tail.2.weight", _TABLE))
-    blocks, widths, attention = [0], [], set()
+    blocks: list[int] = [0]
+    widths: list[int] = []
+    attention: set[int] = set()
     for n in range(1 + max((int(m[1]) for m in map(_down, tensors) if m), default=-1)):
         conv, level = tensors.get(f"downblocks.{n}.block1.2.weight"), len(blocks) - 1
         if conv is None:

@@ -4,6 +4,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ class SpacingWarning(UserWarning):
 _warned = False
 
 
-def visited_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: int) -> torch.Tensor:
+def visited_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: Any) -> torch.Tensor:
     """`spaced_timesteps`; warns of a start too far below T - 1."""
     global _warned
     timesteps = spaced_timesteps(schedule.T, steps, spacing, **how)
