@@ -94,8 +94,9 @@ def read_schedule(
     given = {name: flags.pop(name) for name in ("T", "beta_start", "beta_end") if name in flags}
     betas = stored_betas(tensors, origin)
     if betas is not None:
-        if given:
-            raise ValueError(f"{origin} holds its schedule of {len(betas) - 1} steps; leave out {min(given)}")
+        steps = len(betas) - 1
+        if given not in ({}, {"T": steps}):
+            raise ValueError(f"{origin} holds its schedule of {steps} steps; leave out {', '.join(given)}")
         return schedule_of(betas), {}
     defaults = {"T": T, "beta_start": 1e-4, "beta_end": 0.02}
     values = defaults | given

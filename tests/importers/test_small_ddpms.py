@@ -202,7 +202,7 @@ def test_assumed_flags(tmp_path):
         "superminddpm": {"size": 28},
     }
     path = save(tmp_path / "model.pth", checkpoint("from_scratch_cifar_unconditional"))
-    imported = importers.read(path, flags={"size": "16x32", "value_range": [-2, 2]})
+    imported = importers.read(path, flags={"size": "16x32", "value_range": [-2, 2], "T": 4})
     assert imported.assumed == {"has_residuals": True}
     assert imported.unet.config.image_shape == (16, 32)
     assert imported.conventions["value_range"] == (-2, 2)
@@ -241,7 +241,7 @@ MNIST = "from_scratch_mnist_conditional"
             r"beta_schedule must hold T \+ 1 numbers, not \[2, 2\]",
         ),
         (MNIST, {"beta_schedule": torch.full((6,), math.nan)}, {}, "beta"),
-        (MNIST, {}, {"T": 5}, "holds its schedule of 5 steps; leave out T"),
+        (MNIST, {}, {"T": 6}, "holds its schedule of 5 steps; leave out T"),
         (MNIST, {"beta_schedule": None}, {"T": 9}, "has a schedule of 9 steps, but knows the times 0..5"),
         (MNIST, {}, {"size": 5}, "images of 5x5 cannot be halved 1 times"),
         (MNIST, {}, {"size": "a"}, "size must be a whole number"),
