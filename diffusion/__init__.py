@@ -13,6 +13,7 @@ from . import kernels
 from . import samplers as steps
 from .certificates import certify
 from .ddpm import DDPM, load
+from .exporters.diffusers import to_diffusers
 from .exporters.onnx import to_onnx
 from .exporters.program import to_exported_program
 from .models.unet import UNet, UNetConfig
@@ -34,6 +35,7 @@ __all__ = [
     "save_gif",
     "save_grid",
     "steps",
+    "to_diffusers",
     "to_exported_program",
     "to_onnx",
 ]

@@ -388,8 +388,13 @@ class DDPM(nn.Module):
         Hooks and other code are not stored. ValueError if the folder cannot be written, if the weights are
         not those of the UNet's configuration or not finite in this dtype, or if the metadata is not JSON.
         """
-        config = {
-            "schedule": self.schedule.to_config(),
+        config = {"schedule": self.schedule.to_config(), **self.conventions()}
+        config["metadata"] = self.metadata | metadata
+        checkpoint.write(folder, self.unet, config, dtype)
+
+    def conventions(self) -> dict[str, Any]:
+        """The arguments of `DDPM` that this model was made with, beyond the network and the schedule."""
+        return {
             "prediction_type": self.prediction_type,
             "clip": self.clip,
             "variance": self.variance,
@@ -401,9 +406,8 @@ class DDPM(nn.Module):
             "value_range": self.value_range,
             "normalize": self.normalize,
             "clip_output": self.clip_output,
-            "metadata": self.metadata | metadata,
+            "metadata": self.metadata,
         }
-        checkpoint.write(folder, self.unet, config, dtype)
 
     def _images(
         self, labels: Any, num_samples: int | None, sample_ids: Any

@@ -1,8 +1,9 @@
-"""Write the network of a model as ONNX, or as a program of torch.export."""
+"""Write a model as a folder of diffusers, or its network as ONNX or as a program of torch.export."""
 
 import argparse
 
 from ..ddpm import load
+from ..exporters.diffusers import to_diffusers
 from ..exporters.onnx import to_onnx
 from ..exporters.program import save_program
 
@@ -10,14 +11,19 @@ from ..exporters.program import save_program
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="mnist", help="a bundled name, a folder, or hf:owner/name (default: %(default)s)")
+    add("--out", metavar="FOLDER", help="write a pipeline folder that diffusers loads")
     add("--onnx", metavar="FILE", help="write the network as ONNX, in float32, for batches of any size")
     add("--program", metavar="FILE", help="write the network as a .pt2 file, for torch.export.load")
 
 
 def run(args: argparse.Namespace) -> None:
-    if not (args.onnx or args.program):
-        raise ValueError("export needs --onnx FILE or --program FILE")
+    if not (args.out or args.onnx or args.program):
+        raise ValueError("export needs --out FOLDER, --onnx FILE or --program FILE")
     model = load(args.model)
+    if args.out:
+        call = to_diffusers(model, args.out)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
+        print(f"{args.out}: a pipeline of diffusers; call it with {arguments}")
     if args.onnx:
         to_onnx(model, args.onnx)
         print(f"{args.onnx}: the network as ONNX")

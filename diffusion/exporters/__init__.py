@@ -1,1 +1,1 @@
-"""Writes models in the formats of other projects: ONNX and `torch.export`."""
+"""Writes models in the formats of other projects: diffusers' folders, ONNX, and `torch.export`."""

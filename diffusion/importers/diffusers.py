@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from ..models.unet import UNet
+from ..process.schedule import NoiseSchedule
+from ..storage.checkpoint import OPTIONAL, REQUIRED
 from ..storage.reading import load_weights, read_json
 from ..utils.validation import known_names, typed
 from .checkpoint_file import Checkpoint
-from .diffusers_files import UNETS, Layout, find, is_unet, located, read_weights
+from .diffusers_files import EXPORTED, UNETS, Layout, exported, find, is_unet, located, read_weights
 from .diffusers_scheduler import read_scheduler
 from .diffusers_unet import ASSUMED_CLASSES, convert_weights, unet_config
 from .flags import image_size
@@ -59,6 +61,9 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     known_names("flag", flags, FLAGS)
     layout = find(checkpoint, flags.get("weights"))
     assumed = {} if layout.chosen is None else {"weights": layout.chosen}
+    own = exported(layout)
+    if own.get("null_label") is not None:
+        flags = {"null_label": own["null_label"]} | flags
     unet, found = _unet(layout, flags)
     path, config, about = _scheduler_config(layout, unet, flags)
     scheduler = located(path, read_scheduler, config, layout.pipeline)
@@ -73,6 +78,11 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         raise ValueError(
             f"{path}: the UNet has learned {rows} timesteps, fewer than the {schedule.T} of the schedule"
         )
+    if "conventions" in own and "schedule" not in flags:  # exact, where a scheduler's file is rounded
+        index = layout.folder / "model_index.json"
+        schedule = located(index, NoiseSchedule.from_config, own.get("schedule"))
+        stored = located(index, typed, f"conventions of {EXPORTED}", own["conventions"], dict)
+        conventions = {key: stored[key] for key in (*REQUIRED, *OPTIONAL) if key in stored}
     return Imported(unet, schedule, conventions, assumed | found | about, scheduler.note)
 
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..storage.reading import is_folder, read_json
-from ..utils.validation import choice, shown
+from ..storage.reading import is_folder, read_json, sha256
+from ..utils.validation import choice, shown, typed
 from .checkpoint_file import Checkpoint, without_prefixes
 
 T = TypeVar("T")
 STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")  # names of weights, the preferred one first
 UNETS = ("unet_ema", "unet")  # folders of UNets, the preferred one first
+EXPORTED = "_fused_diffusion"  # key of model_index.json in a pipeline that this package exported
 _FORMATS = ("safetensors", "bin")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -74,6 +75,21 @@ def find(checkpoint: Checkpoint, wanted: str | None = None) -> Layout:
         return found
     name = "unet" if index.is_file() and "unet" in parts else next(iter(parts))
     return found._replace(unet=parts[name], chosen=name if len(parts) > 1 else None)
+
+
+def exported(layout: Layout) -> dict[str, Any]:
+    """What this package wrote into the index of a pipeline beyond what diffusers reads; {} for all others.
+
+    null_label: the label of no class, or None. schedule, conventions: of the model, as in config.json; left
+    out if the scheduler's file has changed since, of which they also hold the SHA-256.
+    """
+    index = layout.folder / "model_index.json"
+    if not index.is_file():
+        return {}
+    found = located(index, typed, EXPORTED, read_json(index).get(EXPORTED, {}), dict)
+    if layout.scheduler is None or found.get("scheduler_sha256") != sha256(layout.scheduler):
+        return {name: value for name, value in found.items() if name == "null_label"}
+    return found
 
 
 def _scheduler_in(folder: Path) -> Path | None:

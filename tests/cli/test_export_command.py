@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusion import load
 from diffusion.cli import main
 from helpers.models import make_model
 
@@ -16,15 +17,27 @@ def test_a_program(tmp_path, monkeypatch, capsys):
     assert program(torch.zeros(3, 2, 8, 8), torch.arange(3), torch.tensor([0, 9, 10])).shape == (3, 2, 8, 8)
 
 
+def test_a_folder_of_diffusers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model(T=40, sampler={"name": "ddim", "steps": 8}).save("model")
+    main(["export", "--model", "model", "--out", "pipeline"])
+    call = "num_inference_steps=8, eta=0.0, use_clipped_model_output=False"
+    assert capsys.readouterr().out == f"pipeline: a pipeline of diffusers; call it with {call}\n"
+    main(["import", "pipeline", "--out", "again"])
+    assert load("again").sampler == {"name": "ddim", "steps": 8}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "export needs "),
+        (["--out", "a", "--model", "quad"], "spacing 'quad' cannot be exported"),
         (["--onnx", "."], "cannot write .: it is a folder"),
         (["--model", "nowhere", "--onnx", "a.onnx"], "unknown model 'nowhere'"),
     ],
 )
 def test_what_cannot_be_exported(words, message, tmp_path, monkeypatch, capsys):
+    make_model(T=40, sampler={"name": "ddim", "steps": 8, "spacing": "quad"}).save(tmp_path / "quad")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         main(["export", *words])
@@ -32,4 +45,4 @@ def test_what_cannot_be_exported(words, message, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().err
     assert message in output
     assert output.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["quad"]
