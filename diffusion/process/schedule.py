@@ -97,6 +97,11 @@ class NoiseSchedule:
         """The schedule in a few words."""
         return f"T = {self.T}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which samplers compute coefficients: float32 after `in_float32`, else float64."""
+        return torch.float32 if (self._config or {}).get("float32") else torch.float64
+
     @cached_property
     def alphas(self) -> torch.Tensor:
         """1 - betas, float64 [T]."""
@@ -184,7 +189,8 @@ class NoiseSchedule:
         """This schedule with the alphas_cumprod that code in float32 computes for it, such as diffusers'.
 
         They differ by up to 1e-4 of their value, and the images of such code with them, by more than the rest
-        of its rounding. The tables stay float64.
+        of its rounding. The tables here stay float64, but ddpm and ddim compute their steps from them in
+        float32: where 1 - alphas_cumprod is small, that code loses digits, too.
         """
         config = self.to_config()
         token = _dtype.set(torch.float32)

@@ -47,8 +47,9 @@ def ddpm(
     switch("set_alpha_to_one", set_alpha_to_one)
     switch("noise_in_last_step", noise_in_last_step)
     timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
-    current = tiny_signal(schedule.alphas_cumprod[timesteps], epsilon_at_zero_snr)
-    following = next_alphas_cumprod(current, 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item())
+    signal = schedule.alphas_cumprod.to(schedule.dtype)
+    current = tiny_signal(signal[timesteps], epsilon_at_zero_snr)
+    following = next_alphas_cumprod(current, 1.0 if set_alpha_to_one else signal[0].item())
     alpha = current / following
     beta = 1 - alpha
     posterior_variance = (1 - following) / (1 - current) * beta

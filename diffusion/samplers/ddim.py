@@ -57,18 +57,19 @@ def ddim(
     switch("set_alpha_to_one", set_alpha_to_one)
     switch("noise_in_last_step", noise_in_last_step)
     timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
-    current = tiny_signal(schedule.alphas_cumprod[timesteps], epsilon_at_zero_snr)
-    final = 1.0 if set_alpha_to_one else schedule.alphas_cumprod[0].item()
+    signal = schedule.alphas_cumprod.to(schedule.dtype)
+    current = tiny_signal(signal[timesteps], epsilon_at_zero_snr)
+    final = 1.0 if set_alpha_to_one else signal[0].item()
     if switch("fixed_stride", fixed_stride):
         below = timesteps - schedule.T // (schedule.T if steps is None else steps)
-        following = torch.where(below >= 0, schedule.alphas_cumprod[below.clamp(min=0)], final)
+        following = torch.where(below >= 0, signal[below.clamp(min=0)], final)
     else:
         following = next_alphas_cumprod(current, final)
     sigma = eta * ((1 - following) / (1 - current) * (1 - current / following)).sqrt()
     if not noise_in_last_step:
         sigma[-1] = 0
     remaining = 1 - following - sigma**2
-    if (remaining < -1e-12).any():
+    if (remaining < (-1e-12 if signal.dtype == torch.float64 else -1e-6)).any():
         raise ValueError(f"eta {eta} is too large: a step would add more noise than its timestep has; try 1")
     direction = remaining.clamp(min=0).sqrt()
     if use_clipped_model_output:  # eps = (x - alpha x_0) / sqrt(1 - alpha^2)

@@ -42,7 +42,8 @@ def spaced_sigmas(
     elif sigmas == "beta":
         levels = smallest + _beta_quantiles(1 - np.linspace(0, 1, steps)) * (largest - smallest)
     elif sigmas == "lu":  # unlike exponential, diffusers takes these logarithms in float32
-        levels = np.exp(np.linspace(*np.log(known[[-1, 0]]).tolist(), steps))
+        highest, lowest = np.log(known[[-1, 0]]).tolist()
+        levels = np.exp(np.linspace(highest, lowest, steps))
     else:
         levels = np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
     timesteps = np.interp(np.log(levels), np.log(known), np.arange(schedule.T))

@@ -104,7 +104,7 @@ def make_table(
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)
     columns["x0_from_x"], columns["x0_from_output"] = x0_coefficients(prediction_type, alphas_cumprod)
     columns["clip_x0"] = torch.full_like(alphas_cumprod, clip)
-    table = alphas_cumprod.new_zeros(len(timesteps), len(StepCoefficients._fields))
+    table = torch.zeros(len(timesteps), len(StepCoefficients._fields), dtype=torch.float64, device="cpu")
     for name, column in columns.items():
         table[:, StepCoefficients._fields.index(name)] = column
     if not noise_in_last_step or timesteps[-1] == 0:
