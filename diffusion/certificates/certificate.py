@@ -16,7 +16,7 @@ from ..storage.checkpoint import FILES
 from ..storage.reading import sha256
 from ..utils.validation import plain_number
 from .diffusers_run import run_diffusers
-from .original import Original, forward_errors, inputs_of, rounding_errors, trajectory_errors
+from .original import Original, forward_errors, inputs_of, rounding_errors, timesteps_of, trajectory_errors
 from .reference_file import read_reference
 
 FILE = "certificate.json"
@@ -70,8 +70,7 @@ def measure(
         "python": platform.python_version(),
     }
     x, labels = inputs_of(model)
-    last = model.schedule.T - 1
-    timesteps: list[int | float] = [*sorted({0, last // 2, last})]
+    timesteps = timesteps_of(model)
     if original is not None:
         notes = notes + original.notes
         if original.forwards:
@@ -130,7 +129,8 @@ def _original(
     """The numbers of the original, or None, and notes on what could not be had."""
     if reference is not None:
         return read_reference(reference, model), []
-    original, notes = None, []
+    original: Original | None = None
+    notes: list[str] = []
     if importer is not None and importer.NAME == "diffusers":
         original, notes = run_diffusers(path, model, flags)
     if original is None:

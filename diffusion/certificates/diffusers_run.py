@@ -12,7 +12,7 @@ from ..importers.diffusers_files import Layout, find, read_weights
 from ..process.value_range import SIGNED, change_range
 from ..storage.reading import read_json
 from ..utils.errors import first_line
-from .original import Forward, Original, Trajectory, inputs_of
+from .original import Forward, Original, Trajectory, inputs_of, timesteps_of
 
 # Schedulers whose steps are those of a sampler of this package; others are replaced by the nearest.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
@@ -36,11 +36,10 @@ def run_diffusers(path: Path, model: DDPM, flags: dict[str, Any]) -> tuple[Origi
         return None, [f"diffusers {diffusers.__version__} cannot load the UNet: {first_line(error)}"]
     x, labels = inputs_of(model)
     theirs = _their_labels(labels, flags.get("null_label"))
-    T = model.schedule.T
     version = diffusers.__version__
     original = Original(f"diffusers {version}", x, labels, [], [], None, [], version)
     with torch.inference_mode():
-        for t in sorted({0, T // 4, T // 2, 3 * T // 4, T - 1}):
+        for t in timesteps_of(model):
             output = unet(x, torch.full((len(x),), t), class_labels=theirs).sample
             original.forwards.append(Forward(f"forward.t{t}", t, output))
         if layout.scheduler is None or "schedule" in flags:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ddpm import DDPM
 from ..models.structure import config_of
+from ..process.noise_levels import NoiseLevels
 
 
 @dataclass
@@ -72,12 +73,16 @@ def trajectory_errors(model: DDPM, original: Original) -> list[dict[str, Any]]:
     for trajectory in original.trajectories:
         assert original.noise is not None
         noise = original.noise.float()
+
+        def drawn(k: int, noise: Tensor = noise) -> Tensor:
+            return noise[k]
+
         images = model.sample(
-            None if original.labels is None else original.labels.tolist(),
+            original.labels,
             num_samples=len(trajectory.images),
             sampler=trajectory.sampler,
             steps=trajectory.steps,
-            noise=lambda k, noise=noise: noise[k],
+            noise=drawn,
             **trajectory.arguments,
         )
         entry = {"name": trajectory.name, "sampler": trajectory.sampler or model.chosen_sampler()[0]}
@@ -113,9 +118,21 @@ def error_of(found: Tensor, expected: Tensor) -> dict[str, Any]:
     }
 
 
+def timesteps_of(model: DDPM) -> list[int | float]:
+    """A few timesteps of the model's process, from the least noisy to the most; or noise levels."""
+    schedule = model.schedule
+    if isinstance(schedule, NoiseLevels):
+        low, high = schedule.sigma_min or 0.01, schedule.sigma_max or 80.0
+        return [low, (low * high) ** 0.5, high]
+    T = schedule.T
+    return sorted({0, T // 4, T // 2, 3 * T // 4, T - 1})
+
+
 def inputs_of(model: DDPM, batch: int = 2) -> tuple[Tensor, Tensor | None]:
     """Inputs x [B, C, H, W] ~ N(0, I) of the model's network, and labels where it takes some."""
     config, generator = config_of(model.unet), torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.in_channels, *config.image_shape, generator=generator)
+    if config.label_size is not None:
+        return x, torch.randn(batch, config.label_size, generator=generator)
     labels = None if config.num_classes is None else torch.arange(batch) % config.num_classes
     return x, labels

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ddpm import DDPM
 from ..models.structure import config_of
+from ..process.noise_levels import NoiseLevels
 from ..samplers import SAMPLERS
 from ..storage.reading import read_safetensors
 from ..utils.memory import check_fits
@@ -66,8 +67,8 @@ def read_reference(path: str | os.PathLike, model: DDPM) -> Original:
                 f"{path}: {name} must have shape {[count, *shape]} for this model, not {list(tensor.shape)}"
             )
     if noise is not None and (len(noise) < 2 or list(noise.shape[1:]) != [count, *image]):
-        shape = ", ".join(map(str, [count, *image]))
-        raise ValueError(f"{path}: traj.noise must have shape [steps + 1, {shape}], not {list(noise.shape)}")
+        sizes = ", ".join(map(str, [count, *image]))
+        raise ValueError(f"{path}: traj.noise must have shape [steps + 1, {sizes}], not {list(noise.shape)}")
     if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):
         raise ValueError(f"{path}: y must be {count} whole numbers, a label for each image")
     if config.num_classes is None and labels is not None:
@@ -78,7 +79,9 @@ def read_reference(path: str | os.PathLike, model: DDPM) -> Original:
 
 def _steps(model: DDPM, sampler: str | None, noise: Tensor) -> int:
     """The number of steps that the noise is for. A sampler that adds none in the last needs none for it."""
-    own = model.chosen_sampler(sampler)[1] or model.schedule.T
+    own = model.chosen_sampler(sampler)[1]
+    if own is None and not isinstance(model.schedule, NoiseLevels):
+        own = model.schedule.T
     return own if len(noise) == own else len(noise) - 1
 
 

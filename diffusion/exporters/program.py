@@ -34,8 +34,8 @@ def to_exported_program(model: DDPM) -> torch.export.ExportedProgram:
     `program.module()(x, timesteps, labels)` gives the network's output [B, out_channels, H, W] for x float32
     [B, in_channels, H, W], timesteps int64 [B], or noise levels float32 [B], and, for a conditional model
     only, labels int64 [B], of which the number of classes stands for no label where the model has a null
-    label. B is free; H and W are those of the model's images. ValueError if the network
-    cannot be traced, or has self-conditioning.
+    label, or the vectors that are its labels, float32 [B, E]. B is free; H and W are those of the model's
+    images. ValueError if the network cannot be traced, or has self-conditioning.
     """
     config = config_of(model.unet)
     if config.self_condition:
@@ -47,7 +47,9 @@ def to_exported_program(model: DDPM) -> torch.export.ExportedProgram:
     timesteps = torch.arange(1, _BATCH + 1, dtype=kind, device="cpu")
     network = copy.deepcopy(model.unet).to("cpu", torch.float32).eval().requires_grad_(False)
     inputs = [torch.zeros(_BATCH, config.in_channels, *config.image_shape), timesteps]
-    if config.num_classes is not None:
+    if config.label_size is not None:
+        inputs.append(torch.zeros(_BATCH, config.label_size))
+    elif config.num_classes is not None:
         inputs.append(torch.zeros(_BATCH, dtype=torch.int64))
     batch = {0: torch.export.Dim("batch", min=1)}
     try:

@@ -26,7 +26,7 @@ def own_scheduler(model: DDPM) -> tuple[str, dict[str, Any], dict[str, Any]]:
     scheduler of diffusers has, also if the steps would be others for this number of steps.
     """
     name, steps, given = model.chosen_sampler()
-    if name not in _SCHEDULERS:
+    if name not in _SCHEDULERS or not isinstance(model.schedule, NoiseSchedule):
         raise ValueError(f"the sampler {name} cannot be exported: diffusers has no scheduler that equals it")
     values = {option: parameter.default for option, parameter in options_of(name).items()}
     values |= {"clip": model.clip, "variance": model.variance} | given

@@ -127,6 +127,14 @@ def test_a_saved_program_gives_the_same(name, tmp_path):
         assert_close(module(*inputs), expected_of(model, inputs))
 
 
+def test_vectors_as_labels():
+    config = replace(VARIANTS["tiny"], label_embedding="identity")
+    model = DDPM(randomized(config), NoiseSchedule.linear())
+    module = to_exported_program(model).module()
+    inputs = [*batch_of(model, 3), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))]
+    assert_close(module(*inputs), expected_of(model, inputs))
+
+
 def test_a_program_leaves_the_model_as_it_is():
     model = make_model().double().train()
     program = to_exported_program(model)
