@@ -544,7 +544,8 @@ def _check_values(sampler: str, options: dict[str, Any], schedule: NoiseSchedule
         if isinstance(schedule, NoiseLevels):
             SAMPLERS[sampler](schedule, prediction_type="sample", **options)
         else:
-            SAMPLERS[sampler](_any_schedule(), **options)
+            # All T steps leave no room for an offset.
+            SAMPLERS[sampler](_any_schedule(), 10 if options.get("steps_offset") else None, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"sampler_options[{sampler!r}]: {error}") from None
 

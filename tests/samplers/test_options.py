@@ -69,3 +69,9 @@ def test_the_public_name_of_the_samplers_is_a_module():
     public = importlib.import_module("diffusion.steps")
     assert public.SAMPLERS is SAMPLERS
     assert public.ddim is diffusion.steps.ddim is ddim
+
+
+def test_an_offset_can_be_a_models_default():
+    model = make_model()
+    own = diffusion.DDPM(model.unet, model.schedule, sampler_options={"ddim": {"steps_offset": 1}})
+    assert own.steps("ddim", 5).timesteps[-1] == 1
