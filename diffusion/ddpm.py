@@ -14,7 +14,7 @@ from torch import nn
 from . import importers, kernels
 from .inference import loop
 from .inference.batches import Interrupted, sample_in_batches
-from .inference.buffers import Batch, Noise
+from .inference.buffers import Batch, Noise, drawn_first
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
 from .models.edm import edm_loss
 from .models.network import Network
@@ -276,7 +276,7 @@ class DDPM(nn.Module):
 
         labels: a class for each image, or None for none. A single label is repeated. A network whose labels
             are vectors takes float [N, E].
-        num_samples: N; by default the number of labels, or 1.
+        num_samples: N; by default the number of labels or that of the noise, or 1.
         guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
             0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1. None
             is the model's own with labels, and 1 without.
@@ -287,7 +287,8 @@ class DDPM(nn.Module):
         batch_size: number of images made at a time, by default as many as the device evaluates best and has
             free memory for. It is halved while memory does not suffice.
         noise: a function k -> [N, C, H, W] instead of the package's noise: k = 0 gives the initial noise, and
-            k = i + 1 that of step i. It is called for each batch, so it must depend on k alone.
+            k = i + 1 that of step i. It is called for each batch, so it must depend on k alone. H and W need
+            not be the model's.
         backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
         precision: "exact" computes in the model's own dtype, the widest if there are several; "fast" computes
             the UNet in bfloat16 where the device multiplies in it. docs/speed.md compares their images.
@@ -317,11 +318,21 @@ class DDPM(nn.Module):
         seed = whole_number("seed", seed, 0, 2**64 - 1)
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
-            if batch_size > 1 and labels is None and num_samples is None and sample_ids is None:
+            if batch_size > 1 and labels is num_samples is sample_ids is noise is None:
                 raise ValueError(
                     f"batch_size is the number of images made at a time; for {batch_size} images "
                     f"give num_samples={batch_size}"
                 )
+        for name, function in (("noise", noise), ("callback", callback)):
+            if function is not None and not callable(function):
+                refuse(name, "a function, or None", function)
+        image_shape = None
+        if noise is not None:
+            noise, found = drawn_first(noise, config_of(self.unet))
+            if found is not None:
+                image_shape = found[1:]
+                if num_samples is None and sample_ids is None:
+                    num_samples = found[0]
         vectors = None
         if config_of(self.unet).label_size is not None:
             vectors, labels = self._vectors(labels)
@@ -334,9 +345,6 @@ class DDPM(nn.Module):
         threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
         if threshold is not None:
             sampler_options.setdefault("clip", None)
-        for name, function in (("noise", noise), ("callback", callback)):
-            if function is not None and not callable(function):
-                refuse(name, "a function, or None", function)
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
         denoiser = self._denoiser(device, dtype, precision, backend)
         if vectors is not None:
@@ -349,6 +357,7 @@ class DDPM(nn.Module):
                 Batch(labels, ids, seed, noise),
                 config_of(self.unet),
                 batch_size,
+                image_shape=image_shape,
                 guidance_rescale=number("guidance_rescale", rescale, 0, 1),
                 guidance_parallel=number("guidance_parallel", parallel, 0, 1),
                 threshold=threshold,

@@ -35,6 +35,7 @@ def sample_in_batches(
     config: NetworkConfig,
     batch_size: int | None = None,
     *,
+    image_shape: tuple[int, int] | None = None,
     guidance_rescale: float = 0.0,
     guidance_parallel: float = 1.0,
     threshold: loop.Threshold | None = None,
@@ -45,13 +46,14 @@ def sample_in_batches(
 
     request: labels and sample ids [N], on any device, and noise [N, C, H, W].
     config: of the network.
+    image_shape: height and width of the images, by default the configuration's.
     batch_size: images made at a time; by default all with a request's own noise, else `affordable_batch`. It
         is halved while memory does not suffice.
     progress: show a bar with images/s.
 
     ValueError where the memory does not suffice for one image. Ctrl-C raises `Interrupted`.
     """
-    count, shape = len(request.sample_ids), (config.in_channels, *config.image_shape)
+    count, shape = len(request.sample_ids), (config.in_channels, *(image_shape or config.image_shape))
     size = batch_size or count
     if batch_size is None and request.noise is None:
         guided = request.labels is not None and any(g != 1 for g in table.column("guidance_scale"))

@@ -11,6 +11,7 @@ import torch
 
 from .. import kernels
 from ..kernels.ops.reverse_step import ROW_LENGTH
+from ..models.network import NetworkConfig
 from ..samplers.table import StepTable
 from ..utils.validation import check_dense
 
@@ -164,3 +165,21 @@ class SamplerBuffers:
 def checked_noise(noise: Noise, k: int, shape: torch.Size) -> torch.Tensor:
     """noise(k). ValueError unless it is a tensor of numbers of this shape."""
     return check_dense(f"noise({k})", noise(k), shape)
+
+
+def drawn_first(noise: Noise, config: NetworkConfig) -> tuple[Noise, tuple[int, int, int] | None]:
+    """The same noise with noise(0) drawn, and the N, H, W of it, which say what images to make.
+
+    None where it is no tensor [N, C, H, W] of numbers for the network, which `checked_noise` refuses.
+    ValueError where the network does not take this height and width.
+    """
+    first = noise(0)
+    found = isinstance(first, torch.Tensor) and not first.is_nested and first.ndim == 4
+    if not found or not len(first) or first.shape[1] != config.in_channels:
+        return noise, None
+    count, _, height, width = first.shape
+    try:
+        config.check_size((height, width))
+    except ValueError as error:
+        raise ValueError(f"noise(0) is {list(first.shape)}: {error}") from None
+    return (lambda k: first if k == 0 else noise(k)), (count, height, width)

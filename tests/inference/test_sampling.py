@@ -3,6 +3,7 @@
 import copy
 import importlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -370,6 +371,27 @@ BAD = {
     "threshold": ({"dynamic_threshold": 2.0}, "threshold"),
     "learned variance": ({"variance": "learned_range"}, "variance"),
 }
+
+
+def test_injected_noise_says_how_many_images_there_are_and_how_large():
+    model, draws = make_model(), []
+    noise = fixed_noise(3, (2, 12, 16))  # the model's own images are 8x8
+
+    def counted(k):
+        draws.append(k)
+        return noise(k)
+
+    images = model.sample(noise=counted, steps=4)
+    assert draws == [0, 1, 2, 3]  # each once: a source may draw from a generator
+    assert images.shape == (3, 2, 12, 16)
+    larger = UNet(replace(model.unet.config, sample_size=(12, 16)))
+    larger.load_state_dict(model.unet.state_dict())
+    model.unet = larger.eval()
+    torch.testing.assert_close(images, model.sample(num_samples=3, noise=noise, steps=4))
+    with pytest.raises(ValueError, match=r"noise\(0\) must be a dense tensor \[2, 2, 12, 16\]"):
+        model.sample(num_samples=2, noise=noise)
+    with pytest.raises(ValueError, match=r"noise\(0\) is \[1, 2, 7, 8\]: images of 7x8 cannot be halved"):
+        model.sample(noise=fixed_noise(1, (2, 7, 8)))
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor], ids=["numpy", "array", "tensor"])
