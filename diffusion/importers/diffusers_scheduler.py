@@ -109,9 +109,14 @@ def _steps(T: int, sampler: dict[str, Any], pipeline: str | None) -> int:
     else:
         steps = PIPELINE_STEPS.get(pipeline, FEW_STEPS)
     even = sampler["name"] == "dpm++" and (sampler["spacing"] != "trailing" or "sigmas" in sampler)
-    if steps >= T and (even or sampler.get("steps_offset")):
+    offset = sampler.get("steps_offset", 0)
+    if steps >= T and (even or offset):
         steps = FEW_STEPS
-    return min(steps, T)
+    steps = min(steps, T)
+    points = steps + (sampler["name"] == "dpm++")  # a solver leaves out the one at 0
+    while offset and steps > 1 and (points > T or (points - 1) * (T // points) + offset >= T):
+        steps, points = steps - 1, points - 1
+    return steps
 
 
 def _grid(config: dict[str, Any], default: str) -> dict[str, Any]:

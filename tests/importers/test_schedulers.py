@@ -1,6 +1,7 @@
 """Models of diffusers sample as their own schedulers do, by default and for other numbers of steps."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import diffusion
+from diffusion.importers.diffusers_scheduler import read_scheduler
+from diffusion.samplers import SAMPLERS, SpacingWarning
 
 CONFIG = {
     "sample_size": 4,
@@ -179,6 +182,26 @@ def test_the_number_of_steps_is_the_pipelines(scheduler, pipeline, steps, networ
     else:
         pipeline(networks[3], scheduler).save_pretrained(tmp_path)
     assert diffusion.load(tmp_path).sampler["steps"] == steps
+
+
+@pytest.mark.parametrize("T", [3, 20, 30, 49, 50, 51, 60, 100])
+@pytest.mark.parametrize("offset", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DPMSolverMultistep", "PNDM", "EulerDiscrete"])
+def test_an_offset_leaves_room_for_the_steps(kind, offset, T):
+    config = {"_class_name": f"{kind}Scheduler", "num_train_timesteps": T, "beta_end": 0.2}
+    config |= {"timestep_spacing": "leading", "steps_offset": min(offset, T // 3)}
+    read = read_scheduler(config, "DDPMPipeline")
+    options = dict(read.conventions["sampler"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpacingWarning)
+        table = SAMPLERS[options.pop("name")](read.schedule, **options)
+    assert 1 <= len(table) <= T
+
+
+def test_a_short_schedule_with_an_offset_loads(networks, tmp_path):
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=20, beta_end=0.4, steps_offset=1)
+    check(tmp_path, networks, scheduler, (None, 7), diffusers.DDIMPipeline)
+    assert diffusion.load(tmp_path).sampler["steps"] == 19  # 20 steps lead to a timestep 20
 
 
 def test_a_scheduler_made_of_another_keeps_nothing_of_its_options(networks, tmp_path):
