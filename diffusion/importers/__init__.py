@@ -77,9 +77,16 @@ def locate(name: str | os.PathLike) -> Path:
     return checkpoint.locate(str(name), patterns)
 
 
+def _plain(name: str) -> str:
+    """A format's name without case and separators, so that guided_diffusion names it, too."""
+    return name.lower().replace("_", "-")
+
+
 def importer_of(foreign: Checkpoint, wanted: str | None = None) -> Importer | None:
     """The importer that reads a checkpoint, or None. wanted: its NAME, whatever the checkpoint looks like."""
     if wanted is not None:
         known = {importer.NAME: importer for importer in REGISTRY}
+        if isinstance(wanted, str):
+            wanted = next((name for name in known if _plain(name) == _plain(wanted)), wanted)
         return known[choice("format", wanted, known)]
     return next((importer for importer in REGISTRY if importer.recognises(foreign)), None)

@@ -403,5 +403,7 @@ def test_an_importer_is_one_entry(tmp_path, monkeypatch):
         diffusion.load(path, flags={"format": "halving"})
     with pytest.warns(UserWarning, match="assumed: factor=2"):
         assert diffusion.load(other, flags={"format": "doubling"}).num_classes == 10
+    assert importers.importer_of(other, "improved_diffusion") is importers.improved_diffusion
+    assert importers.importer_of(other, "mindiffusion") is importers.mindiffusion
     with pytest.raises(ValueError, match="mnist takes no flag factor"):
         diffusion.load("mnist", flags={"factor": 3})
