@@ -27,6 +27,7 @@ from .imported import Imported, Importer
 
 __all__ = ["REGISTRY", "Checkpoint", "Imported", "Importer", "importer_of", "locate", "read"]
 
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of checkpoints in a folder
 # The first that recognises a checkpoint reads it.
 REGISTRY: tuple[Importer, ...] = (
     diffusers,
@@ -72,9 +73,27 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
 
 
 def locate(name: str | os.PathLike) -> Path:
-    """The file or folder of a model, by a name as `read` takes it; ValueError if there is none."""
+    """The file or folder of a model, by a name as `read` takes it; ValueError if there is none.
+
+    A folder that is no model itself stands for the one checkpoint in it; ValueError if there are several.
+    """
     patterns = (*checkpoint.FILES, *(pattern for importer in REGISTRY for pattern in importer.HUB_FILES))
-    return checkpoint.locate(str(name), patterns)
+    path = checkpoint.locate(str(name), patterns)
+    if not path.is_dir() or any(path.glob("*.json")) or importer_of(Checkpoint(path)):
+        return path
+    files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]
+    found = [file for file in files if _is_recognised(file)]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{name} holds several checkpoints; give the path of one of them: {names}")
+    return found[0] if found else path
+
+
+def _is_recognised(file: Path) -> bool:
+    try:
+        return importer_of(Checkpoint(file)) is not None
+    except ValueError:  # it is damaged, or no checkpoint
+        return False
 
 
 def _plain(name: str) -> str:

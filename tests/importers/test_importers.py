@@ -15,6 +15,7 @@ from diffusion.cli import main
 from diffusion.importers import Checkpoint, Imported
 from diffusion.importers import diffusers as diffusers_format
 from diffusion.importers.diffusers_unet import convert_weights, unet_config
+from diffusion.models.conv_stack import ConvStack, ConvStackConfig
 from diffusion.models.unet import UNet
 from diffusion.utils.validation import known_names
 from helpers.unet2d import SMALL, original
@@ -407,3 +408,23 @@ def test_an_importer_is_one_entry(tmp_path, monkeypatch):
     assert importers.importer_of(other, "mindiffusion") is importers.mindiffusion
     with pytest.raises(ValueError, match="mnist takes no flag factor"):
         diffusion.load("mnist", flags={"factor": 3})
+
+
+def test_a_folder_stands_for_the_one_checkpoint_in_it(tmp_path):
+    network = ConvStack(ConvStackConfig(8, 1, (4,)))
+    tensors = {name.replace("layers.", "conv."): value for name, value in network.state_dict().items()}
+    save_file({"weight": torch.zeros(3)}, tmp_path / "numbers.safetensors")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "damaged.pt").write_bytes(b"PK damaged")
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        diffusion.load(tmp_path)
+    torch.save(tensors, tmp_path / "ddpm.pth")
+    with pytest.warns(UserWarning, match="assumed: "):
+        model = diffusion.load(tmp_path, flags={"size": 8})
+    assert torch.equal(model.unet.layers[0][0].weight, network.layers[0][0].weight)
+    main(["import", str(tmp_path), "--size", "8", "--certify", "--out", str(tmp_path / "out")])
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert list(certificate["source"]["sha256"]) == ["ddpm.pth"]
+    torch.save(tensors, tmp_path / "later.pth")
+    with pytest.raises(ValueError, match=r"several checkpoints; .*: ddpm\.pth, later\.pth"):
+        diffusion.load(tmp_path, flags={"size": 8})
