@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..kernels._native import check_environment
+from ..utils.errors import printable
 from ..utils.memory import is_out_of_memory
 from . import evaluate, export, import_model, info, sample, train
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
     """Prints a warning in one line, without its position in the code."""
-    print(f"diffusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"diffusion: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def escape_unencodable_names() -> None:
@@ -77,5 +78,5 @@ def escape_unencodable_names() -> None:
 
 def fail(program: str, message: str) -> NoReturn:
     """Ends the process after a user's error: one line on stderr, exit status 2."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {printable(message)}", file=sys.stderr)
     sys.exit(2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import checkpoint
+from ..utils.errors import one_line, printable
 from ..utils.validation import choice
 from . import (
     conditional_mnist,
@@ -58,7 +59,7 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
         return Imported(*checkpoint.read(path, verify))
     foreign, wanted = Checkpoint(path), flags.pop("format", None)
     if importer := importer_of(foreign, wanted):
-        imported = importer.load(foreign, **flags)
+        imported = _load(importer, foreign, flags)
         if wanted is not None and imported.assumed:
             imported = imported._replace(assumed={k: v for k, v in imported.assumed.items() if k != "format"})
         return imported
@@ -70,6 +71,21 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
             "package is a folder with config.json and model.safetensors"
         )
     return Imported(*checkpoint.read(path, verify))
+
+
+def _load(importer: Importer, foreign: Checkpoint, flags: dict[str, Any]) -> Imported:
+    """`importer.load`, whose every error is a ValueError of one line that names the file."""
+    try:
+        return importer.load(foreign, **flags)
+    except ValueError as error:
+        text = str(error)
+        named = text if str(foreign) in text else f"{foreign}: {text}"
+        raise ValueError(printable(named)) from error
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        # A tensor of a shape, or an entry of a type, that no checkpoint of the project has.
+        raise ValueError(
+            printable(f"{foreign} is no whole checkpoint of {importer.NAME}: {one_line(error)}")
+        ) from error
 
 
 def locate(name: str | os.PathLike) -> Path:

@@ -49,6 +49,7 @@ _SCHEDULES: dict[str, Callable[[int, float, float], NoiseSchedule]] = {
 }
 _VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 _MARKS = ("temb.dense.0.weight", "conv_in.weight", "mid.block_1.norm1.weight", "conv_out.weight")
+_WITH_AVERAGE = 5  # entries of a list that ends with the moving average
 _RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "skip": "nin_shortcut"}
 _ATTENTION = separate_attention("norm", "q", "k", "v", "proj_out")
 
@@ -69,16 +70,17 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     """
     known_names("flag", flags, FLAGS)
     unets, origin = _unets(checkpoint), str(checkpoint)
-    ema = switch("flag ema", flags.get("ema", "ema" in unets))
-    if not unets or (ema and "ema" not in unets):
-        missing = "moving average of the weights" if unets else f"{_MARKS[0]}"
-        raise ValueError(f"{origin} holds no checkpoint of ermongroup/ddim: no {missing}")
-    tensors = unets["ema" if ema else "model"]
+    is_list = isinstance(checkpoint.contents, list)
+    ema = switch("flag ema", flags.get("ema", is_list and len(checkpoint.contents) >= _WITH_AVERAGE))
+    if (which := "ema" if ema else "model") not in unets:
+        missing = "moving average of the weights with its UNet" if ema else _MARKS[0]
+        hint = "; the flag ema=False takes those that were trained" if ema and unets else ""
+        raise ValueError(f"{origin} holds no checkpoint of ermongroup/ddim: no {missing}{hint}")
+    tensors = unets[which]
     config = _config(tensors, flags, origin)
     with torch.device("meta"):  # no memory until the weights are known to fit
         unet = UNet(config)
     load_weights(unet, _convert(config, tensors, origin), checkpoint.path)
-    is_list = isinstance(checkpoint.contents, list)
     assumed = _DEFAULTS | {
         "image_size": config.sample_size,
         "sample_type": "generalized" if is_list else "ddpm_noisy",
@@ -98,7 +100,7 @@ def _unets(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
     found = {"model": checkpoint.tensors}
     if isinstance(contents, list):
         found = {"model": state_dict(contents[0] if contents else None)}
-        if len(contents) > 4:
+        if len(contents) >= _WITH_AVERAGE:
             found["ema"] = state_dict(contents[-1])
     return {key: tensors for key, tensors in found.items() if all(mark in tensors for mark in _MARKS)}
 

@@ -61,10 +61,14 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     """
     known_names("flag", flags, FLAGS)
     unets = _unets(checkpoint)
-    ema = typed("flag ema", flags.get("ema", "ema" in unets or not unets), bool)
+    has_average = isinstance(checkpoint.contents, dict) and "ema_model" in checkpoint.contents
+    ema = typed("flag ema", flags.get("ema", has_average or not unets), bool)
     which = "ema" if ema else "net"
     if which not in unets:
-        raise ValueError(f"{checkpoint} holds no checkpoint of pytorch-ddpm: no {which}_model with its UNet")
+        hint = "; the flag ema=False takes net_model" if ema and unets else ""
+        raise ValueError(
+            f"{checkpoint} holds no checkpoint of pytorch-ddpm: no {which}_model with its UNet{hint}"
+        )
     tensors, options = unets[which], _DEFAULTS | _image_size(checkpoint) | flags
     config = _config(tensors, options, str(checkpoint))
     T = tensors[_TABLE].shape[0]

@@ -1,5 +1,7 @@
 """The text of an exception, for messages that must fit into one line."""
 
+_LONGEST = 2000  # characters of a message
+
 
 def one_line(error: BaseException) -> str:
     """An exception's text with its line breaks replaced by spaces.
@@ -18,3 +20,10 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text from a file or a user as one line: control characters are escaped, a very long text is cut."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -92,6 +92,25 @@ def test_weights_that_were_trained(tmp_path):
         ermongroup_ddim.load(Checkpoint(save("pooling", tmp_path)), ema=True)
 
 
+def test_a_damaged_average_is_not_replaced_by_the_weights_that_were_trained(tmp_path):
+    path = save("list", tmp_path)
+    contents = torch.load(path)
+    del contents[-1]["conv_out.weight"]
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match="no moving average of the weights with its UNet; the flag ema=Fal"):
+        diffusion.load(path)
+    assert diffusion.load(path, flags={"ema": False, **EXPECTED["list"]["flags"]})
+
+
+@pytest.mark.parametrize("shape", [(), (0, 0, 0, 0), (7, 7, 1, 1)])
+def test_attention_of_a_shape_that_cannot_be_joined(shape, tmp_path):
+    name = next(name for name in unet("list") if name.endswith("attn_1.k.weight"))
+    torch.save(unet("list") | {name: torch.ones(shape)}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"model\.ckpt is ") as error:
+        diffusion.load(tmp_path / "model.ckpt")
+    assert "\n" not in str(error.value)
+
+
 def test_assumed_image_size(tmp_path):
     """Published configurations have attention at 16x16; the case has it at half of the image."""
     imported = ermongroup_ddim.load(Checkpoint(save("list", tmp_path)))

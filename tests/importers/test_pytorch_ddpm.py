@@ -73,6 +73,32 @@ def test_weights_that_were_trained(tmp_path):
         pytorch_ddpm.load(Checkpoint(path), ema=True)
 
 
+def test_a_damaged_average_is_not_replaced_by_the_weights_that_were_trained(tmp_path):
+    path = save(EXPECTED["attention"], tmp_path)
+    contents = torch.load(path)
+    del contents["ema_model"]["tail.2.weight"]
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match="no ema_model with its UNet; the flag ema=False takes net_model"):
+        diffusion.load(path)
+
+
+def test_errors_name_the_file(tmp_path):
+    """Also those of a shape that the configuration of a UNet refuses."""
+    torch.save(unet(EXPECTED["attention"]) | {TABLE: torch.ones(0, 0)}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"ckpt\.pt: learned_timesteps must be a whole number"):
+        diffusion.load(tmp_path / "ckpt.pt")
+
+
+def test_names_of_tensors_are_printed_in_one_line(tmp_path):
+    names = {"a\nb\x1b[31m": torch.ones(1), "c" * 100_000: torch.ones(1)}
+    for name, tensor in names.items():
+        torch.save(unet(EXPECTED["attention"]) | {name: tensor}, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match="1 tensors too many, such as") as error:
+            diffusion.load(tmp_path / "ckpt.pt")
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 3000
+
+
 def test_image_size_of_the_stored_noise(tmp_path):
     path = save(EXPECTED["attention"], tmp_path, x_T=torch.zeros(2, 3, 16, 16))
     imported = pytorch_ddpm.load(Checkpoint(path))
