@@ -41,14 +41,14 @@ def network_part(tensors: dict[str, torch.Tensor], marker: str) -> dict[str, tor
 def stored_betas(tensors: dict[str, torch.Tensor], origin: str) -> torch.Tensor | None:
     """The betas, float64, that a state dict holds under the names of these projects; None if it holds none.
 
-    ValueError if they contradict the cumulative products beside them.
+    ValueError if they contradict what is stored beside them.
     """
     stored = {name: tensor for name in _STORED if (tensor := _unique(tensors, name)) is not None}
     check_weights(stored, origin)
-    found = {name: tensor.double() for name, tensor in stored.items()}
-    for name, values in found.items():
-        if values.ndim != 1 or len(values) < 2:
+    for name, values in stored.items():
+        if values.ndim != 1 or not 2 <= len(values) <= MAX_TIMESTEPS:
             raise ValueError(f"{origin}: {name} must hold T + 1 numbers, not {list(values.shape)}")
+    found = {name: tensor.double() for name, tensor in stored.items()}
     if "beta_schedule" in found:
         betas = found["beta_schedule"]
     elif "sqrt_beta_t" in found:
@@ -57,11 +57,15 @@ def stored_betas(tensors: dict[str, torch.Tensor], origin: str) -> torch.Tensor 
         betas = 1 - found["alpha_t"]
     else:
         return None
-    for name in ("bar_alpha_t_schedule", "alphabar_t"):
-        products = torch.cumprod(1 - betas, dim=0)
+    products = torch.cumprod(1 - betas, dim=0)
+    for name, expected in (
+        ("bar_alpha_t_schedule", products),
+        ("alphabar_t", products),
+        ("alpha_t", 1 - betas),
+    ):
         if name in found and not (
             found[name].shape == betas.shape
-            and torch.allclose(found[name], products, rtol=_precision(stored[name], 1e-3), atol=1e-6)
+            and torch.allclose(found[name], expected, rtol=_precision(stored[name], 1e-3), atol=1e-6)
         ):
             raise ValueError(f"{origin}: {name} contradicts the betas beside it")
     return betas

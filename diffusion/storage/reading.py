@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from ..utils.errors import one_line
 from ..utils.memory import check_fits, total_memory
 
 MAX_JSON_BYTES = 2**26
+MAX_PACKED_PICKLE = 2**24  # bytes; a small file can unpack to a pickle that takes minutes to read
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU = torch.device("cpu")
 _KINDS = {
@@ -156,11 +157,24 @@ def read_pickle(path: str | os.PathLike) -> Any:
     ValueError if it is missing, truncated or damaged, or holds an object that only code could make.
     """
     with open_regular(path) as file:
+        if _unpacked_pickle(file) > MAX_PACKED_PICKLE:
+            raise ValueError(f"{path} is damaged: its pickle is packed, and too large for one of torch.save")
+        file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
             reason = one_line(error).split(". ")[0]
             raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+
+
+def _unpacked_pickle(file: io.BufferedReader) -> int:
+    """The size that the pickles in a zip unpack to; 0 where none is packed, as in files of `torch.save`."""
+    try:
+        entries = ZipFile(file).infolist()
+    except Exception:  # no zip, or a damaged one, which torch.load refuses
+        return 0
+    packed = (e.file_size for e in entries if e.filename.endswith(".pkl") and e.compress_size < e.file_size)
+    return sum(packed)
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -190,7 +204,11 @@ def check_weights(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> 
 
 def check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
     """ValueError, naming the file and the tensor, unless all numbers are finite, in float32 too."""
-    for name, tensor in weights.items():
+    for name, whole in weights.items():
+        tensor = whole
+        for dim, stride in enumerate(whole.stride()):
+            if stride == 0 and whole.shape[dim]:  # an expanded number is looked at once
+                tensor = tensor.narrow(dim, 0, 1)
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             kind, dtype = "NaN or infinite values in", str(tensor.dtype).removeprefix("torch.")
             if torch.isfinite(tensor).all():

@@ -261,6 +261,8 @@ MNIST = "from_scratch_mnist_conditional"
             {},
             "alphabar_t contradicts the betas beside it",
         ),
+        ("conditional_mnist", {"alpha_t": torch.full((6,), math.nan)}, {}, "alpha_t contradicts the betas"),
+        (MNIST, {"beta_schedule": torch.ones(1).expand(2**31)}, {}, "beta_schedule must hold T"),
         ("conditional_mnist", {}, {"size": 32}, "must be multiples of 28"),
         ("naive_unet", {"eps_model.init_conv.main.1.running_mean": torch.ones(8)}, {}, "batch normalisation"),
         ("naive_unet", {"eps_model.out.weight": torch.ones(3, 16, 1, 1)}, {}, "output.weight is"),

@@ -347,3 +347,19 @@ def test_zips_and_arrays_are_read_as_before(tmp_path):
     save_npz(x, tmp_path / "x.npz")
     assert torch.equal(load_images(tmp_path / "x.npz").images, diffusion.storage.images.to_uint8(x))
     assert load_file(CLASSIFIER / "model.safetensors").keys() == load_classifier()[0].state_dict().keys()
+
+
+def test_an_expanded_number_is_looked_at_once():
+    """A small file can hold a large tensor of one number."""
+    large = torch.ones(1, dtype=torch.float16).expand(2**40)
+    reading.check_finite({"large": large}, "file")
+    with pytest.raises(ValueError, match="file: large holds NaN"):
+        reading.check_finite({"large": torch.tensor([torch.nan]).expand(2**40)}, "file")
+
+
+def test_a_pickle_that_unpacks_to_far_more_than_the_file_is_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"(" * (reading.MAX_PACKED_PICKLE + 1))
+        file.writestr("archive/version", "3\n")
+    with pytest.raises(ValueError, match="its pickle is packed, and too large"):
+        diffusion.load(tmp_path / "model.pt")
