@@ -50,6 +50,8 @@ def to_diffusers(model: DDPM, folder: str | os.PathLike) -> dict[str, Any]:
     [-1, 1]. Also if the folder cannot be written, holds a model of this package, or the weights are not
     finite.
     """
+    if not os.fspath(folder):
+        raise ValueError("cannot write a pipeline: the name of its folder is empty")
     folder = Path(folder)
     if is_model(folder):
         raise ValueError(f"cannot write {folder}: it holds a model of this package; choose another folder")

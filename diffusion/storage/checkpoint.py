@@ -77,6 +77,8 @@ def write(folder: str | os.PathLike, unet: Network, config: dict, dtype: torch.d
     if dtype not in (None, *WEIGHT_DTYPES):
         known = ", ".join(map(str, WEIGHT_DTYPES))
         raise ValueError(f"weights cannot be stored in dtype {dtype}; choose from: {known}")
+    if not os.fspath(folder):
+        raise ValueError("cannot write a model: the name of its folder is empty")
     folder = Path(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"cannot write a model to {folder}: it is a file, and a model is a folder")

@@ -409,3 +409,12 @@ def test_a_model_can_be_built_from_its_parts():
     x = DDPM(unet, NoiseSchedule.linear(10)).sample(num_samples=2)
     assert x.shape == (2, 1, 8, 8)
     assert x.abs().max() <= 1
+
+
+def test_a_model_is_not_saved_in_a_folder_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the name of its folder is empty"):
+        make_model().save("")
+    with pytest.raises(ValueError, match="the name of its folder is empty"):
+        diffusion.to_diffusers(make_model(), "")
+    assert not os.listdir(tmp_path)
