@@ -53,7 +53,7 @@ def read_scheduler(config: dict[str, Any], pipeline: str | None = None) -> Sched
         name = PIPELINE_SCHEDULERS[pipeline]
     if isinstance(name, str) and name.startswith(OTHER_PROCESSES):
         raise ValueError(f"_class_name {name!r} cannot be imported: its process is not that of DDPM")
-    known("_class_name", name, [*EXACT, *NEAREST])
+    name = str(known("_class_name", name, [*EXACT, *NEAREST]))
     if config.get("use_flow_sigmas"):
         raise ValueError("use_flow_sigmas cannot be imported: flow matching is another process")
     prediction = config.get("prediction_type", "epsilon" if config.get("predict_epsilon", True) else "sample")
@@ -153,7 +153,7 @@ def _dpm_solver(config: dict[str, Any]) -> dict[str, Any]:
         "lambda_min_clipped": config.get("lambda_min_clipped", -float("inf")),
         "noise_in_last_step": algorithm.startswith("sde-"),
     }
-    defaults = SAMPLERS["dpm++"].__kwdefaults__
+    defaults = SAMPLERS["dpm++"].__kwdefaults__ or {}
     changed = {key: value for key, value in options.items() if value != defaults[key]}
     return {"name": "dpm++", **_grid(config, "linspace"), **changed}
 
