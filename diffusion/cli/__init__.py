@@ -1,10 +1,13 @@
 """The command line: `main`, and a module for each command of COMMANDS."""
 
 import argparse
+import contextlib
 import io
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -51,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     try:
         check_environment()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _cleaning_up(parsed.command):
             warnings.showwarning = _show_warning
             COMMANDS[parsed.command].run(parsed)
     except KeyboardInterrupt:
@@ -63,6 +66,19 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         fail("diffusion", str(error) or type(error).__name__)
+
+
+@contextlib.contextmanager
+def _cleaning_up(command: str) -> Iterator[None]:
+    """Has SIGTERM end an import or an export by an exception, so that half-written files are deleted."""
+    if command not in ("import", "export") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

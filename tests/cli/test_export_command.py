@@ -1,10 +1,14 @@
 """`diffusion export`: the files it writes, and one line and status 2 for what it cannot do."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from diffusion import load
 from diffusion.cli import main
+from diffusion.exporters import diffusers
 from helpers.models import make_model
 
 
@@ -46,3 +50,19 @@ def test_what_cannot_be_exported(words, message, tmp_path, monkeypatch, capsys):
     assert message in output
     assert output.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["quad"]
+
+
+def test_a_terminated_export_leaves_no_file(tmp_path, monkeypatch):
+    make_model().save(tmp_path / "model")
+    former = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_):
+        assert signal.getsignal(signal.SIGTERM) != former  # which would end the tests
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(diffusers, "save_file", terminate)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "pipeline")])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == former
+    assert not [path for path in (tmp_path / "pipeline").rglob("*") if path.is_file()]
