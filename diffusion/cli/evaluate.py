@@ -21,15 +21,22 @@ from ..samplers import SAMPLERS
 from ..storage.atomic import check_writable, replacing
 from ..storage.images import to_uint8
 from ..utils.validation import whole_number
-from .options import add_computation_options, choose_labels, default_device
+from .options import (
+    DEFAULT_SAMPLER,
+    add_computation_options,
+    choose_guidance,
+    choose_labels,
+    choose_sampler,
+    default_device,
+)
 
 # The options that not every measure uses, with their values where they are not given.
 DEFAULTS: dict[str, Any] = {
     "model": "mnist",
     "num": 1000,
     "guidance_scale": None,
-    "sampler": "ddim",
-    "steps": 50,
+    "sampler": None,
+    "steps": None,
     "seed": 0,
     "data_dir": None,
     "classifier": None,
@@ -64,10 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance-scale",
         type=float,
-        help="scale of classifier-free guidance (default: 2 for accuracy, 1 for distances)",
+        help="scale of classifier-free guidance (default: the model's for accuracy, 1 for distances)",
     )
-    add("--sampler", help=f"{', '.join(SAMPLERS)} (default: {DEFAULTS['sampler']})")
-    add("--steps", type=int, help=f"number of steps, 1 to T (default: {DEFAULTS['steps']})")
+    add("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's, or {DEFAULT_SAMPLER['sampler']})")
+    add(
+        "--steps",
+        type=int,
+        help=f"number of steps, 1 to T (default: the model's, or {DEFAULT_SAMPLER['steps']})",
+    )
     add("--seed", type=int, help=f"seed of the samples (default: {DEFAULTS['seed']})")
     add(
         "--data-dir",
@@ -119,14 +130,17 @@ def run(args: argparse.Namespace) -> None:
         result = _compare(args)
         text = format_result(result)
     else:
+        model = _model(args)
         result = evaluate(
-            _model(args),
+            model,
             num=args.num,
-            guidance_scale=2.0 if args.guidance_scale is None else args.guidance_scale,
+            guidance_scale=choose_guidance(
+                model, args.guidance_scale, conditional=model.num_classes is not None
+            ),
             data_dir=args.data_dir,
             classifier=args.classifier,
             progress=True,
-            **_sampling(args),
+            **_sampling(args, model),
         )
         text = format_report(result)
         result["model"] = args.model
@@ -161,9 +175,10 @@ def _model(args: argparse.Namespace) -> DDPM:
     return load(args.model, args.device or default_device())
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("sampler", "steps", "seed", "batch_size", "dtype", "backend", "precision")
-    return {name: getattr(args, name) for name in names}
+def _sampling(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
+    sampler, steps = choose_sampler(model, args.sampler, args.steps)
+    names = ("seed", "batch_size", "dtype", "backend", "precision")
+    return {"sampler": sampler, "steps": steps} | {name: getattr(args, name) for name in names}
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,10 +193,11 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         model = _model(args)
         labels, num = choose_labels(model, None, args.num)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
-        x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **_sampling(args))
+        options = _sampling(args, model)
+        x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **options)
         samples = ImageSet(to_uint8(x.cpu(), model.value_range), None, None, f"model {args.model}")
         protocol = {
-            **_sampling(args),
+            **options,
             "guidance scale": scale,
             "labels": "each class in turn" if labels else "none",
         }

@@ -75,12 +75,13 @@ def choose_sampler(model: DDPM, sampler: str | None, steps: int | None) -> tuple
     return name, steps
 
 
-def choose_guidance(model: DDPM, scale: float | None, labels: list[int] | None) -> float:
+def choose_guidance(model: DDPM, scale: float | None, conditional: bool) -> float:
     """The guidance scale from the command line; by default the model's own.
 
-    GUIDANCE_SCALE is that of a model that does not say how it is sampled.
+    conditional: whether there are labels. GUIDANCE_SCALE is that of a model that does not say how it is
+    sampled.
     """
-    if scale is not None or labels is None:
+    if scale is not None or not conditional:
         return 1.0 if scale is None else scale
     if model.guidance_scale == 1 and model.sampler is None and model.null_label is not None:
         return GUIDANCE_SCALE

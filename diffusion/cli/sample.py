@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     if out.suffix.lower() in (".png", ".gif") and not sharded:
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
-    guidance = choose_guidance(model, args.guidance_scale, labels)
+    guidance = choose_guidance(model, args.guidance_scale, labels is not None)
     sampler, steps = choose_sampler(model, args.sampler, args.steps)
     names = ("spacing", *own_options(), "guidance_interval", "clip")
     names += ("guidance_parallel", "dynamic_threshold", "dynamic_threshold_max")
