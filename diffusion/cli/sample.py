@@ -155,8 +155,13 @@ def run(args: argparse.Namespace) -> None:
         images, interrupted = error.images, error
     seconds = time.perf_counter() - start
     if frames is not None:
-        how = {"columns": args.columns, "scale": args.scale, "value_range": model.diffused_range}
-        save_gif(frames.batches(len(images)), out, **how)
+        save_gif(
+            frames.batches(len(images)),
+            out,
+            columns=args.columns,
+            scale=args.scale,
+            value_range=model.diffused_range,
+        )
     elif out.suffix.lower() == ".npz":
         save_npz(to_uint8(images, model.value_range), out, labels and labels[: len(images)], seed=args.seed)
     else:

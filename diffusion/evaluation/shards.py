@@ -120,7 +120,7 @@ def sample_shards(
 
 def model_digest(model: DDPM) -> str:
     """SHA-256, in hexadecimal, of a model's weights and of the configuration that decides its samples."""
-    config = {
+    config: dict[str, Any] = {
         "unet": config_to_dict(model.unet.config),
         "schedule": model.schedule.to_config(),
         "prediction_type": model.prediction_type,

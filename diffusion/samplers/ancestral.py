@@ -69,9 +69,11 @@ def ddpm(
         clip,
         guidance_scale,
         guidance_interval,
+        {
+            "coef_x": alpha.sqrt() * (1 - following) / (1 - current),
+            "coef_x0": following.sqrt() * beta / (1 - current),
+            **noise,
+        },
         learned_variance=variance == "learned_range",
         noise_in_last_step=noise_in_last_step,
-        coef_x=alpha.sqrt() * (1 - following) / (1 - current),
-        coef_x0=following.sqrt() * beta / (1 - current),
-        **noise,
     )

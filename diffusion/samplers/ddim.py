@@ -74,13 +74,14 @@ def ddim(
     direction = remaining.clamp(min=0).sqrt()
     if use_clipped_model_output:  # eps = (x - alpha x_0) / sqrt(1 - alpha^2)
         coef_x = direction / (1 - current).sqrt()
-        columns = {"coef_x": coef_x, "coef_x0": following.sqrt() - coef_x * current.sqrt()}
+        columns = {"coef_x": coef_x, "coef_x0": following.sqrt() - coef_x * current.sqrt(), "sigma": sigma}
     else:
         eps_from_x, eps_from_output = epsilon_coefficients(prediction_type, current)
         columns = {
             "coef_x": direction * eps_from_x,
             "coef_x0": following.sqrt(),
             "coef_output": direction * eps_from_output,
+            "sigma": sigma,
         }
     return make_table(
         timesteps,
@@ -89,7 +90,6 @@ def ddim(
         clip,
         guidance_scale,
         guidance_interval,
+        columns,
         noise_in_last_step=noise_in_last_step,
-        sigma=sigma,
-        **columns,
     )

@@ -132,12 +132,14 @@ def dpmpp_2m(
         clip,
         guidance_scale,
         guidance_interval,
+        {
+            "coef_x": coef_x,
+            "coef_x0": coef_x0,
+            "coef_x0_prev": coef_x0_prev,
+            "sigma": (1 - following).sqrt() * sigma,
+        },
         noise_in_last_step=noise_in_last_step,
         history=history,
-        coef_x=coef_x,
-        coef_x0=coef_x0,
-        coef_x0_prev=coef_x0_prev,
-        sigma=(1 - following).sqrt() * sigma,
     )
 
 

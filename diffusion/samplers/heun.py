@@ -82,7 +82,7 @@ def heun(
     # The correction at s1 is followed by the noise that the next step begins with.
     rows["sigma"] = _interleaved(torch.zeros_like(added), added[1:])
     timesteps = _interleaved(raised, current[1:])
-    table = make_table(timesteps, torch.ones_like(timesteps), prediction_type, **shared, **rows)
+    table = make_table(timesteps, torch.ones_like(timesteps), prediction_type, columns=rows, **shared)
     return replace(table, initial_scale=start)
 
 
@@ -118,7 +118,7 @@ def _over_timesteps(
     levels, next_levels = (((1 - a) / a).sqrt() for a in (finite, following))
     rows: dict[str, Any] = _rows(levels, next_levels, finite.sqrt(), following.sqrt())
     visited, alphas_cumprod = _interleaved(timesteps, timesteps[1:]), _interleaved(current, current[1:])
-    return make_table(visited, alphas_cumprod, prediction_type, **shared, **rows)
+    return make_table(visited, alphas_cumprod, prediction_type, columns=rows, **shared)
 
 
 def _rows(level: Tensor, next_level: Tensor, alpha: Tensor, next_alpha: Tensor) -> dict[str, Tensor]:

@@ -88,10 +88,11 @@ def make_table(
     clip: float | None,
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
+    columns: dict[str, torch.Tensor],
+    *,
     learned_variance: bool = False,
     noise_in_last_step: bool = False,
     history: History | None = None,
-    **columns: torch.Tensor,
 ) -> StepTable:
     """The table for timesteps [n] and alphas_cumprod [n] there.
 
@@ -100,7 +101,7 @@ def make_table(
     other arguments are those of all samplers.
     """
     clip = math.inf if clip is None else number("clip", clip, 0, infinite=True)
-    columns["timestep"] = timesteps
+    columns = {**columns, "timestep": timesteps}
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)
     columns["x0_from_x"], columns["x0_from_output"] = x0_coefficients(prediction_type, alphas_cumprod)
     columns["clip_x0"] = torch.full_like(alphas_cumprod, clip)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..ddpm import DDPM
+from ..models.network import Network
 from ..models.registry import architecture
 from ..models.unet import UNet, UNetConfig
 from ..process.value_range import SIGNED
@@ -35,7 +36,7 @@ def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
 
 
 @torch.no_grad()
-def start_from(unet: UNet, model: UNet) -> None:
+def start_from(unet: UNet, model: Network) -> None:
     """Copies the weights of a model's UNet into one of the same architecture.
 
     If the number of classes differs, the embeddings of the classes keep their random weights, and only the
