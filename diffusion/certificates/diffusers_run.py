@@ -40,7 +40,7 @@ def run_diffusers(path: Path, model: DDPM, flags: dict[str, Any]) -> tuple[Origi
     original = Original(f"diffusers {version}", x, labels, [], [], None, [], version)
     with torch.inference_mode():
         for t in timesteps_of(model):
-            output = unet(x, torch.full((len(x),), t), class_labels=theirs).sample
+            output = unet(x, torch.full((len(x),), t, device="cpu"), class_labels=theirs).sample
             original.forwards.append(Forward(f"forward.t{t}", t, output))
         if layout.scheduler is None or "schedule" in flags:
             original.notes.append("no trajectory is compared: the folder has no scheduler of its own")
@@ -84,7 +84,7 @@ def _add_trajectory(
     scheduler = getattr(diffusers, name).from_config(config)
     steps = min(STEPS, model.schedule.T)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(original.x.shape, generator=generator)
+    x = torch.randn(original.x.shape, generator=generator, device="cpu")
     noise = [x]
     try:
         scheduler.set_timesteps(steps)
@@ -94,7 +94,7 @@ def _add_trajectory(
             x = scheduler.step(output, t, x, generator=generator).prev_sample
             again = torch.Generator()  # the step's own draw, a second time; unused where it drew nothing
             again.set_state(before)
-            noise.append(torch.randn(x.shape, generator=again))
+            noise.append(torch.randn(x.shape, generator=again, device="cpu"))
     except Exception as error:  # its errors are of many kinds
         original.notes.append(f"the trajectory is not compared: diffusers fails with {first_line(error)}")
         return

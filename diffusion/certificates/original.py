@@ -104,7 +104,7 @@ def rounding_errors(
 
 def predict(network: nn.Module, x: Tensor, timestep: int | float, labels: Tensor | None) -> Tensor:
     """The output of a network for x [B, C, H, W], all at one timestep."""
-    timesteps = torch.full((len(x),), timestep)  # int64 or float32, as the timestep is
+    timesteps = torch.full((len(x),), timestep, device="cpu")  # int64 or float32, as the timestep is
     with torch.inference_mode():
         return network(x, timesteps, labels)
 
@@ -131,8 +131,8 @@ def timesteps_of(model: DDPM) -> list[int | float]:
 def inputs_of(model: DDPM, batch: int = 2) -> tuple[Tensor, Tensor | None]:
     """Inputs x [B, C, H, W] ~ N(0, I) of the model's network, and labels where it takes some."""
     config, generator = config_of(model.unet), torch.Generator().manual_seed(0)
-    x = torch.randn(batch, config.in_channels, *config.image_shape, generator=generator)
+    x = torch.randn(batch, config.in_channels, *config.image_shape, generator=generator, device="cpu")
     if config.label_size is not None:
-        return x, torch.randn(batch, config.label_size, generator=generator)
-    labels = None if config.num_classes is None else torch.arange(batch) % config.num_classes
+        return x, torch.randn(batch, config.label_size, generator=generator, device="cpu")
+    labels = None if config.num_classes is None else torch.arange(batch, device="cpu") % config.num_classes
     return x, labels

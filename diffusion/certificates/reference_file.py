@@ -56,7 +56,7 @@ def read_reference(path: str | os.PathLike, model: DDPM) -> Original:
     x = tensors.get("x")
     if x is None and forwards:
         raise ValueError(f"{path}: {forwards[0].name} needs x, the inputs of the network")
-    x = torch.empty(0, *image) if x is None else x.float()
+    x = torch.empty(0, *image, device="cpu") if x is None else x.float()
     labels = tensors.get("y")
     shapes = [("x", x, image)] + [(f.name, f.output, [config.out_channels, *image[1:]]) for f in forwards]
     shapes += [(t.name, t.images, image) for t in trajectories]
@@ -92,4 +92,4 @@ def _noise(path: str | os.PathLike, tensors: dict[str, Tensor]) -> Tensor | None
     shape = whole_numbers(f"{path}: traj.noise.shape", tensors["traj.noise.shape"], 1, 2**20).tolist()
     seed = whole_numbers(f"{path}: traj.noise.seed", tensors["traj.noise.seed"].reshape(-1), 0)
     check_fits(f"the noise of {path}", 4 * math.prod(shape), torch.device("cpu"))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed[0])))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed[0])), device="cpu")

@@ -46,11 +46,11 @@ def to_exported_program(model: DDPM) -> torch.export.ExportedProgram:
     kind = torch.float32 if isinstance(model.schedule, NoiseLevels) else torch.int64
     timesteps = torch.arange(1, _BATCH + 1, dtype=kind, device="cpu")
     network = copy.deepcopy(model.unet).to("cpu", torch.float32).eval().requires_grad_(False)
-    inputs = [torch.zeros(_BATCH, config.in_channels, *config.image_shape), timesteps]
+    inputs = [torch.zeros(_BATCH, config.in_channels, *config.image_shape, device="cpu"), timesteps]
     if config.label_size is not None:
-        inputs.append(torch.zeros(_BATCH, config.label_size))
+        inputs.append(torch.zeros(_BATCH, config.label_size, device="cpu"))
     elif config.num_classes is not None:
-        inputs.append(torch.zeros(_BATCH, dtype=torch.int64))
+        inputs.append(torch.zeros(_BATCH, dtype=torch.int64, device="cpu"))
     batch = {0: torch.export.Dim("batch", min=1)}
     try:
         with torch.no_grad():

@@ -165,16 +165,19 @@ def _plain_resampling(config: UNetConfig, dtype: torch.dtype) -> dict[str, torch
     last, first = len(config.channel_mult) - 1, int(config.downsample_padding == "symmetric")
     for level, width in enumerate(config.level_channels):
         if config.level_upsample[level] == "plain":
-            kernel = torch.zeros(3, 3, dtype=dtype)
+            kernel = torch.zeros(3, 3, dtype=dtype, device="cpu")
             kernel[1, 1] = 1
             made |= _of_each_channel(kernel, width, f"up_blocks.{last - level}.upsamplers.0.conv")
         if config.level_downsample[level] == "plain":
-            kernel = torch.zeros(3, 3, dtype=dtype)
+            kernel = torch.zeros(3, 3, dtype=dtype, device="cpu")
             kernel[first : first + 2, first : first + 2] = 0.25
             made |= _of_each_channel(kernel, width, f"down_blocks.{level}.downsamplers.0.conv")
     return made
 
 
 def _of_each_channel(kernel: torch.Tensor, width: int, name: str) -> dict[str, torch.Tensor]:
-    weight = torch.eye(width, dtype=kernel.dtype)[:, :, None, None] * kernel
-    return {f"{name}.weight": weight.contiguous(), f"{name}.bias": torch.zeros(width, dtype=kernel.dtype)}
+    weight = torch.eye(width, dtype=kernel.dtype, device="cpu")[:, :, None, None] * kernel
+    return {
+        f"{name}.weight": weight.contiguous(),
+        f"{name}.bias": torch.zeros(width, dtype=kernel.dtype, device="cpu"),
+    }

@@ -61,7 +61,7 @@ def convert_weights(source: Source) -> dict[str, torch.Tensor]:
         for kind in ("weight", "bias", *(("running_mean", "running_var") if statistics else ())):
             ours[f"{name}.{kind}"] = source.take(f"{foreign}.{kind}")
         if statistics:
-            ours[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+            ours[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def pair(name: str, foreign: str) -> None:
         for conv in ("conv1", "conv2"):

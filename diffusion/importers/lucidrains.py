@@ -232,8 +232,8 @@ def _named_schedule(kind: str, T: int) -> NoiseSchedule:
     if kind == "cosine":
         return NoiseSchedule.cosine(T)
     # Jabri et al. 2022, arXiv 2212.11972, appendix B, from -3 to 3. The ends are float32 in the original.
-    t = torch.linspace(0, T, T + 1, dtype=torch.float64) / T
-    start, end = torch.tensor([-3.0, 3.0]).sigmoid()
+    t = torch.linspace(0, T, T + 1, dtype=torch.float64, device="cpu") / T
+    start, end = torch.tensor([-3.0, 3.0], device="cpu").sigmoid()
     alphas_cumprod = (end - (6 * t - 3).sigmoid()) / (end - start)
     alphas_cumprod = alphas_cumprod / alphas_cumprod[0].clone()
     return NoiseSchedule.from_betas((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, 0.999))

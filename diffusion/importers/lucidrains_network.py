@@ -207,7 +207,7 @@ def network_weights(config: LucidrainsConfig, tensors: Tensors, standardised: bo
     tensors = dict(tensors)
     levels, weights = len(config.channel_mult), {}
     if config.num_classes is not None:
-        null = tensors.pop("null_classes_emb", torch.empty(0))
+        null = tensors.pop("null_classes_emb", torch.empty(0, device="cpu"))
         weights["label_embedding.weight"] = torch.cat(
             [tensors.pop("classes_emb.weight"), null.reshape(-1, config.channels)]
         )

@@ -128,7 +128,7 @@ def convert_stack(config: ConvStackConfig, source: Source) -> dict[str, torch.Te
             ours[f"layers.{i}.0.{kind}"] = source.take(f"conv.{i}.0.{kind}")
         for kind in ("weight", "bias", "running_mean", "running_var"):
             ours[f"layers.{i}.1.{kind}"] = source.take(f"conv.{i}.1.{kind}")
-        ours[f"layers.{i}.1.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        ours[f"layers.{i}.1.num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device="cpu")
     last = len(config.widths)
     for kind in ("weight", "bias"):
         ours[f"layers.{last}.{kind}"] = source.take(f"conv.{last}.{kind}")

@@ -145,7 +145,7 @@ def dpmpp_2m(
 
 def _orders(order: int, steps: int, lowered: bool, euler_at_final: bool) -> torch.Tensor:
     """The order of each step, int64 [steps]: the first have no earlier steps to use."""
-    orders = torch.arange(1, steps + 1).clamp(max=order)
+    orders = torch.arange(1, steps + 1, device="cpu").clamp(max=order)
     if lowered:
         orders[-2:] = orders[-2:].clamp(max=2)
     if euler_at_final:
@@ -177,7 +177,7 @@ def _terms(
     The factors come from the integrals of the Taylor polynomial of m in lambda over a step h: Lu et al. 2022,
     arXiv 2206.00927, appendix B, and arXiv 2211.01095, appendix B.
     """
-    d0, d1, d2, sigma = torch.zeros(4, len(h), dtype=torch.float64)
+    d0, d1, d2, sigma = torch.zeros(4, len(h), dtype=torch.float64, device="cpu")
     if of_noise:
         k, grown = (2 if sde else 1), 1 / decay - 1  # e^h - 1
         d0 = k * grown
@@ -208,11 +208,11 @@ def _multistep(h: torch.Tensor, orders: torch.Tensor, terms: torch.Tensor) -> to
         if order == 1:
             continue
         step, before = h[i].item(), h[i - 1].item()
-        slope = torch.tensor([step, -step, 0], dtype=torch.float64) / before
-        curvature = torch.zeros(3, dtype=torch.float64)
+        slope = torch.tensor([step, -step, 0], dtype=torch.float64, device="cpu") / before
+        curvature = torch.zeros(3, dtype=torch.float64, device="cpu")
         if order == 3:
             earlier = h[i - 2].item()
-            bend = slope - torch.tensor([0, step, -step], dtype=torch.float64) / earlier
+            bend = slope - torch.tensor([0, step, -step], dtype=torch.float64, device="cpu") / earlier
             slope = slope + before / (before + earlier) * bend
             curvature = step / (before + earlier) * bend
         weights[i] += terms[i, 1] * slope + terms[i, 2] * curvature

@@ -27,6 +27,8 @@ def read_digits(data_dir, split):
 class FakeModel:
     """`draw(labels, guidance_scale)` in place of a diffusion model; remembers how it was called."""
 
+    value_range = (-1.0, 1.0)
+
     def __init__(self, draw, num_classes=10, shape=(1, 28, 28)):
         self.draw, self.num_classes, self.calls = draw, num_classes, []
         self.metadata = {"training": {"ema_decay": 0.99}}

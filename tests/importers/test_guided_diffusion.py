@@ -45,7 +45,7 @@ def sample(model: diffusion.DDPM, case: dict[str, Any], **arguments: Any) -> tor
 @pytest.mark.parametrize("name", EXPECTED)
 def test_network(name, tmp_path):
     case = EXPECTED[name]
-    unet, schedule, conventions, _ = guided_diffusion.load(
+    unet, schedule, conventions, *_ = guided_diffusion.load(
         Checkpoint(save_guided(name, tmp_path)), **case["flags"]
     )
     config = unet.config
@@ -115,7 +115,7 @@ def test_sampler_of_a_timestep_respacing(respacing, sampler, tmp_path):
 def test_conventions(tmp_path):
     path, flags = save_guided("pooling", tmp_path), EXPECTED["pooling"]["flags"]
     options = {"predict_xstart": True, "sigma_small": True, "use_fp16": True, "diffusion_steps": 250}
-    _, schedule, conventions, _ = guided_diffusion.load(Checkpoint(path), **flags, **options)
+    _, schedule, conventions, *_ = guided_diffusion.load(Checkpoint(path), **flags, **options)
     assert (conventions["prediction_type"], conventions["variance"]) == ("sample", "fixed_small")
     assert conventions["sampler_options"]["ddim"] == {"spacing": "stride", "use_clipped_model_output": True}
     # Dhariwal & Nichol's code: the betas of 1000 steps, times 1000 / steps.

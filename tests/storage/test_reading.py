@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -184,11 +183,7 @@ def model_folder(path, name):
 
 
 def diffusers_folder(path, name):
-    weights = {"conv_in.weight": torch.zeros(1)}
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 8}))
-    (path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
-    save_file(weights, path / "diffusion_pytorch_model.safetensors")
+    diffusion.to_diffusers(make_model(), path)
     return path / name, lambda: diffusers.load(Checkpoint(path))
 
 
@@ -218,9 +213,9 @@ def alone(read):
 USED = [
     (model_folder, "config.json"),
     (model_folder, "model.safetensors"),
-    (diffusers_folder, "config.json"),
-    (diffusers_folder, "scheduler_config.json"),
-    (diffusers_folder, "diffusion_pytorch_model.safetensors"),
+    (diffusers_folder, "unet/config.json"),
+    (diffusers_folder, "scheduler/scheduler_config.json"),
+    (diffusers_folder, "unet/diffusion_pytorch_model.safetensors"),
     (alone(lambda path: guided_diffusion.load(Checkpoint(path))), "model.pt"),
     (classifier_folder, "config.json"),
     (classifier_folder, "model.safetensors"),
