@@ -20,7 +20,7 @@ STEPS = 10  # of the trajectory
 
 
 def run_diffusers(path: Path, model: DDPM, flags: dict[str, Any]) -> tuple[Original | None, list[str]]:
-    """What diffusers computes with the folder's UNet2DModel and scheduler, or None and the reasons why not.
+    """The numbers of diffusers with the folder's UNet2DModel and scheduler, or None and the reasons.
 
     flags: those of the import. The trajectory is the scheduler's own loop with at most STEPS steps, at the
     defaults of its pipeline's call.

@@ -39,7 +39,7 @@ class Trajectory:
 
 @dataclass
 class Original:
-    """What the original computed.
+    """The numbers that the original computed.
 
     about: what it is, in words. x: inputs [B, C, H, W] of the network. labels: int64 [B], as the model counts
     them, or None. noise: [n + 1, B, C, H, W], the initial noise and that of each step, or None. notes:

@@ -10,7 +10,7 @@ from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.reading import check_weights, load_weights
 from ..utils.validation import number, whole_number
 
-# What these projects' loops do, over a schedule of T + 1 betas of which the first is never visited: every
+# The loops of these projects, over a schedule of T + 1 betas of which the first is never visited: every
 # timestep from T to 1, the variance beta, and an end at the noise of timestep 0.
 SAMPLER = {"name": "ddpm", "variance": "fixed_large", "steps_offset": 1, "set_alpha_to_one": False}
 FLAGS = {

@@ -36,7 +36,7 @@ class Checkpoint:
 
     @cached_property
     def contents(self) -> Any:
-        """What the file holds: nested dictionaries and lists of tensors, numbers and text.
+        """The contents of the file: nested dictionaries and lists of tensors, numbers and text.
 
         The first bytes tell the format, safetensors or torch.save. ValueError, in one line, for a folder,
         another format, a truncated or damaged file, or a pickle that needs code to be read.

@@ -78,7 +78,7 @@ def find(checkpoint: Checkpoint, wanted: str | None = None) -> Layout:
 
 
 def exported(layout: Layout) -> dict[str, Any]:
-    """What this package wrote into the index of a pipeline beyond what diffusers reads; {} for all others.
+    """The entry that this package adds to the index of a pipeline that it writes; {} for all others.
 
     null_label: the label of no class, or None. schedule, conventions: of the model, as in config.json; left
     out if the scheduler's file has changed since, of which they also hold the SHA-256.

@@ -31,7 +31,7 @@ SIGMAS = {  # the first that is true counts
 
 
 class Scheduler(NamedTuple):
-    """What a scheduler's configuration says.
+    """The contents of a scheduler's configuration.
 
     conventions: further arguments of `DDPM`: "prediction_type", "variance", "clip" and "sampler". note: a
     line that names the scheduler where the sampler is only the nearest to it; "" otherwise.

@@ -150,7 +150,7 @@ class _Stored(NamedTuple):
 
 
 def _stored(checkpoint: Checkpoint, ema: bool = True) -> _Stored:
-    """What a file holds. ema: take the moving average of a milestone that has one."""
+    """The parts of a file. ema: take the moving average of a milestone that has one."""
     contents, milestone = checkpoint.contents, None
     tensors = checkpoint.tensors
     if isinstance(contents, Mapping) and isinstance(contents.get("model"), Mapping) and len(contents) > 1:

@@ -50,7 +50,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 
 class Release(NamedTuple):
-    """What a release computes, where the tensors do not tell.
+    """The choices of a release that its tensors do not tell.
 
     standardised: the convolutions of blocks are divided by the deviation of their weights (Qiao et al. 2019,
     arXiv 1903.10520).

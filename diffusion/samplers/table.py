@@ -17,7 +17,7 @@ from .guidance import guidance_scales
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What the steps of a solver take from earlier steps, where a row's coef_x0_prev cannot say it.
+    """The predictions that the steps of a solver take from earlier steps, beyond a row's coef_x0_prev.
 
     Step i keeps m_i = from_x[i] * x + from_x0[i] * x0, with the x that it starts from and its x0. In its row,
     coef_x0_prev is 1 and x0_prev is weights[i, 0] * m_{i-1} + weights[i, 1] * m_{i-2}, or both are 0.

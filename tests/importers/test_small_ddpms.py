@@ -191,7 +191,7 @@ def test_a_schedule_that_is_not_linear(tmp_path):
 
 
 def test_assumed_flags(tmp_path):
-    """What the tensors do not tell is named; a flag that is given is not."""
+    """Assumed flags are named; a flag that is given is not."""
     assumed = {
         name: importers.read(save(tmp_path / "model.pth", checkpoint(name))).assumed
         for name in ("from_scratch_mnist_conditional", "conditional_mnist", "superminddpm")
