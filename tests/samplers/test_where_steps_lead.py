@@ -143,7 +143,10 @@ def test_the_exact_denoiser_gives_the_papers_deviation(sampler, options, spacing
         assert table.timesteps.tolist() == timesteps
         found = deviations_of(table, prediction_type)[-1]
         assert found == pytest.approx(papers_deviation(sampler, timesteps, options), rel=1e-7), steps
-        if steps >= 20 and SIGNAL[timesteps[0]] < 0.002:
+        # DPM-Solver++ leaves out timestep 0, but "respaced" visits it: with 20 steps from 53, a stride that
+        # is long in log SNR.
+        enough = 40 if sampler == "dpm++" and spacing == "respaced" else 20
+        if steps >= enough and SIGNAL[timesteps[0]] < 0.002:
             # All are of first order at least: the error is bounded by a multiple of the stride.
             assert abs(found - DEVIATION) < 5 / steps, steps
 
