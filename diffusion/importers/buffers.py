@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 
-from ..models.network import Network, NetworkConfig
-from ..models.registry import build
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
-from ..storage.reading import check_weights, load_weights
+from ..storage.reading import check_weights
 from ..utils.validation import number, whole_number
+from .naming import Source
 
 # The loops of these projects, over a schedule of T + 1 betas of which the first is never visited: every
 # timestep from T to 1, the variance beta, and an end at the noise of timestep 0.
@@ -109,15 +108,10 @@ def read_schedule(
     return NoiseSchedule.linear(T + 1, *ends), {k: v for k, v in defaults.items() if k not in given}
 
 
-def load_network(config: NetworkConfig, weights: dict[str, torch.Tensor], origin: str) -> Network:
-    """The network of a configuration with these weights; ValueError if they do not fit it."""
-    try:
-        with torch.device("meta"):  # no memory until the weights are known to fit
-            network = build(config)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
-    load_weights(network, weights, origin)
-    return network
+def batch_norm(source: Source, name: str, foreign: str) -> dict[str, torch.Tensor]:
+    """The tensors of a batch normalisation, as `Source.layer`, with a counter that begins anew."""
+    ours = source.layer(name, foreign, ("weight", "bias", "running_mean", "running_var"))
+    return ours | {f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.int64, device="cpu")}
 
 
 def conventions(schedule: NoiseSchedule, value_range: tuple[float, float], **sampler: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..models.context_unet import ContextUNetConfig
+from ..storage.checkpoint import load_network
 from ..utils.validation import known_names
 from . import buffers
 from .checkpoint_file import Checkpoint
@@ -49,7 +50,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         num_classes=labels.shape[1],
         concatenate=len(window) == 6 * width,
     )
-    unet = buffers.load_network(config, convert_weights(source), origin)
+    unet = load_network(config, convert_weights(source), origin)
     return Imported(unet, schedule, buffers.conventions(schedule, (0.0, 1.0)), assumed)
 
 
@@ -58,10 +59,7 @@ def convert_weights(source: Source) -> dict[str, torch.Tensor]:
     ours: dict[str, torch.Tensor] = {}
 
     def copy(name: str, foreign: str, statistics: bool = False) -> None:
-        for kind in ("weight", "bias", *(("running_mean", "running_var") if statistics else ())):
-            ours[f"{name}.{kind}"] = source.take(f"{foreign}.{kind}")
-        if statistics:
-            ours[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        ours.update(buffers.batch_norm(source, name, foreign) if statistics else source.layer(name, foreign))
 
     def pair(name: str, foreign: str) -> None:
         for conv in ("conv1", "conv2"):

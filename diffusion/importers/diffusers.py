@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..models.registry import build_on_meta
 from ..models.unet import UNet
 from ..process.schedule import NoiseSchedule
 from ..storage.checkpoint import OPTIONAL, REQUIRED
@@ -97,8 +96,8 @@ def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
     assumed: dict[str, Any] = {} if variant is None or "variant" in flags else {"variant": variant}
     if config.label_embedding == "timestep" and "num_classes" not in flags:
         assumed["num_classes"] = config.num_classes
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = located(path, UNet, config)
+    unet = located(path, build_on_meta, config)
+    assert isinstance(unet, UNet)
     converted = convert_weights(config, tensors, str(weights), null_label=flags.get("null_label"))
     load_weights(unet, converted, weights)
     return unet, assumed

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..models.edm import EDMConfig, EDMUNet
 from ..models.edm_preconditioning import PRECONDITIONINGS, to_fixed
 from ..process.noise_levels import NoiseLevels
-from ..storage.reading import check_finite, check_weights, load_weights, open_regular
+from ..storage.checkpoint import load_network
+from ..storage.reading import check_finite, check_weights, open_regular
 from ..utils.validation import choice, known_names, number
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
@@ -83,10 +84,8 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         raise ValueError(f"{origin} has the noise levels of improved DDPM, but precond is {precond}")
     sigma_data = number("flag sigma_data", flags.get("sigma_data", 0.5), above=0)
     config = read_config(tensors, precond, sigma_data, origin)
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        network = EDMUNet(config)
-    weights = convert_weights(config, tensors)
-    load_weights(network, weights, origin)
+    network = load_network(config, convert_weights(config, tensors), origin)
+    assert isinstance(network, EDMUNet)
     assumed: dict[str, Any] = {"precond": precond} if "u" not in tensors else {}
     if precond == "edm":
         assumed["sigma_data"] = sigma_data

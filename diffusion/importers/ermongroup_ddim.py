@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..models.unet import UNet, UNetConfig
+from ..models.unet import UNetConfig
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
-from ..storage.reading import load_weights
+from ..storage.checkpoint import load_network
 from ..utils.validation import choice, known_names, number, switch, whole_number
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
@@ -78,9 +78,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         raise ValueError(f"{origin} holds no checkpoint of ermongroup/ddim: no {missing}{hint}")
     tensors = unets[which]
     config = _config(tensors, flags, origin)
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = UNet(config)
-    load_weights(unet, _convert(config, tensors, origin), checkpoint.path)
+    unet = load_network(config, _convert(config, tensors, origin), checkpoint.path)
     assumed = _DEFAULTS | {
         "image_size": config.sample_size,
         "sample_type": "generalized" if is_list else "ddpm_noisy",

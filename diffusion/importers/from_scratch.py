@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..models.diagonal_unet import DiagonalUNetConfig
+from ..storage.checkpoint import load_network
 from ..utils.validation import known_names, number, numbers, refuse, switch
 from . import buffers
 from .checkpoint_file import Checkpoint
@@ -56,7 +57,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     values = defaults | given
     assumed |= {name: value for name, value in defaults.items() if name not in given}
     config = _config(source, values, last)
-    unet = buffers.load_network(config, convert_weights(config, source), origin)
+    unet = load_network(config, convert_weights(config, source), origin)
     conventions = buffers.conventions(schedule, _value_range(values["value_range"]), noise_in_last_step=True)
     conventions["guidance_scale"] = 1 + number("flag w", values.get("w", 0))
     return Imported(unet, schedule, conventions, assumed)
@@ -116,8 +117,7 @@ def convert_weights(config: DiagonalUNetConfig, source: Source) -> dict[str, tor
     ours = {"time_table": source.take(_MARKER)}
 
     def copy(name: str, foreign: str) -> None:
-        ours[f"{name}.weight"] = source.take(f"{foreign}.weight")
-        ours[f"{name}.bias"] = source.take(f"{foreign}.bias")
+        ours.update(source.layer(name, foreign))
 
     def block(name: str, foreign: str, residual: bool) -> None:
         parts = {"norm1": "conv_1.0", "conv1": "conv_1.2", "norm2": "conv_2.0", "conv2": "conv_2.2"}
@@ -125,18 +125,14 @@ def convert_weights(config: DiagonalUNetConfig, source: Source) -> dict[str, tor
             copy(f"{name}.{inner}", f"{foreign}.{other}")
         unused = {"label_projection": "condition_emb.ln.1", "skip": "conv_3"}
         for inner, other in unused.items():
-            if f"{foreign}.{other}.weight" not in source:
-                continue
-            if residual:
-                copy(f"{name}.{inner}", f"{foreign}.{other}")
-            else:
-                source.take(f"{foreign}.{other}.weight")
-                source.take(f"{foreign}.{other}.bias")
+            if f"{foreign}.{other}.weight" in source:
+                layer = source.layer(f"{name}.{inner}", f"{foreign}.{other}")
+                ours.update(layer if residual else {})
 
     def attention(name: str, foreign: str) -> None:
         copy(f"{name}.norm", f"{foreign}.norm")
-        for inner, other in {"mlp.0": "mlp.0", "mlp.1": "mlp.1", "mlp.3": "mlp.3"}.items():
-            copy(f"{name}.{inner}", f"{foreign}.{other}")
+        for inner in ("mlp.0", "mlp.1", "mlp.3"):
+            copy(f"{name}.{inner}", f"{foreign}.{inner}")
         letters = [(source.take(f"{foreign}.{x}_W"), source.take(f"{foreign}.{x}_b")) for x in "QKV"]
         # [heads, C, C / heads] to rows by head.
         ours[f"{name}.qkv.weight"] = torch.cat(

@@ -7,9 +7,8 @@ Such a file holds tensors only. Users of those projects describe the model by fl
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ..models.unet import UNet, UNetConfig
+from ..models.registry import build_on_meta
+from ..models.unet import UNetConfig
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.reading import load_weights
 from ..utils.validation import choice, known_names, numbers, refuse, shown, typed, whole_number
@@ -114,11 +113,9 @@ def load_unet(checkpoint: Checkpoint, flags: dict[str, Any], defaults: dict[str,
     options = _SAMPLING | assumed | given
     _check_told(found, given, options, origin)
     schedule, config = _schedule(options), _config(found, options)
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = UNet(config)
-    load_weights(
-        unet, convert_weights(config, tensors, options["use_new_attention_order"], origin), checkpoint.path
-    )
+    unet = build_on_meta(config)  # first: it refuses heads into which the weights cannot be divided
+    weights = convert_weights(config, tensors, options["use_new_attention_order"], origin)
+    load_weights(unet, weights, checkpoint.path)
     conventions = _conventions(options, found.learn_sigma, schedule.T)
     return Imported(unet, schedule, conventions, {k: v for k, v in assumed.items() if k not in given})
 

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models.lucidrains import LucidrainsUNet
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
-from ..storage.reading import load_weights
+from ..storage.checkpoint import load_network
 from ..utils.validation import choice, typed, whole_number
 from .checkpoint_file import Checkpoint, without_prefixes
 from .flags import Flags, image_size
@@ -93,9 +92,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     config = network_config(network, given, known, size, origin)
     labels = config.num_classes is not None
     schedule = _schedule(buffers, given, version, labels, fourier=config.fourier_channels is not None)
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = LucidrainsUNet(config)
-    load_weights(unet, network_weights(config, network, known.standardised), checkpoint.path)
+    unet = load_network(config, network_weights(config, network, known.standardised), checkpoint.path)
     objective = _objective(buffers, schedule, given, version, labels, config.learned_variance)
     steps = given.get("sampling_timesteps", schedule.T, int)
     eta = given.get("ddim_sampling_eta", 1.0 if labels or version < (1, 0) else 0.0, float)

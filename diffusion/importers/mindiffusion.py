@@ -11,6 +11,7 @@ import torch
 from ..models.conv_stack import ConvStackConfig
 from ..models.naive_unet import NaiveUNetConfig
 from ..models.network import NetworkConfig
+from ..storage.checkpoint import load_network
 from ..utils.validation import known_names
 from . import buffers
 from .checkpoint_file import Checkpoint
@@ -58,7 +59,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     else:
         config = _stack_config(source, size)
         weights = convert_stack(config, source)
-    network = buffers.load_network(config, weights, origin)
+    network = load_network(config, weights, origin)
     return Imported(network, schedule, buffers.conventions(schedule, (-limit, limit)), assumed)
 
 
@@ -96,8 +97,7 @@ def convert_unet(source: Source) -> dict[str, torch.Tensor]:
     ours: dict[str, torch.Tensor] = {}
 
     def copy(name: str, foreign: str) -> None:
-        ours[f"{name}.weight"] = source.take(f"{foreign}.weight")
-        ours[f"{name}.bias"] = source.take(f"{foreign}.bias")
+        ours.update(source.layer(name, foreign))
 
     def conv3(name: str, foreign: str) -> None:
         for layer in (0, 1):
@@ -124,13 +124,9 @@ def convert_stack(config: ConvStackConfig, source: Source) -> dict[str, torch.Te
     """The state dict of ConvStack from a DummyEpsModel's; ValueError for missing or further tensors."""
     ours: dict[str, torch.Tensor] = {}
     for i in range(len(config.widths)):
-        for kind in ("weight", "bias"):
-            ours[f"layers.{i}.0.{kind}"] = source.take(f"conv.{i}.0.{kind}")
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            ours[f"layers.{i}.1.{kind}"] = source.take(f"conv.{i}.1.{kind}")
-        ours[f"layers.{i}.1.num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        ours |= source.layer(f"layers.{i}.0", f"conv.{i}.0")
+        ours |= buffers.batch_norm(source, f"layers.{i}.1", f"conv.{i}.1")
     last = len(config.widths)
-    for kind in ("weight", "bias"):
-        ours[f"layers.{last}.{kind}"] = source.take(f"conv.{last}.{kind}")
+    ours |= source.layer(f"layers.{last}", f"conv.{last}")
     source.finish()
     return ours

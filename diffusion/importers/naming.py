@@ -5,7 +5,7 @@ matrix. It also joins the embedding's projections of all residual blocks into on
 blocks run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,12 @@ class Source:
             raise ValueError(f"{self.origin} is of another architecture than its configuration: no {name}")
         return self.tensors.pop(name)
 
+    def layer(
+        self, name: str, foreign: str, kinds: Iterable[str] = ("weight", "bias")
+    ) -> dict[str, torch.Tensor]:
+        """Takes the tensors of the foreign layer, under the name of the package's: {"NAME.weight": ...}."""
+        return {f"{name}.{kind}": self.take(f"{foreign}.{kind}") for kind in kinds}
+
     def peek(self, name: str, dims: int) -> torch.Tensor:
         """A tensor, to read its shape; ValueError if no tensor of so many dimensions has this name."""
         if name not in self.tensors or self.tensors[name].ndim != dims:
@@ -72,9 +78,8 @@ def convert(
     ours: dict[str, torch.Tensor] = {}
 
     def copy(name: str, foreign: str) -> None:
-        ours[f"{name}.weight"] = source.take(f"{foreign}.weight")
-        if f"{foreign}.bias" in source:
-            ours[f"{name}.bias"] = source.take(f"{foreign}.bias")
+        kinds = [kind for kind in ("weight", "bias") if kind == "weight" or f"{foreign}.bias" in source]
+        ours.update(source.layer(name, foreign, kinds))
 
     for name, foreign in parts.plain:
         copy(name, foreign)

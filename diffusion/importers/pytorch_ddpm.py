@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..models.unet import UNet, UNetConfig
+from ..models.unet import UNetConfig
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
-from ..storage.reading import load_weights
+from ..storage.checkpoint import load_network
 from ..utils.validation import choice, known_names, number, typed, whole_number
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
@@ -76,9 +76,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         raise ValueError(f"{checkpoint} has {T} timesteps, and flag T is {flags['T']}")
     if options["mean_type"] == "xprev":
         raise ValueError("mean_type 'xprev' cannot be imported: the network must predict epsilon or xstart")
-    with torch.device("meta"):  # no memory until the weights are known to fit
-        unet = UNet(config)
-    load_weights(unet, _convert(config, tensors, str(checkpoint)), checkpoint.path)
+    unet = load_network(config, _convert(config, tensors, str(checkpoint)), checkpoint.path)
     beta_1, beta_T = (
         number(f"flag {name}", options[name], above=0, below=1) for name in ("beta_1", "beta_T")
     )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import nn
 
 from ..utils.validation import known_names, typed
@@ -84,10 +83,9 @@ class NetworkConfig:
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of parameters of such a network."""
-        from .registry import build
+        from .registry import build_on_meta
 
-        with torch.inference_mode(False), torch.device("meta"):
-            return sum(parameter.numel() for parameter in build(self).parameters())
+        return sum(parameter.numel() for parameter in build_on_meta(self).parameters())
 
     def feature_maps(self) -> tuple[int, int]:
         """Numbers in all feature maps of one image that are held at a time, and in the largest; estimates."""

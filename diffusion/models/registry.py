@@ -5,6 +5,8 @@ A new network is a file here with a subclass of `network.Network`, and its entry
 
 from typing import Any
 
+import torch
+
 from ..utils.validation import choice, typed
 from .context_unet import ContextUNet
 from .conv_stack import ConvStack
@@ -31,6 +33,12 @@ def build(config: NetworkConfig) -> Network:
     """A network of this configuration, with initial weights, on PyTorch's default device."""
     network: type[Any] = NETWORKS[architecture(config)]
     return network(config)
+
+
+def build_on_meta(config: NetworkConfig) -> Network:
+    """A network of this configuration without values, so that it takes no memory before weights fit it."""
+    with torch.inference_mode(False), torch.device("meta"):
+        return build(config)
 
 
 def architecture(config: NetworkConfig) -> str:

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from ..kernels._dispatch import intercepted
 from . import blocks
 from .network import Network, NetworkConfig
-from .registry import build
+from .registry import build_on_meta
 from .unet import UNet
 
 # Attributes that do not affect the output in eval mode without gradients.
@@ -105,9 +105,8 @@ def _altered_everywhere() -> str | None:
 
 @functools.lru_cache(8)
 def configured(config: NetworkConfig) -> Network:
-    """The network of a configuration, on the meta device (without values)."""
-    with torch.inference_mode(False), torch.device("meta"):
-        return build(config)
+    """`build_on_meta`, for comparisons: the same network each time, which must not be changed."""
+    return build_on_meta(config)
 
 
 def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | None:

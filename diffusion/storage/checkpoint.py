@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..models.network import Network
-from ..models.registry import build, config_from_dict, config_to_dict
+from ..models.network import Network, NetworkConfig
+from ..models.registry import build_on_meta, config_from_dict, config_to_dict
 from ..models.structure import config_of, configured
 from ..process.noise_levels import NoiseLevels, process_from_config
 from ..process.schedule import NoiseSchedule
@@ -146,13 +146,19 @@ def _read(folder: Path, verify: bool) -> tuple[Network, NoiseSchedule | NoiseLev
     digest = stored_digest(config, DIGEST, path) if verify else None
     weights = read_safetensors(folder / "model.safetensors", digest)
     try:
-        with torch.device("meta"):  # no memory until the weights are known to fit
-            unet = build(config_from_dict(config["unet"]))
+        unet = build_on_meta(config_from_dict(config["unet"]))
         schedule = process_from_config(config["schedule"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     load_weights(unet, weights, folder / "model.safetensors")
     return unet, schedule, {key: config[key] for key in (*REQUIRED, *OPTIONAL) if key in config}
+
+
+def load_network(config: NetworkConfig, weights: dict[str, torch.Tensor], path: str | os.PathLike) -> Network:
+    """A network with these weights, in float32 on the CPU; ValueError naming `path` if they do not fit it."""
+    network = build_on_meta(config)
+    load_weights(network, weights, path)
+    return network
 
 
 def locate(name: str, patterns: Iterable[str] = FILES) -> Path:
