@@ -1,5 +1,7 @@
 """Checks of a network's arguments, and timesteps as fractions."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..utils.validation import readable
@@ -24,13 +26,34 @@ def check_arguments(
         return
     if config.num_classes is None:
         raise ValueError("this model is unconditional; labels must be None")
-    if labels.shape != x.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
+    check_labels(config, labels, x.shape[:1], waits=False)
+
+
+def check_labels(config: NetworkConfig, labels: object, shape: Sequence[int], waits: bool = True) -> None:
+    """ValueError unless labels are integers [B] in 0..K-1, or K for no label, as far as they can be read.
+
+    shape: [B]. waits: also read labels on another device than the CPU, which waits for the device; one that
+    is compiled or captured cannot wait.
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"labels must be a tensor of integers {list(shape)}, not {type(labels).__name__}")
+    if labels.shape != torch.Size(shape) or labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"labels must be integers of shape [{len(x)}], not {labels.dtype} {list(labels.shape)}"
+            f"labels must be integers of shape {list(shape)}, not {labels.dtype} {list(labels.shape)}"
         )
-    most = config.num_classes - (config.null_label is None)
-    if _known(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= most:
-        raise ValueError(f"labels must be in 0..{most}, not {labels.min()}..{labels.max()}")
+    if torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(labels):
+        labels = torch._C._functorch.get_unwrapped(labels)  # vmap passes one label; this is the batch
+    if labels.is_meta or (labels.device.type != "cpu" and not waits):
+        return
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    assert config.num_classes is not None
+    last, null = config.num_classes - 1 + config.has_null_label, config.null_label
+    if labels.numel() and not bool(((labels >= 0) & (labels <= last)).all()):
+        no_label = "" if null is None else f" ({null} for no label)"
+        raise ValueError(f"labels must be in 0..{last}{no_label}, not {labels.min()}..{labels.max()}")
 
 
 def time_fraction(timesteps: torch.Tensor, num_timesteps: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from ..utils.validation import choice, refuse
-from .network import MAX_CHANNELS, MAX_PARAMETERS, NetworkConfig
+from .network import MAX_CHANNELS, MAX_PARAMETERS, NetworkConfig, check_halvings
 
 RESAMPLING = ("conv", "resblock", "plain")
 ACTIVATIONS = ("silu", "gelu", "mish", "relu")
@@ -174,14 +174,7 @@ class UNetConfig(NetworkConfig):
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved between all levels."""
-        halvings = len(self.channel_mult) - 1
-        multiple = self.patch_size * 2**halvings
-        if any(side < 1 or side % multiple for side in size):
-            patches = f" in patches of {self.patch_size}x{self.patch_size}" if self.patch_size > 1 else ""
-            raise ValueError(
-                f"images of {size[0]}x{size[1]}{patches} cannot be halved {halvings} times; "
-                f"height and width must be multiples of {multiple}"
-            )
+        check_halvings(size, len(self.channel_mult) - 1, self.patch_size)
 
     @property
     def level_channels(self) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .arguments import check_arguments, time_fraction
-from .network import Network, NetworkConfig
+from .naive_unet import Up
+from .network import Network, NetworkConfig, check_halvings
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,7 @@ class ContextUNetConfig(NetworkConfig):
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved twice and pooled."""
-        multiple = 4 * self.pool
-        if any(side < 1 or side % multiple for side in size):
-            raise ValueError(
-                f"images of {size[0]}x{size[1]} cannot be halved twice and divided into windows of "
-                f"{self.pool}x{self.pool}; height and width must be multiples of {multiple}"
-            )
+        check_halvings(size, 2, self.pool, "windows")
 
 
 class ConvPair(nn.Module):
@@ -71,18 +67,6 @@ class ConvPair(nn.Module):
         first = self.conv1(x)
         h = self.conv2(first)
         return ((x if self.same_channels else first) + h) / 1.414 if self.residual else h
-
-
-class Up(nn.Module):
-    """Doubles the resolution of the features with those of the way down, by a transposed convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.upsample = nn.ConvTranspose2d(in_channels, out_channels, 2, 2)
-        self.blocks = nn.Sequential(*(ConvPair(out_channels, out_channels) for _ in range(2)))
-
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return self.blocks(self.upsample(torch.cat([x, skip], dim=1)))
 
 
 def _conv(inputs: int, outputs: int) -> nn.Sequential:
@@ -117,8 +101,8 @@ class ContextUNet(Network):
         self.label2 = _embedding(config.num_classes, width)
         self.unpool = nn.ConvTranspose2d((6 if config.concatenate else 2) * width, 2 * width, window, window)
         self.unpool_norm = nn.GroupNorm(8, 2 * width)
-        self.up1 = Up(4 * width, width)
-        self.up2 = Up(2 * width, width)
+        self.up1 = Up(4 * width, width, ConvPair)
+        self.up2 = Up(2 * width, width, ConvPair)
         self.output = nn.Sequential(
             nn.Conv2d(2 * width, width, 3, padding=1),
             nn.GroupNorm(8, width),

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..utils.validation import refuse
 from .arguments import check_arguments
 from .blocks import module_list
-from .network import Network, NetworkConfig
+from .network import Network, NetworkConfig, check_halvings
 
 MAX_LEVELS = 16
 GROUPS = 8  # of every group normalisation
@@ -83,12 +83,7 @@ class DiagonalUNetConfig(NetworkConfig):
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved between all levels."""
-        halvings = len(self.channel_mult) - 1
-        if any(side < 1 or side % 2**halvings for side in size):
-            raise ValueError(
-                f"images of {size[0]}x{size[1]} cannot be halved {halvings} times; "
-                f"height and width must be multiples of {2**halvings}"
-            )
+        check_halvings(size, len(self.channel_mult) - 1)
 
 
 def diagonal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

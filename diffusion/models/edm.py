@@ -14,7 +14,7 @@ from .arguments import check_arguments
 from .blocks import Conv2d, module_list, run
 from .edm_blocks import BOX, Block, DecoderLevel, EncoderLevel, Fourier, padding_of, positional
 from .edm_preconditioning import IDDPM, PRECONDITIONINGS, preconditioning
-from .network import MAX_CHANNELS, Network, NetworkConfig
+from .network import MAX_CHANNELS, Network, NetworkConfig, check_halvings
 
 HEAD_CHANNELS = 64  # of the attention heads of ADM; narrower levels have no attention
 
@@ -121,9 +121,7 @@ class EDMConfig(NetworkConfig):
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved between all levels."""
-        multiple = 2 ** (len(self.channel_mult) - 1)
-        if any(side % multiple or side < multiple for side in size):
-            raise ValueError(f"height and width must be multiples of {multiple}, not {list(size)}")
+        check_halvings(size, len(self.channel_mult) - 1)
 
 
 class EDMUNet(Network):

@@ -17,7 +17,7 @@ from ..kernels import attention
 from ..utils.validation import choice, refuse
 from .arguments import check_arguments
 from .blocks import Conv2d, Norm, module_list, run
-from .network import MAX_CHANNELS, Network, NetworkConfig
+from .network import MAX_CHANNELS, Network, NetworkConfig, check_halvings
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,7 @@ class LucidrainsConfig(NetworkConfig):
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved between all levels."""
-        multiple = 2 ** (len(self.channel_mult) - 1)
-        if any(side < 1 or side % multiple for side in size):
-            raise ValueError(
-                f"images of {size[0]}x{size[1]} cannot be halved {len(self.channel_mult) - 1} times; "
-                f"height and width must be multiples of {multiple}"
-            )
+        check_halvings(size, len(self.channel_mult) - 1)
 
 
 class LucidrainsUNet(Network):

@@ -1,7 +1,8 @@
 """NaiveUNet: the network of cloneofsimo/minDiffusion, which is unconditional."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .arguments import check_arguments, time_fraction
-from .network import Network, NetworkConfig
+from .network import Network, NetworkConfig, check_halvings
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,7 @@ class NaiveUNetConfig(NetworkConfig):
 
     def check_size(self, size: Sequence[int]) -> None:
         """ValueError unless images of this height and width can be halved three times and pooled."""
-        multiple = 8 * self.pool
-        if any(side < 1 or side % multiple for side in size):
-            raise ValueError(
-                f"images of {size[0]}x{size[1]} cannot be halved 3 times and divided into windows of "
-                f"{self.pool}x{self.pool}; height and width must be multiples of {multiple}"
-            )
+        check_halvings(size, 3, self.pool, "windows")
 
 
 class Conv3(nn.Module):
@@ -75,12 +71,15 @@ class Conv3(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles the resolution of the features with those of the way down, by a transposed convolution."""
+    """Doubles the resolution of the features with those of the way down, by a transposed convolution.
 
-    def __init__(self, config: NaiveUNetConfig, in_channels: int, out_channels: int):
+    block: makes each of the two blocks that follow, from its channels in and out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, block: Callable[[int, int], nn.Module]):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(in_channels, out_channels, 2, 2)
-        self.blocks = nn.Sequential(*(Conv3(config, out_channels, out_channels) for _ in range(2)))
+        self.blocks = nn.Sequential(*(block(out_channels, out_channels) for _ in range(2)))
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         return self.blocks(self.upsample(torch.cat([x, skip], dim=1)))
@@ -105,9 +104,10 @@ class NaiveUNet(Network):
         self.time_projection = nn.Linear(2 * width, 2 * width)
         self.unpool = nn.ConvTranspose2d(2 * width, 2 * width, window, window)
         self.unpool_norm = nn.GroupNorm(config.norm_groups, 2 * width)
-        self.up1 = Up(config, 4 * width, 2 * width)
-        self.up2 = Up(config, 4 * width, width)
-        self.up3 = Up(config, 2 * width, width)
+        block = partial(Conv3, config)
+        self.up1 = Up(4 * width, 2 * width, block)
+        self.up2 = Up(4 * width, width, block)
+        self.up3 = Up(2 * width, width, block)
         self.output = nn.Conv2d(2 * width, config.out_channels, 3, padding=1)
 
     def forward(

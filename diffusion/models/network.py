@@ -109,6 +109,20 @@ class NetworkConfig:
         return cls(**values)
 
 
+def check_halvings(size: Sequence[int], halvings: int, unit: int = 1, units: str = "patches") -> None:
+    """ValueError unless images of this height and width can be halved so often into whole squares.
+
+    unit: side of the squares, in pixels after the last halving. units: their name in the message.
+    """
+    multiple = unit * 2**halvings
+    if any(side < 1 or side % multiple for side in size):
+        divided = f" in {units} of {unit}x{unit}" if unit > 1 else ""
+        raise ValueError(
+            f"images of {size[0]}x{size[1]}{divided} cannot be halved {halvings} times; "
+            f"height and width must be multiples of {multiple}"
+        )
+
+
 class Network(nn.Module):
     """A network that predicts from noisy images: `forward(x, timesteps, labels=None, backend="auto")`.
 

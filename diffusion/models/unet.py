@@ -10,6 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..utils.memory import check_fits
 from ..utils.validation import readable
+from .arguments import check_labels
 from .blocks import Attention, Level, Middle, Norm, ResBlock, activate, module_list, run
 from .config import UNetConfig
 from .network import Network, NetworkConfig
@@ -142,7 +143,7 @@ class UNet(Network):
                 if config.null_label is None:
                     raise ValueError("this model was trained without a null label, so it needs labels")
                 labels = torch.full_like(timesteps, config.null_label, dtype=torch.int64)
-            self._check_labels(labels, timesteps, config.num_classes + config.has_null_label)
+            check_labels(config, labels, timesteps.shape)
             if config.label_embedding == "timestep":
                 embedding = embedding + self.label_mlp(self._time_features(labels))
             else:
@@ -191,28 +192,6 @@ class UNet(Network):
                 f"labels must be vectors {list(embedding.shape)}, the embeddings of the images, not {given}"
             )
         return labels.to(embedding.dtype)
-
-    def _check_labels(self, labels: torch.Tensor, timesteps: torch.Tensor, rows: int) -> None:
-        """ValueError unless labels are integers [B] in 0..rows-1, as far as the values can be read."""
-        if not isinstance(labels, torch.Tensor):
-            raise ValueError(
-                f"labels must be a tensor of integers {list(timesteps.shape)}, not {type(labels).__name__}"
-            )
-        if labels.shape != timesteps.shape or labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"labels must be integers of shape {list(timesteps.shape)}, "
-                f"not {labels.dtype} {list(labels.shape)}"
-            )
-        # Reading the values waits for the device; a compiled or captured model cannot wait.
-        if torch.compiler.is_compiling():
-            return
-        while torch._C._functorch.is_functorch_wrapped_tensor(labels):
-            labels = torch._C._functorch.get_unwrapped(labels)  # vmap passes one label; this is the batch
-        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        if labels.numel() and not bool(((labels >= 0) & (labels < rows)).all()):
-            null = "" if self.config.null_label is None else f" ({self.config.null_label} for no label)"
-            raise ValueError(f"labels must be in 0..{rows - 1}{null}, not {labels.min()}..{labels.max()}")
 
     def denoise(self, x: torch.Tensor, embedding: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The network's output [B, out_channels, H, W] for x [B, in_channels, H, W] and `embed`'s [B, E].

@@ -196,7 +196,7 @@ def test_wrong_arguments(name):
         with pytest.raises(ValueError, match="this model is unconditional; labels must be None"):
             network(x, t, t)
         return
-    with pytest.raises(ValueError, match=r"labels must be in 0..3, not 1..4"):
+    with pytest.raises(ValueError, match=r"labels must be in 0..3( \(3 for no label\))?, not 1..4"):
         network(x, t, torch.tensor([1, 4]))
     with pytest.raises(ValueError, match=r"labels must be integers of shape \[2\], not torch.float32"):
         network(x, t, t.float())
