@@ -130,6 +130,8 @@ def model_digest(model: DDPM) -> str:
     }
     if (model.value_range, model.normalize, model.clip_output) != (SIGNED, True, False):
         config["values"] = [*model.value_range, model.normalize, model.clip_output]
+    if (model.guidance_rescale, model.guidance_parallel) != (0, 1):
+        config["guidance"] = [model.guidance_rescale, model.guidance_parallel]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     add_tensors(digest, model.unet.state_dict())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion import DDPM, NoiseSchedule
 from diffusion.cli import main
 from diffusion.data.npz import load_images
 from diffusion.evaluation.shards import report, sample_shards
@@ -450,6 +451,14 @@ def test_another_model_is_refused(folder, tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+
+
+@pytest.mark.parametrize("other", [{"guidance_rescale": 0.5}, {"guidance_parallel": 0.5}])
+def test_a_model_with_other_guidance_of_its_own_is_refused(other, tmp_path):
+    unet, schedule = make_model(10).unet, NoiseSchedule.linear()
+    sample_shards(DDPM(unet, schedule), tmp_path, 2, [1], steps=2)
+    with pytest.raises(ValueError, match="images of another model"):
+        sample_shards(DDPM(unet, schedule, **other), tmp_path, 2, [1], steps=2)
 
 
 def test_ranks_that_disagree_are_refused(folder, tmp_path):
