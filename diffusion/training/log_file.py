@@ -23,7 +23,7 @@ class LogFile:
         self.path = path
         rows = []
         if logged is not None and path.exists():
-            rows = [(step, line) for step, line in self._rows() if step <= logged]
+            rows = [(step, line) for step, line in read_rows(path) if step <= logged]
         with replacing(path) as (temporary,):
             temporary.write_text("".join([HEADER, *(line for _, line in rows)]), encoding="utf-8")
         last = rows[-1][0] if rows else 0
@@ -32,28 +32,6 @@ class LogFile:
                 f"{path} lacks lines: it ends at step {last}, and the run's last was {logged}", stacklevel=2
             )
 
-    def _rows(self) -> list[tuple[int, str]]:
-        """Steps and lines of the file, without a last line that was cut off; ValueError if it is no log."""
-        header, *lines = read_text(self.path).splitlines(keepends=True) or [""]
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-        if header != HEADER:
-            raise ValueError(f"{self.path} is no log of a training run; move it away to begin a new one")
-        rows, last = [], 0
-        for number, line in enumerate(lines, 2):
-            values = line.split(",")
-            if len(values) != len(COLUMNS) or not values[0].isdecimal() or len(values[0]) > 18:
-                raise ValueError(f"{self.path} is damaged in line {number}; move it away to begin a new log")
-            step = int(values[0])
-            if step <= last:
-                raise ValueError(
-                    f"{self.path} is damaged in line {number}: step {step} does not come after {last}; "
-                    "move it away to begin a new log"
-                )
-            rows.append((step, line))
-            last = step
-        return rows
-
     def add(self, step: int, *values: float | None) -> None:
         """Appends a row: the step, and a value for each further column, None for an empty one."""
         try:
@@ -61,3 +39,26 @@ class LogFile:
                 file.write(",".join([str(step), *("" if v is None else f"{v:.6g}" for v in values)]) + "\n")
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {one_line(error)}") from error
+
+
+def read_rows(path: Path) -> list[tuple[int, str]]:
+    """Steps and lines of a log.csv, without a last line that was cut off; ValueError if it is no log."""
+    header, *lines = read_text(path).splitlines(keepends=True) or [""]
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    if header != HEADER:
+        raise ValueError(f"{path} is no log of a training run; move it away to begin a new one")
+    rows, last = [], 0
+    for number, line in enumerate(lines, 2):
+        values = line.split(",")
+        if len(values) != len(COLUMNS) or not values[0].isdecimal() or len(values[0]) > 18:
+            raise ValueError(f"{path} is damaged in line {number}; move it away to begin a new log")
+        step = int(values[0])
+        if step <= last:
+            raise ValueError(
+                f"{path} is damaged in line {number}: step {step} does not come after {last}; "
+                "move it away to begin a new log"
+            )
+        rows.append((step, line))
+        last = step
+    return rows
