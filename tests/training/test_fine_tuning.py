@@ -90,14 +90,14 @@ def test_the_command_takes_network_schedule_and_prediction_from_the_model(folder
         str(out),
         *SHORT,
     ]
-    main([*words, "--learning-rate", "1e-12", "--set", "unet.num_classes=2", "ema_decay=0.0"])
+    main([*words, "--learning-rate", "1e-12", "--set", "ema_decay=0.0"])
     digits, tuned = load("mnist"), load(out)
-    assert tuned.num_classes == 2
+    assert tuned.num_classes == 2  # those of the folder
     assert tuned.schedule.to_config() == digits.schedule.to_config()
     for name, parameter in weights(digits).items():
         if name != "label_embedding.weight":
             torch.testing.assert_close(weights(tuned)[name], parameter, rtol=0, atol=1e-9)
-    main([*words, "--set", "unet.num_classes=2", "ema_decay=0.0", "--learning-rate", "1e-12", "--resume"])
+    main([*words, "--learning-rate", "1e-12", "--set", "ema_decay=0.0", "--resume"])
 
 
 def test_what_cannot_be_started_from(folder, tmp_path, capsys):
