@@ -29,6 +29,7 @@ from .sampling.report import slug
 from .sampling.timing import medians
 
 BATCHES = {"cifar10": 16, "mnist": 64}
+RECIPES = {"cifar10": "cifar10-ddpm", "mnist": "mnist"}  # of each network of the sampling benchmark
 
 Step = Callable[[], float]  # trains on one batch and returns its loss
 
@@ -41,7 +42,7 @@ def batches(pair, size: int):
 
 
 def ours(pair, size: int, device: str, autocast: torch.dtype | None) -> Step:
-    recipe = load_recipe(pair.name)
+    recipe = load_recipe(RECIPES[pair.name])
     values = {**recipe.__dict__, "unet": pair.ours.unet.config.to_dict(), "batch_size": size}
     values |= {"schedule": pair.ours.schedule.to_config(), "prediction_type": pair.ours.prediction_type}
     values["more_ema_decays"] = ()

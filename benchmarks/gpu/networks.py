@@ -19,7 +19,7 @@ TINY_OF_DIFFUSERS = {
 
 def ours(dry_run: bool) -> diffusion.DDPM:
     """On the CPU, in float32, without zero weights, because zeros multiply faster than other numbers."""
-    values: dict[str, Any] = {**load_recipe("cifar10").unet, "dropout": 0.0}
+    values: dict[str, Any] = {**load_recipe("cifar10-ddpm").unet, "dropout": 0.0}
     unet = diffusion.UNet(diffusion.UNetConfig(**values | (TINY if dry_run else {})))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def jobs(run: Run) -> list[Job]:
 
 
 def ours(run: Run, size: int):
-    recipe, unet = load_recipe("cifar10"), networks.ours(run.dry_run).unet
+    recipe, unet = load_recipe("cifar10-ddpm"), networks.ours(run.dry_run).unet
     values = {**recipe.__dict__, "unet": unet.config.to_dict(), "batch_size": size, "more_ema_decays": ()}
     generator = torch.Generator().manual_seed(0)
     shape = (8 * size, 3, *unet.config.image_shape)

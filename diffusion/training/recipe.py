@@ -29,6 +29,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "weight_decay": {"least": 0},
     "learning_rate": {"above": 0},
     "warmup_steps": {"least": 0, "most": 10**9},
+    "decay_fraction": {"above": 0, "most": 1},
     "ema_decay": {"least": 0, "below": 1},
     "more_ema_decays": {"least": 0, "below": 1},
     "gradient_clip": {"above": 0},
@@ -46,10 +47,12 @@ class Recipe:
     2102.09672, eq. 16). loss_weighting: see `objective.loss_weight`; min_snr_gamma is its gamma.
 
     steps: optimiser steps of batch_size images, on however many devices. learning_rate: reached after
-    warmup_steps, then falling linearly to zero or, learning_rate_decay "constant", staying. optimizer:
-    "adam", "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101) or "muon" (see `optimizers.Optimizer`).
-    weight_decay: of adamw and muon; 0 for adam. timestep_sampling: "uniform", or "lognormal" for noise levels
-    sigma / alpha whose logarithm has noise_mean and noise_std (Karras et al. 2022, arXiv 2206.00364).
+    warmup_steps. With learning_rate_decay "linear" it falls linearly to zero, over the last decay_fraction of
+    the steps after the warm-up, and is constant before them (Hägele et al. 2024, arXiv 2405.18392); with
+    "constant" it never falls. optimizer: "adam", "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101) or
+    "muon" (see `optimizers.Optimizer`). weight_decay: of adamw and muon; 0 for adam. timestep_sampling:
+    "uniform", or "lognormal" for noise levels sigma / alpha whose logarithm has noise_mean and noise_std
+    (Karras et al. 2022, arXiv 2206.00364).
     gradient_clip: largest norm of the whole gradient. ema_decay: of the averaged weights, which are the
     result; more_ema_decays: of further averages that are kept. label_dropout: share of labels replaced by the
     null label (Ho & Salimans 2022, arXiv 2207.12598). horizontal_flip: mirror each image with probability
@@ -73,6 +76,7 @@ class Recipe:
     weight_decay: float = 0.0
     learning_rate: float = 1e-3
     learning_rate_decay: str = "linear"
+    decay_fraction: float = 1.0
     warmup_steps: int = 200
     ema_decay: float = 0.999
     more_ema_decays: tuple[float, ...] = ()
@@ -118,7 +122,8 @@ class Recipe:
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.learning_rate_decay == "constant":
             return self.learning_rate * warm
-        left = (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        decay_steps = self.decay_fraction * (self.steps - self.warmup_steps)
+        left = (self.steps - step) / max(1, decay_steps)
         return self.learning_rate * min(warm, left)
 
     def to_json(self) -> str:

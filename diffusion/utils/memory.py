@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
     """Makes glibc keep large blocks that the process frees, instead of returning them to the system.
 
     A block that is returned and taken again costs a page fault for each page: 40,000 in a training step of
-    the cifar10 recipe with 16 images, a twentieth of its time. With another C library nothing changes.
+    the cifar10-ddpm recipe with 16 images, a twentieth of its time. With another C library nothing changes.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -373,7 +373,7 @@ def test_when_libraries_are_built_here():
 
 
 def test_the_norms_are_those_of_the_network():
-    found, config = set(), UNetConfig(**load_recipe("cifar10").unet)
+    found, config = set(), UNetConfig(**load_recipe("cifar10-ddpm").unet)
     with FakeTensorMode(), torch.no_grad():
         unet = UNet(config).eval()
         for module in unet.modules():

@@ -190,7 +190,7 @@ def test_named_sets_are_what_they_are():
     assert found.found == (
         "mnist, train split: 256 images, 28 x 28, 1 channel, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     )
-    words = ("--recipe", "cifar10", "--set", "unet.sample_size=28", "unet.channel_mult=[1,2]")
+    words = ("--recipe", "cifar10-ddpm", "--set", "unet.sample_size=28", "unet.channel_mult=[1,2]")
     fitted = loaded("mnist", "--data-dir", DATA, *words)
     assert channels_of(fitted) == (1, 1)
     for change, expected in (

@@ -6,24 +6,27 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import NoiseSchedule, UNet, UNetConfig
 from diffusion.cli import main
 from diffusion.training.recipe import RECIPES, Recipe, changed, load_recipe, recipe_from
+from helpers.paths import ROOT
 
 
 def test_the_recipes_of_the_package():
-    assert RECIPES == ("cifar10", "cifar10-unconditional", "mnist", "mnist-unconditional")
+    assert RECIPES == ("cifar10", "cifar10-ddpm", "cifar10-unconditional", "mnist", "mnist-unconditional")
     for name in RECIPES:
         recipe = load_recipe(name)
         assert recipe.unet.get("num_classes") == (None if "unconditional" in name else 10)
         assert bool(recipe.label_dropout) == ("unconditional" not in name)
 
 
-def test_cifar10_is_ddpms():
+@pytest.mark.parametrize("name", ["cifar10-ddpm", "cifar10-unconditional"])
+def test_the_recipes_of_ddpm(name):
     """Ho et al. 2020, appendix B: 35.7 million parameters, T = 1000, 800k steps of 128, 2e-4, EMA 0.9999."""
-    recipe = load_recipe("cifar10-unconditional")
-    unet = UNet(UNetConfig.from_dict(recipe.unet))
+    recipe = load_recipe(name)
+    unet = UNet(UNetConfig.from_dict(recipe.unet | {"num_classes": None}))
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307  # as in google/ddpm-cifar10-32
     assert NoiseSchedule.from_config(recipe.schedule).betas.tolist() == NoiseSchedule.linear().betas.tolist()
     expected = {
@@ -39,6 +42,37 @@ def test_cifar10_is_ddpms():
     assert {name: getattr(recipe, name) for name in expected} == expected
     assert recipe.learning_rate_at(799_999) == 2e-4
     assert recipe.learning_rate_at(0) == pytest.approx(2e-4 / 5001)
+
+
+def test_the_size_of_cifar10_is_what_its_page_says():
+    """The work of an evaluation is PyTorch's count."""
+    recipe = load_recipe("cifar10")
+    config = UNetConfig.from_dict(recipe.unet)
+    unet = UNet(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        embedding = unet.embed(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        unet.denoise(torch.zeros(1, config.in_channels, *config.image_shape), embedding, "reference")
+    parameters, flops = sum(p.numel() for p in unet.parameters()), counter.get_total_flops()
+    page = " ".join((ROOT / "docs" / "cifar10.md").read_text().split())
+    for said in (
+        f"{parameters / 1e6:.2f} million parameters",
+        f"{flops / 1e9:.2f} GFLOP",
+        f"{recipe.steps:,} steps of {recipe.batch_size} images",
+        f"{3 * flops * recipe.batch_size * recipe.steps:.1e} FLOP",
+    ):
+        assert said in page, said
+
+
+def test_the_learning_rate_falls_at_the_end():
+    """20 steps of warm-up, then 80 constant ones and 20 that fall: 20 % of the 100 after the warm-up."""
+    recipe = Recipe(steps=120, learning_rate=1.0, warmup_steps=20, decay_fraction=0.2)
+    rates = [recipe.learning_rate_at(step) for step in range(120)]
+    assert rates[:20] == pytest.approx([(step + 1) / 21 for step in range(20)])
+    assert rates[20:101] == [1.0] * 81
+    assert rates[100:] == pytest.approx([(120 - step) / 20 for step in range(100, 120)])
+    whole = replace(recipe, decay_fraction=1.0)
+    assert whole.learning_rate_at(70) == pytest.approx(0.5)
+    assert replace(recipe, learning_rate_decay="constant").learning_rate_at(119) == 1.0
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -143,7 +177,16 @@ def test_numbers_of_numpy_and_torch_become_plain():
     assert (recipe.steps, recipe.learning_rate, recipe.more_ema_decays) == (7, 0.125, (0.5,))
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"ema_decay": 1.0}, {"more_ema_decays": (1.5,)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"ema_decay": 1.0},
+        {"more_ema_decays": (1.5,)},
+        {"decay_fraction": 0.0},
+        {"decay_fraction": 1.1},
+    ],
+)
 def test_numbers_out_of_range(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(Recipe(), **change)
