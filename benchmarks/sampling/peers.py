@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from .. import exported
 from .models import CLASSES, Pair
 
 Sample = Callable[[int], torch.Tensor]  # steps -> images
@@ -91,43 +92,19 @@ def export(pair: Pair, images: int, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"{pair.name}-{pair.shape[-1]}-{images}.onnx"
     if not path.exists():
-        example = (torch.zeros(images, *pair.shape), torch.zeros(images, dtype=torch.int64), labels(images))
-        with torch.no_grad():
-            torch.onnx.export(_Exported(pair.theirs).eval(), example, path, dynamo=True, verbose=False)
+        inputs = (torch.zeros(images, *pair.shape), torch.zeros(images, dtype=torch.int64), labels(images))
+        exported.export(_Exported(pair.theirs), inputs, path)
     return path
 
 
 def of_openvino(pair: Pair, count: int, guidance: float, precision: str, folder: Path) -> Sample:
-    import openvino
-
-    core, images = openvino.Core(), count if guidance == 1 else 2 * count
-    hints = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = core.compile_model(str(export(pair, images, folder)), "CPU", hints)
-
-    def evaluate(x, t, wanted):
-        return torch.from_numpy(compiled([x.numpy(), t.numpy(), wanted.numpy()])[0])
-
-    return looped(evaluate, pair, count, guidance, "cpu", torch.float32)
+    path = export(pair, count if guidance == 1 else 2 * count, folder)
+    return looped(exported.openvino(path, precision), pair, count, guidance, "cpu", torch.float32)
 
 
 def of_onnxruntime(pair: Pair, count: int, guidance: float, folder: Path) -> Sample:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
     path = export(pair, count if guidance == 1 else 2 * count, folder)
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def evaluate(x, t, wanted):
-        values = (x.numpy(), t.numpy(), wanted.numpy())
-        return torch.from_numpy(session.run(None, dict(zip(names, values, strict=True)))[0])
-
-    return looped(evaluate, pair, count, guidance, "cpu", torch.float32)
+    return looped(exported.onnxruntime(path), pair, count, guidance, "cpu", torch.float32)
 
 
 EXPORTS = Path(tempfile.gettempdir()) / "fused-diffusion-benchmarks"

@@ -36,15 +36,17 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def medians(runs: Mapping[str, Callable[[], object]], device: str, budget: float) -> dict[str, float]:
-    """Median seconds of each run, taking turns for about `budget` seconds, at least three times.
+def medians(
+    runs: Mapping[str, Callable[[], object]], device: str, budget: float, least: int = 3
+) -> dict[str, float]:
+    """Median seconds of each run, taking turns for about `budget` seconds, at least `least` times.
 
     Threads of a run that just ended go on spinning for some milliseconds, at no cost to the next one.
     """
     for run in runs.values():
         seconds(run, device)
     samples, rounds, end = defaultdict(list), 0, time.perf_counter() + budget
-    while runs and (rounds < 3 or time.perf_counter() < end):
+    while runs and (rounds < least or time.perf_counter() < end):
         rounds += 1
         for name, run in runs.items():
             time.sleep(REST)
@@ -156,12 +158,12 @@ def _reverse_step(pair: Pair, count: int, table, output) -> Callable[[], None]:
     return lambda: kernels.reverse_step_(x, output[0], table.table, counter, **options)
 
 
-def in_a_process(*words: object) -> Any:
-    """The JSON that `python -m benchmarks.sampling` prints; None if it fails.
+def in_a_process(*words: object, module: str = "benchmarks.sampling") -> Any:
+    """The JSON that `python -m MODULE` prints last; None if it fails.
 
     In one process, threads and fragmented memory of one comparison slowed the next by up to a half.
     """
-    command = [sys.executable, "-m", "benchmarks.sampling", *map(str, words)]
+    command = [sys.executable, "-m", module, *map(str, words)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
 

@@ -1,0 +1,159 @@
+"""The measurements of networks as a page with a picture, and as JSON."""
+
+import json
+from pathlib import Path
+
+from ..sampling.report import slug
+from .models import MODELS
+from .ways import EXACT, FAST, MODULE, WAYS
+
+ENGINES = ("OpenVINO", "ONNX Runtime"), ("OpenVINO, bf16",)  # that exact and fast are compared with
+LABELS = {MODULE: "PyTorch", "module, bf16": "PyTorch, bf16", EXACT: "accelerate, exact"}
+LABELS |= {FAST: "accelerate, fast"}
+
+
+def stem(result: dict) -> str:
+    return f"{slug(result['device'])}-{result['threads']}"
+
+
+def ratio(rows: dict[str, dict], own: str, others: tuple[str, ...]) -> float | None:
+    """Seconds of the fastest of the others, divided by those of `own`; None where one was not timed."""
+    times = [rows[name]["seconds"] for name in others if "seconds" in rows.get(name, {})]
+    mine = rows.get(own, {}).get("seconds")
+    return min(times) / mine if times and mine else None
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def short_table(entry: dict) -> str:
+    lines = [f"{entry['network']}, batch {entry['batch']}: ms per evaluation"]
+    for name, row in entry["ways"].items():
+        found = f"{1e3 * row['seconds']:10.2f}" if "seconds" in row else f"  {row['reason']}"
+        memory = f"  {row['memory'] / 2**30:.2f} GiB" if row.get("memory") else ""
+        difference = f"  difference {row['difference']:.1e}" if "difference" in row else ""
+        lines.append(f"  {name:16}{found}{difference}{memory}")
+    return "\n".join(lines)
+
+
+def _aims(result: dict) -> list[str]:
+    lines = [
+        "| network | batch | `exact`, to the faster engine | aim | `fast`, to OpenVINO in bfloat16 | aim | "
+        "`exact`, to the module |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in result["networks"]:
+        rows, model = entry["ways"], MODELS[entry["network"]]
+        exact, fast = (_times(ratio(rows, own, ENGINES[i])) for i, own in enumerate((EXACT, FAST)))
+        plain = _times(ratio(rows, EXACT, (MODULE,)))
+        lines.append(
+            f"| {model.origin} | {entry['batch']} | {exact} | {model.exact:.1f}x | {fast} | "
+            f"{model.fast:.1f}x | {plain} |"
+        )
+    return lines
+
+
+def _details(entry: dict) -> list[str]:
+    rows = entry["ways"]
+    lines = [f"## {MODELS[entry['network']].origin}, batch {entry['batch']}", ""]
+    lines += ["| | ms per evaluation | difference | peak memory | `exact` is | `fast` is |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        label = LABELS.get(name, name)
+        if "seconds" not in row:
+            lines.append(f"| {label} | {row['reason']} | | | | |")
+            continue
+        memory = f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else ""
+        ratios = " | ".join(_times(ratio(rows, own, (name,))) for own in (EXACT, FAST))
+        lines.append(
+            f"| {label} | {1e3 * row['seconds']:.2f} | {row['difference']:.1e} | {memory} | {ratios} |"
+        )
+    return lines
+
+
+def _growth(points: list[dict]) -> list[str]:
+    lines = ["## Growth", "", "Milliseconds per evaluation of the CIFAR-10 network."]
+    for along in dict.fromkeys(point["along"] for point in points):
+        row = [point for point in points if point["along"] == along]
+        fixed = ", ".join(f"{key} {row[0][key]}" for key in ("batch", "threads", "size") if key != along)
+        lines += ["", f"| {along} ({fixed}) | " + " | ".join(str(point[along]) for point in row) + " |"]
+        lines += ["|---" * (len(row) + 1) + "|"]
+        for way in row[0]["seconds"]:
+            times = [point["seconds"].get(way) for point in row]
+            cells = ("" if time is None else f"{1e3 * time:.2f}" for time in times)
+            lines.append(f"| {LABELS.get(way, way)} | {' | '.join(cells)} |")
+    return lines
+
+
+def markdown(result: dict, picture: Path | None) -> str:
+    """The page. picture: in the same folder; None without matplotlib."""
+    lines = ["# Networks beside other engines", ""]
+    if picture is not None:
+        lines += [f"![Time of an evaluation of each network]({picture.name})", ""]
+    lines += [
+        f"{result['threads']} threads of {result['device']}, "
+        f"{result['build'].get('simd', 'no compiled kernels')}, {result['date']}; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + ".",
+        "",
+        f"Random weights, real configurations{' in small' if result['small'] else ''}. All ways of a network "
+        f"take turns in one process, each in the same loop of {result['steps']} DDIM steps; times are "
+        "medians. Guided-diffusion's and EDM's networks are this package's modules for those checkpoints, in plain "
+        "PyTorch; the others are their own packages'. OpenVINO and ONNX Runtime run the module exported as "
+        "ONNX. Differences are of one output, root mean square, relative to PyTorch in float32. A ratio of "
+        "2x means that `exact` or `fast` takes half of the time. Memory is the peak of a process that makes "
+        "one way and evaluates it, with Python and PyTorch in it. Made by `python -m benchmarks.networks`.",
+        "",
+        *_aims(result),
+    ]
+    for entry in result["networks"]:
+        lines += ["", *_details(entry)]
+    if result["growth"]:
+        lines += ["", *_growth(result["growth"])]
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict, picture: Path) -> Path | None:
+    """Draws bars of each network's times, in milliseconds. None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    entries = result["networks"]
+    columns = min(3, len(entries))
+    height = -(-len(entries) // columns)
+    figure, axes = pyplot.subplots(
+        height, columns, figsize=(4.4 * columns, 2.6 * height), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(entries) :]:
+        axis.set_visible(False)
+    for axis, entry in zip(axes.flat, entries, strict=False):
+        timed = [(name, row["seconds"]) for name, row in entry["ways"].items() if "seconds" in row]
+        timed.sort(key=lambda pair: (not WAYS[pair[0]].single, pair[1]))
+        names = [LABELS.get(name, name) for name, _ in timed]
+        colours = ["tab:blue" if name in (EXACT, FAST) else "silver" for name, _ in timed]
+        bars = axis.barh(names, [1e3 * time for _, time in timed], color=colours)
+        axis.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.18)
+        axis.tick_params(labelsize=8)
+        axis.set_title(f"{entry['network']}, batch {entry['batch']}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("milliseconds an evaluation (shorter is better)", fontsize=9)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+    return picture
+
+
+def write(result: dict, json_file: Path, page: Path) -> list[Path]:
+    """Writes the result, the page, and the picture, which is named as the page."""
+    for path in (json_file, page):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    picture = draw(result, page.with_suffix(".png"))
+    page.write_text(markdown(result, picture))
+    return [json_file, page, *([] if picture is None else [picture])]
