@@ -3,9 +3,11 @@
 Both use LibTorch's stable ABI, so a wheel serves every torch that the metadata allows. The C++ library is
 also a Python module, by pybind11, so there is a wheel for each version of Python. Environment:
 DIFFUSION_NO_NATIVE=1 builds neither, DIFFUSION_NO_CUDA=1 only the first; CXX, CXXFLAGS and CUDA_HOME are
-honoured. kernels/_build.json records what was built, and the reasons for what was not.
+honoured. kernels/_build.json records what was built, and the reasons for what was not. Objects are kept
+in build/objects, and a source is compiled again when its command or a file that it includes has changed.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -57,7 +59,7 @@ def find_torch() -> Path | None:
     The second spares pip from fetching torch again for its isolated build; only headers are needed.
     """
     spec = importlib.util.find_spec("torch")
-    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders = [Path(spec.origin).resolve().parent] if spec and spec.origin else []
     installed = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
     folders += [Path(folder, "torch") for folder in installed]
     for folder in folders:
@@ -128,6 +130,30 @@ def run(command: list[str]) -> None:
         raise CannotBuild(f"{command[0]} failed: {errors[0] if errors else f'status {result.returncode}'}")
 
 
+def digest_of_compilation(command: list[str], dependencies: Path) -> str | None:
+    """The digest of a command and of the files that the compiler listed as read; None if one is missing."""
+    digest = hashlib.sha256(shlex.join(command).encode())
+    try:
+        files = dependencies.read_text().replace("\\\n", " ").partition(": ")[2].strip()
+        for name in re.split(r"(?<!\\)\s+", files):  # a space in a name has a backslash before it
+            digest.update(Path(name.replace("\\ ", " ")).read_bytes())
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def compile_source(command: list[str], source: str, target: Path) -> None:
+    """Makes the object of a source, unless it is there, made by the same command from the same files."""
+    dependencies, made_of = target.with_suffix(".d"), target.with_suffix(".sha256")
+    command = [*command, "-MD", "-MF", str(dependencies), "-c", source, "-o", str(target)]
+    if target.exists() and made_of.exists():
+        if made_of.read_text() == digest_of_compilation(command, dependencies):
+            return
+        made_of.unlink()
+    run(command)
+    made_of.write_text(digest_of_compilation(command, dependencies) or "")
+
+
 class BuildLibraries(build_ext):
     """Compiles the two libraries; one that cannot be built is left out, with one line that says why."""
 
@@ -172,22 +198,23 @@ class BuildLibraries(build_ext):
             compile_command = [*cxx, *flags, *CXX_FLAGS, *include]
             link_command = [*cxx, *flags, "-shared"]
 
-        temporary = Path(self.build_temp)
-        temporary.mkdir(parents=True, exist_ok=True)
-        objects = [str(temporary / (source.replace("/", "_") + ".o")) for source in extension.sources]
-        commands = [
-            [*compile_command, *(self.module_options() if source == MODULE else []), "-c", source, "-o", o]
-            for source, o in zip(extension.sources, objects, strict=True)
-        ]
+        folder = Path(self.get_finalized_command("build").build_base, "objects")
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / (source.replace("/", "_") + ".o") for source in extension.sources]
+
+        def compile_one(source: str, target: Path) -> None:
+            options = self.module_options() if source == MODULE else []
+            compile_source([*compile_command, *options], source, target)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, commands))
+            list(pool.map(compile_one, extension.sources, objects))
         if sys.platform == "darwin":  # symbols are looked up in the libraries that torch has loaded
             libraries = ["-undefined", "dynamic_lookup"]
         else:  # libtorch.so stands for libtorch_cuda.so, which a CPU torch does not have
             libraries = [f"-L{torch / 'lib'}", *(["-ltorch"] if cuda else []), "-ltorch_cpu"]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
-        run([*link_command, "-o", str(partial), *objects, *libraries])
+        run([*link_command, "-o", str(partial), *map(str, objects), *libraries])
         partial.rename(target)
         return {"archs": " ".join(CUDA_ARCHS)} if cuda else {}
 

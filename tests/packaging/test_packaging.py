@@ -5,6 +5,7 @@ The default run builds pure Python from a source distribution; `-m slow` compile
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from diffusion.kernels import _native
+from helpers.cuda_on_host import CXX, requires_compiler
 from helpers.native import requires_native
 from helpers.paths import ROOT
 
@@ -54,6 +57,16 @@ def build_wheel(sdist: Path, folder: Path, **settings) -> tuple[Path, str]:
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     output = run([*command, "--wheel-dir", str(folder), str(sdist)], folder, **settings)
     return next(folder.glob("*.whl")), output
+
+
+def unpacked(sdist: Path, folder: Path) -> Path:
+    """The tree of the source distribution, with the objects that an earlier build of the sources left."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    tree = next(path for path in folder.iterdir() if path.is_dir())
+    if (ROOT / "build" / "objects").is_dir():
+        shutil.copytree(ROOT / "build" / "objects", tree / "build" / "objects")
+    return tree
 
 
 def test_sdist_holds_the_sources_and_nothing_built(sdist):
@@ -121,6 +134,70 @@ def test_pure_python_wheel(sdist, tmp_path, settings, reason):
     assert "tensor([[" in said
 
 
+def test_pytorch_is_fetched_to_build_with_where_there_is_none(sdist, tmp_path):
+    """By an environment of setuptools alone; none is fetched without a compiler, or beside a PyTorch."""
+    tree = unpacked(sdist, tmp_path)
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for pattern in ("setuptools*", "_distutils_hack"):
+        for path in Path(setuptools.__file__).parents[1].glob(pattern):
+            (packages / path.name).symlink_to(path)
+    venv.create(tmp_path / "venv")
+    python = str(tmp_path / "venv/bin/python")
+    program = "from setuptools.build_meta import get_requires_for_build_wheel as ask; print(*ask())"
+
+    def asked(**settings) -> str:
+        return run([python, "-c", program], tree, PYTHONPATH=str(packages), **settings).splitlines()[-1]
+
+    assert asked(CXX=sys.executable) == "torch>=2.10"
+    assert "torch" not in asked(DIFFUSION_NO_NATIVE="1")
+    (packages / "torch").symlink_to(Path(torch.__file__).parent)
+    assert "torch" not in asked(CXX=sys.executable)
+
+
+@pytest.fixture
+def compile_source(tmp_path, monkeypatch):
+    """setup.py's function of that name, with a compiler that counts its calls; and that count."""
+    monkeypatch.chdir(ROOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **options: None)
+        function = runpy.run_path("setup.py")["compile_source"]
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(f'#!/bin/sh\necho called >>{calls}\nexec {CXX} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    return (
+        lambda *options: function([str(compiler), *options], "a.cpp", tmp_path / "a.cpp.o"),
+        lambda: len(calls.read_text().splitlines()),
+    )
+
+
+@requires_compiler
+def test_a_source_is_compiled_again_where_what_it_is_made_of_has_changed(compile_source, tmp_path):
+    compile_again, count = compile_source
+    header = tmp_path / "a header.h"
+    header.write_text("inline int one() { return 1; }\n")
+    (tmp_path / "a.cpp").write_text('#include "a header.h"\nint two() { return one() + one(); }\n')
+    compile_again()
+    (tmp_path / "a.cpp").touch()
+    compile_again()
+    assert count() == 1
+    times = header.stat()
+    header.write_text("inline int one() { return 3 - 2; }\n")
+    os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns))  # a copy of files may keep old times
+    compile_again()
+    assert count() == 2
+    compile_again("-O2")
+    assert count() == 3
+    (tmp_path / "a.cpp.o").unlink()
+    compile_again("-O2")
+    assert count() == 4
+    header.unlink()
+    with pytest.raises(Exception, match="failed"):
+        compile_again("-O2")
+    assert not (tmp_path / "a.cpp.sha256").exists()
+
+
 @requires_native
 def test_the_cpp_library_depends_on_no_library_of_python():
     """The file's tag names the Python. It needs neither libpython nor PyTorch's bindings or unstable C++."""
@@ -171,9 +248,7 @@ def show_packages_around(folder: Path, site: str) -> None:
 
 @pytest.mark.slow
 def test_editable_installation(sdist, tmp_path):
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    tree = next(path for path in tmp_path.iterdir() if path.is_dir())
+    tree = unpacked(sdist, tmp_path)
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv/bin/python")
     site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).strip()
@@ -224,7 +299,8 @@ def test_a_wheel_for_another_python(sdist, tmp_path):
         "--wheel-dir",
         str(tmp_path),
     ]
-    run([*command, str(sdist)], tmp_path, PYTHONPATH=outer, DIFFUSION_NO_CUDA="1")
+    tree = unpacked(sdist, tmp_path)
+    run([*command, str(tree)], tmp_path, PYTHONPATH=outer, DIFFUSION_NO_CUDA="1")
     wheel = next(tmp_path.glob("*.whl"))
     minor = run([python, "-c", "import sys; print(sys.version_info[1])"], tmp_path).strip()
     assert f"-cp3{minor}-cp3{minor}-" in wheel.name
