@@ -74,11 +74,9 @@ def shards_of(out) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """The shards of one rank with one thread."""
+    """The shards of one rank with one thread: this process has one."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    ((code, text, errors),) = finish(start(folder, out))
-    assert code == 0, errors
-    assert "11 images" in text
+    main(["sample", "--model", str(folder), "--out", f"{out}/", *OPTIONS])
     return shards_of(out)
 
 
@@ -153,11 +151,17 @@ def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
     assert shards_of(out) == whole
 
 
-def test_a_living_rank_takes_over(whole, folder, tmp_path):
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is rank 1 of 2."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+
+
+def test_a_living_rank_takes_over(whole, folder, tmp_path, second_of_two, capsys):
     """The other ranks make the shards of a rank that never starts."""
-    ((code, text, errors),) = finish(start(folder, tmp_path / "out", 1, 2))
-    assert code == 0, errors
-    assert "rank 1 of 2: 11 images" in text
+    main(["sample", "--model", str(folder), "--out", f"{tmp_path}/out/", *OPTIONS])
+    assert "rank 1 of 2: 11 images" in capsys.readouterr().out
     assert shards_of(tmp_path / "out") == whole
 
 
@@ -461,13 +465,14 @@ def test_a_model_with_other_guidance_of_its_own_is_refused(other, tmp_path):
         sample_shards(DDPM(unet, schedule, **other), tmp_path, 2, [1], steps=2)
 
 
-def test_ranks_that_disagree_are_refused(folder, tmp_path):
+def test_ranks_that_disagree_are_refused(folder, tmp_path, second_of_two, capsys):
     first = start(folder, tmp_path / "out", 0, 2, asks=True)
     begun(first)
-    second = start(folder, tmp_path / "out", 1, 2, options=[*OPTIONS, "--seed", "6"])
-    (_, _, _), (code, _, errors) = finish(first, second)
-    assert code == 2
-    assert "another seed (5, not 6)" in errors.strip().splitlines()[-1]
+    with pytest.raises(SystemExit) as caught:
+        main(["sample", "--model", str(folder), "--out", f"{tmp_path}/out/", *OPTIONS, "--seed", "6"])
+    finish(first)
+    assert caught.value.code == 2
+    assert "another seed (5, not 6)" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_full_disk_leaves_finished_shards(folder, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from diffusion.models.naive_unet import NaiveUNetConfig
 from diffusion.models.registry import build
 from diffusion.models.structure import config_of
 from helpers.models import make_model
+from helpers.thinning import exhaustive_but
 from helpers.unets import VARIANTS, randomized
 
 BATCHES = (1, 3, 8)
@@ -65,10 +66,7 @@ def other(name: str) -> DDPM:
 
 
 MODELS = {"bundled": bundled, "patches": patches} | {name: partial(other, name) for name in OTHERS}
-EVERY = [
-    pytest.param(name, marks=pytest.mark.exhaustive) if name in ("diagonal_unet", "naive_unet") else name
-    for name in MODELS
-]
+EVERY = exhaustive_but(MODELS, default=["bundled", "context_unet", "conv_stack"])
 
 
 def batch_of(model: DDPM, size: int) -> list[torch.Tensor]:

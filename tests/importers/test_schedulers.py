@@ -149,8 +149,14 @@ CASES = [
     *((diffusers.DDPMScheduler, config) for config in DDPM),
     *((diffusers.DDIMScheduler, config) for config in DDIM),
     *((diffusers.DPMSolverMultistepScheduler, config) for config in SOLVER),
-    *((diffusers.DDPMParallelScheduler, config) for config in DDPM[1:6]),
-    *((diffusers.DDIMParallelScheduler, config) for config in DDIM[1:6]),
+    *(
+        pytest.param(scheduler, config, marks=pytest.mark.exhaustive if config not in default else ())
+        for scheduler, configs, default in (
+            (diffusers.DDPMParallelScheduler, DDPM[1:6], DDPM[5:6]),
+            (diffusers.DDIMParallelScheduler, DDIM[1:6], DDIM[4:5]),
+        )
+        for config in configs
+    ),
 ]
 
 
@@ -184,6 +190,7 @@ def test_the_number_of_steps_is_the_pipelines(scheduler, pipeline, steps, networ
     assert diffusion.load(tmp_path).sampler["steps"] == steps
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("T", [3, 20, 30, 49, 50, 51, 60, 100])
 @pytest.mark.parametrize("offset", [1, 2, 7])
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DPMSolverMultistep", "PNDM", "EulerDiscrete"])

@@ -142,6 +142,7 @@ def test_the_loss_diffuses_images_in_their_own_range(tmp_path):
         torch.testing.assert_close(model.loss(x, labels, t=t, noise=noise), expected)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", foreign.NAMES)
 @pytest.mark.parametrize(
     "wrapping", ["module.", "ema.", "network alone", "safetensors", "state_dict", "half"]

@@ -119,20 +119,20 @@ def test_a_broken_library_gives_a_reason(tmp_path):
     assert "\n" not in reason
 
 
-def load_in_a_process(path: Path, before: str = "") -> str:
-    """Why a file does not serve as the C++ library; `before` runs first. A crash ends that process alone."""
+def load_in_a_process(*paths: Path, before: str = "") -> list[str]:
+    """Why each file cannot be the C++ library; `before` runs first. A crash ends that process alone."""
     code = f"import pathlib; from diffusion.kernels import _limits, _native; {before}"
-    code += f"print(_native._load_cpp(pathlib.Path({str(path)!r}))[1])"
+    code += "".join(f"print(_native._load_cpp(pathlib.Path({str(path)!r}))[1]); " for path in paths)
     done = run_capped("", "-c", code)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 def test_a_library_that_is_no_such_module_gives_a_reason(tmp_path):
     """Any other shared library, such as that of an older version, which no Python could import."""
     path = tmp_path / _native.CPP_FILE
     shutil.copy(torch._C.__file__, path)
-    reason = load_in_a_process(path)
+    (reason,) = load_in_a_process(path)
     assert reason.startswith("the cpp library cannot be loaded: ")
     assert "PyInit__cpp" in reason
 
@@ -150,13 +150,15 @@ def test_a_library_for_another_python_gives_a_reason(tmp_path):
 
 
 @requires_native
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.9999])
 @pytest.mark.skipif(sys.platform != "linux", reason="is about ELF files")
-def test_a_library_that_is_cut_short_gives_a_reason(tmp_path, share):
-    path = tmp_path / _native.CPP_FILE
-    whole = (_native.FOLDER / _native.CPP_FILE).read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    assert load_in_a_process(path).startswith(f"the cpp library is damaged: {path} is cut short")
+def test_a_library_that_is_cut_short_gives_a_reason(tmp_path):
+    whole, paths = (_native.FOLDER / _native.CPP_FILE).read_bytes(), []
+    for share in (0.01, 0.3, 0.9, 0.9999):
+        paths.append(tmp_path / str(share) / _native.CPP_FILE)
+        paths[-1].parent.mkdir()
+        paths[-1].write_bytes(whole[: int(share * len(whole))])
+    for path, reason in zip(paths, load_in_a_process(*paths), strict=True):
+        assert reason.startswith(f"the cpp library is damaged: {path} is cut short")
 
 
 @requires_native
@@ -173,7 +175,8 @@ def test_a_library_that_is_cut_short_gives_a_reason(tmp_path, share):
     ],
 )
 def test_a_library_that_python_does_not_agree_with_gives_a_reason(before, reason):
-    assert load_in_a_process(_native.FOLDER / _native.CPP_FILE, before).startswith(reason)
+    (found,) = load_in_a_process(_native.FOLDER / _native.CPP_FILE, before=before)
+    assert found.startswith(reason)
 
 
 @requires_native

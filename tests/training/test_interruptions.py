@@ -21,6 +21,7 @@ from diffusion.training.log_file import LogFile
 from diffusion.training.state import load_state, read_state, save_state
 from helpers.ranks import finish
 from helpers.ranks import start as start_ranks
+from helpers.thinning import exhaustive_but
 from helpers.training import RECIPE, assert_same_run, make_trainer, run, state_of
 
 # One process imports the package once and forks a run for each moment; the child kills itself at that moment.
@@ -120,7 +121,7 @@ def killed():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", exhaustive_but(MOMENTS, default=MOMENTS[::2]))
 def test_a_run_resumes_as_if_it_had_not_been_killed(moment, killed, unbroken, tmp_path):
     assert killed(tmp_path, moment) == -signal.SIGKILL
     assert (tmp_path / ".lock").exists()  # the kernel has unlocked it
