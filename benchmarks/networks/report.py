@@ -99,11 +99,12 @@ def markdown(result: dict, picture: Path | None) -> str:
         "",
         f"Random weights, real configurations{' in small' if result['small'] else ''}. All ways of a network "
         f"take turns in one process, each in the same loop of {result['steps']} DDIM steps; times are "
-        "medians. Guided-diffusion's and EDM's networks are this package's modules for those checkpoints, in plain "
-        "PyTorch; the others are their own packages'. OpenVINO and ONNX Runtime run the module exported as "
-        "ONNX. Differences are of one output, root mean square, relative to PyTorch in float32. A ratio of "
-        "2x means that `exact` or `fast` takes half of the time. Memory is the peak of a process that makes "
-        "one way and evaluates it, with Python and PyTorch in it. Made by `python -m benchmarks.networks`.",
+        "medians. Guided-diffusion's and EDM's networks are this package's modules for those checkpoints, in "
+        "plain PyTorch; the others are their own packages'. OpenVINO and ONNX Runtime run the module "
+        "exported as ONNX. Differences are of one output, root mean square, relative to PyTorch in float32. "
+        "A ratio of 2x means that `exact` or `fast` takes half of the time. Memory is the peak of a "
+        "process that makes one way and evaluates it, with Python and PyTorch in it. Made by "
+        "`python -m benchmarks.networks`.",
         "",
         *_aims(result),
     ]
