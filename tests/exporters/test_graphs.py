@@ -147,7 +147,7 @@ def test_weights_that_a_file_cannot_hold_are_beside_it(tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(onnx_format, "MAX_FILE", 1000)
-    model = make_model()
+    model = other("conv_stack")
     to_onnx(model, tmp_path / "large.onnx")
     assert {file.name for file in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data"}
     session = onnxruntime.InferenceSession(tmp_path / "large.onnx", providers=["CPUExecutionProvider"])
