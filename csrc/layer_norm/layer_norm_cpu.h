@@ -1,0 +1,68 @@
+// layer_norm_ on one instruction set, for layer_norm/layer_norm.cpp.
+
+constexpr int kAccumulators = 4;  // so that sums do not wait for one another
+
+FD_HD float sum_of_lanes(Vec value) {
+#if FD_LANES == 16
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float sum = value[0];
+  for (int i = 1; i < kLanes; ++i) sum += value[i];
+  return sum;
+#endif
+}
+
+// Calls add(accumulator, vector of x, whether a lane exists: 1 or 0) for all channels of a row.
+template <class T, class Add>
+FD_HD void each_vector(const T* x, int64_t channels, const Add& add) {
+  const Vec one = spread(1.0f);
+  int64_t c = 0;
+  for (; c + kAccumulators * kLanes <= channels; c += kAccumulators * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kAccumulators; ++i) add(i, load(x + c + i * kLanes), one);
+  }
+  for (; c + kLanes <= channels; c += kLanes) add(0, load(x + c), one);
+  if (c < channels) {
+    float present[kLanes];
+    for (int i = 0; i < kLanes; ++i) present[i] = i < channels - c ? 1.0f : 0.0f;
+    add(1, load(x + c, channels - c), load(present));
+  }
+}
+
+// Three passes over a row, which stays in the first cache: the mean; the moments about that float32 number, because its
+// rounding matters where the mean is far larger than the deviations; the result.
+template <class T>
+void normalise_rows(const LayerNorm& args, int64_t begin, int64_t end) {
+  const int64_t channels = args.channels;
+  const float inverse = 1.0f / static_cast<float>(channels);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(args.x) + row * args.x_row;
+    T* out = static_cast<T*>(args.out) + row * args.out_row;
+    Vec centre = {};
+    if (!args.rms) {
+      Vec sums[kAccumulators] = {};
+      each_vector(x, channels, [&](int i, Vec value, Vec) FD_INLINE { sums[i] += value; });
+      centre = spread(sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse);
+    }
+    Vec sums[kAccumulators] = {}, squares[kAccumulators] = {};
+    each_vector(x, channels, [&](int i, Vec value, Vec present) FD_INLINE {
+      const Vec d = (value - centre) * present;
+      sums[i] += d;
+      squares[i] = mul_add(d, d, squares[i]);
+    });
+    const double square = sum_of_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) * inverse;
+    const double rest = args.rms ? 0 : sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse;
+    const double variance = square - rest * rest;
+    const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + args.eps);  // NaN stays NaN
+    const Vec gain = spread(static_cast<float>(rstd)), offset = spread(static_cast<float>(-rest * rstd));
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t lanes = channels - c < kLanes ? channels - c : kLanes;
+      const bool whole = lanes == kLanes;
+      Vec y = mul_add((whole ? load(x + c) : load(x + c, lanes)) - centre, gain, offset);
+      if (args.weight != nullptr) y *= whole ? load(args.weight + c) : load(args.weight + c, lanes);
+      if (args.bias != nullptr) y += whole ? load(args.bias + c) : load(args.bias + c, lanes);
+      if (whole) store(out + c, y);
+      else store(out + c, y, lanes);
+    }
+  }
+}
