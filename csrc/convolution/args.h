@@ -26,7 +26,17 @@ struct ImageScale {
   int32_t zero;
 };
 
-// out = conv(act((x - centre) * gain + offset)) + bias + residual. The distance between pixels is given for each of x,
+// What is applied to the sums and bias of an output. In Python: ACTIVATIONS of kernels/ops/convolution/library.py.
+enum class Activation : int64_t {
+  none,
+  silu,
+  gelu,       // x * Phi(x)
+  gelu_tanh,  // its approximation by tanh
+  geglu,      // value * gelu(gate); two outputs of the product make one of the convolution
+};
+constexpr int64_t kActivations = 5;
+
+// out = activation(conv(act((x - centre) * gain + offset)) + bias) + residual. The distance between pixels is given for each of x,
 // residual and out, so that each may be a range of the channels of a wider image.
 struct Convolution {
   const void *x, *residual;  // residual may be null, and may be out itself
@@ -37,11 +47,13 @@ struct Convolution {
   const float* channel_scales;              // [channels, padded]: inputs are multiplied by them, for AMX's int8
   const ImageScale* scales;                 // [images], for AMX's int8
   int64_t images, channels, height, width;  // of x, before it is upsampled
-  int64_t out_channels, out_height, out_width;
+  int64_t out_channels, out_height, out_width;  // out_channels: of the product, before `activation`
+  int64_t results;                              // channels of out: fewer for Activation::geglu
   int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements
   int64_t kernel, stride, padding;             // padding: on the left and above
   int64_t scale;                               // 2: each pixel of x is read as 2 x 2
   bool silu;
+  Activation activation;
 
   FD_HD int64_t in_height() const { return height * scale; }
   FD_HD int64_t in_width() const { return width * scale; }
@@ -100,7 +112,7 @@ FD_HD int64_t merged_pixels(const Convolution& g, int64_t vectors) {
 }
 
 // A block of a convolution by AMX, and the inputs that it needs: images one behind another, each row by row with its
-// padding, one chunk of channels after another.
+// padding, one chunk of channels after another; or, in place, the pixels of x itself.
 //
 // Outputs are computed in runs, whose inputs are `stride` pixels apart. At stride 1 a run is a whole image: outputs
 // that straddle two rows are computed and discarded.
@@ -109,9 +121,11 @@ struct AmxBlock {
   int64_t row, rows;         // first output row, count
   int64_t in_rows, columns;  // of the inputs
   int64_t count;             // input pixels, and room for one AMX tile more
+  int64_t pixel, piece, chunk;  // bytes from one pixel, piece of a number, or chunk of channels, to the next
   int64_t runs, length;      // count, and outputs of a run
   int64_t merged;            // pixels in a row of the left factor
   bool flat;                 // whether a run is a whole image
+  bool in_place;             // whether x is multiplied without a copy
   bool panels_first;         // the order of the work items: all pixels of a panel, or all panels of some pixels
 
   // The first pixel of row `row` of inputs, counted over the block's images. One extra pixel follows each image.

@@ -27,6 +27,7 @@ using torch::stable::Tensor;
 constexpr int64_t kBlockWords = 1 << 20;  // floats of both buffers of a Winograd block, or of a direct one's inputs
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs: half of a core's second cache
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // of weights that stay in that cache beside the inputs
+constexpr int64_t kPixelRow = 64;                // of a 1x1 convolution, at most
 constexpr int64_t kWorkPerThread = 1 << 14;      // vector operations, some five microseconds
 
 // The kernels of one instruction set for one element type of the images and one of the weights.
@@ -159,6 +160,21 @@ void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, S
   }
 }
 
+// A 1x1 convolution of stride 1 does not see where pixels lie, so they are laid out anew, in rows of a convenient
+// length. Images become one image where nothing distinguishes them.
+void reshape_pixels(Convolution& g, bool per_image) {
+  if (g.kernel != 1 || g.stride != 1 || g.scale != 1 || g.padding != 0 || g.out_height != g.height ||
+      g.out_width != g.width) {
+    return;
+  }
+  int64_t pixels = g.height * g.width;
+  if (!per_image) pixels *= g.images, g.images = 1;
+  int64_t width = std::min(pixels, kPixelRow);
+  while (pixels % width != 0) --width;
+  g.height = g.out_height = pixels / width;
+  g.width = g.out_width = width;
+}
+
 // Finds the scales of the block's images, from bounds of their channels or by reading them. `rows` is scratch, a number
 // for each row of the images.
 void find_scales(const Convolution& g, const AmxBlock& block, const AmxConvolutionKernels& set, ImageScale* scales,
@@ -177,7 +193,7 @@ void find_scales(const Convolution& g, const AmxBlock& block, const AmxConvoluti
   }
 }
 
-void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set) {
+void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set, ScalarType type) {
   const bool scaled = set.largest != nullptr;
   uint32_t* largest = scaled ? reinterpret_cast<uint32_t*>(buffer(g.images * (g.height + 3), 1)) : nullptr;
   ImageScale* scales = reinterpret_cast<ImageScale*>(scaled ? largest + g.images * g.height : nullptr);
@@ -190,6 +206,10 @@ void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set) {
   block.merged = set.merged(g);
   const int64_t chunks = divide_up(g.channels, set.chunk), taps = set.taps(g);
   const int64_t pixel_bytes = chunks * set.pieces * 64;
+  // x is then one image, by reshape_pixels.
+  block.in_place = g.kernel == 1 && g.stride == 1 && g.scale == 1 && g.padding == 0 && g.images == 1 &&
+                   g.out_height == g.height && g.out_width == g.width && g.centre == nullptr && !scaled &&
+                   type == ScalarType::BFloat16 && g.channels % set.chunk == 0;
   const int64_t budget = kAmxBytesPerThread * torch::stable::get_num_threads();
   const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
   const int64_t whole = budget / (image_rows * block.columns * pixel_bytes);
@@ -210,9 +230,16 @@ void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set) {
       // Each thread reads either all weights, or all inputs, half of which another thread wrote.
       const int64_t weight_bytes = set.weight_bytes(g);
       block.panels_first = weight_bytes > kAmxWeightBytes || weight_bytes > 2 * inputs * pixel_bytes;
-      char* pixels = reinterpret_cast<char*>(buffer(block.count * pixel_bytes / 4, 0));
-      divide_work(block.images * block.in_rows, block.columns * chunks * 4, kWorkPerThread,
-                  [&](int64_t begin, int64_t end) { set.input(g, block, pixels, begin, end); });
+      block.pixel = block.in_place ? 2 * g.x_pixel : 64;
+      block.piece = block.count * 64;
+      block.chunk = block.in_place ? 64 : set.pieces * block.piece;
+      const char* pixels = static_cast<const char*>(g.x) + block.row * g.width * block.pixel;
+      if (!block.in_place) {
+        char* to = reinterpret_cast<char*>(buffer(block.count * pixel_bytes / 4, 0));
+        divide_work(block.images * block.in_rows, block.columns * chunks * 4, kWorkPerThread,
+                    [&](int64_t begin, int64_t end) { set.input(g, block, to, begin, end); });
+        pixels = to;
+      }
       divide_work(block.runs * divide_up(block.length, 32) * panels, chunks * taps * set.pieces * set.outputs,
                   kWorkPerThread, [&](int64_t begin, int64_t end) { set.multiply(g, block, pixels, begin, end); });
     }
@@ -224,7 +251,8 @@ void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set) {
 
 void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, int64_t padding, int64_t scale,
                   int64_t winograd_m, int64_t amx_limbs, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& affine, bool silu, const std::optional<Tensor>& residual, Tensor out) {
+                  const std::optional<Tensor>& affine, bool silu, const std::optional<Tensor>& residual, Tensor out,
+                  int64_t activation) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && out.scalar_type() == type && x.size(0) == out.size(0),
                   "x and out must be [N, C, H, W] of one dtype");
@@ -235,7 +263,14 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   g.x = x.const_data_ptr();
   g.out = out.mutable_data_ptr();
   g.images = x.size(0), g.channels = x.size(1), g.height = x.size(2), g.width = x.size(3);
-  g.out_channels = out.size(1), g.out_height = out.size(2), g.out_width = out.size(3);
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "there is no activation ", activation);
+  g.activation = static_cast<Activation>(activation);
+  g.results = out.size(1);
+  const bool gated = g.activation == Activation::geglu;
+  STD_TORCH_CHECK(!gated || winograd_m == 0, "with GEGLU, winograd_m must be 0");
+  // AMX's bfloat16 has 16 values beside their 16 gates; elsewhere values and gates take turns.
+  g.out_channels = !gated ? g.results : 2 * (amx_limbs == 1 ? round_up(g.results, kPackedLanes) : g.results);
+  g.out_height = out.size(2), g.out_width = out.size(3);
   g.kernel = kernel, g.stride = stride, g.padding = padding, g.scale = scale, g.silu = silu;
   STD_TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && (scale == 1 || scale == 2) && padding >= 0,
                   "the kernel must be 1 or 3 wide, the scale 1 or 2");
@@ -270,7 +305,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   if (bias.has_value()) {
     STD_TORCH_CHECK(
         bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == g.out_channels,
-        "bias must be contiguous float32 [K]");
+        "bias must be contiguous float32 with a number for each row of the weight");
     g.bias = static_cast<const float*>(bias->const_data_ptr());
   }
   if (affine.has_value()) {
@@ -293,8 +328,9 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
     g.residual_pixel = pixel_distance(*residual, "residual");
   }
   if (out.numel() == 0) return;
+  reshape_pixels(g, affine.has_value() || amx_limbs == 3);
   const auto run = [&](const auto& call) { run_or_record(call, x, weight, bias, affine, residual, out); };
-  if (amx_limbs > 0) return run([=] { convolve_by_amx(g, amx_set); });
+  if (amx_limbs > 0) return run([=] { convolve_by_amx(g, amx_set, type); });
   const ConvolutionKernels set = kernels(type, pairs);
   if (winograd_m == 0) run([=] { direct(g, set, pairs ? 2 : 1, type); });
   else run([=] { winograd(g, set, winograd_m, pairs ? 2 : 1); });

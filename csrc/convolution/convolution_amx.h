@@ -158,8 +158,8 @@ void amx_poison_non_finite(const Convolution& g, int64_t image, const uint32_t* 
       for (int64_t y = high.first; y <= high.last; ++y) {
         for (int64_t x = wide.first; x <= wide.last; ++x) {
           T* to = static_cast<T*>(g.out) + ((image * g.out_height + y) * g.out_width + x) * g.out_pixel;
-          for (int64_t k = 0; k < g.out_channels; k += kLanes) {
-            store(to + k, spread(__builtin_nanf("")), lanes_at(g, k));
+          for (int64_t k = 0; k < g.results; k += kLanes) {
+            store(to + k, spread(__builtin_nanf("")), g.results - k < kLanes ? g.results - k : kLanes);
           }
         }
       }
@@ -180,7 +180,7 @@ FD_HD void clear_pixels(char* to, int64_t piece_step, int64_t count, int32_t zer
 // row of padding, after clearing it.
 template <class T, class Format>
 FD_HD const T* begin_row(const Convolution& g, const AmxBlock& block, int64_t item, char* to, char** next) {
-  const int64_t piece_step = block.count * kRowBytes, image = block.image + item / block.in_rows;
+  const int64_t piece_step = block.piece, image = block.image + item / block.in_rows;
   const int64_t row = block.row * g.stride - g.padding + item % block.in_rows;
   const int32_t zero = Format::zero(g, image);
   *next = to + block.input(item) * kRowBytes;
@@ -198,7 +198,7 @@ FD_HD const T* begin_row(const Convolution& g, const AmxBlock& block, int64_t it
 template <Transform kTransform, class T, class Format>
 void copy_pixels(const Convolution& g, const AmxBlock& block, char* to, int64_t begin, int64_t end) {
   constexpr int kVectors = Format::kChunk / kLanes;
-  const int64_t piece_step = block.count * kRowBytes;
+  const int64_t piece_step = block.piece;
   const int64_t before = g.padding < block.columns ? g.padding : block.columns;  // pixels of padding
   const int64_t inside = g.in_width() < block.columns - before ? g.in_width() : block.columns - before;
   for (int64_t channel = 0; channel < g.channels; channel += Format::kChunk, to += Format::kPieces * piece_step) {
@@ -237,7 +237,7 @@ void copy_pixels(const Convolution& g, const AmxBlock& block, char* to, int64_t 
 template <Transform kTransform, class T, class Format, int kMerged>
 void merge_pixels(const Convolution& g, const AmxBlock& block, char* to, int64_t begin, int64_t end) {
   constexpr int kVectors = Format::kChunk / kLanes, kPixelVectors = kVectors / kMerged;
-  const int64_t piece_step = block.count * kRowBytes;
+  const int64_t piece_step = block.piece;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = block.image + item / block.in_rows;
     char* next;
@@ -295,6 +295,7 @@ struct OutputWriter {
   const float* sums;      // [pixel][outputs]
   int64_t remaining = 0;  // pixels
   int64_t at, column, columns, out_width, channel, lanes, more;
+  bool gated;  // whether the second vector of outputs has the gates of the first
   Vec bias, bias_of_more, scales;
 
   FD_HD OutputWriter() {}
@@ -308,14 +309,19 @@ struct OutputWriter {
     at = (image * g.out_height + row) * out_width + (column < out_width ? column : out_width);
     lanes = lanes_at(g, channel);
     more = Format::kOutputs > kLanes && channel + kLanes < g.out_channels ? lanes_at(g, channel + kLanes) : 0;
-    bias = bias_at(g, channel, lanes);
+    gated = more > 0 && g.activation == Activation::geglu;
+    if (gated) lanes = g.results - channel / 2 < kLanes ? g.results - channel / 2 : kLanes;
+    bias = bias_at(g, channel, gated ? kLanes : lanes);
     bias_of_more = more > 0 ? bias_at(g, channel + kLanes, more) : Vec{};
     scales = Format::scales(g, header, image);
   }
 
   FD_HD void advance(const Convolution& g, int64_t count) {
     for (; count > 0 && remaining > 0; --count, --remaining, sums += Format::kOutputs) {
-      if (column < out_width) {
+      if (column < out_width && gated) {
+        const Vec gate = gelu_of<T>(Format::sum(sums, 1, scales) + bias_of_more);
+        store_pixel<T>(g, at++, channel / 2, lanes, (Format::sum(sums, 0, scales) + bias) * gate);
+      } else if (column < out_width) {
         finish_pixel<T>(g, at, channel, lanes, Format::sum(sums, 0, scales) + bias);
         if (more > 0) finish_pixel<T>(g, at, channel + kLanes, more, Format::sum(sums, 1, scales) + bias_of_more);
         ++at;
@@ -335,22 +341,32 @@ void amx_multiply(const Convolution& g, const AmxBlock& block, const char* from,
   const int64_t wide = (g.kernel + block.merged - 1) / block.merged, taps = g.kernel * wide;
   int64_t offsets[9];
   for (int64_t tap = 0; tap < taps; ++tap) {
-    offsets[tap] = (tap / wide * block.columns + tap % wide * block.merged) * kRowBytes;
+    offsets[tap] = (tap / wide * block.columns + tap % wide * block.merged) * block.pixel;
   }
   const int64_t run_blocks = (block.length + 31) / 32, blocks = block.runs * run_blocks;
   Factors f{};
-  f.row_step = g.stride * kRowBytes, f.piece_step = block.count * kRowBytes,
-  f.chunk_step = Format::kPieces * f.piece_step;
+  f.piece_step = block.piece;
   f.chunks = (g.channels + Format::kChunk - 1) / Format::kChunk, f.taps = offsets, f.tap_count = taps;
   const int64_t group_bytes = Format::kOutputs / 16 * Format::kPieces * kTileBytes;  // of weights, for a tap and chunk
   const int64_t panel_bytes = Format::kHeaderBytes + f.chunks * taps * group_bytes;
+  char* tail = nullptr;  // the last pixels, where they do not fill a tile
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = block.panels_first ? item / blocks : item % panels;
     const int64_t pixels_32 = block.panels_first ? item % blocks : item / panels;
     const int64_t run = pixels_32 / run_blocks, first = pixels_32 % run_blocks * 32;
     const int64_t count = block.length - first < 32 ? block.length - first : 32;
     const char* header = reinterpret_cast<const char*>(g.weight) + panel * panel_bytes;
-    f.left = from + (block.start(g, run) + first * g.stride) * kRowBytes;
+    f.left = from + (block.start(g, run) + first * g.stride) * block.pixel;
+    f.row_step = g.stride * block.pixel, f.chunk_step = block.chunk;
+    if (block.in_place && count % 16 != 0) {  // a tile would be read beyond the end of x
+      const int64_t bytes = f.chunks * kRowBytes;
+      if (tail == nullptr) {
+        tail = reinterpret_cast<char*>(buffer(32 * bytes / 4, 2));
+        for (int64_t i = 0; i < count; ++i) memcpy(tail + i * bytes, f.left + i * block.pixel, bytes);
+        memset(tail + count * bytes, 0, (32 - count) * bytes);
+      }
+      f.left = tail, f.row_step = bytes, f.chunk_step = kRowBytes;
+    }
     f.right = header + Format::kHeaderBytes;
     const bool fetching = block.panels_first && panel + 1 < panels;
     f.fetch = fetching ? (group_bytes / 64 + blocks - 1) / blocks : 0;

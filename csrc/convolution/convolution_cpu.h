@@ -1,6 +1,8 @@
 // Convolutions on one instruction set, for convolution/convolution.cpp.
 
 #include "simd/exp.h"
+// gelu.h uses exp.h.
+#include "simd/gelu.h"
 #include "simd/gemm.h"
 
 #include "convolution/pixels_cpu.h"

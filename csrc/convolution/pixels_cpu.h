@@ -34,9 +34,30 @@ struct InputReader {
   }
 };
 
-// Writes `lanes` output channels, from `channel` on, of the pixel with index `at` over all images.
+// Not inlined: the products have many places that finish a pixel.
 template <class T>
-FD_HD void finish_pixel(const Convolution& g, int64_t at, int64_t channel, int64_t lanes, Vec value) {
+__attribute__((noinline)) Vec gelu_of(Vec x) {
+  return gelu<T>(x);
+}
+
+// With geglu, a vector holds values and their gates in turn; its first half is the result.
+template <class T>
+__attribute__((noinline)) Vec activated(Activation activation, Vec x) {
+  if (activation == Activation::silu) return silu<T>(x * spread(-kLog2E));
+  if (activation == Activation::gelu_tanh) return gelu_tanh<T>(x);
+  const Vec y = gelu<T>(x);
+  if (activation == Activation::gelu) return y;
+  float values[kLanes], gates[kLanes];
+  store(values, x);
+  store(gates, y);
+  float products[kLanes] = {};
+  for (int i = 0; i < kLanes / 2; ++i) products[i] = values[2 * i] * gates[2 * i + 1];
+  return load(products);
+}
+
+// Writes `lanes` channels of out, from `channel` on, of the pixel with index `at` over all images.
+template <class T>
+FD_HD void store_pixel(const Convolution& g, int64_t at, int64_t channel, int64_t lanes, Vec value) {
   T* to = static_cast<T*>(g.out) + at * g.out_pixel + channel;
   if (g.residual != nullptr) {
     const T* residual = static_cast<const T*>(g.residual) + at * g.residual_pixel + channel;
@@ -44,6 +65,16 @@ FD_HD void finish_pixel(const Convolution& g, int64_t at, int64_t channel, int64
   }
   if (lanes == kLanes) store(to, value);
   else store(to, value, lanes);
+}
+
+// The same after the activation, for channels of the product, given their sums and bias.
+template <class T>
+FD_HD void finish_pixel(const Convolution& g, int64_t at, int64_t channel, int64_t lanes, Vec value) {
+  if (__builtin_expect(g.activation != Activation::none, 0)) {
+    value = activated<T>(g.activation, value);
+    if (g.activation == Activation::geglu) channel /= 2, lanes /= 2;
+  }
+  store_pixel<T>(g, at, channel, lanes, value);
 }
 
 // How many of kLanes output channels, from `channel` on, exist.

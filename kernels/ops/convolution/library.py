@@ -12,6 +12,10 @@ from torch import Tensor
 from ..._library import define
 from .packing import PackedWeight
 
+# Activations of an output, in the order of the enum Activation of csrc/convolution/args.h. "gelu" is
+# torch.nn.functional.gelu, "gelu_tanh" the same with approximate="tanh", "geglu" is value * gelu(gate).
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "geglu")
+
 
 class ConvolutionArguments(NamedTuple):
     """The arguments of `convolution_`, in the order of its schema.
@@ -22,6 +26,8 @@ class ConvolutionArguments(NamedTuple):
     scale: 2 reads each pixel of x as 2 x 2 pixels, 1 as one.
     bias: float32 [K].
     affine, silu: the normalisation and the activation of x before the convolution; see `group_norm_affine_`.
+    activation: of the sums with their bias, before the residual; an index of ACTIVATIONS. For "geglu" the
+    rows of weight and bias are in the order of `packing.interleave_gates`; out has a channel for two rows.
     """
 
     x: Tensor
@@ -37,6 +43,7 @@ class ConvolutionArguments(NamedTuple):
     silu: bool
     residual: Tensor | None
     out: Tensor
+    activation: int
 
 
 def convolution_arguments(
@@ -51,8 +58,14 @@ def convolution_arguments(
     affine: Tensor | None = None,
     silu: bool = False,
     residual: Tensor | None = None,
+    activation: str = "none",
 ) -> ConvolutionArguments:
-    """The arguments of a call with a packed weight. padding: default kernel // 2."""
+    """The arguments of a call with a packed weight.
+
+    padding: default kernel // 2. activation: one of ACTIVATIONS; ValueError for another.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"there is no activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
     kernel = weight.shape[-1]
     return ConvolutionArguments(
         x=x,
@@ -68,13 +81,15 @@ def convolution_arguments(
         silu=silu,
         residual=residual,
         out=out,
+        activation=ACTIVATIONS.index(activation),
     )
 
 
 convolution_ = define(
     "convolution_",
     "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int winograd_m, "
-    "int amx_limbs, Tensor? bias, Tensor? affine, bool silu, Tensor? residual, Tensor(a!) out) -> ()",
+    "int amx_limbs, Tensor? bias, Tensor? affine, bool silu, Tensor? residual, Tensor(a!) out, "
+    "int activation=0) -> ()",
 )
 
 # Nearest-neighbour upsampling. x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor.

@@ -170,6 +170,20 @@ def _int8_tile_panels(weight: Tensor) -> Tensor:
     return torch.cat([padded.float().view(torch.int8), panel_bytes.flatten()])
 
 
+def interleave_gates(tensor: Tensor, packing: Packing) -> Tensor:
+    """The rows of a GEGLU layer's weight or bias [2 M, ...] in `convolution_`'s order for "geglu".
+
+    The first M rows make the values and the others the gates, as in diffusers' GEGLU. In tiles of bfloat16,
+    16 values come before their 16 gates, with rows of zeros where M is not a multiple of 16; elsewhere values
+    and gates take turns.
+    """
+    values, gates = tensor.chunk(2)
+    run = LANES if packing.amx_limbs == 1 else 1
+    padding = values.new_zeros(-len(values) % run, *values.shape[1:])
+    halves = [torch.cat([half, padding]).unflatten(0, (-1, run)) for half in (values, gates)]
+    return torch.stack(halves, 1).flatten(0, 2)
+
+
 def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     """Packs a weight [K, C, 3, 3], or [K, C, 1, 1] for the direct convolution.
 
