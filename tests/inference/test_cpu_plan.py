@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion.inference import cpu_plan, denoiser
+from diffusion.inference import denoiser
 from diffusion.inference.cpu_plan import PlannedUNet, unsupported
 from diffusion.inference.denoiser import DenoiserCache
 from diffusion.kernels import _native
 from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
+from diffusion.planner import layout, weights
 from helpers.native import requires_native
 from helpers.unets import TINY, UNPLANNED, VARIANTS, inputs, randomized
 
@@ -23,7 +24,7 @@ pytestmark = requires_native
 @pytest.fixture(autouse=True)
 def fast_kernels(monkeypatch):
     """Plans the small networks of these tests as large ones are planned."""
-    monkeypatch.setattr(cpu_plan, "SMALL_NETWORK", 0)
+    monkeypatch.setattr(weights, "SMALL_NETWORK", 0)
 
 
 def labels_of(config, batch: int):
@@ -73,7 +74,7 @@ def test_in_sixteen_bits(name, dtype):
 @pytest.mark.parametrize("name", ["tiny", "scale_shift", "heads"])
 def test_small_networks_are_as_accurate_as_pytorch(name, monkeypatch):
     """Their error is at most twice that of the UNet itself in float32."""
-    monkeypatch.setattr(cpu_plan, "SMALL_NETWORK", 2**20)
+    monkeypatch.setattr(weights, "SMALL_NETWORK", 2**20)
     unet = randomized(replace(VARIANTS[name], channels=32))
     x, t = inputs(unet.config, size=(16, 16))
     actual, expected = evaluate(unet, torch.float32, x, t, None)
@@ -83,7 +84,7 @@ def test_small_networks_are_as_accurate_as_pytorch(name, monkeypatch):
     assert error <= 2 * allowed
     planned = PlannedUNet(unet, torch.float32)
     planned.denoise(x, unet.embed(t))
-    used = {packing for _, packing in planned._weights}
+    used = set(planned.weights.packings())
     assert all(packing.amx_limbs == 0 and packing.winograd_m <= 2 for packing in used)
 
 
@@ -215,12 +216,12 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
     )
     tiles, outputs = [], []
     for share in (4.0, 2.0, 1.0):
-        total = int(4 * numbers * share / cpu_plan.MAX_SHARE_OF_MEMORY)
-        monkeypatch.setattr(cpu_plan, "total_memory", lambda device, total=total: total)
+        total = int(4 * numbers * share / weights.MAX_SHARE_OF_MEMORY)
+        monkeypatch.setattr(weights, "total_memory", lambda device, total=total: total)
         network = PlannedUNet(unet, torch.float32)
         with torch.no_grad():
             outputs.append(network.denoise(x, unet.embed(t)).clone())
-        tiles.append({packing.winograd_m for _, packing in network._weights})
+        tiles.append({packing.winograd_m for packing in network.weights.packings()})
     assert tiles == [{0, 4}, {0, 2}, {0}]  # 0: convolutions by 1 x 1
     torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)
@@ -229,7 +230,7 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_attention_over_many_positions(limit, monkeypatch):
     """With AMX, attention uses it up to a limit of positions, and not beyond."""
-    monkeypatch.setattr(cpu_plan, "MAX_PLANNED_AMX_POSITIONS", limit)
+    monkeypatch.setattr(layout, "MAX_AMX_POSITIONS", limit)
     unet = randomized(VARIANTS["heads"])
     x, t = inputs(unet.config, 2, (26, 14))
     actual, expected = evaluate(unet, torch.float32, x, t, None)

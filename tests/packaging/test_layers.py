@@ -11,6 +11,7 @@ from helpers.paths import ROOT
 LAYERS = [
     "kernels",
     "utils",
+    "planner",
     "process",
     "models",
     "samplers",

@@ -1,0 +1,154 @@
+"""The graph of a network: values, and the nodes that compute them.
+
+`trace` makes it from a network, `fusion` joins its nodes, and `layout` turns it into calls.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Value:
+    """A tensor that a network computes, reads or is given.
+
+    example: a tensor of its shape and dtype, without data where the network was traced without. node: the one
+    that computes it, or None. name: of a parameter, a buffer or an argument, for messages. constant: the
+    tensor itself, of a parameter, a buffer or another tensor that the network holds; else None.
+    """
+
+    def __init__(self, example: Tensor, name: str = "", constant: Tensor | None = None):
+        self.shape, self.dtype = example.shape, example.dtype
+        self.name, self.constant = name, constant
+        self.node: Node | None = None
+        self.users: list[Node] = []
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __repr__(self) -> str:
+        return f"{self.name or 'value'} {list(self.shape)}"
+
+
+class Node:
+    """One operation on values.
+
+    op: a name of `lowering`; "call" for a torch function that has none. inputs: the values that it reads; an
+    absent one is None. options: its other arguments. outputs: the values that it computes, most often one.
+    """
+
+    def __init__(self, op: str, inputs: Iterable[Value | None], outputs: list[Value], **options: Any):
+        self.op, self.inputs, self.outputs, self.options = op, list(inputs), outputs, options
+        for value in self.reads():
+            value.users.append(self)
+        for value in outputs:
+            value.node = self
+
+    def reads(self) -> Iterator[Value]:
+        return (value for value in self.inputs if value is not None)
+
+    @property
+    def output(self) -> Value:
+        (value,) = self.outputs
+        return value
+
+    def replace_input(self, old: Value, new: Value) -> None:
+        self.inputs = [new if value is old else value for value in self.inputs]
+        old.users = [user for user in old.users if user is not self]
+        new.users.append(self)
+
+    def remove(self) -> None:
+        """Takes the node out of its inputs' users; its place in the graph's list is the caller's matter."""
+        for value in set(self.reads()):
+            value.users = [user for user in value.users if user is not self]
+
+    def __repr__(self) -> str:
+        return f"{self.op} {[list(value.shape) for value in self.outputs]}"
+
+
+class Graph:
+    """nodes: in the order in which they run. inputs: the tensors that vary from call to call."""
+
+    def __init__(self, nodes: list[Node], inputs: list[Value], outputs: list[Value]):
+        self.nodes, self.inputs, self.outputs = nodes, inputs, outputs
+
+    def drop_unused(self) -> None:
+        """Removes the nodes whose outputs nobody reads."""
+        needed = set(self.outputs)
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if needed.isdisjoint(node.outputs):
+                node.remove()
+            else:
+                needed.update(node.reads())
+                kept.append(node)
+        self.nodes = kept[::-1]
+
+
+def is_view(node: Node | None) -> bool:
+    """Whether the node gives its first input in another shape, order or range, without a computation."""
+    return node is not None and node.op == "view"
+
+
+def viewed(value: Value) -> Value:
+    """The value of which this one is a view, perhaps itself."""
+    while is_view(value.node):
+        assert value.node is not None
+        first = value.node.inputs[0]
+        assert first is not None
+        value = first
+    return value
+
+
+def apply_views(value: Value, source: Value, tensor: Tensor) -> Tensor | None:
+    """`value` as a view of `tensor`, which is in the place of `source`; None where it would be a copy."""
+    chain: list[Callable[[Tensor], Tensor]] = []
+    while value is not source:
+        if not is_view(value.node):
+            return None
+        assert value.node is not None
+        chain.append(value.node.options["apply"])
+        value = next(value.node.reads())
+    for apply in reversed(chain):
+        result = apply(tensor)
+        if not shares_memory(result, tensor):
+            return None
+        tensor = result
+    return tensor
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a map [N, C, H, W] in channels_last."""
+    _, c, h, w = shape
+    return h * w * c, 1, w * c, c
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a map [N, C, H, W] has the strides of channels_last, in dimensions of more than one entry."""
+    expected = channels_last_strides(tensor.shape)
+    return all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), expected, strict=True))
+
+
+def map_of(value: Value) -> Value:
+    """The map [N, C, H, W] whose pixels' channels are the rows of this value, in their order.
+
+    Views [N, H W, C] and [N, H, W, C] of a map in channels_last are such rows; for other values, the value
+    itself.
+    """
+    source = viewed(value)
+    if source.ndim != 4 or value.ndim not in (3, 4) or value is source:
+        return value
+    like = torch.empty_strided(source.shape, channels_last_strides(source.shape), device="meta")
+    seen = apply_views(value, source, like)
+    n, c = source.shape[:2]
+    if seen is None or seen.numel() != like.numel() or seen.shape[0] != n:
+        return value
+    rows = seen.shape[-1] == c and seen.is_contiguous()
+    same = seen.shape == source.shape and is_channels_last(seen)
+    return source if rows or same else value

@@ -1,0 +1,370 @@
+"""Lays a fused graph out: a buffer for each value, and the calls that compute them in order."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import group_norm_silu
+from ..kernels.ops.attention.library import attention_amx_
+from ..kernels.ops.convolution.library import convolution_, convolution_arguments, upsample_nearest2x_
+from ..kernels.ops.group_norm_silu.library import group_norm_affine_
+from .buffers import Pool, shaped
+from .fusion import named
+from .graph import Graph, Node, Value, channels_last_strides, shares_memory
+from .lowering import FLOATS, Template
+from .weights import Weights
+
+CallOf = tuple[Callable, tuple]
+
+# For attention by AMX, which holds the logits of some queries at all positions.
+MAX_AMX_POSITIONS = 2048
+_WRITES_RANGES = ("convolution", "norm", "double", "call")  # ops that can write a range of channels
+_OUT = {"add": torch.add, "mul": torch.mul, "sub": torch.sub, "div": torch.div}
+
+
+class Layout:
+    """The calls of a graph, each a function and its arguments, and the tensors that they read and write.
+
+    calls: in order. inputs: the buffer of each input of the graph. outputs: the tensor of each output.
+    unfused: for each call of PyTorch, the node. pool: the memory.
+    """
+
+    def __init__(self, graph: Graph, weights: Weights):
+        self._graph, self._weights = graph, weights
+        self.pool = Pool()
+        self.calls: list[CallOf] = []
+        self.unfused: list[Node] = []
+        self._tensors: dict[Value, Tensor] = {}
+        self._blocks: dict[Value, Tensor] = {}  # of the values that own one
+        self._homes = self._find_homes()
+        ends = self._find_ends()
+        self.inputs = [self._input(value) for value in graph.inputs]
+        for i, node in enumerate(graph.nodes):
+            lay_out = getattr(self, f"_lay_out_{node.op}", self._lay_out_call)
+            lay_out(node)
+            for owner in ends.get(i, ()):
+                if owner in self._blocks:
+                    self.pool.give_back(self._blocks.pop(owner))
+        self.outputs = [self._tensor(value) for value in graph.outputs]
+
+    # ---- Where values live.
+
+    def _find_homes(self) -> dict[Value, tuple[Value, int | None]]:
+        """The value in whose memory another one is written, and from which channel on.
+
+        An input of a concatenation is written in its place, and a residual where the sum will be, for which
+        the channel is None.
+        """
+        homes: dict[Value, tuple[Value, int | None]] = {}
+        outputs = set(self._graph.outputs)
+
+        def free(value: Value, ops: tuple[str, ...] = _WRITES_RANGES) -> bool:
+            made = value.node is not None and value.node.op in ops
+            return made and value not in homes and value not in outputs and value.ndim == 4
+
+        for node in self._graph.nodes:
+            if node.op == "cat":
+                start = 0
+                for value in node.reads():
+                    if free(value):
+                        homes[value] = node.output, start
+                    start += value.shape[1]
+            elif node.op == "convolution":
+                residual, out = named(node)["residual"], node.output
+                if residual is None or residual.users != [node] or not free(residual, ("convolution",)):
+                    continue
+                if residual.shape == out.shape and not node.options["writes_rows"]:
+                    homes[residual] = out, None
+        return homes
+
+    def _owner(self, value: Value) -> Value:
+        """The value that owns the memory of this one, if every view shares memory."""
+        while True:
+            if value.node is not None and value.node.op == "view":
+                value = next(value.node.reads())
+            elif value in self._homes:
+                value = self._homes[value][0]
+            else:
+                return value
+
+    def _find_ends(self) -> dict[int, list[Value]]:
+        """After each node, the owners whose memory is not read any more."""
+        last: dict[Value, int] = {}
+        for i, node in enumerate(self._graph.nodes):
+            for value in [*node.reads(), *node.outputs]:
+                last[self._owner(value)] = i
+        for value in self._graph.outputs:
+            last.pop(self._owner(value), None)
+        ends: dict[int, list[Value]] = {}
+        for value, i in last.items():
+            ends.setdefault(i, []).append(value)
+        return ends
+
+    def _dtype(self, value: Value) -> torch.dtype:
+        """Maps and rows have the plan's dtype; vectors [N, C] and whole numbers have their own."""
+        return self._weights.dtype if value.ndim > 2 and value.dtype in FLOATS else value.dtype
+
+    def _input(self, value: Value) -> Tensor:
+        tensor = torch.zeros(tuple(value.shape), dtype=self._dtype(value), device="cpu")
+        if value.ndim == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        self._tensors[value] = tensor
+        return tensor
+
+    def _tensor(self, value: Value) -> Tensor:
+        """The tensor of a value that is there already."""
+        if value not in self._tensors:
+            assert value.constant is not None
+            self._tensors[value] = self._weights.copy(value)
+        return self._tensors[value]
+
+    def _place(self, value: Value, strides: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor that a value is written into: its part of another one, or a block of its own.
+
+        strides: of a block of its own; by default channels_last for maps, and contiguous.
+        """
+        if value in self._tensors:
+            return self._tensors[value]
+        if value in self._homes:
+            whole, start = self._homes[value]
+            tensor = self._place(whole)
+            if start is not None:
+                tensor = tensor.narrow(1, start, value.shape[1])
+        else:
+            dtype = self._dtype(value)
+            if strides is None:
+                strides = channels_last_strides(value.shape) if value.ndim == 4 else _contiguous(value.shape)
+            block = self.pool.take(math.prod(value.shape) * dtype.itemsize)
+            self._blocks[value] = block
+            tensor = shaped(block, value.shape, strides, dtype)
+        self._tensors[value] = tensor
+        return tensor
+
+    # ---- The calls of each op.
+
+    def _record(self, function: Callable, *arguments: object) -> None:
+        self.calls.append((function, arguments))
+
+    def _lay_out_view(self, node: Node) -> None:
+        source = self._tensor(next(node.reads()))
+        apply = node.options["apply"]
+        tensor = apply(source)
+        if shares_memory(tensor, source):
+            self._tensors[node.output] = tensor
+            return
+        # The copy lives as long as what it is a copy of, so that it needs memory of its own.
+        copy = torch.empty_like(tensor)
+        self._tensors[node.output] = copy
+        self._record(store, copy, apply, source)
+
+    def _lay_out_affine(self, node: Node) -> None:
+        inputs = named(node)
+        x = self._map(inputs["x"])
+        shape = (self._weights.affine_rows, *x.shape[:2])
+        block = self.pool.take(math.prod(shape) * 4)
+        self._blocks[node.output] = block
+        out = shaped(block, shape, _contiguous(shape), torch.float32)
+        self._tensors[node.output] = out
+        weight, bias = (self._weights.vector(inputs[name]) for name in ("weight", "bias"))
+        add, scale, shift = (self._vector(inputs[name]) for name in ("add", "scale", "shift"))
+        groups, eps, silu = (node.options[name] for name in ("groups", "eps", "silu"))
+        self._record(group_norm_affine_, x, groups, weight, bias, eps, add, scale, shift, silu, out)
+
+    def _lay_out_norm(self, node: Node) -> None:
+        inputs = named(node)
+        x, out = self._map(inputs["x"]), self._place(node.output)
+        vectors = [self._weights.vector(inputs[name]) for name in ("weight", "bias")]
+        vectors += [self._vector(inputs[name]) for name in ("add", "scale", "shift")]
+        activation = "silu" if node.options["silu"] else "none"
+        self._record(normalise, out, x, node.options["groups"], node.options["eps"], activation, *vectors)
+
+    def _vector(self, value: Value | None) -> Tensor | None:
+        """A value [N, C] in float32, as the norm adds it or scales by it."""
+        if value is None:
+            return None
+        vector = self._tensor(value)
+        if vector.dtype != torch.float32 or vector.stride(-1) != 1:
+            single = torch.empty(vector.shape, dtype=torch.float32, device="cpu")
+            self._record(copy, single, vector)
+            return single
+        return vector
+
+    def _lay_out_convolution(self, node: Node) -> None:
+        inputs, options = named(node), node.options
+        kernel, stride, scale, padding = (options[k] for k in ("kernel", "stride", "scale", "padding"))
+        strides = _contiguous(node.output.shape) if options["writes_rows"] else None
+        out_tensor = self._place(node.output, strides)
+        x = inputs["x"]
+        assert x is not None
+        size = None
+        if options["writes_rows"] and not options["reads_rows"]:
+            size = tuple(x.shape[2:]) if stride == scale == 1 else None
+        out = self._pixels(out_tensor, options["writes_rows"], size)
+        size = None if not options["reads_rows"] else tuple(out.shape[2:])
+        image = self._pixels(self._tensor(x), options["reads_rows"], size)
+        residual = None
+        if inputs["residual"] is not None:
+            shape = tuple(out.shape[2:])
+            residual = self._pixels(self._tensor(inputs["residual"]), options["writes_rows"], shape)
+        weight = inputs["weight"]
+        assert weight is not None
+        height, width = out.shape[2:]
+        packed = self._weights.packed(weight, height, width, winograd=kernel == 3 and stride == 1)
+        norm, affine, silu = inputs["affine"], None, False
+        if norm is not None and norm.node is not None:
+            affine, silu = self._tensor(norm), norm.node.options["silu"]
+        arguments = convolution_arguments(
+            image,
+            packed,
+            out,
+            stride=stride,
+            padding=padding,
+            scale=scale,
+            bias=self._weights.vector(inputs["bias"]),
+            affine=affine,
+            silu=silu,
+            residual=residual,
+        )
+        self._record(convolution_, *arguments)
+
+    def _map(self, value: Value | None) -> Tensor:
+        assert value is not None
+        return self._pixels(self._tensor(value), False, None)
+
+    def _pixels(self, tensor: Tensor, rows: bool, size: tuple[int, ...] | None) -> Tensor:
+        """A map in channels_last, or a range of one's channels, of a tensor [N, C, H, W] or of rows [..., C].
+
+        size: height and width, for rows; by default all rows of an image in one column.
+        """
+        view = _as_map(tensor, rows, size)
+        if view is not None:
+            return view
+        plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        if not rows:
+            plain = plain.contiguous(memory_format=torch.channels_last)
+        self._record(copy, plain, tensor)
+        view = _as_map(plain, rows, size)
+        assert view is not None
+        return view
+
+    def _lay_out_attention(self, node: Node) -> None:
+        q, k, v = (self._tensor(value) for value in node.reads())
+        _, heads, positions, width = node.output.shape
+        merged = (positions * heads * width, width, heads * width, 1)  # merging the heads copies nothing
+        out = self._place(node.output, merged)
+        scale = node.options["scale"]
+        same = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+        dense = all(t.stride(-1) == 1 for t in (q, k, v))
+        if not (same and dense and q.dtype in FLOATS):
+            return self._lay_out_call(node)
+        if self._weights.simd == "amx" and positions <= MAX_AMX_POSITIONS:
+            splits = 1 if q.dtype == torch.bfloat16 else 3  # bfloat16 splits of each number
+            self._record(attention_amx_, q, k, v, scale, splits, out)
+        else:
+            self._record(attention_into, out, q, k, v, scale)
+        return None
+
+    def _lay_out_double(self, node: Node) -> None:
+        self._record(upsample_nearest2x_, self._map(next(node.reads())), self._place(node.output))
+
+    def _lay_out_cat(self, node: Node) -> None:
+        out, start = self._place(node.output), 0
+        for value in node.reads():
+            part = out.narrow(1, start, value.shape[1])
+            start += value.shape[1]
+            if self._homes.get(value) != (node.output, start - value.shape[1]):
+                self._record(copy, part, self._tensor(value))
+
+    def _lay_out_call(self, node: Node) -> None:
+        """A call of PyTorch's function, whose results are copied into buffers."""
+        self.unfused.append(node)
+        template: Template = node.options["call"]
+        tensors = [self._operand(value, node) for value in node.reads()]
+        with torch.no_grad():
+            results = _tensors_of(template.run(tensors))
+        outs = []
+        for value, result in zip(node.outputs, results, strict=True):
+            dense = result.numel() > 1 and torch.empty_like(result).stride() == result.stride()
+            outs.append(self._place(value, result.stride() if dense else None))
+        function = _OUT.get(node.op)
+        if function is not None and len(tensors) == 2 and results[0].dtype == outs[0].dtype:
+            self._record(write_binary, outs[0], function, *tensors)
+        else:
+            self._record(write_results, outs, template, tensors)
+
+    def _operand(self, value: Value, node: Node) -> Tensor:
+        """An input of PyTorch's function; a constant in the dtype that maps have in the plan."""
+        reads_maps = any(other.constant is None and other.ndim > 2 for other in node.reads())
+        if value.constant is not None and value.dtype in FLOATS and reads_maps:
+            return self._weights.copy(value, self._weights.dtype)
+        return self._tensor(value)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _as_map(tensor: Tensor, rows: bool, size: tuple[int, ...] | None) -> Tensor | None:
+    """The tensor as a view [N, C, H, W] with pixels at one distance; None if it has no such view."""
+    if rows:
+        n, c = tensor.shape[0], tensor.shape[-1]
+        positions = tensor.numel() // max(n * c, 1)
+        height, width = size or (positions, 1)
+        try:
+            tensor = tensor.view(n, height, width, c).permute(0, 3, 1, 2)
+        except RuntimeError:  # the rows are not at one distance
+            return None
+    n, c, h, w = tensor.shape
+    steps = tensor.stride()
+    pixel = steps[3] if w > 1 else steps[2] if h > 1 else steps[0] if n > 1 else c
+    right = [(c, 1, 1), (w, 3, pixel), (h, 2, pixel * w), (n, 0, pixel * w * h)]
+    if pixel < c or any(count > 1 and steps[dim] != step for count, dim, step in right):
+        return None
+    return tensor.as_strided(tensor.shape, (pixel * w * h, 1, pixel * w, pixel), tensor.storage_offset())
+
+
+def _tensors_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [leaf for leaf in result if isinstance(leaf, Tensor)]
+
+
+# ---- Functions that calls consist of, beside the compiled operators.
+
+
+def copy(out: Tensor, x: Tensor) -> None:
+    out.copy_(x)
+
+
+def store(out: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    out.copy_(function(x))
+
+
+def normalise(
+    out: Tensor, x: Tensor, groups: int, eps: float, activation: str, *vectors: Tensor | None
+) -> None:
+    weight, bias, add, scale, shift = vectors
+    out.copy_(
+        group_norm_silu(
+            x, groups, weight, bias, eps, activation=activation, add=add, scale=scale, shift=shift
+        )
+    )
+
+
+def attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Attention by one fixed operator: "auto" chooses by batch size, and images must not depend on it."""
+    out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
+
+
+def write_binary(out: Tensor, function: Callable, a: Tensor, b: Tensor) -> None:
+    function(a, b, out=out)
+
+
+def write_results(outs: list[Tensor], template: Template, tensors: list[Tensor]) -> None:
+    for out, result in zip(outs, _tensors_of(template.run(tensors)), strict=True):
+        out.copy_(result)

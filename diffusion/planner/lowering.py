@@ -1,0 +1,350 @@
+"""Names the operation of each function of PyTorch that the planner knows, and keeps the call of all others.
+
+Every node keeps its call, by which it runs where nothing is fused. A node's op says more:
+
+view        the first input in another shape, order or range, without a computation: apply, a function
+conv        a convolution of maps, square and without groups or dilation: stride, padding
+linear      a linear map of the last dimension
+group_norm  groups, eps
+silu, gelu  gelu: approximate, "none" or "tanh"
+add, mul, sub, div    of two values, or of one value and the number `scalar`
+cat         of maps along their channels
+attention   scaled dot products of q, k and v without a mask: scale
+double      nearest-neighbour interpolation to twice the height and width
+pad         zeros to the right and below: pads
+call        any other function
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .graph import Node, Value
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Slot(NamedTuple):
+    """The place of a node's input in the arguments of its call."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of PyTorch. value: gives the Value of a tensor."""
+
+    function: Callable
+    name: str
+    args: tuple
+    options: dict[str, Any]
+    value: Callable[[Tensor], Value]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A call with a Slot in the place of each tensor."""
+
+    function: Callable
+    leaves: list[Any]
+    structure: Any
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        leaves = [tensors[leaf.position] if type(leaf) is Slot else leaf for leaf in self.leaves]
+        args, options = pytree.tree_unflatten(leaves, self.structure)
+        return self.function(*args, **options)
+
+
+def name_of(function: Callable) -> str:
+    """The function's name without underscores: "add" for `torch.add`, `Tensor.add` and `Tensor.__add__`."""
+    return getattr(function, "__name__", type(function).__name__).strip("_") + (
+        "_" if _ends_in_place(function) else ""
+    )
+
+
+def _ends_in_place(function: Callable) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def writes_in_place(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a call of this name changes one of its arguments."""
+    inplace = options.get("inplace", False) or options.get("out") is not None
+    return name.endswith("_") or name in _IN_PLACE or name == "setitem" or bool(inplace)
+
+
+_IN_PLACE: dict[str, Callable] = {
+    "iadd": torch.add,
+    "imul": torch.mul,
+    "isub": torch.sub,
+    "itruediv": torch.div,
+}
+_PURE: dict[str, Callable] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+def pure(name: str) -> Callable | None:
+    """The function that computes anew what a call of this name writes in place, or None."""
+    if name in _IN_PLACE:
+        return _IN_PLACE[name]
+    plain = name.removesuffix("_")
+    if plain in _ELEMENTWISE:
+        return getattr(torch, plain)
+    return _PURE.get(plain)
+
+
+RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"}
+RANDOM |= {"normal", "multinomial", "poisson"}
+_ELEMENTWISE = {"add", "mul", "sub", "div", "clamp", "sigmoid", "tanh", "exp", "neg", "addcmul"}
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -> list[Node]:
+    """The nodes of a call. inputs, outputs: its tensors, in order. single: it returns one tensor."""
+    if single and len(inputs) == 1 and _changes_nothing(call):
+        return [Node("view", inputs, outputs, apply=_itself)]
+    if call.name in _VIEWS and inputs and all(value.shape is not None for value in inputs[1:]):
+        nodes = _views(call, inputs, outputs, single)
+        if nodes is not None:
+            return nodes
+    op: str = "call"
+    options: dict[str, Any] = {}
+    known = _KNOWN.get(call.name) if single else None
+    if known is not None:
+        try:
+            found = known(call, *call.args, **call.options)
+        except TypeError:  # other arguments than the planner knows
+            found = None
+        if found is not None:
+            op, options = found
+    return [Node(op, inputs, outputs, call=_template(call), **options)]
+
+
+def _template(call: Call) -> Template:
+    leaves, structure = pytree.tree_flatten((call.args, call.options))
+    slots: list[Any] = []
+    count = 0
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf, count = Slot(count), count + 1
+        slots.append(leaf)
+    return Template(call.function, slots, structure)
+
+
+# ---- Views.
+
+_SHAPING = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}  # the output's shape says all
+_SAME = {"contiguous", "clone", "detach", "alias", "requires_grad_", "data", "checkpoint"}
+_RANGES = {"split", "chunk", "unbind", "tensor_split"}
+_ORDERS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "select", "narrow"}
+_ORDERS |= {"squeeze", "unsqueeze", "expand", "expand_as", "getitem"}
+_CASTS = {"to", "type", "float", "half", "bfloat16", "type_as"}
+_VIEWS = _SHAPING | _SAME | _RANGES | _ORDERS | _CASTS | {"dropout"}
+
+
+def _views(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -> list[Node] | None:
+    source, name = inputs[0], call.name
+    if name == "dropout":
+        training = call.args[2] if len(call.args) > 2 else call.options.get("training", True)
+        return None if training and source.shape else [Node("view", [source], outputs, apply=_itself)]
+    if name in _SAME:
+        return [Node("view", [source], outputs, apply=_itself)]
+    if name in _CASTS:
+        floats = source.dtype in FLOATS and outputs[0].dtype in FLOATS and source.ndim > 2
+        return [Node("view", [source], outputs, apply=_itself)] if floats else None
+    if name in _SHAPING:
+        return [Node("view", [source], outputs, apply=_Reshape(outputs[0].shape))]
+    if len(inputs) > 1 and name not in ("expand_as",):
+        return None
+    template = _template(call)
+    picks = [None] if single else range(len(outputs))
+    return [
+        Node("view", [source], [value], apply=_Pick(template, pick))
+        for value, pick in zip(outputs, picks, strict=True)
+    ]
+
+
+def _changes_nothing(call: Call) -> bool:
+    """Whether the call multiplies or divides by one, or rearranges pixels by a factor of one."""
+    by_one = call.name in ("pixel_shuffle", "pixel_unshuffle", "mul", "rmul", "div", "truediv")
+    numbers = [value for value in (*call.args, *call.options.values()) if not isinstance(value, Tensor)]
+    return by_one and [type(number) for number in numbers] in ([int], [float]) and numbers[0] == 1
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Reshape:
+    shape: torch.Size
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """The call on a tensor, or one of the tensors that it returns."""
+
+    template: Template
+    position: int | None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        result = self.template.run([tensor])
+        return result if self.position is None else result[self.position]
+
+
+# ---- Functions that the planner knows. Each returns the op and its options, or None for a plain call.
+
+Known = tuple[str, dict[str, Any]] | None
+
+
+def _one(number: int | tuple[int, ...]) -> int | None:
+    """The number that a size stands for in every dimension, or None for several."""
+    numbers = {number} if isinstance(number, int) else set(number)
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _conv(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Known:
+    if isinstance(padding, str):
+        return None
+    kernel, strides, pads = _one(tuple(weight.shape[2:])), _one(stride), _one(padding)
+    plain = input.ndim == weight.ndim == 4 and _one(dilation) == 1 and groups == 1
+    if not plain or kernel not in (1, 3) or strides not in (1, 2) or pads is None or pads > kernel // 2:
+        return None
+    return "conv", {"stride": strides, "padding": pads}
+
+
+def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Known:
+    return "linear", {}
+
+
+def _group_norm(
+    call: Call,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Known:
+    ordered = not (weight is None and bias is not None)
+    return ("group_norm", {"groups": num_groups, "eps": eps}) if ordered and input.ndim > 2 else None
+
+
+def _binary(op: str, turned: bool = False) -> Callable[..., Known]:
+    def known(call: Call, input: Any, other: Any, alpha: float = 1, rounding_mode: None = None) -> Known:
+        if alpha != 1 or rounding_mode is not None:
+            return None
+        if isinstance(input, Tensor) and isinstance(other, Tensor):
+            return None if turned else (op, {"scalar": None})
+        number = other if isinstance(input, Tensor) else input
+        turns = turned != (not isinstance(input, Tensor))
+        if not isinstance(number, int | float) or (turns and op in ("sub", "div")):
+            return None
+        return op, {"scalar": number}
+
+    return known
+
+
+def _silu(call: Call, input: Tensor, inplace: bool = False) -> Known:
+    return "silu", {}
+
+
+def _gelu(call: Call, input: Tensor, approximate: str = "none") -> Known:
+    return "gelu", {"approximate": approximate}
+
+
+def _cat(call: Call, tensors: Any, dim: int = 0) -> Known:
+    maps = all(tensor.ndim == 4 for tensor in tensors)
+    return ("cat", {}) if maps and dim in (1, -3) else None
+
+
+def _attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Known:
+    alike = query.ndim == key.ndim == value.ndim == 4 and query.shape[-1] == value.shape[-1]
+    alike = alike and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa or not alike:
+        return None
+    return "attention", {"scale": query.shape[-1] ** -0.5 if scale is None else scale}
+
+
+def _interpolate(
+    call: Call,
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: None = None,
+    recompute_scale_factor: None = None,
+    antialias: bool = False,
+) -> Known:
+    if input.ndim != 4 or mode != "nearest":
+        return None
+    if size is not None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        twice = sides == tuple(2 * side for side in input.shape[2:])
+    else:
+        factors = scale_factor if isinstance(scale_factor, list | tuple) else (scale_factor,)
+        twice = all(factor == 2 for factor in factors)
+    return ("double", {}) if twice else None
+
+
+def _pad(call: Call, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Known:
+    pads = tuple(pad)
+    zeros = mode == "constant" and not value and input.ndim == 4
+    return ("pad", {"pads": pads}) if zeros and pads == (0, 1, 0, 1) else None
+
+
+_KNOWN: dict[str, Callable[..., Known]] = {
+    "conv2d": _conv,
+    "linear": _linear,
+    "group_norm": _group_norm,
+    "silu": _silu,
+    "gelu": _gelu,
+    "cat": _cat,
+    "concat": _cat,
+    "scaled_dot_product_attention": _attention,
+    "interpolate": _interpolate,
+    "pad": _pad,
+    "add": _binary("add"),
+    "radd": _binary("add"),
+    "mul": _binary("mul"),
+    "rmul": _binary("mul"),
+    "sub": _binary("sub"),
+    "rsub": _binary("sub", turned=True),
+    "div": _binary("div"),
+    "truediv": _binary("div"),
+}

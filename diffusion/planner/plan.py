@@ -1,0 +1,61 @@
+"""Plan: a network for inputs of one shape, as a fixed list of calls."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+from ..kernels._recorded_calls import recording
+from ..kernels.ops.attention.library import attention_amx_
+from ..kernels.ops.convolution.library import convolution_, upsample_nearest2x_
+from ..kernels.ops.group_norm_silu.library import group_norm_affine_
+from .fusion import fuse
+from .graph import Graph
+from .layout import CallOf, Layout, attention_into, normalise
+from .weights import Weights
+
+_RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, by kind
+    group_norm_affine_: "norm",
+    convolution_: "convolution",
+    attention_amx_: "attention",
+    upsample_nearest2x_: "rest",
+}
+_KINDS = _RECORDABLE | {attention_into: "attention", normalise: "norm"}
+
+
+class Plan:
+    """The calls of a traced graph, bound to their buffers. The graph is fused, in place.
+
+    inputs, outputs: the buffers, in the order of the graph's. `run` reads the former and writes the latter.
+    """
+
+    def __init__(self, graph: Graph, weights: Weights):
+        fuse(graph)
+        self.graph = graph
+        self.layout = Layout(graph, weights)
+        self.inputs, self.outputs = self.layout.inputs, self.layout.outputs
+        self._bound = _bound(self.layout.calls)
+
+    def run(self) -> None:
+        for run in self._bound:
+            run()
+
+    def calls(self) -> list[tuple[str, Callable[[], None]]]:
+        """The calls, in order, each with its kind, to be timed one by one.
+
+        The kinds are "convolution", "norm", "attention" and "rest".
+        """
+        return [(_KINDS.get(call[0], "rest"), _bound([call])[0]) for call in self.layout.calls]
+
+
+def _bound(calls: list[CallOf]) -> list[Callable[[], None]]:
+    """Functions that run the calls, those of neighbouring compiled operators as one recording."""
+    bound: list[Callable[[], None]] = []
+    for recordable, group in itertools.groupby(calls, lambda call: call[0] in _RECORDABLE):
+        if recordable:
+            with recording() as recorded:
+                for function, arguments in group:
+                    function(*arguments)
+            bound.append(recorded.run)
+        else:
+            bound += [partial(function, *arguments) for function, arguments in group]
+    return bound

@@ -1,0 +1,115 @@
+"""Traces a network: runs it once, without data, and records the functions of PyTorch that it calls."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from . import lowering
+from .graph import Graph, Node, Value
+
+
+class Untraceable(Exception):
+    """The reason why a network cannot be planned, as a clause."""
+
+
+class Tracer(TorchFunctionMode):
+    """Records the calls of PyTorch's functions on tensors of a graph as its nodes.
+
+    constants: for each tensor that the network holds, by name: as it sees it, and as it is.
+    """
+
+    def __init__(self, constants: Mapping[str, tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.nodes: list[Node] = []
+        self._values: dict[int, Value] = {}
+        self._held: list[Tensor] = []  # a tensor that was freed could give its id to another one
+        for name, (seen, tensor) in constants.items():
+            self.add(seen, Value(seen, name, constant=tensor))
+
+    def add(self, tensor: Tensor, value: Value) -> Value:
+        self._values[id(tensor)] = value
+        self._held.append(tensor)
+        return value
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value of a tensor; one that the graph has not computed is a constant of the network."""
+        found = self._values.get(id(tensor))
+        if found is None:
+            if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta:
+                raise Untraceable("it computes a tensor by other means than PyTorch's functions")
+            found = self.add(tensor, Value(tensor, "a tensor of the network", constant=tensor))
+        return found
+
+    def __torch_function__(
+        self,
+        function: Callable,
+        types: Iterable[type],
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        before = [leaf for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor)]
+        result = function(*args, **options)
+        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        name = lowering.name_of(function)
+        if lowering.writes_in_place(name, options):
+            self._write(name, function, args, options, result)
+        elif results:
+            if name in lowering.RANDOM:
+                raise Untraceable(f"it draws random numbers, by {name}")
+            known = [tensor for tensor in results if any(tensor is other for other in before)]
+            if len(known) < len(results):  # x.to(its own dtype) is x
+                inputs = [self.value(tensor) for tensor in before]
+                outputs = [self.add(tensor, Value(tensor)) for tensor in results]
+                call = lowering.Call(function, name, args, options, self.value)
+                self.nodes += lowering.lower(call, inputs, outputs, isinstance(result, Tensor))
+        return result
+
+    def _write(
+        self, name: str, function: Callable, args: tuple, options: dict[str, Any], result: Any
+    ) -> None:
+        """A call that changes its first argument: the tensor stands for another value from now on."""
+        target = args[0] if args else None
+        if not isinstance(target, Tensor) or result is not target or "out" in options:
+            raise Untraceable(f"it writes in place, by {name}")
+        old = self.value(target)
+        shared = sum(lowering.same_storage(tensor, target) for tensor in self._held)
+        if old.node is None or old.node.op == "view" or shared > 1:
+            raise Untraceable(f"it changes a tensor that something else shares, by {name}")
+        pure = lowering.pure(name)
+        if pure is None:
+            raise Untraceable(f"it writes in place, by {name}")
+        options.pop("inplace", None)
+        inputs = [
+            self.value(leaf) for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor)
+        ]
+        call = lowering.Call(pure, lowering.name_of(pure), args, options, self.value)
+        new = Value(target)
+        self.nodes += lowering.lower(call, inputs, [new], True)
+        self._values[id(target)] = new
+
+
+def trace(
+    network: Callable[..., Any],
+    arguments: Mapping[str, Tensor],
+    constants: Mapping[str, tuple[Tensor, Tensor]],
+) -> tuple[Graph, Any]:
+    """The graph of `network(**arguments)`, and what it returns, with a Value in the place of each tensor.
+
+    arguments: tensors without data (on the meta device, or fake). constants: the network's parameters and
+    buffers by name, each as the network sees it, perhaps without data, and as it is. Untraceable: the
+    network reads the values of tensors, writes where others read, or draws random numbers.
+    """
+    tracer = Tracer(constants)
+    inputs = [tracer.add(tensor, Value(tensor, name)) for name, tensor in arguments.items()]
+    with torch.no_grad(), tracer:
+        result = network(**arguments)
+    leaves, structure = pytree.tree_flatten(result)
+    outputs = [tracer.value(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    graph = Graph(tracer.nodes, inputs, [value for value in outputs if isinstance(value, Value)])
+    graph.drop_unused()
+    return graph, pytree.tree_unflatten(outputs, structure)

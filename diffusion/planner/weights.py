@@ -1,0 +1,80 @@
+"""Weights: a network's weights, packed once for all plans of it."""
+
+import torch
+from torch import Tensor
+
+from ..kernels import _native
+from ..kernels.ops.convolution import native as convolution
+from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
+from ..utils.memory import total_memory
+from .graph import Value
+
+MAX_SHARE_OF_MEMORY = 1 / 4  # largest share of all memory for packed weights
+
+# Float32 networks of at most this many parameters are convolved as accurately as PyTorch does, in half again
+# the time. Int8 limbs and F(4 x 4, 3 x 3) have two to three times its error, and a sampler multiplies it: the
+# images of a network of 370,000 parameters were 1.1e-4 off after ten steps.
+SMALL_NETWORK = 2**20
+
+
+class Weights:
+    """Packed convolutions and copied vectors of a network, for feature maps of one dtype.
+
+    Everything is a copy of the weights as they were at first use.
+    """
+
+    def __init__(self, parameters: list[Tensor], dtype: torch.dtype):
+        self.dtype, self.simd = dtype, _native.simd_in_use()
+        self._largest_m = self._affordable_m(parameters)
+        small = sum(parameter.numel() for parameter in parameters) <= SMALL_NETWORK
+        self.accurate = dtype == torch.float32 and small
+        if self.accurate:
+            self._largest_m = min(self._largest_m, 2)
+        # Products in int8 limbs need a fourth row, a bound on the magnitude of each channel.
+        uses_limbs = self.simd == "amx" and dtype != torch.bfloat16 and not self.accurate
+        self.affine_rows = 4 if uses_limbs else 3
+        self._packed: dict[tuple[int, Packing], PackedWeight] = {}
+        self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._sources: list[Tensor] = []  # a tensor that was freed could give its id to another one
+
+    def _affordable_m(self, parameters: list[Tensor]) -> int:
+        """The largest m of Winograd's algorithm whose packed weights fit MAX_SHARE_OF_MEMORY; 0 for none."""
+        size = 2 if self.dtype == torch.bfloat16 and convolution.multiplies_bf16_pairs() else 4
+        numbers = sum(p.numel() for p in parameters if p.ndim == 4 and p.shape[2:] == (3, 3)) * size
+        budget = MAX_SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
+        return next((m for m in (4, 2) if numbers * (m + 2) ** 2 / 9 <= budget), 0)
+
+    def packed(self, value: Value, height: int, width: int, winograd: bool) -> PackedWeight:
+        """A weight [K, C], [K, C, 1, 1] or [K, C, 3, 3], packed for a map of this size."""
+        source = self._constant(value)
+        weight = source.detach()
+        weight = weight if weight.ndim == 4 else weight[:, :, None, None]
+        simd = "avx512" if self.accurate and self.simd == "amx" else self.simd
+        packing = choose_packing(weight.shape, height, width, self.dtype, simd, winograd)
+        packing = packing._replace(winograd_m=min(packing.winograd_m, self._largest_m))
+        key = id(source), packing
+        if key not in self._packed:
+            self._sources.append(source)
+            self._packed[key] = pack(weight, packing)
+        return self._packed[key]
+
+    def vector(self, value: Value | None) -> Tensor | None:
+        """A bias, or the weight of a norm, as float32; None for None."""
+        return None if value is None else self.copy(value, torch.float32)
+
+    def copy(self, value: Value, dtype: torch.dtype | None = None) -> Tensor:
+        """A constant's copy, in its own dtype or in another one."""
+        source = self._constant(value)
+        key = id(source), source.dtype if dtype is None else dtype
+        if key not in self._copies:
+            self._sources.append(source)
+            self._copies[key] = source.detach().to(key[1]).clone(memory_format=torch.contiguous_format)
+        return self._copies[key]
+
+    def packings(self) -> list[Packing]:
+        """The formats in use."""
+        return [packing for _, packing in self._packed]
+
+    def _constant(self, value: Value) -> Tensor:
+        assert value.constant is not None
+        return value.constant

@@ -1,0 +1,249 @@
+"""Plans of small networks compute what the networks compute, whatever their graphs look like."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.kernels.ops.convolution.library import convolution_
+from diffusion.planner import weights as planner_weights
+from diffusion.planner.plan import Plan
+from diffusion.planner.trace import Untraceable, trace
+from diffusion.planner.weights import Weights
+from helpers.native import requires_native
+
+pytestmark = requires_native
+
+
+@pytest.fixture(autouse=True)
+def fast_kernels(monkeypatch):
+    """Plans the small networks of these tests as large ones are planned."""
+    monkeypatch.setattr(planner_weights, "SMALL_NETWORK", 0)
+
+
+def plan_of(network: nn.Module, arguments: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Plan:
+    network.eval()
+    meta = {name: (torch.empty_like(p, device="meta"), p.detach()) for name, p in network.named_parameters()}
+    seen = {name: tensor for name, (tensor, _) in meta.items()}
+
+    def run(**given: Tensor) -> object:
+        return torch.func.functional_call(network, seen, kwargs=given)
+
+    examples = {name: torch.empty_like(value, device="meta") for name, value in arguments.items()}
+    graph, _ = trace(run, examples, meta)
+    return Plan(graph, Weights(list(network.parameters()), dtype))
+
+
+def outputs_of(plan: Plan, arguments: dict[str, Tensor]) -> list[Tensor]:
+    for buffer, value in zip(plan.inputs, arguments.values(), strict=True):
+        buffer.copy_(value)
+    plan.run()
+    return [output.clone() for output in plan.outputs]
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+class Network(nn.Module):
+    """Modules by name, and a function of them and x [2, 16, 8, 6]."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor, v: Tensor) -> object:
+        return self.function(self, x, v)
+
+
+def attend(net: Network, x: Tensor, heads: int = 2) -> Tensor:
+    rows = x.flatten(2).transpose(1, 2)
+    q, k, v = (f(rows).unflatten(-1, (heads, -1)).transpose(1, 2) for f in (net.q, net.k, net.v))
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return net.out(h).transpose(1, 2).reshape(x.shape)
+
+
+def in_place(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    h = net.a(x)
+    h += x
+    h = F.silu(h, inplace=True)
+    return net.b(h).mul_(2)
+
+
+def modulated(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    scale, shift = v.chunk(2, dim=1)
+    h = net.norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return net.a(F.silu(h)) + net.b(x)
+
+
+def shared_norm(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """A norm that a convolution reads, and something else, too."""
+    h = F.silu(net.norm(x + v[:, :16, None, None]))
+    return net.a(h) + h.mean((2, 3), keepdim=True)
+
+
+def skips(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Values that are concatenated twice, nested, and read between."""
+    a, b = net.a(x), net.b(x)
+    c = torch.cat([a, b], dim=1)
+    d = torch.cat([net.c(c), a, a], dim=1)
+    return net.d(torch.cat([d, c, x], dim=1)) + b
+
+
+def two_outputs(net: Network, x: Tensor, v: Tensor) -> dict[str, Tensor]:
+    h = net.a(x)
+    return {"first": h, "second": net.b(h) + h, "vector": h.mean((2, 3)) + v[:, :16]}
+
+
+def downs_and_ups(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    h = net.down(F.pad(x, (0, 1, 0, 1)))
+    h = net.up(F.interpolate(net.strided(F.silu(net.norm(h))), scale_factor=2.0, mode="nearest"))
+    return F.interpolate(h, size=(8, 6)) + F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
+
+
+def not_known(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    h = net.grouped(x) + net.dilated(x)
+    h = F.leaky_relu(h.roll(1, 2).flip(3), 0.1)
+    weight = net.a.weight / net.a.weight.norm(dim=1, keepdim=True)  # depends on constants alone
+    return F.conv2d(h, weight, net.a.bias, padding=1) * h.sigmoid()
+
+
+def sequences(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    rows = x.permute(0, 2, 3, 1).reshape(2, 48, 16)
+    h = F.gelu(net.first(F.layer_norm(rows, (16,), net.w, net.b)))
+    rows = net.second(h) + rows
+    value, gate = net.gated(rows).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).reshape(2, 8, 6, 16).permute(0, 3, 1, 2) + x
+
+
+def linear_on_maps(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Linear maps of [N, H, W, C], of another order of pixels, and of a vector."""
+    a = net.first(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    b = net.first(x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
+    c = net.first(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(2, -1, 6, 8)
+    return a + b + net.second(v)[:, :, None, None] + c.transpose(2, 3)
+
+
+def times(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    h = (net.a(x) + x) / 2**0.5
+    return 1 - 2 * net.b(h * 1.0) / 3 - (x - h)
+
+
+NETWORKS = {
+    "residual": Network(
+        lambda n, x, v: n.b(F.silu(n.norm(n.a(x)))) + x,
+        a=conv(16, 16),
+        b=conv(16, 16),
+        norm=nn.GroupNorm(4, 16),
+    ),
+    "in_place": Network(in_place, a=conv(16, 16), b=conv(16, 8)),
+    "modulated": Network(modulated, a=conv(16, 24), b=conv(16, 24, 1), norm=nn.GroupNorm(8, 16)),
+    "shared_norm": Network(shared_norm, a=conv(16, 16), norm=nn.GroupNorm(8, 16)),
+    "skips": Network(skips, a=conv(16, 12), b=conv(16, 20), c=conv(32, 8, 1), d=conv(80, 20)),
+    "two_outputs": Network(two_outputs, a=conv(16, 16), b=conv(16, 16)),
+    "downs_and_ups": Network(
+        downs_and_ups,
+        down=nn.Conv2d(16, 16, 3, stride=2),
+        strided=conv(16, 24, stride=1),
+        up=conv(24, 16),
+        norm=nn.GroupNorm(4, 16),
+    ),
+    "not_known": Network(
+        not_known,
+        grouped=conv(16, 16, groups=4),
+        dilated=nn.Conv2d(16, 16, 3, padding=2, dilation=2),
+        a=conv(16, 16),
+    ),
+    "attention": Network(
+        lambda n, x, v: attend(n, n.norm(x)) + x,
+        q=nn.Linear(16, 16),
+        k=nn.Linear(16, 16, bias=False),
+        v=nn.Linear(16, 16),
+        out=nn.Linear(16, 16),
+        norm=nn.GroupNorm(4, 16),
+    ),
+    "linear_on_maps": Network(linear_on_maps, first=nn.Linear(16, 20), second=nn.Linear(32, 20)),
+    "times": Network(times, a=conv(16, 16), b=conv(16, 16)),
+}
+for name, width in (("first", 64), ("gated", 32)):
+    NETWORKS.setdefault("sequences", Network(sequences)).add_module(name, nn.Linear(16, width))
+NETWORKS["sequences"].add_module("second", nn.Linear(64, 16))
+NETWORKS["sequences"].w, NETWORKS["sequences"].b = (nn.Parameter(torch.rand(16)) for _ in range(2))
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 16, 8, 6), "v": (2, 32)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def leaves(result: object) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(result)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_equals_the_network(name, simd):
+    network, given = NETWORKS[name], arguments()
+    with torch.no_grad():
+        plan = plan_of(network, given)
+        actual = outputs_of(plan, given)
+        again = outputs_of(plan, given)  # the buffers hold other values now
+        expected = leaves(network.double()(**arguments(torch.float64)))
+        network.float()
+    assert len(actual) == len(expected)
+    for a, b, c in zip(actual, expected, again, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_in_bfloat16_is_as_accurate_as_pytorch(name):
+    network, given = NETWORKS[name], arguments()
+    with torch.no_grad():
+        actual = outputs_of(plan_of(network, given, torch.bfloat16), given)
+        expected = leaves(network.double()(**arguments(torch.float64)))
+        peer = leaves(network.bfloat16()(**arguments(torch.bfloat16)))
+        network.float()
+    for a, b, p in zip(actual, expected, peer, strict=True):
+        error, allowed = (a - b).abs().max(), (p - b).abs().max()
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("residual", 2), ("modulated", 2), ("skips", 4), ("downs_and_ups", 3), ("attention", 2)],
+)
+def test_neighbours_become_one_call(name, convolutions):
+    """Norms, sums, doublings and paddings go into the convolutions; three linear maps become one."""
+    plan = plan_of(NETWORKS[name], arguments())
+    assert [call[0] for call in plan.layout.calls].count(convolution_) == convolutions
+    unfused = [node.op for node in plan.layout.unfused]
+    assert unfused == {"downs_and_ups": ["call", "call", "add"]}.get(name, [])
+
+
+def test_memory_is_used_again():
+    """A chain of convolutions needs the memory of two of their outputs, however long it is."""
+    network = nn.Sequential(*(conv(16, 16) for _ in range(9)))
+    given = {"input": torch.randn(2, 16, 8, 8)}
+    plan = plan_of(network, given)
+    one = given["input"].numel() * 4
+    assert plan.layout.pool.bytes <= 2 * one
+    with torch.no_grad():
+        torch.testing.assert_close(outputs_of(plan, given)[0], network(given["input"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda n, x, v: n.a(x) + torch.randn(2, 16, 8, 6), "it draws random numbers, by randn"),
+        (lambda n, x, v: n.a(x).index_fill_(1, torch.tensor([0]), 0), "writes in place, by index_fill_"),
+        (lambda n, x, v: (h := n.a(x), h.view(-1).add_(1))[0], "changes a tensor that something else shares"),
+        (lambda n, x, v: x.add_(1), "changes a tensor that something else shares, by add_"),
+    ],
+)
+def test_what_cannot_be_traced(function, reason):
+    with pytest.raises(Untraceable, match=reason):
+        plan_of(Network(function, a=conv(16, 16)), arguments())
