@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph, Node, Value, apply_views, channels_last_strides, is_channels_last, map_of, viewed
-from .lowering import FLOATS
+from .lowering import FLOATS, Reshape
 
 NORM_INPUTS = ("x", "weight", "bias", "add", "scale", "shift")
 CONVOLUTION_INPUTS = ("x", "weight", "bias", "affine", "residual")
@@ -27,6 +27,7 @@ def fuse(graph: Graph) -> None:
     """Joins the nodes of the graph, in place."""
     _fold_constants(graph)
     _share_equal(graph)
+    _normalise_maps(graph)
     _fuse_norms(graph)
     _fuse_convolutions(graph)
     graph.drop_unused()
@@ -80,6 +81,29 @@ def _share_equal(graph: Graph) -> None:
 
 
 # ---- Norms.
+
+
+def _normalise_maps(graph: Graph) -> None:
+    """Lets a group normalisation of a view [N, C, H W] read the map [N, C, H, W] itself."""
+    for node in list(graph.nodes):
+        if node.op != "group_norm" or node.output.ndim != 3 or node.output in graph.outputs:
+            continue
+        x = node.inputs[0]
+        assert x is not None
+        source = viewed(x)
+        if source.ndim != 4 or source.shape[:2] != x.shape[:2] or source.shape.numel() != x.shape.numel():
+            continue
+        like = torch.empty(source.shape, device="meta")  # the view keeps the order of pixels if this one does
+        seen = apply_views(x, source, like)
+        if seen is None or not seen.is_contiguous():
+            continue
+        whole = Value(torch.empty(source.shape, dtype=node.output.dtype, device="meta"))
+        options = {name: node.options[name] for name in ("call", "groups", "eps")}
+        view = Node("view", [whole], [node.output], apply=Reshape(node.output.shape))
+        node.remove()
+        new = Node("group_norm", [source, *node.inputs[1:]], [whole], **options)
+        position = graph.nodes.index(node)
+        graph.nodes[position : position + 1] = [new, view]
 
 
 class _Norm(NamedTuple):

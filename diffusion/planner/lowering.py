@@ -166,7 +166,7 @@ def _views(call: Call, inputs: list[Value], outputs: list[Value], single: bool) 
         floats = source.dtype in FLOATS and outputs[0].dtype in FLOATS and source.ndim > 2
         return [Node("view", [source], outputs, apply=_itself)] if floats else None
     if name in _SHAPING:
-        return [Node("view", [source], outputs, apply=_Reshape(outputs[0].shape))]
+        return [Node("view", [source], outputs, apply=Reshape(outputs[0].shape))]
     if len(inputs) > 1 and name not in ("expand_as",):
         return None
     template = _template(call)
@@ -189,7 +189,9 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Reshape:
+class Reshape:
+    """A tensor in another shape."""
+
     shape: torch.Size
 
     def __call__(self, tensor: Tensor) -> Tensor:
