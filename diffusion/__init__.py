@@ -17,6 +17,7 @@ from .exporters.diffusers import to_diffusers
 from .exporters.onnx import to_onnx
 from .exporters.program import to_exported_program
 from .models.unet import UNet, UNetConfig
+from .planner.accelerate import accelerate, restore
 from .process.schedule import NoiseSchedule
 from .samplers import StepTable
 from .storage.images import save_gif, save_grid
@@ -29,9 +30,11 @@ __all__ = [
     "StepTable",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "certify",
     "kernels",
     "load",
+    "restore",
     "save_gif",
     "save_grid",
     "steps",

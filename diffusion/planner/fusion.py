@@ -192,7 +192,7 @@ def _vector(value: Value | None, like: Value, plus_one: bool = False) -> Value |
     while value is not None and (value.shape != (n, c) or plus_one):
         node = value.node
         if node is None:
-            return None
+            return _constant_vector(value, n, c, plus_one)
         if node.op == "add" and node.options["scalar"] == 1 and plus_one:
             plus_one = False
         elif node.op == "view":
@@ -208,6 +208,17 @@ def _vector(value: Value | None, like: Value, plus_one: bool = False) -> Value |
     wide = tensor.shape == (n, c) + (1,) * (like.ndim - 2)
     ordered = (c == 1 or tensor.stride()[1] == 1) and (n == 1 or tensor.stride()[0] == c)
     return value if wide and ordered else None
+
+
+def _constant_vector(value: Value, n: int, c: int, plus_one: bool) -> Value | None:
+    """A constant [N or 1, C, 1, ...] as a constant [N, C], less 1 for `plus_one`; None for another value."""
+    constant = value.constant
+    if constant is None or constant.dtype not in FLOATS or constant.ndim < 3:
+        return None
+    if constant.shape[0] not in (1, n) or constant.shape[1] != c or constant.numel() != constant.shape[0] * c:
+        return None
+    vector = constant.detach().float().flatten(1).expand(n, c) - (1 if plus_one else 0)
+    return Value(vector, "a constant vector", constant=vector)
 
 
 # ---- Convolutions.

@@ -72,6 +72,13 @@ def _ends_in_place(function: Callable) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def draws(name: str, args: tuple, options: Mapping[str, Any]) -> bool:
+    """Whether a call of this name draws random numbers."""
+    if "dropout" not in name:
+        return name in RANDOM
+    return bool(args[2] if len(args) > 2 else options.get("training", True))
+
+
 def writes_in_place(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a call of this name changes one of its arguments."""
     inplace = options.get("inplace", False) or options.get("out") is not None
@@ -157,10 +164,7 @@ _VIEWS = _SHAPING | _SAME | _RANGES | _ORDERS | _CASTS | {"dropout"}
 
 def _views(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -> list[Node] | None:
     source, name = inputs[0], call.name
-    if name == "dropout":
-        training = call.args[2] if len(call.args) > 2 else call.options.get("training", True)
-        return None if training and source.shape else [Node("view", [source], outputs, apply=_itself)]
-    if name in _SAME:
+    if name in _SAME or name == "dropout":
         return [Node("view", [source], outputs, apply=_itself)]
     if name in _CASTS:
         floats = source.dtype in FLOATS and outputs[0].dtype in FLOATS and source.ndim > 2

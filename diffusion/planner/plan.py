@@ -1,6 +1,7 @@
 """Plan: a network for inputs of one shape, as a fixed list of calls."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -8,8 +9,8 @@ from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_amx_
 from ..kernels.ops.convolution.library import convolution_, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
-from .fusion import fuse
-from .graph import Graph
+from .fusion import fuse, named
+from .graph import Graph, Node
 from .layout import CallOf, Layout, attention_into, normalise
 from .weights import Weights
 
@@ -45,6 +46,28 @@ class Plan:
         The kinds are "convolution", "norm", "attention" and "rest".
         """
         return [(_KINDS.get(call[0], "rest"), _bound([call])[0]) for call in self.layout.calls]
+
+    def report(self) -> list[str]:
+        """Lines that say what is fused, what is not, and how much memory the plan's buffers take."""
+        nodes = self.graph.nodes
+        unfused = Counter(_described(node) for node in self.layout.unfused)
+        convolutions = [named(node) for node in nodes if node.op == "convolution"]
+        normed = sum(inputs["affine"] is not None for inputs in convolutions)
+        added = sum(inputs["residual"] is not None for inputs in convolutions)
+        attentions = sum(call[0] in (attention_amx_, attention_into) for call in self.layout.calls)
+        megabytes = (self.layout.pool.bytes + sum(t.nbytes for t in self.inputs)) / 1e6
+        return [
+            f"  {len(self.layout.calls)} calls, {megabytes:.1f} MB of buffers",
+            f"  {len(convolutions)} convolutions and linear maps, {normed} with the norm before them and "
+            f"{added} with the sum after them; {attentions} attentions",
+            *(f"  not fused: {count} x {what}" for what, count in unfused.most_common()),
+        ]
+
+
+def _described(node: Node) -> str:
+    """The function of PyTorch that a node calls, and the size of its output."""
+    function = node.options["call"].function
+    return f"{getattr(function, '__name__', function)} {list(node.outputs[0].shape)}"
 
 
 def _bound(calls: list[CallOf]) -> list[Callable[[], None]]:

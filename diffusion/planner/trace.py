@@ -59,7 +59,7 @@ class Tracer(TorchFunctionMode):
         if lowering.writes_in_place(name, options):
             self._write(name, function, args, options, result)
         elif results:
-            if name in lowering.RANDOM:
+            if lowering.draws(name, args, options):
                 raise Untraceable(f"it draws random numbers, by {name}")
             known = [tensor for tensor in results if any(tensor is other for other in before)]
             if len(known) < len(results):  # x.to(its own dtype) is x

@@ -1,0 +1,284 @@
+"""accelerate: any network of PyTorch, planned for the CPU at its first call with inputs of a shape."""
+
+import functools
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
+
+from ..kernels import _native
+from .graph import Value
+from .plan import Plan
+from .trace import Untraceable, trace
+from .weights import Weights
+
+M = TypeVar("M", bound=nn.Module)
+
+PRECISIONS = ("exact", "fast")
+MAX_PLANS = 8  # of a thread; each holds the feature maps of one shape of input
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def accelerate(module: M, *, precision: str = "exact") -> M:
+    """Plans a network for the CPU, so that the compiled ops compute it; returns the same module.
+
+    From now on a call in eval mode and without gradients runs a plan, which the first call with inputs of
+    these shapes makes: convolutions with the normalisations, activations and residuals around them, linear
+    maps and attention. The rest stays calls of PyTorch. The module keeps its class, signature, `state_dict`
+    and results. A call that cannot be planned runs the module as before; `module.report()` tells the reason.
+    Weights that change in place or are replaced are noticed, unless they are written through `.data`; then
+    call `accelerate` again.
+
+    module: any module in eval mode, such as the `unet` of a pipeline of diffusers.
+    precision: "exact" computes in the dtype of the weights, and differs from PyTorch by rounding; "fast"
+        computes the feature maps of float32 modules in bfloat16.
+    TypeError: what is no module. ValueError: an unknown precision, or a module whose `forward` was replaced.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, not {type(module).__name__}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    restore(module)
+    if "forward" in vars(module):
+        raise ValueError(f"accelerate needs the forward of {type(module).__name__}, and it was replaced")
+    forward = AcceleratedForward(module, precision)
+    vars(module).update(forward=forward, report=forward.report)  # of this module, not of its class
+    return module
+
+
+def restore(module: M) -> M:
+    """Undoes `accelerate`; returns the same module."""
+    if isinstance(vars(module).get("forward"), AcceleratedForward):
+        del vars(module)["forward"], vars(module)["report"]
+    return module
+
+
+class _Planned(NamedTuple):
+    """A plan, and how its outputs become what the module returns."""
+
+    plan: Plan
+    leaves: list[Any]  # a Value for each tensor
+    structure: Any
+
+
+class _State:
+    """What a plan depends on beside its inputs: the module's weights and structure."""
+
+    def __init__(self, module: nn.Module):
+        self._modules = list(module.modules())
+        self._attributes = [vars(m) for m in self._modules]
+        self._values = [dict(attributes) for attributes in self._attributes]
+        self._children = [m._modules for m in self._modules]
+        self._held = [dict(children) for children in self._children]
+        self._owners = [owner for m in self._modules for owner in (m._parameters, m._buffers) if owner]
+        self._owned = [list(owner.values()) for owner in self._owners]
+        self._tensors = [tensor for owned in self._owned for tensor in owned if tensor is not None]
+        self._versions = self._current()
+
+    def _current(self) -> list[tuple[int, int | None]]:
+        return [(t.data_ptr(), None if t.is_inference() else t._version) for t in self._tensors]
+
+    def holds(self) -> bool:
+        try:
+            same = self._children == self._held and self._attributes == self._values
+        except RuntimeError:  # comparing two tensors with == has no single answer
+            return False
+        for owner, owned in zip(self._owners, self._owned, strict=True):
+            same = same and len(owner) == len(owned) and all(map(_is, owner.values(), owned))
+        return same and self._versions == self._current()
+
+    def hooked(self) -> str | None:
+        """The class of a submodule with hooks, which a plan would not call."""
+        for module in self._modules[1:]:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return type(module).__name__
+        return None
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+class AcceleratedForward:
+    """Takes the place of a module's `forward`."""
+
+    def __init__(self, module: nn.Module, precision: str):
+        self._module, self.precision = module, precision
+        self._lock = threading.Lock()
+        self._forget()
+        functools.update_wrapper(self, type(module).forward, updated=())
+        self.__signature__ = inspect.signature(module.forward)
+
+    def _forget(self) -> None:
+        self._state: _State | None = None
+        self._weights: Weights | None = None
+        self._thread_local = threading.local()
+        self._reasons: OrderedDict[tuple, str] = OrderedDict()  # against a plan, by the key of the call
+        self._last = "it has not been called"
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return AcceleratedForward, (self._module, self.precision)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = functools.partial(type(self._module).forward, self._module, *args, **kwargs)
+        reason = self._unfit()
+        if reason is None:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            reason = self._unfit_inputs(leaves)
+        if reason is not None:
+            self._last = reason
+            return plain()
+        with torch.inference_mode(False), torch.no_grad():
+            # Numbers, such as a timestep, are inputs like tensors, so that one plan serves them all.
+            given = [torch.tensor(leaf) if type(leaf) in (int, float) else leaf for leaf in leaves]
+            planned = self._planned(given, structure)
+            if planned is None and not all(map(_is, given, leaves)):
+                given = leaves  # the network needs the numbers themselves
+                planned = self._planned(given, structure)
+            if planned is None:
+                return plain()
+            tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+            for buffer, tensor in zip(planned.plan.inputs, tensors, strict=True):
+                buffer.copy_(tensor)
+            planned.plan.run()
+            outputs = iter(planned.plan.outputs)
+            results = [
+                next(outputs).to(leaf.dtype, copy=True, memory_format=torch.contiguous_format)
+                if isinstance(leaf, Value)
+                else leaf
+                for leaf in planned.leaves
+            ]
+            return pytree.tree_unflatten(results, planned.structure)
+
+    # ---- Reasons against a plan.
+
+    def _unfit(self) -> str | None:
+        """The reason why no call can be planned now."""
+        module = self._module
+        if _native.CPP_MISSING:
+            return _native.CPP_MISSING
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return "it is being compiled"
+        if module.training:
+            return "it is in training mode; call eval()"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is enabled"
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "a forward hook is registered for all modules"
+        modes = [m for m in _get_current_function_mode_stack() if type(m) is not DeviceContext]
+        if modes or torch._C._len_torch_dispatch_stack():
+            return "a mode of PyTorch is active that watches its functions"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is active"
+        return None
+
+    def _unfit_inputs(self, leaves: list[Any]) -> str | None:
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided:
+                    return f"an input is a {type(leaf).__name__} with the layout {leaf.layout}"
+                if leaf.device.type != "cpu":
+                    return f"an input is on {leaf.device}, not on the CPU"
+                if torch.is_grad_enabled() and leaf.requires_grad:
+                    return "an input requires a gradient"
+            elif not isinstance(leaf, int | float | str | bool | torch.dtype | None):
+                return f"an argument is a {type(leaf).__name__}"
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._module.parameters()):
+            return "a gradient is wanted; call it under torch.no_grad() or torch.inference_mode()"
+        return None
+
+    # ---- Plans.
+
+    def _planned(self, leaves: list[Any], structure: Any) -> _Planned | None:
+        """The plan for a call, or None with the reason in `_last`."""
+        key = (structure, tuple(map(_key_of, leaves)), _native.simd_in_use())
+        with self._lock:
+            if self._state is None or not self._state.holds():
+                self._forget()
+                self._state = _State(self._module)
+            thread_local, hooked = self._thread_local, self._state.hooked()
+        if hooked is not None:
+            self._last = f"a module within it, {hooked}, has a forward hook"
+            return None
+        if key in self._reasons:
+            self._last = self._reasons[key]
+            return None
+        plans: OrderedDict[tuple, _Planned] = vars(thread_local).setdefault("plans", OrderedDict())
+        if key not in plans:
+            try:
+                made = self._plan(leaves, structure)
+            except Untraceable as error:
+                self._reasons[key] = self._last = str(error)
+                return None
+            while len(plans) >= MAX_PLANS:
+                plans.popitem(last=False)
+            plans[key] = made
+        plans.move_to_end(key)
+        self._last = ""
+        vars(thread_local)["last"] = plans[key]
+        return plans[key]
+
+    def _plan(self, leaves: list[Any], structure: Any) -> _Planned:
+        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # takes 0.5 s
+
+        module = self._module
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        dtype = _plan_dtype(module, self.precision)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        given = {
+            f"argument {i}": fake.from_tensor(torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu"))
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+        }
+
+        def run(**arguments: Tensor) -> Any:
+            values = iter(arguments.values())
+            filled = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            return type(module).forward(module, *args, **kwargs)
+
+        try:
+            with fake:
+                graph, result = trace(run, given, {name: (tensor, tensor) for name, tensor in named.items()})
+            if self._weights is None:
+                self._weights = Weights(list(module.parameters()), dtype)
+            plan = Plan(graph, self._weights)
+        except Untraceable:
+            raise
+        except DataDependentOutputException as error:
+            raise Untraceable(f"it reads the values of tensors, by {error.func}") from error
+        except Exception as error:
+            text = str(error).strip().split("\n")[0]
+            raise Untraceable(f"{type(error).__name__}: {text[:200]}") from error
+        results, shape = pytree.tree_flatten(result)
+        return _Planned(plan, results, shape)
+
+    def report(self) -> str:
+        """The plan of this thread's last call: what is fused and what not, or the reason against a plan."""
+        planned: _Planned | None = getattr(self._thread_local, "last", None)
+        if self._last or planned is None:
+            return f"{type(self._module).__name__}: as its modules\n  not planned: {self._last}"
+        lines = [f"{type(self._module).__name__}: planned, {self.precision}", *planned.plan.report()]
+        return "\n".join(lines)
+
+
+def _key_of(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def _plan_dtype(module: nn.Module, precision: str) -> torch.dtype:
+    found = {p.dtype for p in module.parameters() if p.dtype.is_floating_point}
+    unknown = found - set(_FLOATS)
+    if not found or unknown or any(p.device.type != "cpu" for p in module.parameters()):
+        kinds = sorted({f"{p.dtype} on {p.device}" for p in module.parameters()})
+        raise Untraceable(f"its weights are {', '.join(kinds) or 'missing'}")
+    widest = functools.reduce(torch.promote_types, found)
+    return torch.bfloat16 if precision == "fast" and widest == torch.float32 else widest

@@ -1,0 +1,348 @@
+"""accelerate: networks of diffusers and others, as planned, equal themselves as they came."""
+
+import copy
+import inspect
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffusion
+from diffusion.planner import weights as planner_weights
+from helpers.native import requires_native
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = requires_native
+
+
+@pytest.fixture(autouse=True)
+def fast_kernels(monkeypatch):
+    """Plans the small networks of these tests as large ones are planned."""
+    monkeypatch.setattr(planner_weights, "SMALL_NETWORK", 0)
+
+
+def unet2d(**options) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32),
+    }
+    options = {"sample_size": 16, "layers_per_block": 1, "norm_num_groups": 8} | blocks | options
+    return diffusers.UNet2DModel(**options).eval()
+
+
+def conditional(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        **options,
+    ).eval()
+
+
+def of_unet2d(batch: int, size: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "sample": torch.randn(batch, 3, *size, generator=generator),
+        "timestep": torch.arange(batch) * 100 + 7,
+    }
+
+
+def of_conditional(batch: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "sample": torch.randn(batch, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor(437),
+        "encoder_hidden_states": torch.randn(batch, 7, 24, generator=generator),
+    }
+
+
+NETWORKS = {
+    "unet2d": (unet2d, of_unet2d),
+    "scale_shift": (lambda: unet2d(resnet_time_scale_shift="scale_shift"), of_unet2d),
+    "resnet": (lambda: unet2d(downsample_type="resnet", upsample_type="resnet"), of_unet2d),
+    "heads": (lambda: unet2d(attention_head_dim=4), of_unet2d),
+    "fourier": (lambda: unet2d(time_embedding_type="fourier"), of_unet2d),
+    "skip": (
+        lambda: unet2d(
+            down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+            block_out_channels=(32, 64),
+        ),
+        of_unet2d,
+    ),
+    "conditional": (conditional, of_conditional),
+    "linear_projection": (lambda: conditional(use_linear_projection=True), of_conditional),
+}
+
+
+def exact(network: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    given = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
+    return copy.deepcopy(network).double()(**given).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_are_the_networks(name, batch):
+    make, inputs = NETWORKS[name]
+    network, given = make(), inputs(batch)
+    expected = exact(network, given)
+    diffusion.accelerate(network)
+    actual = network(**given).sample
+    assert "planned, exact" in network.report()
+    assert actual.dtype == torch.float32
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fast_is_as_accurate_as_pytorch_in_bfloat16(name):
+    make, inputs = NETWORKS[name]
+    network, given = make(), inputs(2)
+    expected = exact(network, given)
+    peer = (
+        copy.deepcopy(network)
+        .bfloat16()(
+            **{n: value.bfloat16() if value.is_floating_point() else value for n, value in given.items()}
+        )
+        .sample
+    )
+    actual = diffusion.accelerate(network, precision="fast")(**given).sample
+    assert "planned, fast" in network.report()
+    error, allowed = ((y - expected).square().mean().sqrt() for y in (actual, peer))
+    assert error <= 2 * allowed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_modules_in_sixteen_bits(dtype):
+    network, given = unet2d(), of_unet2d(2)
+    expected = exact(network, given)
+    network.to(dtype)
+    given["sample"] = given["sample"].to(dtype)
+    peer = network(**given).sample
+    actual = diffusion.accelerate(network)(**given).sample
+    assert "planned" in network.report()
+    assert actual.dtype == dtype
+    error, allowed = ((y - expected).square().mean().sqrt() for y in (actual, peer))
+    assert error <= 2 * allowed
+
+
+@torch.no_grad()
+def test_other_sizes_and_batches_have_plans_of_their_own():
+    network = diffusion.accelerate(unet2d())
+    plain = unet2d()
+    for batch, size in [(1, (16, 16)), (2, (8, 24)), (5, (16, 16)), (1, (16, 16)), (4, (2, 4))]:
+        given = of_unet2d(batch, size)
+        expected = plain(**given).sample
+        assert (network(**given).sample - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert "planned" in network.report()
+
+
+@torch.no_grad()
+def test_a_pipeline_makes_the_same_images():
+    pipeline = diffusers.DDIMPipeline(unet2d(), diffusers.DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images():
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 5, "output_type": "np"}
+        return pipeline(batch_size=2, generator=generator, **options).images
+
+    expected = images()
+    pipeline.unet = diffusion.accelerate(pipeline.unet)
+    assert abs(images() - expected).max() <= 1e-4
+    assert "planned" in pipeline.unet.report()
+
+
+@torch.no_grad()
+def test_the_module_stays_what_it_is():
+    network = unet2d()
+    keys, signature, config = list(network.state_dict()), inspect.signature(network.forward), network.config
+    given = of_unet2d(1)
+    plain = network(**given).sample
+    assert diffusion.accelerate(network) is network
+    assert list(network.state_dict()) == keys
+    assert inspect.signature(network.forward) == signature
+    assert network.config == config
+    assert isinstance(network(**given), type(unet2d()(**given)))
+    assert type(network(*given.values(), return_dict=False)) is tuple
+    assert "planned" in network.report()
+    assert diffusion.restore(network) is network
+    assert torch.equal(network(**given).sample, plain)
+    assert not hasattr(network, "report")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timestep", [500, 500.0, torch.tensor(500), torch.tensor([500, 3])], ids=str)
+def test_timesteps_of_every_kind(timestep):
+    network, sample = diffusion.accelerate(unet2d()), of_unet2d(2)["sample"]
+    expected = unet2d()(sample, timestep).sample
+    assert (network(sample, timestep).sample - expected).abs().max() <= 1e-5
+    assert "planned" in network.report()
+
+
+@torch.no_grad()
+def test_one_plan_serves_all_timesteps():
+    network, sample = diffusion.accelerate(unet2d()), of_unet2d(1)["sample"]
+    for timestep in range(0, 900, 60):
+        expected = unet2d()(sample, timestep).sample
+        assert (network(sample, timestep).sample - expected).abs().max() <= 1e-5
+    assert len(network.forward._thread_local.plans) == 1
+
+
+def change_in_place(network):
+    network.conv_in.weight.mul_(2)
+
+
+def replace_parameter(network):
+    network.conv_out.weight = nn.Parameter(network.conv_out.weight * 2)
+
+
+def replace_module(network):
+    network.conv_out = copy.deepcopy(network.conv_out).requires_grad_(False)
+    network.conv_out.bias.add_(1)
+
+
+def load_others(network):
+    network.load_state_dict({name: value * 1.1 for name, value in network.state_dict().items()})
+
+
+def change_attribute(network):
+    network.down_blocks[0].resnets[0].output_scale_factor = 2.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", [change_in_place, replace_parameter, replace_module, load_others, change_attribute]
+)
+def test_changes_are_noticed(change):
+    network, given = diffusion.accelerate(unet2d()), of_unet2d(1)
+    before = network(**given).sample
+    change(network)
+    actual = network(**given).sample
+    assert "planned" in network.report()
+    expected = diffusion.restore(network)(**given).sample
+    assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    assert (actual - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_are_accelerated(clone):
+    network, given = diffusion.accelerate(unet2d()), of_unet2d(1)
+    expected = network(**given).sample
+    other = clone(network)
+    other.conv_in.weight.mul_(2)
+    assert not torch.equal(other(**given).sample, expected)
+    assert "planned" in other.report()
+    assert torch.equal(network(**given).sample, expected)
+
+
+@torch.no_grad()
+def test_threads_have_plans_of_their_own():
+    network = diffusion.accelerate(unet2d())
+    inputs = [of_unet2d(1 + k % 2) for k in range(8)]
+    expected = [network(**given).sample for given in inputs]
+
+    def call(given):
+        with torch.no_grad():
+            return network(**given).sample
+
+    with ThreadPoolExecutor(4) as threads:
+        for actual, right in zip(threads.map(call, inputs), expected, strict=True):
+            assert torch.equal(actual, right)
+
+
+def test_outputs_are_the_callers_own():
+    network, given = diffusion.accelerate(unet2d()), of_unet2d(1)
+    with torch.inference_mode():
+        first = network(**given).sample
+        kept = first.clone()
+        network(given["sample"] * 2, given["timestep"])
+        assert torch.equal(first, kept)
+
+
+class Reads(nn.Module):
+    """Branches on the values of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.conv(sample) if timestep.sum() > 10 else sample
+
+
+def hooked() -> nn.Module:
+    network = unet2d()
+    network.conv_in.register_forward_hook(lambda module, args, output: output * 2)
+    return network
+
+
+def autocast(network: nn.Module, **given: Tensor) -> object:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return network(**given)
+
+
+def plainly(network: nn.Module, **given: Tensor) -> object:
+    with torch.no_grad():
+        return network(**given)
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "reason"),
+    [
+        (lambda: Reads().eval(), plainly, "it reads the values of tensors"),
+        (hooked, plainly, "a module within it, Conv2d, has a forward hook"),
+        (unet2d, lambda network, **given: network(**given), "a gradient is wanted"),
+        (lambda: unet2d(dropout=0.5).train(), plainly, "it is in training mode"),
+        (unet2d, autocast, "autocast is enabled"),
+        (
+            lambda: unet2d().double(),
+            lambda net, sample, timestep: plainly(net, sample=sample.double(), timestep=timestep),
+            "float64",
+        ),
+    ],
+)
+def test_what_is_not_planned_runs_as_it_is(make, call, reason):
+    given = of_unet2d(2)
+    torch.manual_seed(0)
+    network = make()
+    torch.manual_seed(1)
+    expected = call(copy.deepcopy(network), **given)
+    diffusion.accelerate(network)
+    torch.manual_seed(1)
+    actual = call(network, **given)
+    assert reason in network.report()
+    for a, b in zip(*map(torch.utils._pytree.tree_leaves, (actual, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_flows():
+    network, given = diffusion.accelerate(unet2d()), of_unet2d(1)
+    network(**given).sample.sum().backward()
+    assert network.conv_in.weight.grad is not None
+
+
+def test_nonsense():
+    with pytest.raises(TypeError, match=r"accelerate takes a torch\.nn\.Module, not function"):
+        diffusion.accelerate(lambda x: x)
+    with pytest.raises(ValueError, match="precision must be one of exact, fast, not 'half'"):
+        diffusion.accelerate(nn.Conv2d(3, 3, 3), precision="half")
+    network = nn.Conv2d(3, 3, 3)
+    network.forward = lambda x: x
+    with pytest.raises(ValueError, match="accelerate needs the forward of Conv2d, and it was replaced"):
+        diffusion.accelerate(network)
+    with pytest.raises(RuntimeError, match="expected input"):
+        diffusion.accelerate(unet2d())(torch.zeros(1, 5, 16, 16), 3)
