@@ -20,7 +20,7 @@ def recording() -> RecordedCalls:
         calls.run()
 
     Only operators that call `run_or_record` in C++ (csrc/runtime/recorded_calls.h) are recorded:
-    group_norm_affine_, convolution_, attention_amx_ and upsample_nearest2x_. They check their arguments while
+    group_norm_affine_, convolution_, attention_ and upsample_nearest2x_. They check their arguments while
     recording. All other code runs at once. Recordings nest, and each thread has its own.
 
     `len(calls)` is the number of recorded calls; calls on empty tensors have no work and are not counted.

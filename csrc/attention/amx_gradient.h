@@ -74,7 +74,7 @@ inline void differentiate_heads(const AttentionGradientArguments& g, int64_t beg
   Factors f{};
   f.row_step = kRowBytes, f.piece_step = 0, f.chunk_step = p.bytes(), f.taps = &no_tap, f.tap_count = 1;
   for (int64_t head = begin; head < end; ++head) {
-    const auto rows = [&](const InputHeads& input) FD_INLINE { return rows_of<BFloat16>(input, head, g); };
+    const auto rows = [&](const InputHeads& input) FD_INLINE { return rows_of<BFloat16>(input, head, g.positions, g); };
     const HeadRows<BFloat16> q = rows(g.q), k = rows(g.k), v = rows(g.v), grad = rows(g.grad), out = rows(g.out);
     for (int64_t i = 0; i < p.positions * kBlock; ++i) {
       logsumexp[i] = i < g.positions ? g.logsumexp[head * g.positions + i] : 0.0f;

@@ -1,10 +1,9 @@
 // The arguments of fused_diffusion::attention and its gradient, checked once for the CPU and for CUDA.
 //
-// The softmax is computed online over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022); by AMX over all
-// keys. The gradient on CUDA and by AMX recomputes the weights from the logsumexp, whose rounding error reaches every
-// weight of its row. So the logsumexp is in natural units, one rounding from the maximum. CUDA subtracts it from the
-// product in a fused operation; AMX from the product rounded as the maximum was, so that the largest of large logits
-// has a weight of 1.
+// The softmax is computed online over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022). The gradient on CUDA
+// and by AMX recomputes the weights from the logsumexp, whose rounding error reaches every weight of its row. So the
+// logsumexp is in natural units, one rounding from the maximum. CUDA subtracts it from the product in a fused
+// operation; AMX from the product rounded as the maximum was, so that the largest of large logits has a weight of 1.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -43,8 +42,9 @@ using OutputHeads = StridedHeads<void>;
 struct AttentionArguments {
   InputHeads q, k, v;
   OutputHeads out;
-  float* logsumexp;  // [B, H, S]
+  float* logsumexp;  // [B, H, S], or null
   int64_t batch, heads, positions, width;
+  int64_t keys;  // positions of k and v
   float scale;
 };
 
@@ -63,6 +63,14 @@ inline void check_attention(const Tensor& t, const Tensor& q, const char* name) 
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
                       t.size(3) == q.size(3) && t.scalar_type() == q.scalar_type() && t.device() == q.device(),
                   name, " must be [B, H, S, D] of q's shape and dtype, on q's device");
+  STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) == 1, name, " must have a contiguous last dimension");
+}
+
+// k or v of cross attention: [B, H, T, D], for any T that both have.
+inline void check_keys(const Tensor& t, const Tensor& k, const Tensor& q, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == k.size(2) &&
+                      t.size(3) == q.size(3) && t.scalar_type() == q.scalar_type() && t.device() == q.device(),
+                  name, " must be [B, H, T, D] with the B, H, D and dtype of q and the T of k, on q's device");
   STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) == 1, name, " must have a contiguous last dimension");
 }
 
@@ -104,7 +112,7 @@ std::tuple<Tensor, Tensor> checked_attention(const Tensor& q, const Tensor& k, c
   launch_attention(
       q, launch,
       AttentionArguments{input(q), input(k), input(v), output(out), static_cast<float*>(logsumexp.mutable_data_ptr()),
-                         q.size(0), q.size(1), q.size(2), q.size(3), static_cast<float>(scale)});
+                         q.size(0), q.size(1), q.size(2), q.size(3), q.size(2), static_cast<float>(scale)});
   return {out, logsumexp};
 }
 

@@ -1,4 +1,5 @@
-// fused_diffusion::attention and its gradient on the CPU: blocks of queries, divided among threads.
+// fused_diffusion::attention, its gradient, and fused_diffusion::attention_ for networks that are planned for sampling,
+// on the CPU: blocks of queries, divided among threads.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include "attention/attention_amx.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "runtime/recorded_calls.h"
 #include "simd/dispatch.h"
 
 namespace fused_diffusion {
@@ -31,29 +33,34 @@ struct AttentionKernels {
 #define FD_ISAS (FD_ISAS_FLOAT32 | FD_ISA_AVX512_BF16)
 #include "simd/foreach_isa.inc"
 
+// pairs: whether to multiply pairs of bfloat16, where the processor does.
 template <class T>
-AttentionKernels kernels() {
+AttentionKernels kernels(bool pairs = true) {
   const Simd isa = simd_in_use();
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (includes(isa, Simd::avx512_bf16)) return avx512_bf16::kernels_of<T, avx512_bf16::WeightPairs>();
+    if (pairs && includes(isa, Simd::avx512_bf16)) return avx512_bf16::kernels_of<T, avx512_bf16::WeightPairs>();
   }
 #endif
   return FD_DISPATCH(isa, kernels_of<T>());
+}
+
+// A query's arithmetic does not depend on its block, so the number of threads does not change the output.
+void attend(const AttentionKernels& set, const AttentionArguments& g) {
+  const int64_t heads = g.batch * g.heads, threads = torch::stable::get_num_threads();
+  int64_t queries = kQueries;
+  while (queries > 16 && heads * divide_up(g.positions, queries) < threads) queries /= 2;
+  divide_work(heads * divide_up(g.positions, queries), 2 * queries * g.keys * g.width, kWorkPerThread,
+              [&](int64_t begin, int64_t end) { set.forward(g, queries, begin, end); });
 }
 
 struct CpuAttention {
   template <class T>
   void operator()(const AttentionArguments& g, T*) const {
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (amx_serves(g.positions)) return amx_attention(g);
+      if (amx_serves(g.positions)) return amx_attention<T>(g, true);
     }
-    const AttentionKernels set = kernels<T>();
-    const int64_t heads = g.batch * g.heads, threads = torch::stable::get_num_threads();
-    int64_t queries = kQueries;
-    while (queries > 16 && heads * divide_up(g.positions, queries) < threads) queries /= 2;
-    divide_work(heads * divide_up(g.positions, queries), 2 * queries * g.positions * g.width, kWorkPerThread,
-                [&](int64_t begin, int64_t end) { set.forward(g, queries, begin, end); });
+    attend(kernels<T>(), g);
   }
 };
 
@@ -94,10 +101,32 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
   return checked_attention_gradient(grad, q, k, v, out, logsumexp, scale, CpuAttentionGradient{q});
 }
 
+// The keys and values may have other positions than the queries. fast: products of numbers rounded to bfloat16, where
+// the processor multiplies these by AMX or, for bfloat16 tensors, in pairs.
+void attention_(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool fast, Tensor out) {
+  check_attention(q, q, "q");
+  check_keys(k, k, q, "k");
+  check_keys(v, k, q, "v");
+  check_attention(out, q, "out");
+  STD_TORCH_CHECK(q.numel() == 0 || k.size(2) > 0, "k must have at least one position");
+  const auto launch = [&](const AttentionArguments& g, auto* type) {
+    typedef std::remove_pointer_t<decltype(type)> T;
+    if (includes(simd_in_use(), Simd::amx)) {
+      run_or_record([=] { amx_attention<T>(g, fast); }, q, k, v, out);
+    } else {
+      run_or_record([g, set = kernels<T>(fast)] { attend(set, g); }, q, k, v, out);
+    }
+  };
+  launch_attention(q, launch,
+                   AttentionArguments{input(q), input(k), input(v), output(out), nullptr, q.size(0), q.size(1),
+                                      q.size(2), q.size(3), k.size(2), static_cast<float>(scale)});
+}
+
 }  // namespace
 }  // namespace fused_diffusion
 
 STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CPU, m) {
+  m.impl("attention_", TORCH_BOX(&fused_diffusion::attention_));
   m.impl("attention", TORCH_BOX(&fused_diffusion::attention));
   m.impl("attention_backward", TORCH_BOX(&fused_diffusion::attention_backward));
 }

@@ -1,14 +1,18 @@
-// Attention in bfloat16 by AMX, and its gradient: attention/attention_amx.cpp.
+// Attention by AMX, and its gradient in bfloat16: attention/attention_amx.cpp.
 #pragma once
 
 #include "attention/args.h"
 
 namespace fused_diffusion {
 
-// Whether the instruction set in use has AMX, and the kernels serve so many positions.
+// Whether the instruction set in use has AMX, and the kernel of the gradient serves so many positions.
 bool amx_serves(int64_t positions);
 
-void amx_attention(const AttentionArguments& g);
+// Instantiated for float, BFloat16 and Half. fast: products of numbers rounded to bfloat16; otherwise each number is
+// the sum of three bfloat16 splits.
+template <class T>
+void amx_attention(const AttentionArguments& g, bool fast);
+
 void amx_attention_gradient(const AttentionGradientArguments& g);
 
 }  // namespace fused_diffusion

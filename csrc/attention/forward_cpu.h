@@ -47,7 +47,7 @@ __attribute__((noinline)) void add_to_softmax(float* logits, OnlineSoftmax& soft
 template <class Math, class T>
 void forward(const AttentionArguments& g, int64_t queries, int64_t begin, int64_t end) {
   const int64_t S = g.positions, D = g.width, padded = round_up(D, kLanes), depth = units_of<Math>(D);
-  const int64_t max_keys = S < kKeys ? S : kKeys, blocks = divide_up(S, queries);
+  const int64_t max_keys = g.keys < kKeys ? g.keys : kKeys, blocks = divide_up(S, queries);
   ScratchArrays scratch((depth + D + max_keys) * kQueries + 2 * max_keys * padded);
   OnlineSoftmax softmax;
   float* q_t = scratch.take(depth * kQueries);
@@ -61,8 +61,8 @@ void forward(const AttentionArguments& g, int64_t queries, int64_t begin, int64_
     const T* k = g.k.at<const T>(b, h);
     const T* v = g.v.at<const T>(b, h);
     pack_transposed<Math>(q_t, g.q.at<const T>(b, h) + first * g.q.row, g.q.row, count, D);
-    for (int64_t key = 0; key < S; key += kKeys) {
-      const int64_t keys = S - key < kKeys ? S - key : kKeys;
+    for (int64_t key = 0; key < g.keys; key += kKeys) {
+      const int64_t keys = g.keys - key < kKeys ? g.keys - key : kKeys;
       multiply<Math>(rows_as_lhs<Math>(k_copy, k + key * g.k.row, g.k.row, keys, D), q_t, kQueries, logits, kQueries,
                      keys, lanes, false);
       add_to_softmax<Math>(logits, softmax, keys, lanes, g.scale, key == 0);
@@ -72,8 +72,9 @@ void forward(const AttentionArguments& g, int64_t queries, int64_t begin, int64_
       multiply<Math>(columns_as_lhs<Math>(v_copy, v + key * g.v.row, g.v.row, keys, D), logits, kQueries, out_t,
                      kQueries, D, lanes, key > 0);
     }
-    float* logsumexp = g.logsumexp + (b * g.heads + h) * S + first;
-    for (int64_t i = 0; i < count; ++i) logsumexp[i] = softmax.maximum[i] * fabsf(g.scale) + logf(softmax.sum[i]);
+    for (int64_t i = 0; g.logsumexp != nullptr && i < count; ++i) {
+      g.logsumexp[(b * g.heads + h) * S + first + i] = softmax.maximum[i] * fabsf(g.scale) + logf(softmax.sum[i]);
+    }
     for (int64_t i = 0; i < lanes; ++i) softmax.sum[i] = 1.0f / softmax.sum[i];
     unpack_transposed(g.out.at<T>(b, h) + first * g.out.row, g.out.row, out_t, softmax.sum, count, D);
   }

@@ -41,13 +41,21 @@ __attribute__((noinline)) void pack_transposed(float* to, const T* from, int64_t
   }
 }
 
+// `width` numbers as float32.
+template <class T>
+FD_HD void widen_row(float* to, const T* from, int64_t width) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(to + d, load(from + d));
+  for (; d < width; ++d) to[d] = to_float(from[d]);
+}
+
 // to[count / kPack][padded] units, each of kPack numbers of one column: 0 beyond the rows and the width.
 template <class Math, class T>
 __attribute__((noinline)) void pack_stacked(float* to, const T* from, int64_t row, int64_t count, int64_t width) {
   const int64_t padded = round_up(width, kLanes);
   for (int64_t i = 0; i < count; i += Math::kPack, from += Math::kPack * row, to += padded) {
     if constexpr (Math::kPack == 1) {
-      for (int64_t d = 0; d < width; ++d) to[d] = to_float(from[d]);
+      widen_row(to, from, width);
       for (int64_t d = width; d < padded; ++d) to[d] = 0.0f;
     } else {
       const bool second = i + 1 < count;  // whether the pair has a second row
@@ -72,7 +80,7 @@ FD_HD StridedRows rows_as_lhs(float* scratch, const T* from, int64_t row, int64_
   for (int64_t i = 0; i < count; ++i, from += row) {
     float* to = scratch + i * units;
     if constexpr (Math::kPack == 1) {
-      for (int64_t d = 0; d < width; ++d) to[d] = to_float(from[d]);
+      widen_row(to, from, width);
     } else {
       to[units - 1] = 0.0f;
       memcpy(to, from, width * sizeof(T));

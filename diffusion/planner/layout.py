@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import group_norm_silu
-from ..kernels.ops.attention.library import attention_amx_
+from ..kernels.ops.attention.library import attention_
 from ..kernels.ops.convolution.library import convolution_, convolution_arguments, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from .buffers import Pool, shaped
@@ -19,8 +19,6 @@ from .weights import Weights
 
 CallOf = tuple[Callable, tuple]
 
-# For attention by AMX, which holds the logits of some queries at all positions.
-MAX_AMX_POSITIONS = 2048
 _WRITES_RANGES = ("convolution", "norm", "double", "call")  # ops that can write a range of channels
 _OUT = {"add": torch.add, "mul": torch.mul, "sub": torch.sub, "div": torch.div}
 
@@ -256,15 +254,13 @@ class Layout:
         merged = (positions * heads * width, width, heads * width, 1)  # merging the heads copies nothing
         out = self._place(node.output, merged)
         scale = node.options["scale"]
-        same = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+        matching = k.ndim == 4 and k.shape == v.shape == (*q.shape[:2], k.shape[2], width) and k.shape[2] > 0
+        same = matching and q.dtype == k.dtype == v.dtype
         dense = all(t.stride(-1) == 1 for t in (q, k, v))
         if not (same and dense and q.dtype in FLOATS):
             return self._lay_out_call(node)
-        if self._weights.simd == "amx" and positions <= MAX_AMX_POSITIONS:
-            splits = 1 if q.dtype == torch.bfloat16 else 3  # bfloat16 splits of each number
-            self._record(attention_amx_, q, k, v, scale, splits, out)
-        else:
-            self._record(attention_into, out, q, k, v, scale)
+        fast = q.dtype == torch.bfloat16  # products of bfloat16, where the processor has them
+        self._record(attention_, q, k, v, scale, fast, out)
         return None
 
     def _lay_out_double(self, node: Node) -> None:
@@ -354,11 +350,6 @@ def normalise(
             x, groups, weight, bias, eps, activation=activation, add=add, scale=scale, shift=shift
         )
     )
-
-
-def attention_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Attention by one fixed operator: "auto" chooses by batch size, and images must not depend on it."""
-    out.copy_(torch.ops.fused_diffusion.attention(q, k, v, scale)[0])
 
 
 def write_binary(out: Tensor, function: Callable, a: Tensor, b: Tensor) -> None:

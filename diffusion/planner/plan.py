@@ -6,21 +6,21 @@ from collections.abc import Callable
 from functools import partial
 
 from ..kernels._recorded_calls import recording
-from ..kernels.ops.attention.library import attention_amx_
+from ..kernels.ops.attention.library import attention_
 from ..kernels.ops.convolution.library import convolution_, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from .fusion import fuse, named
 from .graph import Graph, Node
-from .layout import CallOf, Layout, attention_into, normalise
+from .layout import CallOf, Layout, normalise
 from .weights import Weights
 
 _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, by kind
     group_norm_affine_: "norm",
     convolution_: "convolution",
-    attention_amx_: "attention",
+    attention_: "attention",
     upsample_nearest2x_: "rest",
 }
-_KINDS = _RECORDABLE | {attention_into: "attention", normalise: "norm"}
+_KINDS = _RECORDABLE | {normalise: "norm"}
 
 
 class Plan:
@@ -54,7 +54,7 @@ class Plan:
         convolutions = [named(node) for node in nodes if node.op == "convolution"]
         normed = sum(inputs["affine"] is not None for inputs in convolutions)
         added = sum(inputs["residual"] is not None for inputs in convolutions)
-        attentions = sum(call[0] in (attention_amx_, attention_into) for call in self.layout.calls)
+        attentions = sum(call[0] is attention_ for call in self.layout.calls)
         megabytes = (self.layout.pool.bytes + sum(t.nbytes for t in self.inputs)) / 1e6
         return [
             f"  {len(self.layout.calls)} calls, {megabytes:.1f} MB of buffers",

@@ -14,7 +14,7 @@ from diffusion.inference.denoiser import DenoiserCache
 from diffusion.kernels import _native
 from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
-from diffusion.planner import layout, weights
+from diffusion.planner import weights
 from helpers.native import requires_native
 from helpers.unets import TINY, UNPLANNED, VARIANTS, inputs, randomized
 
@@ -227,10 +227,8 @@ def test_weights_that_would_take_too_much_memory(monkeypatch, vectors):
     torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("limit", [0, 10**6])
-def test_attention_over_many_positions(limit, monkeypatch):
-    """With AMX, attention uses it up to a limit of positions, and not beyond."""
-    monkeypatch.setattr(layout, "MAX_AMX_POSITIONS", limit)
+def test_attention_over_many_positions():
+    """More than one block of keys, and the last one is not full."""
     unet = randomized(VARIANTS["heads"])
     x, t = inputs(unet.config, 2, (26, 14))
     actual, expected = evaluate(unet, torch.float32, x, t, None)

@@ -64,8 +64,11 @@ operator = OperatorWithBackward(
 )
 operator.define("attention")
 
-# Without a gradient, on a CPU with AMX. splits: 1 multiplies bfloat16, 3 splits each float32 into three
-# bfloat16.
-attention_amx_ = define(
-    "attention_amx_", "(Tensor q, Tensor k, Tensor v, float scale, int splits, Tensor(a!) out) -> ()"
+# Without a gradient, for networks that are planned for the CPU; calls can be recorded. q, out: [B, H, S, D].
+# k, v: [B, H, T, D], T at least 1. All have one dtype, float32, bfloat16 or float16, and any strides but a
+# contiguous last dimension; out overlaps no other. fast: products of numbers rounded to bfloat16, where the
+# processor multiplies these: in every dtype by AMX, in bfloat16 with AVX512_BF16. Otherwise the products are
+# as accurate as float32. The output of an image depends neither on its batch nor on the number of threads.
+attention_ = define(
+    "attention_", "(Tensor q, Tensor k, Tensor v, float scale, bool fast, Tensor(a!) out) -> ()"
 )
