@@ -54,11 +54,11 @@ class PlannedUNet:
     def _plan(self, shape: torch.Size) -> Plan:
         unet = configured(self.unet.config)  # without data, since tracing needs none
         assert isinstance(unet, UNet)
-        own = dict(self.unet.named_parameters())
+        own = dict(self.unet.named_parameters(remove_duplicate=False))
         constants = {name: (seen, own[name]) for name, seen in unet.named_parameters()}
+        sizes = {"x": shape, "embedding": (shape[0], sum(unet.embedding_sizes))}
         arguments = {
-            "x": torch.empty(shape, device="meta"),
-            "embedding": torch.empty(shape[0], sum(unet.embedding_sizes), device="meta"),
+            name: torch.empty(size, dtype=torch.float32, device="meta") for name, size in sizes.items()
         }
         graph, _ = trace(unet.denoise, arguments, constants)
         return Plan(graph, self.weights)

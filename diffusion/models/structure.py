@@ -105,8 +105,8 @@ def _altered_everywhere() -> str | None:
 
 @functools.lru_cache(8)
 def configured(config: NetworkConfig) -> Network:
-    """`build_on_meta` in eval mode, for comparisons: the same network each time, not to be changed."""
-    return build_on_meta(config).eval()
+    """`build_on_meta` in float32 and eval mode: the same network each time, which must not be changed."""
+    return build_on_meta(config).float().eval()
 
 
 def _difference(name: str, module: nn.Module | None, built: nn.Module) -> str | None:

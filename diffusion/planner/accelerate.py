@@ -1,5 +1,6 @@
 """accelerate: any network of PyTorch, planned for the CPU at its first call with inputs of a shape."""
 
+import copy
 import functools
 import inspect
 import threading
@@ -76,8 +77,9 @@ class _State:
         self._modules = list(module.modules())
         self._attributes = [vars(m) for m in self._modules]
         self._values = [dict(attributes) for attributes in self._attributes]
-        self._children = [m._modules for m in self._modules]
-        self._held = [dict(children) for children in self._children]
+        contained = [value for values in self._values for value in values.values()]
+        self._containers = [value for value in contained if isinstance(value, dict | list | set)]
+        self._contents = [copy.copy(container) for container in self._containers]
         self._owners = [owner for m in self._modules for owner in (m._parameters, m._buffers) if owner]
         self._owned = [list(owner.values()) for owner in self._owners]
         self._tensors = [tensor for owned in self._owned for tensor in owned if tensor is not None]
@@ -88,7 +90,7 @@ class _State:
 
     def holds(self) -> bool:
         try:
-            same = self._children == self._held and self._attributes == self._values
+            same = self._attributes == self._values and self._containers == self._contents
         except RuntimeError:  # comparing two tensors with == has no single answer
             return False
         for owner, owned in zip(self._owners, self._owned, strict=True):
@@ -138,7 +140,9 @@ class AcceleratedForward:
             return plain()
         with torch.inference_mode(False), torch.no_grad():
             # Numbers, such as a timestep, are inputs like tensors, so that one plan serves them all.
-            given = [torch.tensor(leaf) if type(leaf) in (int, float) else leaf for leaf in leaves]
+            given = [
+                torch.tensor(leaf, device="cpu") if type(leaf) in (int, float) else leaf for leaf in leaves
+            ]
             planned = self._planned(given, structure)
             if planned is None and not all(map(_is, given, leaves)):
                 given = leaves  # the network needs the numbers themselves

@@ -154,7 +154,7 @@ def _template(call: Call) -> Template:
 # ---- Views.
 
 _SHAPING = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}  # the output's shape says all
-_SAME = {"contiguous", "clone", "detach", "alias", "requires_grad_", "data", "checkpoint"}
+_SAME = {"contiguous", "clone", "detach", "alias"}
 _RANGES = {"split", "chunk", "unbind", "tensor_split"}
 _ORDERS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "select", "narrow"}
 _ORDERS |= {"squeeze", "unsqueeze", "expand", "expand_as", "getitem"}

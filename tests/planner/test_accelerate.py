@@ -222,12 +222,30 @@ def change_attribute(network):
     network.down_blocks[0].resnets[0].output_scale_factor = 2.0
 
 
+class Scaled(nn.Module):
+    """A module with its factor in a dictionary, as those of peft have theirs."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.scaling = module, {"default": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) * self.scaling["default"]
+
+
+def change_item(network):
+    network.conv_out.scaling["default"] = 2.0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [change_in_place, replace_parameter, replace_module, load_others, change_attribute]
+    "change", [change_in_place, replace_parameter, replace_module, load_others, change_attribute, change_item]
 )
 def test_changes_are_noticed(change):
-    network, given = diffusion.accelerate(unet2d()), of_unet2d(1)
+    network, given = unet2d(), of_unet2d(1)
+    if change is change_item:
+        network.conv_out = Scaled(network.conv_out)
+    diffusion.accelerate(network)
     before = network(**given).sample
     change(network)
     actual = network(**given).sample

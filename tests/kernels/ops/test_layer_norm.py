@@ -30,6 +30,7 @@ def complaint(out, x, weight, bias, eps, rms):
     return wrong(out.movedim(1, -1), norm(rows, *cast, eps, rms), norm(rows.double(), *exact, eps, rms))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,6 +48,7 @@ def test_parity(shape, dtype, rms, simd):
     assert torch.equal(wide[:, c + 4 :], before[:, c + 4 :])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("mean", [1e3, -1e5])
 def test_a_mean_far_from_0(mean, simd):
     torch.manual_seed(0)

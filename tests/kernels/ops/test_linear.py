@@ -51,6 +51,7 @@ def linear(x, weight, bias, residual, activation, packing):
     return out, packed
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,12 +73,14 @@ def test_parity(size, dtype, packing, activation):
     assert wrong(out, peer, exact, accuracy=packed.accuracy) is None
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(dtype, activation, simd):
     test_parity((2, 7, 33, 131), dtype, Packing(), activation)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_of_activations(dtype, activation, simd):
@@ -96,6 +99,7 @@ def test_accuracy_of_activations(dtype, activation, simd):
     assert error.max() < bound
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e20, 1e30, 60.0, -60.0])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -109,6 +113,7 @@ def test_activations_of_large_numbers(dtype, activation, value, simd):
     torch.testing.assert_close(out[0, 0, 3].double(), expected.double(), equal_nan=True, rtol=1e-2, atol=1e-8)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("activation", ["none", "geglu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,6 +146,7 @@ def test_nan_stays_in_its_row(packing):
         assert out.isnan().sum() == 20
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("winograd_m", [0, 2, 4])
 def test_after_a_3x3_convolution(winograd_m, activation):

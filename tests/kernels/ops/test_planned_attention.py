@@ -72,6 +72,7 @@ def test_parity(shape, dtype, fast, simd):
     assert memory.isnan().sum() == 8 * shape[0] * shape[2]  # nothing beside `out` is written
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("fast", [False, True])
 def test_heads_in_either_order(fast, simd):
     """Contiguous [B, H, S, D], and [B, S, H, D], misaligned, give the same bits."""
@@ -102,6 +103,7 @@ def test_large_logits_choose_one_key(simd):
     assert (out.double() - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("size", [5e4, 1e8])
 def test_logits_whose_products_round(size, simd):
     """The largest weight is 1, whatever rounding leaves of its logit."""
