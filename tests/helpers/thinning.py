@@ -6,6 +6,7 @@ are marked `exhaustive`. The choice is greedy and depends on the parameters alon
 pytest-xdist make the same one.
 """
 
+import zlib
 from collections.abc import Container, Hashable, Iterable, Sequence
 from itertools import combinations
 
@@ -36,6 +37,11 @@ def covering(rows: Sequence[tuple[Hashable, ...]], strength: int) -> list[int]:
 def exhaustive_but(values: Iterable, default: Container) -> list:
     """Parameters of which those in `default` run by default; for tests that take long."""
     return [pytest.param(value, marks=() if value in default else pytest.mark.exhaustive) for value in values]
+
+
+def in_half(name: str, seed: str) -> bool:
+    """Whether a test is in the half of all tests that the seed chooses."""
+    return zlib.crc32(f"{seed} {name}".encode()) % 2 == 0
 
 
 def _represents(item: pytest.Item) -> bool:
