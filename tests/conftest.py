@@ -19,7 +19,7 @@ settings.register_profile("exhaustive", deadline=None, max_examples=60)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quarter", metavar="SEED", help="of the exhaustive tests, run the quarter that SEED chooses")
+    parser.addoption("--quarter", metavar="SEED", help="of the exhaustive tests, run a quarter")
 
 
 def pytest_configure(config):
