@@ -15,16 +15,10 @@ from torch import Tensor, nn
 import diffusion
 from diffusion.models.edm import EDMConfig, EDMUNet
 
+from ..sampling.models import CIFAR10_UNLABELLED, DDPM
+
 TEXT = (77, 768)  # positions and width of CLIP's embedding of a text
 TINY_TEXT = (7, 24)
-DDPM: dict[str, Any] = {  # of google/ddpm-*
-    "layers_per_block": 2,
-    "attention_head_dim": None,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-}
 
 
 class Wrapped(nn.Module):
@@ -107,7 +101,7 @@ def _ddpm(**config: Any) -> Callable[[bool, int | None], nn.Module]:
 
         tiny = {"block_out_channels": (32,) * len(config["block_out_channels"]), "layers_per_block": 1}
         sizes = {} if size is None else {"sample_size": size}
-        return UNet2DModel(**DDPM | config | (tiny if small else {}) | sizes)
+        return UNet2DModel(**config | (tiny if small else {}) | sizes)
 
     return build
 
@@ -180,12 +174,7 @@ def _text(small: bool, batch: int) -> tuple[Tensor, ...]:
 MODELS: dict[str, Model] = {
     "ddpm-cifar10": Model(
         "diffusers UNet2DModel, google/ddpm-cifar10-32",
-        _ddpm(
-            sample_size=32,
-            block_out_channels=(128, 256, 256, 256),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        ),
+        _ddpm(**CIFAR10_UNLABELLED),
         _first,
         (32, 16),
         (1, 8),
@@ -195,6 +184,7 @@ MODELS: dict[str, Model] = {
     "ddpm-celebahq": Model(
         "diffusers UNet2DModel, google/ddpm-celebahq-256",
         _ddpm(
+            **DDPM,
             sample_size=256,
             block_out_channels=(128, 128, 256, 256, 512, 512),
             down_block_types=(*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),

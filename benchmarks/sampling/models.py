@@ -15,20 +15,22 @@ from diffusion.importers.diffusers_unet import convert_weights, unet_config
 
 CLASSES = 10
 
-# google/ddpm-cifar10-32's, with labels; the last of their embeddings stands for no label.
-CIFAR10 = {
-    "sample_size": 32,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+DDPM: dict[str, Any] = {  # of google/ddpm-*
     "layers_per_block": 2,
     "attention_head_dim": None,
     "norm_eps": 1e-6,
     "downsample_padding": 0,
     "flip_sin_to_cos": False,
     "freq_shift": 1,
-    "num_class_embeds": CLASSES + 1,
 }
+CIFAR10_UNLABELLED: dict[str, Any] = DDPM | {  # google/ddpm-cifar10-32's
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+# The last of the labels' embeddings stands for no label.
+CIFAR10 = CIFAR10_UNLABELLED | {"num_class_embeds": CLASSES + 1}
 
 
 class Pair(NamedTuple):
