@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
 
 from ..kernels import _native
+from ..kernels._dispatch import intercepted, transformed
 from .graph import Value
 from .plan import Plan
 from .trace import Untraceable, trace
@@ -177,12 +176,9 @@ class AcceleratedForward:
             return "autocast is enabled"
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "a forward hook is registered for all modules"
-        modes = [m for m in _get_current_function_mode_stack() if type(m) is not DeviceContext]
-        if modes or torch._C._len_torch_dispatch_stack():
-            return "a mode of PyTorch is active that watches its functions"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a transform of torch.func is active"
-        return None
+        if torch._C._len_torch_dispatch_stack():
+            return "a TorchDispatchMode is active, which sees only the modules' operators"
+        return intercepted() or transformed()
 
     def _unfit_inputs(self, leaves: list[Any]) -> str | None:
         for leaf in leaves:

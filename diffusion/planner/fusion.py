@@ -62,8 +62,7 @@ def _fold_constants(graph: Graph) -> None:
 def _computed(node: Node, tensors: list[Tensor]) -> list[Tensor]:
     if node.op == "view":
         return [node.options["apply"](tensors[0])]
-    result = node.options["call"].run(tensors)
-    return [result] if isinstance(result, Tensor) else [leaf for leaf in result if isinstance(leaf, Tensor)]
+    return node.options["call"].run(tensors)
 
 
 def _share_equal(graph: Graph) -> None:

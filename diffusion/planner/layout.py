@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -280,7 +279,7 @@ class Layout:
         template: Template = node.options["call"]
         tensors = [self._operand(value, node) for value in node.reads()]
         with torch.no_grad():
-            results = _tensors_of(template.run(tensors))
+            results = template.run(tensors)
         outs = []
         for value, result in zip(node.outputs, results, strict=True):
             dense = result.numel() > 1 and torch.empty_like(result).stride() == result.stride()
@@ -326,10 +325,6 @@ def _as_map(tensor: Tensor, rows: bool, size: tuple[int, ...] | None) -> Tensor 
     return tensor.as_strided(tensor.shape, (pixel * w * h, 1, pixel * w, pixel), tensor.storage_offset())
 
 
-def _tensors_of(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [leaf for leaf in result if isinstance(leaf, Tensor)]
-
-
 # ---- Functions that calls consist of, beside the compiled operators.
 
 
@@ -357,5 +352,5 @@ def write_binary(out: Tensor, function: Callable, a: Tensor, b: Tensor) -> None:
 
 
 def write_results(outs: list[Tensor], template: Template, tensors: list[Tensor]) -> None:
-    for out, result in zip(outs, _tensors_of(template.run(tensors)), strict=True):
+    for out, result in zip(outs, template.run(tensors), strict=True):
         out.copy_(result)

@@ -37,13 +37,12 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a function of PyTorch. value: gives the Value of a tensor."""
+    """A call of a function of PyTorch."""
 
     function: Callable
     name: str
     args: tuple
     options: dict[str, Any]
-    value: Callable[[Tensor], Value]
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,16 @@ class Template:
     leaves: list[Any]
     structure: Any
 
-    def run(self, tensors: list[Tensor]) -> Any:
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors that the function returns for these, in the order of the node's outputs."""
         leaves = [tensors[leaf.position] if type(leaf) is Slot else leaf for leaf in self.leaves]
         args, options = pytree.tree_unflatten(leaves, self.structure)
-        return self.function(*args, **options)
+        return tensors_in(self.function(*args, **options))
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among nested arguments or results, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def name_of(function: Callable) -> str:
@@ -115,16 +120,12 @@ RANDOM |= {"normal", "multinomial", "poisson"}
 _ELEMENTWISE = {"add", "mul", "sub", "div", "clamp", "sigmoid", "tanh", "exp", "neg", "addcmul"}
 
 
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
 def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -> list[Node]:
     """The nodes of a call. inputs, outputs: its tensors, in order. single: it returns one tensor."""
     if single and len(inputs) == 1 and _changes_nothing(call):
         return [Node("view", inputs, outputs, apply=_itself)]
-    if call.name in _VIEWS and inputs and all(value.shape is not None for value in inputs[1:]):
-        nodes = _views(call, inputs, outputs, single)
+    if call.name in _VIEWS and inputs:
+        nodes = _views(call, inputs, outputs)
         if nodes is not None:
             return nodes
     op: str = "call"
@@ -132,7 +133,7 @@ def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -
     known = _KNOWN.get(call.name) if single else None
     if known is not None:
         try:
-            found = known(call, *call.args, **call.options)
+            found = known(*call.args, **call.options)
         except TypeError:  # other arguments than the planner knows
             found = None
         if found is not None:
@@ -157,12 +158,12 @@ _SHAPING = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"} 
 _SAME = {"contiguous", "clone", "detach", "alias"}
 _RANGES = {"split", "chunk", "unbind", "tensor_split"}
 _ORDERS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "select", "narrow"}
-_ORDERS |= {"squeeze", "unsqueeze", "expand", "expand_as", "getitem"}
+_ORDERS |= {"squeeze", "unsqueeze", "expand", "getitem"}
 _CASTS = {"to", "type", "float", "half", "bfloat16", "type_as"}
 _VIEWS = _SHAPING | _SAME | _RANGES | _ORDERS | _CASTS | {"dropout"}
 
 
-def _views(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -> list[Node] | None:
+def _views(call: Call, inputs: list[Value], outputs: list[Value]) -> list[Node] | None:
     source, name = inputs[0], call.name
     if name in _SAME or name == "dropout":
         return [Node("view", [source], outputs, apply=_itself)]
@@ -171,14 +172,10 @@ def _views(call: Call, inputs: list[Value], outputs: list[Value], single: bool) 
         return [Node("view", [source], outputs, apply=_itself)] if floats else None
     if name in _SHAPING:
         return [Node("view", [source], outputs, apply=Reshape(outputs[0].shape))]
-    if len(inputs) > 1 and name not in ("expand_as",):
+    if len(inputs) > 1:  # an index by tensors
         return None
     template = _template(call)
-    picks = [None] if single else range(len(outputs))
-    return [
-        Node("view", [source], [value], apply=_Pick(template, pick))
-        for value, pick in zip(outputs, picks, strict=True)
-    ]
+    return [Node("view", [source], [value], apply=_Pick(template, i)) for i, value in enumerate(outputs)]
 
 
 def _changes_nothing(call: Call) -> bool:
@@ -204,14 +201,13 @@ class Reshape:
 
 @dataclass(frozen=True)
 class _Pick:
-    """The call on a tensor, or one of the tensors that it returns."""
+    """One of the tensors that a call on a tensor returns."""
 
     template: Template
-    position: int | None
+    position: int
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        result = self.template.run([tensor])
-        return result if self.position is None else result[self.position]
+        return self.template.run([tensor])[self.position]
 
 
 # ---- Functions that the planner knows. Each returns the op and its options, or None for a plain call.
@@ -226,7 +222,6 @@ def _one(number: int | tuple[int, ...]) -> int | None:
 
 
 def _conv(
-    call: Call,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -244,12 +239,11 @@ def _conv(
     return "conv", {"stride": strides, "padding": pads}
 
 
-def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Known:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Known:
     return "linear", {}
 
 
 def _group_norm(
-    call: Call,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -262,7 +256,7 @@ def _group_norm(
 
 
 def _binary(op: str, turned: bool = False) -> Callable[..., Known]:
-    def known(call: Call, input: Any, other: Any, alpha: float = 1, rounding_mode: None = None) -> Known:
+    def known(input: Any, other: Any, alpha: float = 1, rounding_mode: None = None) -> Known:
         if alpha != 1 or rounding_mode is not None:
             return None
         if isinstance(input, Tensor) and isinstance(other, Tensor):
@@ -276,21 +270,20 @@ def _binary(op: str, turned: bool = False) -> Callable[..., Known]:
     return known
 
 
-def _silu(call: Call, input: Tensor, inplace: bool = False) -> Known:
+def _silu(input: Tensor, inplace: bool = False) -> Known:
     return "silu", {}
 
 
-def _gelu(call: Call, input: Tensor, approximate: str = "none") -> Known:
+def _gelu(input: Tensor, approximate: str = "none") -> Known:
     return "gelu", {"approximate": approximate}
 
 
-def _cat(call: Call, tensors: Any, dim: int = 0) -> Known:
+def _cat(tensors: Any, dim: int = 0) -> Known:
     maps = all(tensor.ndim == 4 for tensor in tensors)
     return ("cat", {}) if maps and dim in (1, -3) else None
 
 
 def _attention(
-    call: Call,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -308,7 +301,6 @@ def _attention(
 
 
 def _interpolate(
-    call: Call,
     input: Tensor,
     size: Any = None,
     scale_factor: Any = None,
@@ -328,7 +320,7 @@ def _interpolate(
     return ("double", {}) if twice else None
 
 
-def _pad(call: Call, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Known:
+def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Known:
     pads = tuple(pad)
     zeros = mode == "constant" and not value and input.ndim == 4
     return ("pad", {"pads": pads}) if zeros and pads == (0, 1, 0, 1) else None

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import lowering
-from .graph import Graph, Node, Value
+from .graph import Graph, Node, Value, shares_memory
 
 
 class Untraceable(Exception):
@@ -52,9 +52,9 @@ class Tracer(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
-        before = [leaf for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor)]
+        before = lowering.tensors_in((args, options))
         result = function(*args, **options)
-        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        results = lowering.tensors_in(result)
         name = lowering.name_of(function)
         if lowering.writes_in_place(name, options):
             self._write(name, function, args, options, result)
@@ -65,7 +65,7 @@ class Tracer(TorchFunctionMode):
             if len(known) < len(results):  # x.to(its own dtype) is x
                 inputs = [self.value(tensor) for tensor in before]
                 outputs = [self.add(tensor, Value(tensor)) for tensor in results]
-                call = lowering.Call(function, name, args, options, self.value)
+                call = lowering.Call(function, name, args, options)
                 self.nodes += lowering.lower(call, inputs, outputs, isinstance(result, Tensor))
         return result
 
@@ -77,17 +77,15 @@ class Tracer(TorchFunctionMode):
         if not isinstance(target, Tensor) or result is not target or "out" in options:
             raise Untraceable(f"it writes in place, by {name}")
         old = self.value(target)
-        shared = sum(lowering.same_storage(tensor, target) for tensor in self._held)
+        shared = sum(shares_memory(tensor, target) for tensor in self._held)
         if old.node is None or old.node.op == "view" or shared > 1:
             raise Untraceable(f"it changes a tensor that something else shares, by {name}")
         pure = lowering.pure(name)
         if pure is None:
             raise Untraceable(f"it writes in place, by {name}")
         options.pop("inplace", None)
-        inputs = [
-            self.value(leaf) for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor)
-        ]
-        call = lowering.Call(pure, lowering.name_of(pure), args, options, self.value)
+        inputs = [self.value(tensor) for tensor in lowering.tensors_in((args, options))]
+        call = lowering.Call(pure, lowering.name_of(pure), args, options)
         new = Value(target)
         self.nodes += lowering.lower(call, inputs, [new], True)
         self._values[id(target)] = new

@@ -165,6 +165,7 @@ NETWORKS = {
         norm=nn.GroupNorm(4, 16),
     ),
     "linear_on_maps": Network(linear_on_maps, first=nn.Linear(16, 20), second=nn.Linear(32, 20)),
+    "expanded": Network(lambda n, x, v: n.a(x) * x.mean((2, 3), keepdim=True).expand_as(x), a=conv(16, 16)),
     "times": Network(times, a=conv(16, 16), b=conv(16, 16)),
 }
 for name, width in (("first", 64), ("gated", 32)):
