@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..kernels._dispatch import intercepted
+from ..planner.state import ModuleState
 from . import blocks
 from .network import Network, NetworkConfig
 from .registry import build_on_meta
@@ -187,51 +188,19 @@ class Snapshot:
     """The state of an unaltered UNet at one time, with its weights, for a later comparison."""
 
     def __init__(self, unet: nn.Module):
-        self._modules = list(unet.modules())
-        self._types = list(map(type, self._modules))
-        self._attributes = [vars(module) for module in self._modules]
-        self._values = [dict(attributes) for attributes in self._attributes]
-        self._lists = [v for values in self._values for v in values.values() if type(v) is list]
-        self._items = [list(values) for values in self._lists]
-        self._hooks = [values[name] for values in self._values for name in _HOOKS]
-        self._children = [values["_modules"] for values in self._values if values["_modules"]]
-        self._held = [dict(children) for children in self._children]
-        self._owners = [values["_parameters"] for values in self._values if values["_parameters"]]
-        self._owned = [list(owner.values()) for owner in self._owners]
+        self._state = ModuleState(unet)
         self._parameters = list(unet.parameters())
-        self._versions = _versions(self._parameters)
         self._sums = _projections(self._parameters)
 
     def holds(self, unet: nn.Module) -> bool:
         """Whether the network is the same, with the same attributes, modules and weights."""
-        return unet is self._modules[0] and self._same_structure() and self._same_weights()
-
-    def _same_structure(self) -> bool:
-        if _altered_everywhere() is not None or any(self._hooks):
-            return False
-        try:
-            same = self._types == list(map(type, self._modules)) and self._attributes == self._values
-            return same and self._lists == self._items and self._children == self._held
-        except RuntimeError:  # comparing two tensors with == has no single answer
-            return False
-
-    def _same_weights(self) -> bool:
-        for owner, owned in zip(self._owners, self._owned, strict=True):
-            if len(owner) != len(owned) or any(
-                a is not b for a, b in zip(owner.values(), owned, strict=True)
-            ):
-                return False
-        if self._versions != _versions(self._parameters):
+        if unet is not self._state.modules[0] or _altered_everywhere() is not None or not self._state.holds():
             return False
         return all(map(_same_numbers, self._sums, _projections(self._parameters)))
 
 
 def _same_numbers(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) and bool(a.isfinite().all())
-
-
-def _versions(parameters: list[nn.Parameter]) -> list[tuple]:
-    return [(p.data_ptr(), p.stride(), None if p.is_inference() else p._version) for p in parameters]
 
 
 def _projections(parameters: list[nn.Parameter]) -> list[Tensor]:

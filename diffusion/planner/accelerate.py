@@ -1,6 +1,5 @@
 """accelerate: any network of PyTorch, planned for the CPU at its first call with inputs of a shape."""
 
-import copy
 import functools
 import inspect
 import threading
@@ -17,6 +16,7 @@ from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
 from .graph import Value
 from .plan import Plan
+from .state import ModuleState
 from .trace import Untraceable, trace
 from .weights import Weights
 
@@ -69,41 +69,6 @@ class _Planned(NamedTuple):
     structure: Any
 
 
-class _State:
-    """What a plan depends on beside its inputs: the module's weights and structure."""
-
-    def __init__(self, module: nn.Module):
-        self._modules = list(module.modules())
-        self._attributes = [vars(m) for m in self._modules]
-        self._values = [dict(attributes) for attributes in self._attributes]
-        contained = [value for values in self._values for value in values.values()]
-        self._containers = [value for value in contained if isinstance(value, dict | list | set)]
-        self._contents = [copy.copy(container) for container in self._containers]
-        self._owners = [owner for m in self._modules for owner in (m._parameters, m._buffers) if owner]
-        self._owned = [list(owner.values()) for owner in self._owners]
-        self._tensors = [tensor for owned in self._owned for tensor in owned if tensor is not None]
-        self._versions = self._current()
-
-    def _current(self) -> list[tuple[int, int | None]]:
-        return [(t.data_ptr(), None if t.is_inference() else t._version) for t in self._tensors]
-
-    def holds(self) -> bool:
-        try:
-            same = self._attributes == self._values and self._containers == self._contents
-        except RuntimeError:  # comparing two tensors with == has no single answer
-            return False
-        for owner, owned in zip(self._owners, self._owned, strict=True):
-            same = same and len(owner) == len(owned) and all(map(_is, owner.values(), owned))
-        return same and self._versions == self._current()
-
-    def hooked(self) -> str | None:
-        """The class of a submodule with hooks, which a plan would not call."""
-        for module in self._modules[1:]:
-            if module._forward_hooks or module._forward_pre_hooks:
-                return type(module).__name__
-        return None
-
-
 def _is(a: object, b: object) -> bool:
     return a is b
 
@@ -119,7 +84,7 @@ class AcceleratedForward:
         self.__signature__ = inspect.signature(module.forward)
 
     def _forget(self) -> None:
-        self._state: _State | None = None
+        self._state: ModuleState | None = None
         self._weights: Weights | None = None
         self._thread_local = threading.local()
         self._reasons: OrderedDict[tuple, str] = OrderedDict()  # against a plan, by the key of the call
@@ -203,7 +168,7 @@ class AcceleratedForward:
         with self._lock:
             if self._state is None or not self._state.holds():
                 self._forget()
-                self._state = _State(self._module)
+                self._state = ModuleState(self._module)
             thread_local, hooked = self._thread_local, self._state.hooked()
         if hooked is not None:
             self._last = f"a module within it, {hooked}, has a forward hook"
