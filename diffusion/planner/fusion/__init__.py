@@ -1,0 +1,28 @@
+"""Joins the nodes of a graph into calls of the compiled ops. Nodes become
+
+affine       the affine map of each channel that a group normalisation is; options: groups, eps, silu
+norm         the same, applied; for what is no convolution
+convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2)
+
+whose inputs have the names of options["names"].
+"""
+
+from ..graph import Graph
+from .constants import fold_constants, share_equal
+from .convolutions import fuse_convolutions
+from .inputs import named
+from .norms import fuse_norms, normalise_maps
+from .siblings import join_siblings
+
+__all__ = ["fuse", "named"]
+
+
+def fuse(graph: Graph) -> None:
+    """Joins the nodes of the graph, in place."""
+    fold_constants(graph)
+    share_equal(graph)
+    normalise_maps(graph)
+    fuse_norms(graph)
+    fuse_convolutions(graph)
+    graph.drop_unused()
+    join_siblings(graph)

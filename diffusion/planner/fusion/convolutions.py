@@ -1,0 +1,153 @@
+"""Joins convolutions, and linear maps of the channels of each pixel, with what is around them.
+
+A convolution takes in the group normalisation, its modulation and SiLU before it, a doubling or a padding of
+its input, and the sum with a residual after it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..graph import Graph, Node, Value, apply_views, channels_last_strides, is_channels_last, map_of, viewed
+from ..lowering import FLOATS
+from .inputs import CONVOLUTION_INPUTS, other_operand
+
+
+def fuse_convolutions(graph: Graph) -> None:
+    replaced: dict[Node, list[Node]] = {}
+    taken: set[Node] = set()
+    affines: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.op not in ("conv", "linear") or not _is_fusable(node):
+            continue
+        x, weight, *bias = node.inputs
+        assert x is not None
+        assert weight is not None
+        options = {"kernel": weight.shape[-1] if weight.ndim == 4 else 1, "scale": 1}
+        options |= {"stride": node.options.get("stride", 1), "padding": node.options.get("padding", 0)}
+        source = map_of(x)
+        before = source.node
+        if before is not None and before.op == "pad" and (options["stride"], options["padding"]) == (2, 0):
+            source = map_of(_first(before))
+            before = source.node
+        if before is not None and before.op == "double" and options["stride"] == 1 and options["kernel"] == 3:
+            if _all_convolve(source):
+                options["scale"], source = 2, map_of(_first(before))
+            before = source.node
+        affine = None
+        if before is not None and before.op == "norm" and _all_convolve(source):
+            if before not in affines:
+                affines[before] = Node("affine", before.inputs, [_affine_value(source)], **before.options)
+                replaced[before] = [before, affines[before]]  # the norm goes if nobody reads it
+            affine, source = affines[before].output, _first(before)
+        last, residual, layout = _residual(node, graph, taken)
+        options["reads_rows"] = node.op == "linear" and source is x
+        options["writes_rows"] = layout == "rows"
+        values = (source, weight, bias[0] if bias else None, affine, residual)
+        node.remove()
+        last.remove()
+        fused = Node("convolution", values, [last.output], names=CONVOLUTION_INPUTS, **options)
+        replaced[node] = []
+        replaced[last] = [fused]
+    graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
+    graph.drop_unused()
+
+
+def _first(node: Node) -> Value:
+    first = node.inputs[0]
+    assert first is not None
+    return first
+
+
+def _affine_value(x: Value) -> Value:
+    return Value(torch.empty((4, *x.shape[:2]), device="meta"), "the affine map of a norm")
+
+
+def _is_fusable(node: Node) -> bool:
+    x, weight = node.inputs[:2]
+    assert x is not None
+    assert weight is not None
+    fits = x.dtype in FLOATS and x.ndim >= 3 and weight.constant is not None and 0 not in x.shape
+    constant_bias = len(node.inputs) < 3 or node.inputs[2] is None or node.inputs[2].constant is not None
+    return fits and constant_bias and weight.ndim in (2, 4)
+
+
+def _leaf_uses(value: Value) -> Iterator[tuple[Node, Value]]:
+    """The nodes that read a value or a view of it, each with what it reads."""
+    for user in value.users:
+        if user.op == "view":
+            yield from _leaf_uses(user.output)
+        else:
+            yield user, value
+
+
+def _all_convolve(value: Value) -> bool:
+    """Whether all that reads a map is convolutions that can apply a norm or a doubling as they read it."""
+    for user, read in _leaf_uses(value):
+        if map_of(read) is not value:
+            return False
+        if user.op == "double":
+            fits = _all_convolve(user.output)
+        elif user.op in ("conv", "linear"):
+            fits = user.inputs[0] is read and _is_fusable(user) and user.options.get("stride", 1) == 1
+        else:
+            fits = user.op == "convolution"
+        if not fits:
+            return False
+    return bool(value.users)
+
+
+def _residual(node: Node, graph: Graph, taken: set[Node]) -> tuple[Node, Value | None, str]:
+    """The last node that a convolution takes in, the value that it adds, and the output's `_layout`."""
+    value = node.output
+    while len(value.users) == 1 and value not in graph.outputs:
+        (user,) = value.users
+        if user.op == "view":
+            value = user.output
+            continue
+        other = other_operand(user, value)
+        fits = user.op == "add" and other is not None and other.shape == value.shape and user not in taken
+        layout = _layout(value, node)
+        if not fits or other is None or other is value or layout is None:
+            break
+        if other.dtype not in FLOATS or _takes_rather(other, node, graph):
+            break
+        taken.add(user)
+        return user, other, layout
+    return node, None, "rows" if node.op == "linear" else "map"
+
+
+def _layout(value: Value, node: Node) -> str | None:
+    """How a value holds the output of a convolution or linear map: "map" [N, C, H, W], or "rows" [..., C].
+
+    None if it holds the numbers in another order than pixel by pixel.
+    """
+    output, linear = node.output, node.op == "linear"
+    if value is output:
+        return "rows" if linear else "map"
+    channels = output.shape[-1 if linear else 1]
+    strides = channels_last_strides(output.shape) if not linear else None
+    like = torch.empty(output.shape, device="meta")
+    if strides is not None:
+        like = torch.empty_strided(output.shape, strides, device="meta")
+    seen = apply_views(value, output, like)
+    if seen is None or seen.numel() != like.numel():
+        return None
+    if seen.ndim == 4 and seen.shape[1] == channels and is_channels_last(seen):
+        return "map"
+    return "rows" if seen.shape[-1] == channels and seen.is_contiguous() else None
+
+
+def _takes_rather(other: Value, node: Node, graph: Graph) -> bool:
+    """Whether the other operand of a sum is a larger convolution, which takes the sum in."""
+    source = viewed(other).node
+    if source is None or source.op not in ("conv", "linear") or not _is_fusable(source):
+        return False
+    alone = len(other.users) == 1 and len(source.output.users) == 1 and other not in graph.outputs
+    return alone and _size(source) > _size(node)
+
+
+def _size(node: Node) -> int:
+    weight = node.inputs[1]
+    assert weight is not None
+    return weight.shape.numel()

@@ -1,0 +1,66 @@
+"""Joins linear maps of the same input, such as queries, keys and values, into one."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..graph import Graph, Node, Value
+from .inputs import CONVOLUTION_INPUTS, named
+
+
+def join_siblings(graph: Graph) -> None:
+    """Makes one convolution of several linear maps of the same pixels, such as queries, keys and values."""
+    groups: dict[tuple, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op != "convolution" or node.options["kernel"] != 1 or node.output in graph.outputs:
+            continue
+        inputs = named(node)
+        if inputs["residual"] is None and (node.options["stride"], node.options["scale"]) == (1, 1):
+            groups.setdefault((inputs["x"], inputs["affine"], node.output.ndim), []).append(node)
+    for nodes in groups.values():
+        if len(nodes) > 1:
+            _join(graph, nodes)
+
+
+def _join(graph: Graph, nodes: list[Node]) -> None:
+    first = nodes[0]
+    weights, biases = ([named(node)[name] for node in nodes] for name in ("weight", "bias"))
+    tensors = [value.constant for value in weights if value is not None and value.constant is not None]
+    sizes = [tensor.shape[0] for tensor in tensors]
+    weight = torch.cat([tensor.detach().flatten(1) for tensor in tensors])
+    bias = None
+    if any(value is not None for value in biases):
+        parts = [
+            tensor.new_zeros(size) if value is None or value.constant is None else value.constant.detach()
+            for value, size, tensor in zip(biases, sizes, tensors, strict=True)
+        ]
+        bias = Value(torch.cat(parts), "joined biases", constant=torch.cat(parts))
+    channel = 1 if first.output.ndim == 4 else first.output.ndim - 1
+    shape = list(first.output.shape)
+    shape[channel] = sum(sizes)
+    joined = Value(torch.empty(shape, dtype=first.output.dtype, device="meta"))
+    inputs = named(first)
+    values = (inputs["x"], Value(weight, "joined weights", constant=weight), bias, inputs["affine"], None)
+    position = graph.nodes.index(first)
+    options = {key: value for key, value in first.options.items() if key != "names"}
+    for node in nodes:
+        node.remove()
+        graph.nodes.remove(node)
+    new = [Node("convolution", values, [joined], names=CONVOLUTION_INPUTS, **options)]
+    start = 0
+    for node, size in zip(nodes, sizes, strict=True):
+        new.append(Node("view", [joined], [node.output], apply=_Range(channel, start, size)))
+        start += size
+    graph.nodes[position:position] = new
+
+
+class _Range(NamedTuple):
+    """A range of a tensor along one dimension."""
+
+    dimension: int
+    start: int
+    size: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dimension, self.start, self.size)
