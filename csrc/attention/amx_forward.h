@@ -124,12 +124,12 @@ FD_HD void negate(char* packed, int64_t bytes) {
 
 // Up to 32 queries of a head, and their online softmax after some blocks of keys.
 struct QueryBlock {
-  int64_t first, count;           // positions
-  char* queries;                  // packed as a left factor, negated where the scale is negative
-  float* sums;                    // [chunk of the width][32 rows][32]: the weighted sums of values
-  float* weight_sums;             // [32][16]: the sums of the weights, of every 16th key in each lane
-  float maximum[kBlock];          // the largest logit before scaling
-  float rescale[2][kBlock];       // factors of the sums before an even and before an odd block of keys
+  int64_t first, count;      // positions
+  char* queries;             // packed as a left factor, negated where the scale is negative
+  float* sums;               // [chunk of the width][32 rows][32]: the weighted sums of values
+  float* weight_sums;        // [32][16]: the sums of the weights, of every 16th key in each lane
+  float maximum[kBlock];     // the largest logit before scaling
+  float rescale[2][kBlock];  // factors of the sums before an even and before an odd block of keys
 };
 
 // Logits [32][kKeyBlock] of 32 queries and up to kKeyBlock keys.
@@ -150,8 +150,8 @@ FD_HD void update_maxima(QueryBlock& q, const float* logits, int64_t begin, int6
     int64_t at = 0;
     for (; at + kLanes <= keys; at += kLanes) largest = (Vec)_mm512_max_ps((__m512)largest, (__m512)load(row + at));
     if (at < keys) {
-      largest = (Vec)_mm512_mask_max_ps((__m512)largest, first_lanes(keys - at), (__m512)largest,
-                                        (__m512)load(row + at));
+      largest =
+          (Vec)_mm512_mask_max_ps((__m512)largest, first_lanes(keys - at), (__m512)largest, (__m512)load(row + at));
     }
     float maximum = _mm512_reduce_max_ps((__m512)largest);
     if (!first) {

@@ -52,8 +52,8 @@ struct PackedKeysValues {
 // kSplits: bfloat16 splits of each number, 1 or 3.
 template <class T, int kSplits>
 void run(const AttentionArguments& g) {
-  PackedKeysValues packed{divide_up(g.keys, kBlock), divide_up(g.width, kBlock), divide_up(g.width, 16), kSplits,
-                          0,                         0,                          nullptr};
+  PackedKeysValues packed{
+      divide_up(g.keys, kBlock), divide_up(g.width, kBlock), divide_up(g.width, 16), kSplits, 0, 0, nullptr};
   const int64_t heads = g.batch * g.heads, threads = torch::stable::get_num_threads();
   const int64_t max_heads = std::min(heads, std::max<int64_t>(1, kPackedBytes * threads / packed.head_bytes()));
   packed.data = reinterpret_cast<char*>(buffer(max_heads * packed.head_bytes() / 4, 3));

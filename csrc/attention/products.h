@@ -66,7 +66,7 @@ struct TensorCores {
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       // In registers, two neighbouring products are already laid out as a left factor.
-      const float(&first)[4] = weights.at[2 * k], (&second)[4] = weights.at[2 * k + 1];
+      const float (&first)[4] = weights.at[2 * k], (&second)[4] = weights.at[2 * k + 1];
       const uint32_t a[4] = {round_pair(first[0], first[1], T{}), round_pair(first[2], first[3], T{}),
                              round_pair(second[0], second[1], T{}), round_pair(second[2], second[3], T{})};
 #pragma unroll

@@ -36,22 +36,22 @@ enum class Activation : int64_t {
 };
 constexpr int64_t kActivations = 5;
 
-// out = activation(conv(act((x - centre) * gain + offset)) + bias) + residual. The distance between pixels is given for each of x,
-// residual and out, so that each may be a range of the channels of a wider image.
+// out = activation(conv(act((x - centre) * gain + offset)) + bias) + residual. The distance between pixels is given for
+// each of x, residual and out, so that each may be a range of the channels of a wider image.
 struct Convolution {
   const void *x, *residual;  // residual may be null, and may be out itself
   void* out;
-  const float *weight, *bias;               // packed; bias: [out_channels], may be null
-  const float *centre, *gain, *offset;      // [images, channels] each, or all null
-  const float* bounds;                      // [images, channels] of the magnitudes of act(...), or null
-  const float* channel_scales;              // [channels, padded]: inputs are multiplied by them, for AMX's int8
-  const ImageScale* scales;                 // [images], for AMX's int8
-  int64_t images, channels, height, width;  // of x, before it is upsampled
+  const float *weight, *bias;                   // packed; bias: [out_channels], may be null
+  const float *centre, *gain, *offset;          // [images, channels] each, or all null
+  const float* bounds;                          // [images, channels] of the magnitudes of act(...), or null
+  const float* channel_scales;                  // [channels, padded]: inputs are multiplied by them, for AMX's int8
+  const ImageScale* scales;                     // [images], for AMX's int8
+  int64_t images, channels, height, width;      // of x, before it is upsampled
   int64_t out_channels, out_height, out_width;  // out_channels: of the product, before `activation`
   int64_t results;                              // channels of out: fewer for Activation::geglu
-  int64_t x_pixel, residual_pixel, out_pixel;  // distances, in elements
-  int64_t kernel, stride, padding;             // padding: on the left and above
-  int64_t scale;                               // 2: each pixel of x is read as 2 x 2
+  int64_t x_pixel, residual_pixel, out_pixel;   // distances, in elements
+  int64_t kernel, stride, padding;              // padding: on the left and above
+  int64_t scale;                                // 2: each pixel of x is read as 2 x 2
   bool silu;
   Activation activation;
 
@@ -117,16 +117,16 @@ FD_HD int64_t merged_pixels(const Convolution& g, int64_t vectors) {
 // Outputs are computed in runs, whose inputs are `stride` pixels apart. At stride 1 a run is a whole image: outputs
 // that straddle two rows are computed and discarded.
 struct AmxBlock {
-  int64_t image, images;     // first, count
-  int64_t row, rows;         // first output row, count
-  int64_t in_rows, columns;  // of the inputs
-  int64_t count;             // input pixels, and room for one AMX tile more
+  int64_t image, images;        // first, count
+  int64_t row, rows;            // first output row, count
+  int64_t in_rows, columns;     // of the inputs
+  int64_t count;                // input pixels, and room for one AMX tile more
   int64_t pixel, piece, chunk;  // bytes from one pixel, piece of a number, or chunk of channels, to the next
-  int64_t runs, length;      // count, and outputs of a run
-  int64_t merged;            // pixels in a row of the left factor
-  bool flat;                 // whether a run is a whole image
-  bool in_place;             // whether x is multiplied without a copy
-  bool panels_first;         // the order of the work items: all pixels of a panel, or all panels of some pixels
+  int64_t runs, length;         // count, and outputs of a run
+  int64_t merged;               // pixels in a row of the left factor
+  bool flat;                    // whether a run is a whole image
+  bool in_place;                // whether x is multiplied without a copy
+  bool panels_first;            // the order of the work items: all pixels of a panel, or all panels of some pixels
 
   // The first pixel of row `row` of inputs, counted over the block's images. One extra pixel follows each image.
   FD_HD int64_t input(int64_t row) const { return row * columns + row / in_rows; }

@@ -117,9 +117,7 @@ inline bool release(Waits where, int first, int count) {
 }
 
 // 0 to count - 1, or in the other direction, by turns without a period.
-inline int in_turn(int i, int count) {
-  return static_cast<uint32_t>(turn) * 0x9E3779B9u >> 31 ? i : count - 1 - i;
-}
+inline int in_turn(int i, int count) { return static_cast<uint32_t>(turn) * 0x9E3779B9u >> 31 ? i : count - 1 - i; }
 
 // Until every lane waits for the block or has ended.
 inline void run_warp(int first) {
@@ -306,10 +304,10 @@ struct HostGuard {
 #define DeviceGuard HostGuard
 
 #undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(space, key, m)                                      \
-  static void register_on_host(on_host::Library& m);                                  \
-  static on_host::Library library_on_host;                                            \
-  static const bool registered_on_host = (register_on_host(library_on_host), true);   \
+#define STABLE_TORCH_LIBRARY_IMPL(space, key, m)                                    \
+  static void register_on_host(on_host::Library& m);                                \
+  static on_host::Library library_on_host;                                          \
+  static const bool registered_on_host = (register_on_host(library_on_host), true); \
   static void register_on_host(on_host::Library& m)
 
 #include "tensor_core.h"
