@@ -19,77 +19,69 @@ FD_HD HeadRows<T> rows_of(const InputHeads& input, int64_t head, int64_t positio
   return {input.at<const T>(head / g.heads, head % g.heads), input.row, positions, g.width};
 }
 
-// 32 numbers of each of 32 rows, as [split][row][64 bytes].
-template <int kSplits, class T>
+// 32 numbers of each of 32 rows, as [row][64 bytes].
+template <class T>
 FD_HD void pack_chunk(const HeadRows<T>& rows, int64_t block, int64_t chunk, char* to) {
   for (int64_t i = 0; i < kBlock; ++i) {
     const int64_t row = block * kBlock + i, at = chunk * kBlock;
-    store_splits<kSplits>(to + i * kRowBytes, kBlock * kRowBytes, rows.read(row, at), rows.read(row, at + kLanes));
+    store_splits<1>(to + i * kRowBytes, 0, rows.read(row, at), rows.read(row, at + kLanes));
   }
 }
 
 // 32 rows as a left factor, chunk after chunk of 32 numbers.
-template <int kSplits, class T>
+template <class T>
 FD_HD void pack_left(const HeadRows<T>& rows, int64_t block, int64_t chunks, char* to) {
-  for (int64_t chunk = 0; chunk < chunks; ++chunk, to += kSplits * kBlock * kRowBytes) {
-    pack_chunk<kSplits>(rows, block, chunk, to);
-  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) pack_chunk(rows, block, chunk, to + chunk * kBlock * kRowBytes);
 }
 
 // 32 rows, transposed, as right factors of products that sum over the width: tiles [pair of numbers][16 rows][2].
-template <int kSplits, class T>
+template <class T>
 FD_HD void pack_transposed(const HeadRows<T>& rows, int64_t block, int64_t chunks, char* to) {
-  alignas(64) char left[kSplits][kBlock][kRowBytes];
+  alignas(64) char left[kBlock][kRowBytes];
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    pack_chunk<kSplits>(rows, block, chunk, left[0][0]);
-    for (int part = kSplits - 1; part >= 0; --part) {
-      for (int64_t tile = 0; tile < 2; ++tile, to += kTileBytes) {
-        __m512i words[16];
+    pack_chunk(rows, block, chunk, left[0]);
+    for (int64_t tile = 0; tile < 2; ++tile, to += kTileBytes) {
+      __m512i words[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = _mm512_load_si512(left[part][16 * tile + i]);
-        transpose(words);
+      for (int i = 0; i < 16; ++i) words[i] = _mm512_load_si512(left[16 * tile + i]);
+      transpose(words);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kRowBytes, words[i]);
-      }
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kRowBytes, words[i]);
     }
   }
 }
 
-// 32 rows of 16 numbers, from number `at` on, as a right factor of products that sum over rows: for each split, the
-// last one first, a tile [pair of rows][16 numbers][2], `step` bytes behind the one before.
-template <int kSplits, class T>
-FD_HD void pack_pairs_tile(const HeadRows<T>& rows, int64_t block, int64_t at, char* to, int64_t step) {
+// 32 rows of 16 numbers, from number `at` on, as a right factor of products that sum over rows: a tile
+// [pair of rows][16 numbers][2].
+template <class T>
+FD_HD void pack_pairs_tile(const HeadRows<T>& rows, int64_t block, int64_t at, char* to) {
   for (int64_t pair = 0; pair < kBlock / 2; ++pair, to += kRowBytes) {
     const int64_t row = block * kBlock + 2 * pair;
-    alignas(64) char both[kSplits][kRowBytes];
-    store_splits<kSplits>(both[0], kRowBytes, rows.read(row, at), rows.read(row + 1, at));
-    for (int split = 0; split < kSplits; ++split) {
-      _mm512_storeu_si512(to + (kSplits - 1 - split) * step, interleaved(_mm512_load_si512(both[split])));
-    }
+    alignas(64) char both[kRowBytes];
+    store_splits<1>(both, 0, rows.read(row, at), rows.read(row + 1, at));
+    _mm512_storeu_si512(to, interleaved(_mm512_load_si512(both)));
   }
 }
 
 // 32 rows as right factors of products that sum over rows, for each chunk of 32 numbers, `chunk_step` bytes apart.
-template <int kSplits, class T>
+template <class T>
 FD_HD void pack_pairs(const HeadRows<T>& rows, int64_t block, int64_t chunks, char* to, int64_t chunk_step) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk, to += chunk_step) {
     for (int64_t tile = 0; tile < 2; ++tile) {
-      pack_pairs_tile<kSplits>(rows, block, chunk * kBlock + tile * kLanes, to + tile * kTileBytes, 2 * kTileBytes);
+      pack_pairs_tile(rows, block, chunk * kBlock + tile * kLanes, to + tile * kTileBytes);
     }
   }
 }
 
 // Items: blocks of keys and values of all heads of the group.
-template <class T, int kSplits>
+template <class T>
 void pack_blocks(const AttentionArguments& g, const PackedKeysValues& packed, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = packed.first + item / packed.keys, block = item % packed.keys;
-    pack_transposed<kSplits>(rows_of<T>(g.k, head, g.keys, g), block, packed.width, packed.key_block(head, block));
+    pack_transposed(rows_of<T>(g.k, head, g.keys, g), block, packed.width, packed.key_block(head, block));
     const HeadRows<T> values = rows_of<T>(g.v, head, g.keys, g);
     for (int64_t tile = 0; tile < packed.value_tiles; ++tile) {
-      const int64_t chunk = tile / 2, tiles = packed.tiles_of(chunk);
-      pack_pairs_tile<kSplits>(values, block, tile * kLanes,
-                               packed.value_block(head, chunk, block) + tile % 2 * kTileBytes, tiles * kTileBytes);
+      pack_pairs_tile(values, block, tile * kLanes, packed.value_block(head, tile / 2, block) + tile % 2 * kTileBytes);
     }
   }
 }
@@ -133,12 +125,11 @@ struct QueryBlock {
 };
 
 // Logits [32][kKeyBlock] of 32 queries and up to kKeyBlock keys.
-template <int kSplits>
 FD_HD void sum_logits(const QueryBlock& q, Factors& f, const PackedKeysValues& packed, int64_t head, int64_t block,
                       float* logits) {
   f.left = q.queries, f.chunks = packed.width;
   f.right = packed.key_block(head, block);
-  sum_products<kSplits>(q.count, kBlock, f, logits, kKeyBlock * 4, []() FD_INLINE {});
+  sum_products<1>(q.count, kBlock, f, logits, kKeyBlock * 4, []() FD_INLINE {});
 }
 
 // Takes the logits of rows [begin, end) into the maxima. factor: the positive scale times log2(e).
@@ -166,7 +157,7 @@ FD_HD void update_maxima(QueryBlock& q, const float* logits, int64_t begin, int6
 
 // The weights of 32 keys as a left factor, from their logits; keys beyond `keys` have a weight of 0.
 // replace: whether they begin the sums of weights. rescale: factors of the sums before, or null.
-template <int kSplits, bool kPrecise>
+template <bool kPrecise>
 FD_HD void weigh(const QueryBlock& q, const float* logits, int64_t keys, float factor, bool replace,
                  const float* rescale, char* to) {
   const __mmask16 masks[2] = {first_lanes(keys), first_lanes(keys - kLanes)};
@@ -181,7 +172,7 @@ FD_HD void weigh(const QueryBlock& q, const float* logits, int64_t keys, float f
     Vec before = replace ? Vec{} : load(sum);
     if (rescale != nullptr) before = before * spread(rescale[i]);
     store(sum, before + (weights[0] + weights[1]));
-    store_splits<kSplits>(to + i * kRowBytes, kBlock * kRowBytes, weights[0], weights[1]);
+    store_splits<1>(to + i * kRowBytes, 0, weights[0], weights[1]);
   }
 }
 
@@ -232,11 +223,11 @@ FD_HD void finish_block(const AttentionArguments& g, int64_t head, const QueryBl
 // A step is one block of queries and one block of keys. AMX works beside the vectors: it multiplies queries and keys
 // of the next step while the weights of this one are computed, and weights and values of this one while the maxima of
 // the next are found.
-template <class T, int kSplits>
+template <class T>
 void attend(const AttentionArguments& g, const PackedKeysValues& packed, int64_t group, int64_t begin, int64_t end) {
   load_shapes();
   const int64_t query_blocks = divide_up(g.positions, kBlock), groups = divide_up(query_blocks, group);
-  const int64_t key_blocks = divide_up(g.keys, kKeyBlock), left_bytes = kSplits * kBlock * kRowBytes, no_tap = 0;
+  const int64_t key_blocks = divide_up(g.keys, kKeyBlock), left_bytes = kBlock * kRowBytes, no_tap = 0;
   const float scale = std::fabs(g.scale), factor = scale * kLog2E;
   const int64_t sums_size = packed.width * kBlock * kBlock, weights_size = kKeyBlock / kBlock * left_bytes / 4;
   ScratchArrays scratch(2 * kBlock * kKeyBlock + kBlock * kBlock + weights_size +
@@ -249,7 +240,7 @@ void attend(const AttentionArguments& g, const PackedKeysValues& packed, int64_t
   float* weight_sums = scratch.take(group * kBlock * kLanes);
   QueryBlock blocks[kMaxQueryBlocks];
   Factors f{};
-  f.row_step = kRowBytes, f.piece_step = kBlock * kRowBytes, f.chunk_step = left_bytes;
+  f.row_step = kRowBytes, f.piece_step = 0, f.chunk_step = left_bytes;
   f.taps = &no_tap, f.tap_count = 1;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -261,7 +252,7 @@ void attend(const AttentionArguments& g, const PackedKeysValues& packed, int64_t
       q.queries = queries + j * packed.width * left_bytes;
       q.sums = sums + j * sums_size, q.weight_sums = weight_sums + j * kBlock * kLanes;
       memset(q.rescale, 0, sizeof(q.rescale));
-      pack_left<kSplits>(rows_of<T>(g.q, head, g.positions, g), first_block + j, packed.width, q.queries);
+      pack_left(rows_of<T>(g.q, head, g.positions, g), first_block + j, packed.width, q.queries);
       if (std::signbit(g.scale)) negate(q.queries, packed.width * left_bytes);
     }
     const auto keys_of = [&](int64_t step) { return std::min(kKeyBlock, g.keys - step / count * kKeyBlock); };
@@ -275,16 +266,16 @@ void attend(const AttentionArguments& g, const PackedKeysValues& packed, int64_t
       for (int64_t at = 0; at < keys || at < next_keys; at += kBlock) {
         const int64_t block = at / kBlock;
         if (at < next_keys) {
-          sum_logits<kSplits>(next_q, f, packed, head, next / count * (kKeyBlock / kBlock) + block, after + at);
+          sum_logits(next_q, f, packed, head, next / count * (kKeyBlock / kBlock) + block, after + at);
         }
         if (at < keys) {
           const bool replace = step < count && at == 0;
           const float* change = at == 0 ? rescale : nullptr;
           char* to = weights + block * left_bytes;
-          if (kSplits == 3 || g.logsumexp != nullptr) {
-            weigh<kSplits, true>(q, now + at, keys - at, factor, replace, change, to);
+          if (g.logsumexp != nullptr) {
+            weigh<true>(q, now + at, keys - at, factor, replace, change, to);
           } else {
-            weigh<kSplits, false>(q, now + at, keys - at, factor, replace, change, to);
+            weigh<false>(q, now + at, keys - at, factor, replace, change, to);
           }
         }
       }
@@ -293,7 +284,7 @@ void attend(const AttentionArguments& g, const PackedKeysValues& packed, int64_t
         if (step >= 0) {
           f.left = weights, f.chunks = divide_up(keys, kBlock);
           f.right = packed.value_block(head, chunk, step / count * (kKeyBlock / kBlock));
-          sum_products<kSplits>(q.count, columns, f, products, kBlock * 4, []() FD_INLINE {});
+          sum_products<1>(q.count, columns, f, products, kBlock * 4, []() FD_INLINE {});
         }
         if (more) {
           update_maxima(next_q, after, chunk * kBlock / packed.width, (chunk + 1) * kBlock / packed.width, next_keys,

@@ -83,17 +83,17 @@ inline void differentiate_heads(const AttentionGradientArguments& g, int64_t beg
       delta[i] = _mm512_reduce_add_ps(sum);
     }
     for (int64_t block = 0; block < p.positions; ++block) {
-      pack_transposed<1>(q, block, p.width, p.queries + block * row);
-      pack_transposed<1>(grad, block, p.width, p.grads + block * row);
-      pack_pairs<1>(q, block, p.width, p.query_pairs + block * p.bytes(), column);
-      pack_pairs<1>(grad, block, p.width, p.grad_pairs + block * p.bytes(), column);
-      pack_pairs<1>(k, block, p.width, p.key_pairs + block * p.bytes(), column);
+      pack_transposed(q, block, p.width, p.queries + block * row);
+      pack_transposed(grad, block, p.width, p.grads + block * row);
+      pack_pairs(q, block, p.width, p.query_pairs + block * p.bytes(), column);
+      pack_pairs(grad, block, p.width, p.grad_pairs + block * p.bytes(), column);
+      pack_pairs(k, block, p.width, p.key_pairs + block * p.bytes(), column);
     }
     const auto to = [&](const OutputHeads& output)
                         FD_INLINE { return output.at<BFloat16>(head / g.heads, head % g.heads); };
     for (int64_t j = 0; j < p.positions; ++j) {
-      pack_left<1>(k, j, p.width, p.key);
-      pack_left<1>(v, j, p.width, p.value);
+      pack_left(k, j, p.width, p.key);
+      pack_left(v, j, p.width, p.value);
       f.chunks = p.width;
       for (int64_t i = 0; i < p.positions; ++i) {
         f.left = p.key, f.right = p.queries + i * row;

@@ -58,7 +58,7 @@ struct CpuAttention {
   template <class T>
   void operator()(const AttentionArguments& g, T*) const {
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (amx_serves(g.positions)) return amx_attention<T>(g, true);
+      if (amx_serves(g.positions)) return amx_attention<T>(g);
     }
     attend(kernels<T>(), g);
   }
@@ -111,8 +111,8 @@ void attention_(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
   STD_TORCH_CHECK(q.numel() == 0 || k.size(2) > 0, "k must have at least one position");
   const auto launch = [&](const AttentionArguments& g, auto* type) {
     typedef std::remove_pointer_t<decltype(type)> T;
-    if (includes(simd_in_use(), Simd::amx)) {
-      run_or_record([=] { amx_attention<T>(g, fast); }, q, k, v, out);
+    if (fast && includes(simd_in_use(), Simd::amx)) {
+      run_or_record([=] { amx_attention<T>(g); }, q, k, v, out);
     } else {
       run_or_record([g, set = kernels<T>(fast)] { attend(set, g); }, q, k, v, out);
     }

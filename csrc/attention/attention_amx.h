@@ -8,10 +8,9 @@ namespace fused_diffusion {
 // Whether the instruction set in use has AMX, and the kernel of the gradient serves so many positions.
 bool amx_serves(int64_t positions);
 
-// Instantiated for float, BFloat16 and Half. fast: products of numbers rounded to bfloat16; otherwise each number is
-// the sum of three bfloat16 splits.
+// Instantiated for float, BFloat16 and Half, whose numbers are rounded to bfloat16.
 template <class T>
-void amx_attention(const AttentionArguments& g, bool fast);
+void amx_attention(const AttentionArguments& g);
 
 void amx_attention_gradient(const AttentionGradientArguments& g);
 
