@@ -10,6 +10,7 @@ from ..kernels import group_norm_silu
 from ..kernels.ops.attention.library import attention_
 from ..kernels.ops.convolution.library import convolution_, convolution_arguments, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
+from ..kernels.ops.layer_norm.library import layer_norm_
 from .buffers import Pool, shaped
 from .fusion import named
 from .graph import Graph, Node, Value, channels_last_strides, shares_memory
@@ -178,6 +179,19 @@ class Layout:
         activation = "silu" if node.options["silu"] else "none"
         self._record(normalise, out, x, node.options["groups"], node.options["eps"], activation, *vectors)
 
+    def _lay_out_layer_norm(self, node: Node) -> None:
+        x, *affine = node.inputs
+        assert x is not None
+        constant = all(value is None or value.constant is not None for value in affine)
+        if x.dtype not in FLOATS or not constant or 0 in x.shape:
+            return self._lay_out_call(node)
+        out = self._pixels(self._place(node.output, _contiguous(x.shape)), True)
+        rows = self._pixels(self._tensor(x), True, None, out.dtype)
+        weight, bias = (*map(self._weights.vector, affine), None, None)[:2]
+        options = node.options
+        self._record(layer_norm_, rows, weight, bias, options["eps"], options["rms"], out)
+        return None
+
     def _vector(self, value: Value | None) -> Tensor | None:
         """A value [N, C] in float32, as the norm adds it or scales by it."""
         if value is None:
@@ -201,15 +215,23 @@ class Layout:
             size = tuple(x.shape[2:]) if stride == scale == 1 else None
         out = self._pixels(out_tensor, options["writes_rows"], size)
         size = None if not options["reads_rows"] else tuple(out.shape[2:])
-        image = self._pixels(self._tensor(x), options["reads_rows"], size)
+        image = self._pixels(self._tensor(x), options["reads_rows"], size, out.dtype)
         residual = None
         if inputs["residual"] is not None:
             shape = tuple(out.shape[2:])
-            residual = self._pixels(self._tensor(inputs["residual"]), options["writes_rows"], shape)
-        weight = inputs["weight"]
+            residual = self._pixels(
+                self._tensor(inputs["residual"]), options["writes_rows"], shape, out.dtype
+            )
+        weight, activation = inputs["weight"], options["activation"]
         assert weight is not None
         height, width = out.shape[2:]
-        packed = self._weights.packed(weight, height, width, winograd=kernel == 3 and stride == 1)
+        gated = activation == "geglu"
+        packed = self._weights.packed(
+            weight, height, width, out.dtype, winograd=kernel == 3 and stride == 1, gated=gated
+        )
+        bias = self._weights.vector(inputs["bias"])
+        if gated:
+            bias = self._weights.gated_vector(inputs["bias"], packed.packing)
         norm, affine, silu = inputs["affine"], None, False
         if norm is not None and norm.node is not None:
             affine, silu = self._tensor(norm), norm.node.options["silu"]
@@ -220,26 +242,34 @@ class Layout:
             stride=stride,
             padding=padding,
             scale=scale,
-            bias=self._weights.vector(inputs["bias"]),
+            bias=bias,
             affine=affine,
             silu=silu,
             residual=residual,
+            activation=activation,
         )
         self._record(convolution_, *arguments)
 
     def _map(self, value: Value | None) -> Tensor:
         assert value is not None
-        return self._pixels(self._tensor(value), False, None)
+        return self._pixels(self._tensor(value), False)
 
-    def _pixels(self, tensor: Tensor, rows: bool, size: tuple[int, ...] | None) -> Tensor:
+    def _pixels(
+        self,
+        tensor: Tensor,
+        rows: bool,
+        size: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """A map in channels_last, or a range of one's channels, of a tensor [N, C, H, W] or of rows [..., C].
 
-        size: height and width, for rows; by default all rows of an image in one column.
+        size: height and width, for rows; by default all rows of an image in one column. dtype: of the map;
+        by default the tensor's.
         """
         view = _as_map(tensor, rows, size)
-        if view is not None:
+        if view is not None and dtype in (None, tensor.dtype):
             return view
-        plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        plain = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu")
         if not rows:
             plain = plain.contiguous(memory_format=torch.channels_last)
         self._record(copy, plain, tensor)

@@ -6,6 +6,7 @@ view        the first input in another shape, order or range, without a computat
 conv        a convolution of maps, square and without groups or dilation: stride, padding
 linear      a linear map of the last dimension
 group_norm  groups, eps
+layer_norm  of the last dimension: eps; rms, whether the mean is taken to be 0
 silu, gelu  gelu: approximate, "none" or "tanh"
 add, mul, sub, div    of two values, or of one value and the number `scalar`
 cat         of maps along their channels
@@ -255,6 +256,28 @@ def _group_norm(
     return ("group_norm", {"groups": num_groups, "eps": eps}) if ordered and input.ndim > 2 else None
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Known:
+    ordered = not (weight is None and bias is not None)
+    if len(tuple(normalized_shape)) != 1 or not ordered or input.ndim < 2:
+        return None
+    return "layer_norm", {"eps": eps, "rms": False}
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Known:
+    if len(tuple(normalized_shape)) != 1 or input.ndim < 2 or input.dtype not in FLOATS:
+        return None
+    return "layer_norm", {"eps": torch.finfo(input.dtype).eps if eps is None else eps, "rms": True}
+
+
 def _binary(op: str, turned: bool = False) -> Callable[..., Known]:
     def known(input: Any, other: Any, alpha: float = 1, rounding_mode: None = None) -> Known:
         if alpha != 1 or rounding_mode is not None:
@@ -330,6 +353,8 @@ _KNOWN: dict[str, Callable[..., Known]] = {
     "conv2d": _conv,
     "linear": _linear,
     "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "silu": _silu,
     "gelu": _gelu,
     "cat": _cat,

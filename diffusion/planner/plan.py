@@ -9,6 +9,7 @@ from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_
 from ..kernels.ops.convolution.library import convolution_, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
+from ..kernels.ops.layer_norm.library import layer_norm_
 from .fusion import fuse, named
 from .graph import Graph, Node
 from .layout import CallOf, Layout, normalise
@@ -18,6 +19,7 @@ _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, b
     group_norm_affine_: "norm",
     convolution_: "convolution",
     attention_: "attention",
+    layer_norm_: "norm",
     upsample_nearest2x_: "rest",
 }
 _KINDS = _RECORDABLE | {normalise: "norm"}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..kernels import _native
 from ..kernels.ops.convolution import native as convolution
-from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, pack
+from ..kernels.ops.convolution.packing import PackedWeight, Packing, choose_packing, interleave_gates, pack
 from ..utils.memory import total_memory
 from .graph import Value
 
@@ -33,7 +33,7 @@ class Weights:
         # Products in int8 limbs need a fourth row, a bound on the magnitude of each channel.
         uses_limbs = self.simd == "amx" and dtype != torch.bfloat16 and not self.accurate
         self.affine_rows = 4 if uses_limbs else 3
-        self._packed: dict[tuple[int, Packing], PackedWeight] = {}
+        self._packed: dict[tuple[int, Packing, bool], PackedWeight] = {}
         self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
         self._sources: list[Tensor] = []  # a tensor that was freed could give its id to another one
 
@@ -44,23 +44,40 @@ class Weights:
         budget = MAX_SHARE_OF_MEMORY * (total_memory(torch.device("cpu")) or float("inf"))
         return next((m for m in (4, 2) if numbers * (m + 2) ** 2 / 9 <= budget), 0)
 
-    def packed(self, value: Value, height: int, width: int, winograd: bool) -> PackedWeight:
-        """A weight [K, C], [K, C, 1, 1] or [K, C, 3, 3], packed for a map of this size."""
+    def packed(
+        self,
+        value: Value,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        *,
+        winograd: bool = False,
+        gated: bool = False,
+    ) -> PackedWeight:
+        """A weight [K, C], [K, C, 1, 1] or [K, C, 3, 3], packed for a map of this size and dtype.
+
+        gated: whether it is of a GEGLU layer, whose rows are in another order.
+        """
         source = self._constant(value)
         weight = source.detach()
         weight = weight if weight.ndim == 4 else weight[:, :, None, None]
         simd = "avx512" if self.accurate and self.simd == "amx" else self.simd
-        packing = choose_packing(weight.shape, height, width, self.dtype, simd, winograd)
+        packing = choose_packing(weight.shape, height, width, dtype, simd, winograd)
         packing = packing._replace(winograd_m=min(packing.winograd_m, self._largest_m))
-        key = id(source), packing
+        key = id(source), packing, gated
         if key not in self._packed:
             self._sources.append(source)
-            self._packed[key] = pack(weight, packing)
+            self._packed[key] = pack(interleave_gates(weight, packing) if gated else weight, packing)
         return self._packed[key]
 
     def vector(self, value: Value | None) -> Tensor | None:
         """A bias, or the weight of a norm, as float32; None for None."""
         return None if value is None else self.copy(value, torch.float32)
+
+    def gated_vector(self, value: Value | None, packing: Packing) -> Tensor | None:
+        """The bias of a GEGLU layer, as float32, in the order of the rows of its packed weight."""
+        vector = self.vector(value)
+        return None if vector is None else interleave_gates(vector, packing)
 
     def copy(self, value: Value, dtype: torch.dtype | None = None) -> Tensor:
         """A constant's copy, in its own dtype or in another one."""
@@ -73,7 +90,7 @@ class Weights:
 
     def packings(self) -> list[Packing]:
         """The formats in use."""
-        return [packing for _, packing in self._packed]
+        return [packing for _, packing, _ in self._packed]
 
     def _constant(self, value: Value) -> Tensor:
         assert value.constant is not None

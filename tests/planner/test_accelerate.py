@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import diffusion
 from diffusion.planner import weights as planner_weights
+from helpers.conditional import conditional, of_conditional
 from helpers.native import requires_native
 
 diffusers = pytest.importorskip("diffusers")
@@ -34,35 +35,11 @@ def unet2d(**options) -> nn.Module:
     return diffusers.UNet2DModel(**options).eval()
 
 
-def conditional(**options) -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        norm_num_groups=8,
-        attention_head_dim=4,
-        **options,
-    ).eval()
-
-
 def of_unet2d(batch: int, size: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(batch)
     return {
         "sample": torch.randn(batch, 3, *size, generator=generator),
         "timestep": torch.arange(batch) * 100 + 7,
-    }
-
-
-def of_conditional(batch: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    return {
-        "sample": torch.randn(batch, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor(437),
-        "encoder_hidden_states": torch.randn(batch, 7, 24, generator=generator),
     }
 
 

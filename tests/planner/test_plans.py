@@ -118,6 +118,25 @@ def sequences(net: Network, x: Tensor, v: Tensor) -> Tensor:
     return (value * F.gelu(gate)).reshape(2, 8, 6, 16).permute(0, 3, 1, 2) + x
 
 
+def cross_attend(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Queries of the image, keys and values of a text of eight positions."""
+    rows, text = x.flatten(2).transpose(1, 2), v.view(2, 8, 4)
+    q, k, v = net.q(rows), net.k(text), net.v(text)
+    q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (q, k, v))
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return (net.out(h) + rows).transpose(1, 2).reshape(x.shape)
+
+
+def activated(net: Network, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations of maps, of rows and of vectors, before and after a sum, and halves in the other order."""
+    rows = F.gelu(net.a(x), approximate="tanh").flatten(2).transpose(1, 2)
+    gates, values = net.gated(rows).chunk(2, dim=-1)
+    tanh, others = net.gated(rows).chunk(2, dim=-1)
+    rows = F.silu(net.first(rows)) + values * F.gelu(gates) + others * F.gelu(tanh, approximate="tanh")
+    vector = F.silu(net.first(F.silu(net.vector(v)))) + net.vector(v)
+    return rows.transpose(1, 2).reshape(x.shape) + vector[:, :, None, None], F.silu(vector)
+
+
 def linear_on_maps(net: Network, x: Tensor, v: Tensor) -> Tensor:
     """Linear maps of [N, H, W, C], of another order of pixels, and of a vector."""
     a = net.first(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -163,6 +182,20 @@ NETWORKS = {
         v=nn.Linear(16, 16),
         out=nn.Linear(16, 16),
         norm=nn.GroupNorm(4, 16),
+    ),
+    "cross_attention": Network(
+        cross_attend,
+        q=nn.Linear(16, 16),
+        k=nn.Linear(4, 16, bias=False),
+        v=nn.Linear(4, 16),
+        out=nn.Linear(16, 16),
+    ),
+    "activated": Network(
+        activated,
+        a=conv(16, 16),
+        first=nn.Linear(16, 16),
+        gated=nn.Linear(16, 32, bias=False),
+        vector=nn.Linear(32, 16),
     ),
     "linear_on_maps": Network(linear_on_maps, first=nn.Linear(16, 20), second=nn.Linear(32, 20)),
     "expanded": Network(lambda n, x, v: n.a(x) * x.mean((2, 3), keepdim=True).expand_as(x), a=conv(16, 16)),
@@ -215,7 +248,15 @@ def test_a_plan_in_bfloat16_is_as_accurate_as_pytorch(name):
 
 @pytest.mark.parametrize(
     ("name", "convolutions"),
-    [("residual", 2), ("modulated", 2), ("skips", 4), ("downs_and_ups", 3), ("attention", 2)],
+    [
+        ("residual", 2),
+        ("modulated", 2),
+        ("skips", 4),
+        ("downs_and_ups", 3),
+        ("attention", 2),
+        ("cross_attention", 3),
+        ("sequences", 3),
+    ],
 )
 def test_neighbours_become_one_call(name, convolutions):
     """Norms, sums, doublings and paddings go into the convolutions; three linear maps become one."""

@@ -2,12 +2,13 @@
 
 affine       the affine map of each channel that a group normalisation is; options: groups, eps, silu
 norm         the same, applied; for what is no convolution
-convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2)
+convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2), activation
 
 whose inputs have the names of options["names"].
 """
 
 from ..graph import Graph
+from .activations import fuse_activations
 from .constants import fold_constants, share_equal
 from .convolutions import fuse_convolutions
 from .inputs import named
@@ -23,6 +24,7 @@ def fuse(graph: Graph) -> None:
     share_equal(graph)
     normalise_maps(graph)
     fuse_norms(graph)
+    fuse_activations(graph)
     fuse_convolutions(graph)
     graph.drop_unused()
     join_siblings(graph)

@@ -10,7 +10,7 @@ import torch
 
 from ..graph import Graph, Node, Value, apply_views, channels_last_strides, is_channels_last, map_of, viewed
 from ..lowering import FLOATS
-from .inputs import CONVOLUTION_INPUTS, other_operand
+from .inputs import CONVOLUTION_INPUTS, is_fusable, other_operand
 
 
 def fuse_convolutions(graph: Graph) -> None:
@@ -18,13 +18,14 @@ def fuse_convolutions(graph: Graph) -> None:
     taken: set[Node] = set()
     affines: dict[Node, Node] = {}
     for node in graph.nodes:
-        if node.op not in ("conv", "linear") or not _is_fusable(node):
+        if node.op not in ("conv", "linear") or not is_fusable(node):
             continue
         x, weight, *bias = node.inputs
         assert x is not None
         assert weight is not None
         options = {"kernel": weight.shape[-1] if weight.ndim == 4 else 1, "scale": 1}
         options |= {"stride": node.options.get("stride", 1), "padding": node.options.get("padding", 0)}
+        options["activation"] = node.options.get("activation", "none")
         source = map_of(x)
         before = source.node
         if before is not None and before.op == "pad" and (options["stride"], options["padding"]) == (2, 0):
@@ -63,15 +64,6 @@ def _affine_value(x: Value) -> Value:
     return Value(torch.empty((4, *x.shape[:2]), device="meta"), "the affine map of a norm")
 
 
-def _is_fusable(node: Node) -> bool:
-    x, weight = node.inputs[:2]
-    assert x is not None
-    assert weight is not None
-    fits = x.dtype in FLOATS and x.ndim >= 3 and weight.constant is not None and 0 not in x.shape
-    constant_bias = len(node.inputs) < 3 or node.inputs[2] is None or node.inputs[2].constant is not None
-    return fits and constant_bias and weight.ndim in (2, 4)
-
-
 def _leaf_uses(value: Value) -> Iterator[tuple[Node, Value]]:
     """The nodes that read a value or a view of it, each with what it reads."""
     for user in value.users:
@@ -89,7 +81,7 @@ def _all_convolve(value: Value) -> bool:
         if user.op == "double":
             fits = _all_convolve(user.output)
         elif user.op in ("conv", "linear"):
-            fits = user.inputs[0] is read and _is_fusable(user) and user.options.get("stride", 1) == 1
+            fits = user.inputs[0] is read and is_fusable(user) and user.options.get("stride", 1) == 1
         else:
             fits = user.op == "convolution"
         if not fits:
@@ -141,7 +133,7 @@ def _layout(value: Value, node: Node) -> str | None:
 def _takes_rather(other: Value, node: Node, graph: Graph) -> bool:
     """Whether the other operand of a sum is a larger convolution, which takes the sum in."""
     source = viewed(other).node
-    if source is None or source.op not in ("conv", "linear") or not _is_fusable(source):
+    if source is None or source.op not in ("conv", "linear") or not is_fusable(source):
         return False
     alone = len(other.users) == 1 and len(source.output.users) == 1 and other not in graph.outputs
     return alone and _size(source) > _size(node)

@@ -1,6 +1,7 @@
 """The inputs of fused nodes, by name."""
 
 from ..graph import Node, Value
+from ..lowering import FLOATS
 
 NORM_INPUTS = ("x", "weight", "bias", "add", "scale", "shift")
 CONVOLUTION_INPUTS = ("x", "weight", "bias", "affine", "residual")
@@ -16,3 +17,13 @@ def other_operand(node: Node, value: Value) -> Value | None:
     if len(node.inputs) != 2:
         return None
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def is_fusable(node: Node) -> bool:
+    """Whether a convolution or linear map becomes a call of the compiled op: its weights are constants."""
+    x, weight = node.inputs[:2]
+    assert x is not None
+    assert weight is not None
+    fits = x.dtype in FLOATS and x.ndim >= 2 and weight.constant is not None and 0 not in x.shape
+    constant_bias = len(node.inputs) < 3 or node.inputs[2] is None or node.inputs[2].constant is not None
+    return fits and constant_bias and weight.ndim in (2, 4)

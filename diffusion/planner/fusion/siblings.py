@@ -16,7 +16,8 @@ def join_siblings(graph: Graph) -> None:
         if node.op != "convolution" or node.options["kernel"] != 1 or node.output in graph.outputs:
             continue
         inputs = named(node)
-        if inputs["residual"] is None and (node.options["stride"], node.options["scale"]) == (1, 1):
+        plain = inputs["residual"] is None and node.options["activation"] == "none"
+        if plain and (node.options["stride"], node.options["scale"]) == (1, 1):
             groups.setdefault((inputs["x"], inputs["affine"], node.output.ndim), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
