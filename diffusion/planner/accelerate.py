@@ -27,6 +27,12 @@ MAX_PLANS = 8  # of a thread; each holds the feature maps of one shape of input
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_precision(precision: str) -> None:
+    """ValueError: an unknown precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+
+
 def accelerate(module: M, *, precision: str = "exact") -> M:
     """Plans a network for the CPU, so that the compiled ops compute it; returns the same module.
 
@@ -44,8 +50,7 @@ def accelerate(module: M, *, precision: str = "exact") -> M:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, not {type(module).__name__}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    check_precision(precision)
     restore(module)
     if "forward" in vars(module):
         raise ValueError(f"accelerate needs the forward of {type(module).__name__}, and it was replaced")
@@ -74,10 +79,14 @@ def _is(a: object, b: object) -> bool:
 
 
 class AcceleratedForward:
-    """Takes the place of a module's `forward`."""
+    """Takes the place of a module's `forward`.
 
-    def __init__(self, module: nn.Module, precision: str):
-        self._module, self.precision = module, precision
+    numbers_vary: one plan serves all values of a number among the arguments, such as a timestep; else each
+    value has its own.
+    """
+
+    def __init__(self, module: nn.Module, precision: str, numbers_vary: bool = True):
+        self._module, self.precision, self._numbers_vary = module, precision, numbers_vary
         self._lock = threading.Lock()
         self._forget()
         functools.update_wrapper(self, type(module).forward, updated=())
@@ -91,7 +100,7 @@ class AcceleratedForward:
         self._last = "it has not been called"
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        return AcceleratedForward, (self._module, self.precision)
+        return AcceleratedForward, (self._module, self.precision, self._numbers_vary)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = functools.partial(type(self._module).forward, self._module, *args, **kwargs)
@@ -103,9 +112,11 @@ class AcceleratedForward:
             self._last = reason
             return plain()
         with torch.inference_mode(False), torch.no_grad():
-            # Numbers, such as a timestep, are inputs like tensors, so that one plan serves them all.
             given = [
-                torch.tensor(leaf, device="cpu") if type(leaf) in (int, float) else leaf for leaf in leaves
+                torch.tensor(leaf, device="cpu")
+                if self._numbers_vary and type(leaf) in (int, float)
+                else leaf
+                for leaf in leaves
             ]
             planned = self._planned(given, structure)
             if planned is None and not all(map(_is, given, leaves)):
