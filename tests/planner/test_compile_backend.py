@@ -1,4 +1,4 @@
-"""The backend of torch.compile: compiled networks equal themselves as they came, and their graphs are planned."""
+"""The backend of torch.compile: networks equal themselves as they came, and their graphs are planned."""
 
 import copy
 import functools
