@@ -265,20 +265,24 @@ def test_names_that_are_no_text(tmp_path):
     except ValueError:
         pytest.skip("this file system takes names of UTF-8 only")
 
-    def run(*words):
-        code = f"import sys; sys.path[:] = {sys.path!r}; from diffusion.cli import main; main(sys.argv[1:])"
-        command = [sys.executable, "-c", code, *words]
-        environment = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-    done = run("sample", "--model", str(model), "--steps", "2", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    code = f"""if True:
+        import os, sys
+        sys.path[:] = {sys.path!r}
+        from diffusion.cli import main
+        model, out = sys.argv[1:]
+        main(["sample", "--model", model, "--steps", "2", "--out", out])
+        os.unlink(os.path.join(model, "model.safetensors"))
+        print("unlinked", file=sys.stderr)
+        main(["info", "--model", model])
+    """
+    command = [sys.executable, "-c", code, str(model), str(out)]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert "\\udcff.png: 20 images" in done.stdout
-    (model / "model.safetensors").unlink()
-    done = run("info", "--model", str(model))
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "mod\\udce8le/model.safetensors is missing" in done.stderr
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.partition("unlinked\n")[2]
+    assert error.count("\n") == 1
+    assert "mod\\udce8le/model.safetensors is missing" in error
 
 
 def test_the_module_is_the_command():

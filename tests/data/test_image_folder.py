@@ -4,8 +4,6 @@ import errno
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image
 
 from diffusion.data import load_dataset
 from diffusion.data.image_folder import read_images
+from helpers.processes import start_python
 
 NAMES = ("cat/1.png", "cat/10.png", "cat/2.png", "dog/b.jpg", "emu/a.webp")
 
@@ -184,11 +183,9 @@ def test_the_cache_holds_the_same_and_notices_changes(kind, tmp_path, monkeypatc
 
 def test_processes_share_a_cache(tmp_path):
     path = write(tmp_path / "set", some_images(), "folder")
-    script = f"import sys; sys.path[:] = {sys.path!r}\nfrom diffusion.data.image_folder import read_images\n"
+    script = "import sys; from diffusion.data.image_folder import read_images\n"
     script += "print(int(read_images(sys.argv[1], cache=sys.argv[2]).images.sum()))"
-    command = [sys.executable, "-c", script, str(path), str(tmp_path / "cache")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
+    processes = [start_python(script, str(path), str(tmp_path / "cache")) for _ in range(2)]
     sums = [int(process.communicate(timeout=120)[0]) for process in processes]
     assert sums == [int(read_images(path).images.sum())] * 2
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1

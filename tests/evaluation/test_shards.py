@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from diffusion.storage.images import to_uint8
 from diffusion.storage.shard_files import what_is_wrong
 from diffusion.utils.ranks import Ranks
 from helpers.models import make_model
+from helpers.processes import start_python
 
 OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
 
@@ -36,26 +35,25 @@ def folder(tmp_path_factory):
     return path
 
 
-def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, asks=False) -> subprocess.Popen:
-    command = f"import sys; sys.path[:] = {sys.path!r}; from diffusion.cli import main; "
+def start(model, out, rank=0, world_size=1, threads=1, options=OPTIONS, asks=False):
+    command = "import sys; from diffusion.cli import main; "
     if asks:  # says when it begins a shard, and waits for a line before it does
         command += "import diffusion; sample = diffusion.DDPM.sample; "
         command += "ask = lambda: print('begun', flush=True) or sys.stdin.readline(); "
         command += "diffusion.DDPM.sample = lambda *a, **k: (ask(), sample(*a, **k))[1]; "
     command += "main(sys.argv[1:])"
-    words = [sys.executable, "-c", command, "sample", "--model", str(model), "--out", f"{out}/", *options]
+    words = ["sample", "--model", str(model), "--out", f"{out}/", *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return start_python(command, *words, environment=environment)
 
 
-def begun(process: subprocess.Popen) -> None:
+def begun(process) -> None:
     """Waits until the process begins a shard."""
     assert process.stdout.readline() == "begun\n", process.communicate()[1]
 
 
-def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+def finish(*processes) -> list[tuple[int, str, str]]:
     """Waits for each rank; gives its exit status, stdout and stderr."""
     try:
         for process in processes:

@@ -1,17 +1,15 @@
 """Training runs of several processes, one per rank."""
 
 import os
-import subprocess
-import sys
 
 import torch
+
+from helpers.processes import start_python
 
 stores = []  # rendezvous stores of the runs so far
 PATIENCE = 300  # seconds, on a machine however busy
 SCRIPT = """
-import sys
-sys.path[:] = {path!r}  # the same package: another one may be without compiled kernels
-import atexit, os, signal, weakref
+import atexit, os, signal, sys, weakref
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -38,16 +36,13 @@ except ValueError as error:
 """
 
 
-def start(
-    out, world_size=2, recipe="PLAIN", options="", before="pass", save_every=100, resume=False
-) -> list[subprocess.Popen]:
+def start(out, world_size=2, recipe="PLAIN", options="", before="pass", save_every=100, resume=False) -> list:
     """The processes of a run; `recipe` and `options` are expressions that may look at `ranks`.
 
     before: a statement that is run before each step.
     """
-    path = sys.path
     script = SCRIPT.format(
-        path=path, recipe=recipe, options=options, before=before, save_every=save_every, resume=resume
+        recipe=recipe, options=options, before=before, save_every=save_every, resume=resume
     )
     # As under torchrun: a port that is merely free may be taken before the first rank takes it.
     stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
@@ -59,17 +54,12 @@ def start(
         "OMP_NUM_THREADS": "1",
     }
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(out)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_python(script, str(out), environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world_size)
     ]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def finish(processes: list) -> list[tuple[int, str]]:
     """Exit status and last line of standard error of each."""
     try:
         outputs = [process.communicate(timeout=PATIENCE)[1] for process in processes]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-import diffusion
 from diffusion.kernels import (
     StepCoefficients,
     _limits,
@@ -26,6 +25,7 @@ from diffusion.kernels.ops.group_norm_silu import op as group_norm_silu_op
 from diffusion.kernels.ops.group_norm_silu.arguments import Arguments
 from diffusion.kernels.ops.reverse_step.cases import CASES
 from helpers.native import requires_native
+from helpers.processes import start_python
 
 ON_EVEN = Backend(lambda n: f"even {n}", lambda n: None if n % 2 == 0 else f"{n} is odd")
 ON_ALL = Backend(lambda n: f"any {n}", always)
@@ -119,11 +119,11 @@ def test_a_broken_library_gives_a_reason(tmp_path):
     assert "\n" not in reason
 
 
-def load_in_a_process(*paths: Path, before: str = "") -> list[str]:
-    """Why each file cannot be the C++ library; `before` runs first. A crash ends that process alone."""
-    code = f"import pathlib; from diffusion.kernels import _limits, _native; {before}"
+def load_in_a_process(*paths: Path) -> list[str]:
+    """Why each file cannot be the C++ library. A crash ends that process alone."""
+    code = "import pathlib; from diffusion.kernels import _native; "
     code += "".join(f"print(_native._load_cpp(pathlib.Path({str(path)!r}))[1]); " for path in paths)
-    done = run_capped("", "-c", code)
+    done = run_capped("", code)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -163,19 +163,31 @@ def test_a_library_that_is_cut_short_gives_a_reason(tmp_path):
 
 @requires_native
 @pytest.mark.parametrize(
-    ("before", "reason"),
+    ("change", "reason"),
     [
-        ("_limits.PANEL = 32; ", "the cpp library is not of this version: its PANEL is 64, not 32"),
-        ("del _limits.ZERO; ", "the cpp library is not of this version: its ZERO is 96, not None"),
-        ("_native._PARTS += ('tea',); ", "the cpp library is not of this version: it has no tea"),
         (
-            "_native._record['sources'] = ''; ",
+            lambda patch: patch.setattr(_limits, "PANEL", 32),
+            "the cpp library is not of this version: its PANEL is 64, not 32",
+        ),
+        (
+            lambda patch: patch.delattr(_limits, "ZERO"),
+            "the cpp library is not of this version: its ZERO is 96, not None",
+        ),
+        (
+            lambda patch: patch.setattr(_native, "_PARTS", (*_native._PARTS, "tea")),
+            "the cpp library is not of this version: it has no tea",
+        ),
+        (
+            lambda patch: patch.setitem(_native._record, "sources", ""),
             "the cpp library was built from other sources than _build.json says",
         ),
     ],
+    ids=["another limit", "no limit", "no part", "other sources"],
 )
-def test_a_library_that_python_does_not_agree_with_gives_a_reason(before, reason):
-    (found,) = load_in_a_process(_native.FOLDER / _native.CPP_FILE, before=before)
+def test_a_library_that_python_does_not_agree_with_gives_a_reason(change, reason, monkeypatch):
+    change(monkeypatch)
+    library, found = _native._load_cpp(_native.FOLDER / _native.CPP_FILE)
+    assert library is None
     assert found.startswith(reason)
 
 
@@ -204,7 +216,7 @@ def test_the_module_is_loaded_once():
         assert again.RecordedCalls is imported.RecordedCalls
         print(philox_normal((2, 3), seed=0, backend="cpp").shape)
     """
-    done = run_capped("", "-c", code)
+    done = run_capped("", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "torch.Size([2, 3])\n", "")
 
 
@@ -217,15 +229,16 @@ def test_instruction_sets_can_be_chosen_by_name():
         _native.use_simd("mmx")
 
 
-def run_capped(cap: str, *command: str) -> subprocess.CompletedProcess:
-    """Python with a cap, in a process of its own."""
-    folder = str(Path(diffusion.__file__).parents[1])
-    environment = os.environ | {"DIFFUSION_SIMD": cap, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+def run_capped(cap: str, code: str) -> subprocess.CompletedProcess:
+    """Runs code with a cap, in a process of its own."""
+    environment = os.environ | {"DIFFUSION_SIMD": cap, "OMP_NUM_THREADS": "1"}
+    process = start_python(code, environment=environment)
+    outputs = process.communicate()
+    return subprocess.CompletedProcess([code], process.returncode, *outputs)
 
 
 @requires_native
-@pytest.mark.parametrize("cap", ["baseline", "avx2", "amx"])
+@pytest.mark.parametrize("cap", ["baseline", pytest.param("avx2", marks=pytest.mark.exhaustive), "amx"])
 def test_the_environment_caps_the_instruction_sets(cap):
     """The cap adds nothing that the processor lacks; choices in Python are capped, too."""
     code = """if True:
@@ -244,7 +257,7 @@ def test_the_environment_caps_the_instruction_sets(cap):
         print(json.dumps([build_info(), packing, multiplies_bfloat16(cpu), str(choose_autocast("auto", cpu)),
                           refusal]))
     """
-    done = run_capped(cap, "-c", code)
+    done = run_capped(cap, code)
     assert done.returncode == 0, done.stderr
     info, (_, pairs, parts), multiplies, autocast, refusal = json.loads(done.stdout)
     own = _native.VARIANTS[: _native.VARIANTS.index(_native.library().best_simd()) + 1]
@@ -266,12 +279,21 @@ def test_the_environment_caps_the_instruction_sets(cap):
 
 
 def test_an_unknown_cap_is_one_line():
-    done = run_capped("mmx", "-m", "diffusion", "info")
+    code = """if True:
+        import sys
+        from diffusion.cli import main
+        from diffusion.kernels import philox_normal
+        try:
+            philox_normal((2,), seed=0)
+        except ValueError as error:
+            print(error)
+        main(["info"])
+    """
+    done = run_capped("mmx", code)
     choices = "baseline, avx2, avx512, avx512_bf16, amx"
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"diffusion: DIFFUSION_SIMD is 'mmx'; choose from: {choices}\n"
-    done = run_capped("mmx", "-c", "from diffusion.kernels import philox_normal; philox_normal((2,), seed=0)")
-    assert done.stderr.splitlines()[-1].startswith("ValueError: DIFFUSION_SIMD is 'mmx'")
+    assert done.returncode == 2
+    assert done.stdout == f"DIFFUSION_SIMD is 'mmx'; choose from: {choices}\n"
+    assert done.stderr == f"diffusion: {done.stdout}"
 
 
 def test_plain_pytorch_runs_where_its_functions_are_watched(monkeypatch):

@@ -1,8 +1,6 @@
 """Checks before writing: refusals, and no effect on other files or processes."""
 
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +9,7 @@ from threading import Barrier
 import pytest
 
 from diffusion.storage.atomic import check_writable, remove_leftovers, replacing
+from helpers.processes import start_python
 
 
 def test_processes_that_begin_together_do_not_remove_each_others_folders(tmp_path):
@@ -100,7 +99,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         "import sys, torch; from safetensors.torch import save_file; "
         "save_file({'a': torch.zeros(2**28, dtype=torch.uint8)}, sys.argv[1])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.safetensors")])
+    process = start_python(code, str(tmp_path / "a.safetensors"))
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from diffusion.storage.locks import holder, locked
+from helpers.processes import start_python
 
 fcntl = pytest.importorskip("fcntl", reason="the system has no such locks", exc_type=ImportError)
 
@@ -30,12 +29,10 @@ def test_one_holder_at_a_time(tmp_path):
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     path = tmp_path / ".lock"
-    script = f"import sys; sys.path[:] = {sys.path!r}; from pathlib import Path\n"
+    script = "import sys; from pathlib import Path\n"
     script += f"from diffusion.storage.locks import locked\nwith locked(Path({str(path)!r})):\n"
     script += "    print('held', flush=True); sys.stdin.readline()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = start_python(script)
     try:
         assert process.stdout.readline() == "held\n"
         with locked(path) as free:

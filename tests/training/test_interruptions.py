@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from diffusion.models.config import UNetConfig
 from diffusion.storage.locks import locked
 from diffusion.training.log_file import LogFile
 from diffusion.training.state import load_state, read_state, save_state
+from helpers.processes import start_python
 from helpers.ranks import finish
 from helpers.ranks import start as start_ranks
 from helpers.thinning import exhaustive_but
@@ -27,7 +26,6 @@ from helpers.training import RECIPE, assert_same_run, make_trainer, run, state_o
 # One process imports the package once and forks a run for each moment; the child kills itself at that moment.
 SCRIPT = """
 import json, os, signal, sys
-sys.path[:] = {path!r}  # the same package: another one may be without compiled kernels
 from pathlib import Path
 import torch
 from helpers.training import make_trainer, run
@@ -64,7 +62,7 @@ def half_a_line(log, *values):
     with log.path.open("a") as file:
         file.write("8,0.")
 
-MOMENTS = {{
+MOMENTS = {
     "in the second state": lambda: at_call(diffusion.training.state, "save_file", 2, half),
     "before the second state's rename": lambda: at_rename("state.safetensors", 2),
     "before the second model": lambda: at_call(diffusion.storage.checkpoint, "save_file", 2, half),
@@ -75,7 +73,7 @@ MOMENTS = {{
     "in a grid's sampling": lambda: at_call(diffusion.DDPM, "sample", 1),
     "before a grid's rename": lambda: at_rename("step-0000006.png", 1),
     "in a step": lambda: at_call(torch.optim.Adam, "step", 8),
-}}
+}
 for line in sys.stdin:
     out, moment = json.loads(line)
     child = os.fork()
@@ -102,14 +100,7 @@ MOMENTS = (
 @pytest.fixture(scope="module")
 def killed():
     """Runs into a folder until the moment, and gives how the process ended."""
-    script = SCRIPT.format(path=sys.path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_python(SCRIPT, environment=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def kill(out: Path, moment: str) -> int:
         print(json.dumps([str(out), moment]), file=process.stdin, flush=True)

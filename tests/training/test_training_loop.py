@@ -3,8 +3,6 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import chain
@@ -21,6 +19,7 @@ from diffusion.data import load_mnist
 from diffusion.training.recipe import load_recipe
 from diffusion.training.state import load_state, read_state, save_state
 from diffusion.training.trainer import Trainer
+from helpers.processes import start_python
 from helpers.training import (
     DATA,
     RECIPE,
@@ -90,7 +89,6 @@ def test_a_signal_saves_and_resumes(number, unbroken, tmp_path):
 
 SCRIPT = """
 import sys, time
-sys.path[:] = {path!r}  # the same package: another one may be without compiled kernels
 from pathlib import Path
 from helpers.training import make_trainer, run
 trainer = make_trainer()
@@ -104,10 +102,9 @@ run(Path(sys.argv[1]), trainer, save_every=1)
 
 
 def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken, tmp_path):
-    script = SCRIPT.format(path=sys.path)
     # One thread in both processes: the order of sums depends on the number of threads.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    process = start_python(SCRIPT, str(tmp_path), environment=environment)
     try:
         deadline = time.monotonic() + 300
         while not (tmp_path / "state.safetensors").exists() and process.poll() is None:

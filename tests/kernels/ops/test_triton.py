@@ -14,6 +14,7 @@ from diffusion.kernels.ops.attention import cases as attention_cases
 from diffusion.kernels.ops.attention import triton_launch as attention_impl
 from diffusion.kernels.ops.group_norm_silu import cases as norm_cases
 from diffusion.kernels.ops.group_norm_silu import triton_launch as norm_impl
+from helpers.thinning import exhaustive_but
 from helpers.tolerance import assert_close
 
 DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
@@ -31,12 +32,20 @@ NORM_CASES = {name: case for name, case in norm_cases.CASES.items() if name not 
     "eighteens": NormCase((1, 72, 6, 5), 4, scale_shift=True, channels_last=True),
     "wide_group": NormCase((1, 1500, 2, 3), 1),
     "last_block_of_channels": NormCase((1, 44, 3, 3), 11, channels_last=True),
+    # The groups of the cases that take long in the interpreter, but few of them.
+    "improved_groups": NormCase((1, 72, 8, 8), 4, add=True),
+    "adm_wide_groups": NormCase((1, 256, 4, 4), 4, scale_shift=True),
+    "adm_wide_groups_channels_last": NormCase((1, 256, 4, 4), 4, scale_shift=True, channels_last=True),
+    "attention_norm_groups": NormCase((1, 24, 8, 8), 4, activation="none"),
+    "off_centre_groups": NormCase((1, 16, 16, 16), 2, mean=1e3),
+    "off_centre_groups_channels_last": NormCase((1, 16, 16, 16), 2, mean=1e3, channels_last=True),
+    "large_groups": NormCase((1, 16, 16, 16), 2, std=1e3),
 }
 # In tiles so small that the reduction is split.
 SPLIT_CASES = {
     "contiguous": NormCase((2, 6, 19, 7), 2, add=True, scale_shift=True),
     "channels_last": NormCase((1, 24, 13, 8), 6, add=True, scale_shift=True, channels_last=True),
-    "off_centre": NormCase((2, 16, 16, 16), 4, mean=1e3),
+    "off_centre": NormCase((1, 8, 16, 16), 2, mean=1e3),
     "off_centre_channels_last": NormCase((1, 16, 16, 16), 2, mean=1e3, add=True, channels_last=True),
     "no_affine": NormCase((1, 3, 200), 1, affine=False, activation="none"),
 }
@@ -78,15 +87,22 @@ def check(op, args, kwargs, dtype):
     return actual
 
 
-def taking_long(cases):
-    """Parameters; the interpreter takes ten seconds for a large one, and the default run leaves those out."""
-    long = [name for name, case in cases.items() if math.prod(case.shape) > 50_000]
-    return [pytest.param(name, marks=pytest.mark.exhaustive if name in long else ()) for name in cases]
+def work(case):
+    """Elements of a norm, logits of attention."""
+    if isinstance(case, NormCase):
+        return math.prod(case.shape)
+    return case.batch * case.heads * case.positions**2
+
+
+def parameters(cases, limit):
+    """Names of cases. By default a GPU runs them all, the interpreter those of no more work than `limit`."""
+    default = [name for name, case in cases.items() if not _triton.INTERPRETED or work(case) <= limit]
+    return exhaustive_but(cases, default)
 
 
 @pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", taking_long(NORM_CASES))
+@pytest.mark.parametrize("case", parameters(NORM_CASES, 16_000))
 def test_norm(case, dtype):
     args, kwargs = NORM_CASES[case].inputs(dtype, DEVICE)
     output, dx, *_ = check(group_norm_silu, args, kwargs, dtype)
@@ -129,7 +145,7 @@ def test_norm_has_no_gradient_of_what_is_added_to_a_channel_alone_in_its_group(s
     if split:
         request.getfixturevalue("small_tiles")
     for channels_last in (False, True):
-        case = NormCase((2, 6, 19, 7), 6, add=True, scale_shift=True, channels_last=channels_last, mean=3.0)
+        case = NormCase((1, 6, 19, 7), 6, add=True, scale_shift=True, channels_last=channels_last, mean=3.0)
         args, kwargs = case.inputs(device=DEVICE)
         *_, add, _, _ = values_and_gradients(group_norm_silu, args, kwargs, torch.float32, backend="triton")
         assert not add.any()
@@ -162,7 +178,7 @@ def test_norm_runs_twice_alike():
 
 @pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ATTENTION_CASES)
+@pytest.mark.parametrize("case", parameters(ATTENTION_CASES, 50_000))
 def test_attention(case, dtype):
     args, kwargs = ATTENTION_CASES[case].inputs(dtype, DEVICE)
     check(attention, args, kwargs, dtype)
