@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from ._native import build_info as build_info
-from ._registry import discover, folders
+from ._registry import discover, folders, internal_ops
 from .ops.attention import attention as attention
 from .ops.convolution import conv2d as conv2d
 from .ops.convolution import conv3x3 as conv3x3
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .benchmarks import benchmark_table as benchmark_table
 
 OPS = discover(ops)
+INTERNAL = internal_ops(ops)
 
 __all__ = ["benchmark_table", "build_info", "explain"]
 __all__ += [name for folder in folders(ops) for name in folder.__all__]

@@ -1,7 +1,8 @@
 """Finds the ops: one folder each, with its public names, functions and cases.
 
 `kernels/ops/<op>/__init__.py` has `__all__`, the public names, and `OPS`, the public functions that choose
-among backends. `kernels/ops/<op>/peers.py` has `SUBJECTS`, their cases and PyTorch's ops for comparison.
+among backends. `INTERNAL`, if it is there, names the operators that only the package calls.
+`kernels/ops/<op>/peers.py` has `SUBJECTS`, the functions' cases and PyTorch's ops for comparison.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _native
 from ._dispatch import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +31,28 @@ class PublicOp(NamedTuple):
     op: Op
     arguments: Callable[..., Any]
     example: Callable[[str], Any]
+
+
+def _missing() -> str | None:
+    return _native.CPP_MISSING
+
+
+class InternalOp(NamedTuple):
+    """An operator in C++ that only the package calls, and only where it can run; it has no other backend.
+
+    caller: what calls it. missing: the reason why it cannot run here, or None.
+    """
+
+    name: str
+    caller: str = "planned networks"
+    missing: Callable[[], str | None] = _missing
+
+    def explain(self) -> str:
+        """One line if it runs here, or two with the reason why it does not; as `kernels.explain`."""
+        reason = self.missing()
+        if reason is None:
+            return f"{self.name}: cpp, called by {self.caller}"
+        return f"{self.name}: not called by {self.caller}\n  not cpp: {reason}"
 
 
 class Subject(NamedTuple):
@@ -63,6 +87,11 @@ def folders(package: ModuleType) -> list[ModuleType]:
 def discover(package: ModuleType) -> dict[str, PublicOp]:
     """Every op of the folders of a package, by the name of its public function."""
     return {op.function.__name__: op for folder in folders(package) for op in folder.OPS}
+
+
+def internal_ops(package: ModuleType) -> list[InternalOp]:
+    """The internal operators of the folders of a package."""
+    return [op for folder in folders(package) for op in getattr(folder, "INTERNAL", ())]
 
 
 @functools.cache

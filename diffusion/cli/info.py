@@ -37,8 +37,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def explanations(device: str) -> list[str]:
-    """For each op, the backend that a small call on this device gets, and why not the others."""
-    return [public.op.explain(public.example(device)) for public in kernels.OPS.values()]
+    """For each op, the backend that a small call on this device gets, and why not the others.
+
+    The operators that only the package calls come last, with their callers.
+    """
+    public = [op.op.explain(op.example(device)) for op in kernels.OPS.values()]
+    return public + [op.explain() for op in kernels.INTERNAL]
 
 
 def describe(name: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion import kernels
 from diffusion.cli import COMMANDS, main
 from diffusion.cli.options import parse_labels
 from diffusion.inference import loop
@@ -244,6 +245,8 @@ def test_info_tells_what_runs(capsys):
     output = capsys.readouterr().out
     for word in ("fused-diffusion", "torch", "cpp", "cuda", "reverse_step:", "attention:", "bundled models"):
         assert word in output
+    for op in (*kernels.OPS, *(internal.name for internal in kernels.INTERNAL)):
+        assert f"\n{op}: " in output
 
 
 def test_info_describes_a_model(capsys):
@@ -287,7 +290,8 @@ def test_names_that_are_no_text(tmp_path):
 
 def test_the_module_is_the_command():
     words = [sys.executable, "-m", "diffusion", "sample", "--model", "digits", "--labels", "x"]
-    result = subprocess.run(words, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == "diffusion: unknown label 'x'; write numbers and ranges, such as 0-9 or 3 1 4\n"

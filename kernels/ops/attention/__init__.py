@@ -3,7 +3,7 @@
 import torch
 
 from ..._dispatch import Backend, Op, always
-from ..._registry import PublicOp
+from ..._registry import InternalOp, PublicOp
 from . import native, reference, triton_launch
 from .arguments import Arguments, validate
 
@@ -46,3 +46,4 @@ def _example(device: str) -> Arguments:
 
 
 OPS = (PublicOp(attention, op, Arguments, _example),)
+INTERNAL = (InternalOp("attention_"),)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._registry import PublicOp
+from ..._registry import InternalOp, PublicOp
 from .arguments import Conv2dArguments, Conv3x3Arguments
 from .differentiable import conv2d
 from .differentiable import op as conv2d_op
@@ -26,3 +26,4 @@ OPS = (
     PublicOp(conv2d, conv2d_op, Conv2dArguments, _example_of_conv2d),
     PublicOp(conv3x3, conv3x3_op, Conv3x3Arguments, _example_of_conv3x3),
 )
+INTERNAL = (InternalOp("convolution_"), InternalOp("upsample_nearest2x_"))

@@ -3,7 +3,7 @@
 import torch
 
 from ..._dispatch import Backend, Op, always
-from ..._registry import PublicOp
+from ..._registry import InternalOp, PublicOp
 from . import native, reference, triton_launch
 from .arguments import Arguments, validate
 
@@ -58,3 +58,4 @@ OPS = (
         group_norm_silu, op, Arguments, lambda device: Arguments(torch.zeros(2, 32, 8, 8, device=device), 32)
     ),
 )
+INTERNAL = (InternalOp("group_norm_affine_"),)

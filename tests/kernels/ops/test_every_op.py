@@ -7,9 +7,10 @@ import torch
 
 from diffusion import kernels
 from diffusion.kernels import ops
-from diffusion.kernels._registry import folders
+from diffusion.kernels._registry import InternalOp, folders
 from diffusion.kernels.benchmarks import Comparison, subjects
 from diffusion.kernels.ops.convolution.library import ConvolutionArguments
+from diffusion.planner.plan import _RECORDABLE
 from helpers.paths import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,3 +67,13 @@ def test_the_example_is_explained(name):
 def test_the_arguments_of_the_convolution_are_those_of_its_schema():
     schema = torch.ops.fused_diffusion.convolution_.default._schema
     assert list(ConvolutionArguments._fields) == [argument.name for argument in schema.arguments]
+
+
+def test_the_operators_of_plans_are_named_for_info():
+    recorded = {str(operator).removeprefix("fused_diffusion.") for operator in _RECORDABLE}
+    assert recorded <= {op.name for op in kernels.INTERNAL}
+
+
+def test_an_internal_operator_says_why_it_is_not_called():
+    op = InternalOp("toy_", "nobody", lambda: "the cpp library was not built")
+    assert op.explain() == "toy_: not called by nobody\n  not cpp: the cpp library was not built"
