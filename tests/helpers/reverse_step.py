@@ -1,8 +1,18 @@
-"""The definition of the reverse step in float64."""
+"""The definition of the reverse step in float64, and the cases that run by default."""
+
+import math
 
 import torch
 
-from diffusion.kernels import philox_normal
+from diffusion.kernels import _triton, philox_normal
+from diffusion.kernels.ops.reverse_step.cases import CASES
+from helpers.thinning import exhaustive_but
+
+# Triton's interpreter takes seconds for a case of more elements, and leaves those out.
+PARAMETERS = exhaustive_but(
+    CASES,
+    [name for name, case in CASES.items() if not _triton.INTERPRETED or math.prod(case.shape) <= 10_000],
+)
 
 
 def formula(x, out, row, *, model_output_uncond, x0_prev, noise, seed, sample_ids, stream):

@@ -21,10 +21,12 @@ pytestmark = pytest.mark.skipif(
     ("files", "selection"),
     [
         (["test_triton.py"], ""),
-        (["test_philox.py"], "triton and not millions and not Distribution and not imagenet64"),
-        (["test_reverse_step.py", "test_reverse_step_in_place.py"], "triton and not imagenet64 and not many"),
+        (
+            ["test_philox.py", "test_reverse_step.py", "test_reverse_step_in_place.py"],
+            "triton and not millions and not Distribution and not imagenet64 and not many",
+        ),
     ],
-    ids=["norm_attention", "philox", "reverse_step"],
+    ids=["norm_attention", "philox_reverse_step"],
 )
 def test_in_the_interpreter(files, selection, marks):
     """The parametrisations that run by default, or those that are left for .ci/run."""

@@ -17,6 +17,7 @@ from diffusion.kernels.ops.reverse_step.arguments import InPlaceArguments
 from diffusion.kernels.ops.reverse_step.cases import CASES, EPSILON
 from diffusion.kernels.ops.reverse_step.in_place import op
 from helpers.native import every_variant, requires_native
+from helpers.reverse_step import PARAMETERS
 
 SHAPE = (3, 3, 5, 7)
 ROWS = [
@@ -91,7 +92,7 @@ def test_a_chain_is_that_of_single_steps(backend, dtype, channels_last, learned)
 
 
 @pytest.mark.thinned
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMETERS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_case(backend, case):
     (x, out, row), kwargs = CASES[case].inputs(torch.bfloat16)
