@@ -1,5 +1,8 @@
 """Weights: a network's weights, packed once for all plans of it."""
 
+import dataclasses
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,9 @@ MAX_SHARE_OF_MEMORY = 1 / 4  # largest share of all memory for packed weights
 # the time. Int8 limbs and F(4 x 4, 3 x 3) have two to three times its error, and a sampler multiplies it: the
 # images of a network of 370,000 parameters were 1.1e-4 off after ten steps.
 SMALL_NETWORK = 2**20
+
+
+Key = tuple[object, ...]  # of a constant
 
 
 class Weights:
@@ -33,9 +39,10 @@ class Weights:
         # Products in int8 limbs need a fourth row, a bound on the magnitude of each channel.
         uses_limbs = self.simd == "amx" and dtype != torch.bfloat16 and not self.accurate
         self.affine_rows = 4 if uses_limbs else 3
-        self._packed: dict[tuple[int, Packing, bool], PackedWeight] = {}
-        self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._sources: list[Tensor] = []  # a tensor that was freed could give its id to another one
+        self._packed: dict[tuple[Key, Packing, bool], PackedWeight] = {}
+        self._copies: dict[tuple[Key, torch.dtype], Tensor] = {}
+        self._parameters = parameters  # memory that was freed could become another tensor's
+        self._memory = {parameter.data_ptr() for parameter in parameters}
 
     def _affordable_m(self, parameters: list[Tensor]) -> int:
         """The largest m of Winograd's algorithm whose packed weights fit MAX_SHARE_OF_MEMORY; 0 for none."""
@@ -64,10 +71,11 @@ class Weights:
         simd = "avx512" if self.accurate and self.simd == "amx" else self.simd
         packing = choose_packing(weight.shape, height, width, dtype, simd, winograd)
         packing = packing._replace(winograd_m=min(packing.winograd_m, self._largest_m))
-        key = id(source), packing, gated
+        key = self._key(source), packing, gated
         if key not in self._packed:
-            self._sources.append(source)
-            self._packed[key] = pack(interleave_gates(weight, packing) if gated else weight, packing)
+            packed = pack(interleave_gates(weight, packing) if gated else weight, packing)
+            shape = torch.empty_like(packed.weight, device="meta")  # weights that were joined can be freed
+            self._packed[key] = dataclasses.replace(packed, weight=shape)
         return self._packed[key]
 
     def vector(self, value: Value | None) -> Tensor | None:
@@ -82,9 +90,8 @@ class Weights:
     def copy(self, value: Value, dtype: torch.dtype | None = None) -> Tensor:
         """A constant's copy, in its own dtype or in another one."""
         source = self._constant(value)
-        key = id(source), source.dtype if dtype is None else dtype
+        key = self._key(source), source.dtype if dtype is None else dtype
         if key not in self._copies:
-            self._sources.append(source)
             self._copies[key] = source.detach().to(key[1]).clone(memory_format=torch.contiguous_format)
         return self._copies[key]
 
@@ -95,3 +102,11 @@ class Weights:
     def _constant(self, value: Value) -> Tensor:
         assert value.constant is not None
         return value.constant
+
+    def _key(self, constant: Tensor) -> Key:
+        """Equal for two plans' equal constants: of what is computed anew for each plan, a digest."""
+        layout = constant.dtype, tuple(constant.shape), constant.stride()
+        if constant.data_ptr() in self._memory:
+            return constant.data_ptr(), *layout
+        numbers = constant.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return hashlib.blake2b(numbers).digest(), *layout

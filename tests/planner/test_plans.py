@@ -21,7 +21,12 @@ def fast_kernels(monkeypatch):
     monkeypatch.setattr(planner_weights, "SMALL_NETWORK", 0)
 
 
-def plan_of(network: nn.Module, arguments: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Plan:
+def plan_of(
+    network: nn.Module,
+    arguments: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    weights: Weights | None = None,
+) -> Plan:
     network.eval()
     meta = {name: (torch.empty_like(p, device="meta"), p.detach()) for name, p in network.named_parameters()}
     seen = {name: tensor for name, (tensor, _) in meta.items()}
@@ -31,7 +36,7 @@ def plan_of(network: nn.Module, arguments: dict[str, Tensor], dtype: torch.dtype
 
     examples = {name: torch.empty_like(value, device="meta") for name, value in arguments.items()}
     graph, _ = trace(run, examples, meta)
-    return Plan(graph, Weights(list(network.parameters()), dtype))
+    return Plan(graph, weights or Weights(list(network.parameters()), dtype))
 
 
 def outputs_of(plan: Plan, arguments: dict[str, Tensor]) -> list[Tensor]:
@@ -289,3 +294,16 @@ def test_memory_is_used_again():
 def test_what_cannot_be_traced(function, reason):
     with pytest.raises(Untraceable, match=reason):
         plan_of(Network(function, a=conv(16, 16)), arguments())
+
+
+@pytest.mark.parametrize("name", ["attention", "activated", "not_known"])
+def test_plans_share_weights(name):
+    """Another batch packs nothing anew, not even weights that are joined or computed for each plan."""
+    network = NETWORKS[name]
+    weights = Weights(list(network.parameters()), torch.float32)
+    counts = []
+    for batch in (2, 3):
+        given = {name: torch.randn(batch, *value.shape[1:]) for name, value in arguments().items()}
+        plan_of(network, given, weights=weights)
+        counts.append((len(weights._packed), len(weights._copies)))
+    assert counts[0] == counts[1]

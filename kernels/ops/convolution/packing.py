@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..._limits import BYTE_CHUNK, CHUNK, LANES, LARGEST_LIMB, MAX_PRODUCTS, PANEL, ZERO
 
+PACKED_AT_ONCE = 1 << 17  # numbers, whose float64 stay in a core's cache
 SMALL_WEIGHT = 1 << 15  # C * K; transformed for m = 4, such a weight takes 4.7 MB
 
 # G of U = G g G^T.
@@ -135,7 +136,7 @@ def _channel_scales(weight: Tensor) -> Tensor:
     """
     if weight.numel() == 0:
         return torch.ones(weight.shape[1], dtype=torch.float64, device="cpu")
-    largest = weight.abs().amax((0, 2, 3)).double()
+    largest = torch.maximum(weight.amax((0, 2, 3)), -weight.amin((0, 2, 3))).double()
     ratio = (largest / largest.max().clamp_min(2.0**-149)).clamp(2.0**-60, 1)
     return torch.exp2(ratio.log2().round())
 
@@ -150,6 +151,14 @@ def _int8_tile_panels(weight: Tensor) -> Tensor:
     channel_scales = _channel_scales(weight)
     padded = channel_scales.new_zeros(-(-len(channel_scales) // BYTE_CHUNK) * BYTE_CHUNK)
     padded[: len(channel_scales)] = channel_scales
+    rows = LANES * max(1, PACKED_AT_ONCE // max(1, LANES * weight[:1].numel()))
+    parts = weight.split(rows) if len(weight) else ()
+    panels = [_int8_panels(part, channel_scales).flatten() for part in parts]
+    return torch.cat([padded.float().view(torch.int8), *panels])
+
+
+def _int8_panels(weight: Tensor, channel_scales: Tensor) -> Tensor:
+    """int8 [panels, bytes of a panel]."""
     wide = _merge_taps(weight.double() / channel_scales[:, None, None])
     k, c, height, width = wide.shape
     panels, chunks, taps = -(-k // LANES), -(-c // BYTE_CHUNK), height * width
@@ -158,16 +167,17 @@ def _int8_tile_panels(weight: Tensor) -> Tensor:
     largest = numbers.abs().flatten(1).amax(1) if numbers.numel() else numbers.new_zeros(panels * LANES)
     scales = (largest / LARGEST_LIMB).float().clamp_min(2.0**-126)
     numbers *= 2.0**16 / scales.double()[:, None, None]
-    # The sum and the exclusive or give each byte the sign of an int8. Bytes: limbs 2, 1 and 0, and one
-    # unused.
-    integers = (numbers.round_().int() + 0x808080) ^ 0x808080
-    limbs = integers.view(torch.int8).unflatten(2, (chunks, 4, 4, 4, 4))  # [..., chunk, j, i, k, limb]
-    limbs = limbs.unflatten(0, (panels, LANES))[..., [2, 1, 0]]
-    tiles = limbs.permute(0, 3, 2, 7, 5, 4, 1, 6)  # [panel, chunk, tap, limb, i, j, output, k]
-    sums = ZERO * limbs.flatten(2, 6).sum(2, dtype=torch.int32).transpose(1, 2)  # [panel, limb, output]
-    heads = torch.stack([scales.view(panels, LANES), *sums.contiguous().view(torch.float32).unbind(1)], 1)
-    panel_bytes = torch.cat([heads.flatten(1).view(torch.int8), tiles.flatten(1)], 1)
-    return torch.cat([padded.float().view(torch.int8), panel_bytes.flatten()])
+    # The sum carries, so that the bytes 2, 1 and 0 are the limbs, once each is read as an int8.
+    integers = numbers.round_().int().add_(0x808080).bitwise_xor_(0x808080)
+    sums, tiles = [], []
+    for shift in (8, 16, 24):
+        limb = (integers << shift) >> 24
+        sums.append(ZERO * limb.flatten(1).sum(1, dtype=torch.int32).view(panels, LANES))
+        fours = limb.to(torch.int8).view(torch.int32)  # four channels of one output are neighbours in a tile
+        tiles.append(fours.view(panels, LANES, taps, chunks, 4, 4).permute(0, 3, 2, 5, 4, 1))
+    heads = torch.stack([scales.view(panels, LANES).view(torch.int32), *sums], 1).flatten(1)
+    bytes_of_tiles = torch.stack(tiles, 3).flatten(1)  # [panel, chunk, tap, limb, i, j, output]
+    return torch.cat([heads, bytes_of_tiles], 1).view(torch.int8)
 
 
 def interleave_gates(tensor: Tensor, packing: Packing) -> Tensor:
