@@ -1,4 +1,4 @@
-"""accelerate: any network of PyTorch, planned for the CPU at its first call with inputs of a shape."""
+"""accelerate: any network of PyTorch, planned at its first call with inputs of a shape."""
 
 import functools
 import inspect
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
-from .graph import Value
+from .eager_plan import EagerPlan
+from .graph import Graph, Value
 from .plan import Plan
 from .state import ModuleState
 from .trace import Untraceable, trace
@@ -24,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 PRECISIONS = ("exact", "fast")
 MAX_PLANS = 8  # of a thread; each holds the feature maps of one shape of input
+_CPU = torch.device("cpu")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +36,7 @@ def check_precision(precision: str) -> None:
 
 
 def accelerate(module: M, *, precision: str = "exact") -> M:
-    """Plans a network for the CPU, so that the compiled ops compute it; returns the same module.
+    """Plans a network, so that the compiled ops compute it; returns the same module.
 
     From now on a call in eval mode and without gradients runs a plan, which the first call with inputs of
     these shapes makes: convolutions with the normalisations, activations and residuals around them, linear
@@ -43,9 +45,13 @@ def accelerate(module: M, *, precision: str = "exact") -> M:
     Weights that change in place or are replaced are noticed, unless they are written through `.data`; then
     call `accelerate` again.
 
+    On a GPU the plan calls this package's kernels for group normalisations with their SiLU, and for
+    attention, and PyTorch for all else. It can be captured as a CUDA graph after a first call. Under
+    `torch.compile` the module is compiled as it came.
+
     module: any module in eval mode, such as the `unet` of a pipeline of diffusers.
     precision: "exact" computes in the dtype of the weights, and differs from PyTorch by rounding; "fast"
-        computes the feature maps of float32 modules in bfloat16.
+        computes the feature maps of float32 modules in bfloat16; on a GPU, as `torch.autocast` does.
     TypeError: what is no module. ValueError: an unknown precision, or a module whose `forward` was replaced.
     """
     if not isinstance(module, nn.Module):
@@ -69,7 +75,7 @@ def restore(module: M) -> M:
 class _Planned(NamedTuple):
     """A plan, and how its outputs become what the module returns."""
 
-    plan: Plan
+    plan: Plan | EagerPlan
     leaves: list[Any]  # a Value for each tensor
     structure: Any
 
@@ -104,51 +110,46 @@ class AcceleratedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = functools.partial(type(self._module).forward, self._module, *args, **kwargs)
-        reason = self._unfit()
+        device = next((p.device for p in self._module.parameters()), _CPU)
+        reason = self._unfit(device)
         if reason is None:
             leaves, structure = pytree.tree_flatten((args, kwargs))
-            reason = self._unfit_inputs(leaves)
+            reason = self._unfit_inputs(leaves, device)
         if reason is not None:
             self._last = reason
             return plain()
         with torch.inference_mode(False), torch.no_grad():
             given = [
-                torch.tensor(leaf, device="cpu")
+                torch.tensor(leaf, device=device)
                 if self._numbers_vary and type(leaf) in (int, float)
                 else leaf
                 for leaf in leaves
             ]
-            planned = self._planned(given, structure)
+            planned = self._planned(given, structure, device)
             if planned is None and not all(map(_is, given, leaves)):
                 given = leaves  # the network needs the numbers themselves
-                planned = self._planned(given, structure)
+                planned = self._planned(given, structure, device)
             if planned is None:
                 return plain()
             tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
-            for buffer, tensor in zip(planned.plan.inputs, tensors, strict=True):
-                buffer.copy_(tensor)
-            planned.plan.run()
-            outputs = iter(planned.plan.outputs)
-            results = [
-                next(outputs).to(leaf.dtype, copy=True, memory_format=torch.contiguous_format)
-                if isinstance(leaf, Value)
-                else leaf
-                for leaf in planned.leaves
-            ]
+            outputs = iter(planned.plan.evaluate(tensors))
+            results = [next(outputs) if isinstance(leaf, Value) else leaf for leaf in planned.leaves]
             return pytree.tree_unflatten(results, planned.structure)
 
     # ---- Reasons against a plan.
 
-    def _unfit(self) -> str | None:
+    def _unfit(self, device: torch.device) -> str | None:
         """The reason why no call can be planned now."""
         module = self._module
-        if _native.CPP_MISSING:
+        if device.type not in ("cpu", "cuda"):
+            return f"its weights are on {device}"
+        if device.type == "cpu" and _native.CPP_MISSING:
             return _native.CPP_MISSING
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "it is being compiled"
         if module.training:
             return "it is in training mode; call eval()"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(device.type):
             return "autocast is enabled"
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "a forward hook is registered for all modules"
@@ -156,13 +157,13 @@ class AcceleratedForward:
             return "a TorchDispatchMode is active, which sees only the modules' operators"
         return intercepted() or transformed()
 
-    def _unfit_inputs(self, leaves: list[Any]) -> str | None:
+    def _unfit_inputs(self, leaves: list[Any], device: torch.device) -> str | None:
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided:
                     return f"an input is a {type(leaf).__name__} with the layout {leaf.layout}"
-                if leaf.device.type != "cpu":
-                    return f"an input is on {leaf.device}, not on the CPU"
+                if leaf.device != device and (leaf.ndim or leaf.device.type != "cpu"):
+                    return f"an input is on {leaf.device}, not on {device}"
                 if torch.is_grad_enabled() and leaf.requires_grad:
                     return "an input requires a gradient"
             elif not isinstance(leaf, int | float | str | bool | torch.dtype | None):
@@ -173,7 +174,7 @@ class AcceleratedForward:
 
     # ---- Plans.
 
-    def _planned(self, leaves: list[Any], structure: Any) -> _Planned | None:
+    def _planned(self, leaves: list[Any], structure: Any, device: torch.device) -> _Planned | None:
         """The plan for a call, or None with the reason in `_last`."""
         key = (structure, tuple(map(_key_of, leaves)), _native.simd_in_use())
         with self._lock:
@@ -190,7 +191,7 @@ class AcceleratedForward:
         plans: OrderedDict[tuple, _Planned] = vars(thread_local).setdefault("plans", OrderedDict())
         if key not in plans:
             try:
-                made = self._plan(leaves, structure)
+                made = self._plan(leaves, structure, device)
             except Untraceable as error:
                 self._reasons[key] = self._last = str(error)
                 return None
@@ -202,15 +203,15 @@ class AcceleratedForward:
         vars(thread_local)["last"] = plans[key]
         return plans[key]
 
-    def _plan(self, leaves: list[Any], structure: Any) -> _Planned:
+    def _plan(self, leaves: list[Any], structure: Any, device: torch.device) -> _Planned:
         from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # takes 0.5 s
 
         module = self._module
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        dtype = _plan_dtype(module, self.precision)
+        dtype = _plan_dtype(list(named.values()), self.precision, device)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         given = {
-            f"argument {i}": fake.from_tensor(torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu"))
+            f"argument {i}": fake.from_tensor(torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device))
             for i, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor)
         }
@@ -224,9 +225,7 @@ class AcceleratedForward:
         try:
             with fake:
                 graph, result = trace(run, given, {name: (tensor, tensor) for name, tensor in named.items()})
-            if self._weights is None:
-                self._weights = Weights(list(module.parameters()), dtype)
-            plan = Plan(graph, self._weights)
+            plan = self._made(graph, dtype, device)
         except Untraceable:
             raise
         except DataDependentOutputException as error:
@@ -236,6 +235,13 @@ class AcceleratedForward:
             raise Untraceable(f"{type(error).__name__}: {text[:200]}") from error
         results, shape = pytree.tree_flatten(result)
         return _Planned(plan, results, shape)
+
+    def _made(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> Plan | EagerPlan:
+        if device.type != "cpu":
+            return EagerPlan(graph, device, autocast=self.precision == "fast")
+        if self._weights is None:
+            self._weights = Weights(list(self._module.parameters()), dtype)
+        return Plan(graph, self._weights)
 
     def report(self) -> str:
         """The plan of this thread's last call: what is fused and what not, or the reason against a plan."""
@@ -250,11 +256,11 @@ def _key_of(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
-def _plan_dtype(module: nn.Module, precision: str) -> torch.dtype:
-    found = {p.dtype for p in module.parameters() if p.dtype.is_floating_point}
+def _plan_dtype(tensors: list[Tensor], precision: str, device: torch.device) -> torch.dtype:
+    found = {t.dtype for t in tensors if t.dtype.is_floating_point and isinstance(t, nn.Parameter)}
     unknown = found - set(_FLOATS)
-    if not found or unknown or any(p.device.type != "cpu" for p in module.parameters()):
-        kinds = sorted({f"{p.dtype} on {p.device}" for p in module.parameters()})
+    if not found or unknown or any(t.device != device for t in tensors):
+        kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors})
         raise Untraceable(f"its weights are {', '.join(kinds) or 'missing'}")
     widest = functools.reduce(torch.promote_types, found)
     return torch.bfloat16 if precision == "fast" and widest == torch.float32 else widest

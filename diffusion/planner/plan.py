@@ -2,8 +2,11 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+
+import torch
+from torch import Tensor
 
 from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_
@@ -41,6 +44,16 @@ class Plan:
     def run(self) -> None:
         for run in self._bound:
             run()
+
+    def evaluate(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The graph's outputs, as tensors of their own, for these inputs."""
+        for buffer, tensor in zip(self.inputs, tensors, strict=True):
+            buffer.copy_(tensor)
+        self.run()
+        return [
+            out.to(value.dtype, copy=True, memory_format=torch.contiguous_format)
+            for out, value in zip(self.outputs, self.graph.outputs, strict=True)
+        ]
 
     def calls(self) -> list[tuple[str, Callable[[], None]]]:
         """The calls, in order, each with its kind, to be timed one by one.

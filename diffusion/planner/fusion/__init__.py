@@ -15,7 +15,7 @@ from .inputs import named
 from .norms import fuse_norms, normalise_maps
 from .siblings import join_siblings
 
-__all__ = ["fuse", "named"]
+__all__ = ["fuse", "fuse_norms_alone", "named"]
 
 
 def fuse(graph: Graph) -> None:
@@ -28,3 +28,11 @@ def fuse(graph: Graph) -> None:
     fuse_convolutions(graph)
     graph.drop_unused()
     join_siblings(graph)
+
+
+def fuse_norms_alone(graph: Graph) -> None:
+    """Joins group normalisations with their modulation and SiLU, and leaves the other nodes as they are."""
+    share_equal(graph)
+    normalise_maps(graph)
+    fuse_norms(graph)
+    graph.drop_unused()
