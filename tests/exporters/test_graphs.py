@@ -31,9 +31,8 @@ def bundled() -> DDPM:
     return diffusion.load("mnist")
 
 
-def patches() -> DDPM:
-    """As the small CIFAR-10 recipe: patches of 2x2, in which the UNet has its levels."""
-    return DDPM(randomized(VARIANTS["patches"]), NoiseSchedule.linear())
+def unet(variant: str) -> DDPM:
+    return DDPM(randomized(VARIANTS[variant]), NoiseSchedule.linear())
 
 
 # The smallest networks of other classes; those that take a label have it in the graph.
@@ -65,8 +64,10 @@ def other(name: str) -> DDPM:
     return DDPM(network, NoiseSchedule.linear())
 
 
-MODELS = {"bundled": bundled, "patches": patches} | {name: partial(other, name) for name in OTHERS}
-EVERY = exhaustive_but(MODELS, default=["bundled", "context_unet", "conv_stack"])
+# "patches" is as the small CIFAR-10 recipe: patches of 2x2, in which the UNet has its levels.
+MODELS = {"bundled": bundled} | {name: partial(unet, name) for name in ("conditional", "patches")}
+MODELS |= {name: partial(other, name) for name in OTHERS}
+EVERY = exhaustive_but(MODELS, default=["conditional", "context_unet", "conv_stack"])
 
 
 def batch_of(model: DDPM, size: int) -> list[torch.Tensor]:

@@ -62,6 +62,7 @@ def test_the_module_of_a_wrapper():
     assert torch.equal(sample(model), before)
 
 
+@pytest.mark.exhaustive  # as test_another_network_after_samples[compiled]
 def test_a_compiled_network():
     model = make()
     model.unet = torch.compile(model.unet, backend="eager")
