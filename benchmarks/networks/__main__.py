@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def _run_part(args: argparse.Namespace) -> object:
-    """What a process that `in_a_process` started is for."""
+    """The work of a process that `in_a_process` started."""
     name = args.export or args.compare or args.measure_memory
     batch = args.batch or MODELS[name].batches[0]
     task = Task(MODELS[name], args.small, batch, args.size, args.folder)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="what the source does not tell, such as image_size=64; may be repeated; see below",
+        help="a setting that the source lacks, such as image_size=64; may be repeated; see below",
     )
     add("--format", help=f"the project, where the source does not tell: {', '.join(formats)}")
     add("--schedule", help="a noise schedule by name, or a scheduler_config.json, where the source has none")

@@ -52,7 +52,7 @@ _DEFAULTS = {
     "num_class_embeds": None,
     "num_train_timesteps": None,  # only a learned time embedding uses it
 }
-# What EMAModel adds to the configuration of the model that it averages.
+# Fields that EMAModel adds to the configuration of the model that it averages.
 _OF_AVERAGES = {
     "decay",
     "inv_gamma",

@@ -21,7 +21,7 @@ FLAGS = {
     "beta_1": "first beta of the schedule",
     "beta_T": "last beta of the schedule",
     "T": "number of timesteps; the checkpoint tells it",
-    "mean_type": "what the network predicts: epsilon or xstart",
+    "mean_type": "prediction of the network: epsilon or xstart",
     "var_type": "variance of a step: fixedlarge or fixedsmall",
     "dropout": "probability of dropout in training",
 }

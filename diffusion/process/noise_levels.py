@@ -107,7 +107,7 @@ class NoiseLevels:
 
 
 def process_from_config(config: dict[str, Any]) -> NoiseSchedule | NoiseLevels:
-    """What `to_config` of a schedule or of noise levels described; ValueError for anything else."""
+    """The schedule or noise levels that `to_config` described; ValueError for anything else."""
     if typed("a schedule's configuration", config, dict).get("kind") == KIND:
         return NoiseLevels.from_config(config)
     return NoiseSchedule.from_config(config)

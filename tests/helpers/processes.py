@@ -94,7 +94,7 @@ class _Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What is left of stdout and stderr, read to the end of the process."""
+        """The unread rest of stdout and stderr, to the end of the process."""
         if self.stdin is not None:
             self.stdin.close()
         with ThreadPoolExecutor(2) as threads:

@@ -148,7 +148,7 @@ def test_a_file_of_weights(tmp_path):
     assert found.clip == 2.0
 
 
-# What EMAModel.save_pretrained adds to the configuration.
+# Fields that EMAModel.save_pretrained adds to the configuration.
 AVERAGE = {
     "decay": 0.9999,
     "inv_gamma": 1.0,

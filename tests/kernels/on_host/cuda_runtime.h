@@ -168,7 +168,7 @@ inline void run_block(size_t shared) {
   }
 }
 
-// What every lane of the warp gave to this rendezvous, until the next but one.
+// The value that every lane of the warp gave to this rendezvous, until the next but one.
 template <class T>
 struct Lanes {
   const unsigned char (*values)[64];
@@ -284,7 +284,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// What the kernels are told of the device: multiprocessors, and bytes of shared memory to a block.
+// The device as the kernels are told of it: multiprocessors, and bytes of shared memory to a block.
 extern "C" __attribute__((visibility("default"), used)) inline void on_host_device(int processors, int shared) {
   on_host::processors = processors;
   on_host::most_shared = shared;

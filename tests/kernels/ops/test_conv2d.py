@@ -53,7 +53,7 @@ def test_gradients_of_float32_weights_under_autocast_are_not_rounded(case):
         actual = gradients(conv2d, leaves((x, weight, bias)), upstream, backend="cpp", **options)
     expected = gradients(F.conv2d, leaves((x, weight, bias), torch.double), upstream, **options)
     assert actual[0].dtype == torch.bfloat16
-    # What is summed are products of two bfloat16, exact in float32: the peer is that sum in another order.
+    # Products of two bfloat16 are exact in float32: the peer is their sum in another order.
     peer = gradients(F.conv2d, leaves((x, weight, bias)), upstream, **options)
     for mine, theirs, right in list(zip(actual, peer, expected, strict=True))[2:]:
         assert mine.dtype == torch.float32
