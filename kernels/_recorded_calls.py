@@ -20,15 +20,18 @@ def recording() -> RecordedCalls:
         calls.run()
 
     Only operators that call `run_or_record` in C++ (csrc/runtime/recorded_calls.h) are recorded:
-    group_norm_affine_, convolution_, attention_ and upsample_nearest2x_. They check their arguments while
-    recording. All other code runs at once. Recordings nest, and each thread has its own.
+    group_norm_affine_, convolution_, attention_, upsample_nearest2x_, reverse_step_, step_embeddings_ and
+    copy_dense_. They check their arguments while recording. All other code runs at once. Recordings nest, and
+    each thread has its own. `run` of other recorded calls within the context is recorded as one call.
 
     `len(calls)` is the number of recorded calls; calls on empty tensors have no work and are not counted.
-    `calls.run()` runs them in their order, as often as wanted, without the GIL; two threads take turns. The
-    calls own their tensors, and each run reads and writes the tensors' memory.
+    `calls.run(times=1)` runs them in their order, so many times, without the GIL; two threads take turns. The
+    calls own their tensors, and each run reads and writes the tensors' memory. In the main thread, signals
+    such as that of Ctrl-C are handled between two times, at most 50 times a second.
 
     RuntimeError: there is no compiled library; `run` is called before the recording has ended, or after it
-    ended in an exception; the context is left in another thread, or before a recording within it. `run`
-    passes on the errors of operators, such as MemoryError. copy and pickle raise TypeError.
+    ended in an exception; the context is left in another thread, or before a recording within it. ValueError:
+    a negative number of times. `run` passes on the errors of operators, such as MemoryError, and of signal
+    handlers, such as KeyboardInterrupt. copy and pickle raise TypeError.
     """
     return _native.library().RecordedCalls()

@@ -77,7 +77,7 @@ def markdown(result: dict, plots: list[Path]) -> str:
         lines += ["", f"## {key[0]}, {key[1]}, batch {key[2]}", "", *_chain_table(result, group)]
     if result["parts"]:
         lines += ["", "## Parts of a step, in ms", ""]
-        lines += ["| | " + " | ".join(PARTS) + " | network | interval | outside |"]
+        lines += ["| | " + " | ".join(PARTS) + " | network | whole | outside |"]
         lines += ["|---" * (len(PARTS) + 4) + "|"]
         for row in result["parts"]:
             spent = row["seconds"]
@@ -88,8 +88,8 @@ def markdown(result: dict, plots: list[Path]) -> str:
         lines += [
             "",
             "The first columns are the network's calls by kind of op and the reverse step, each timed alone. "
-            "The last three are measured within a call of `sample`: one evaluation of the network, the "
-            "interval from one evaluation to the next, and the share of this interval outside the network.",
+            "The last three are one evaluation of the network, the whole step, and the share of it outside "
+            "the network: the time of a step in a sampling loop whose network costs nothing.",
         ]
     if result["steps"]:
         counted = result["steps"]

@@ -1,14 +1,12 @@
 """Interleaved timing in one process, so that a busy machine slows all candidates alike."""
 
-import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,11 @@ from typing import Any
 import torch
 
 from diffusion import kernels
+from diffusion.inference import loop
+from diffusion.inference.buffers import Batch
 from diffusion.inference.cpu_plan import PlannedUNet
+from diffusion.inference.denoiser import Denoiser, SplitUNet
+from diffusion.kernels.ops.reverse_step.library import copy_dense_
 from diffusion.utils.device import multiplies_bfloat16
 
 from . import peers
@@ -25,6 +27,7 @@ from .models import Pair
 AGREEMENT = {True: 1e-3, False: 0.1}  # mean difference of images in [-1, 1], in float32 and in 16 bits
 REST = 0.03  # seconds between two runs
 STEPS = (2, 6)  # steps of two chains; their difference gives the cost of a step
+LOOP_STEPS = 64  # of the sampling loop without its network
 FIRST = 1  # steps of an uncounted chain before them, because the previous peer's data fill the caches
 
 
@@ -94,52 +97,51 @@ def parts(pair: Pair, count: int, guidance: float, precision: str, rounds: int =
     """Seconds of one step on the CPU, by kind of op; medians of a few rounds.
 
     "convolution", "norm", "attention" and "rest" are the network's calls, timed one by one, and "step" is the
-    reverse step. "chain" is the time from one evaluation of the network to the next in a call of `sample`,
-    and "network" the evaluation's part of it; the rest is the sampling loop's own.
+    reverse step. "network" is an evaluation of the network, and "chain" a whole step: the evaluation, and a
+    step of the sampling loop with a network that costs nothing.
     """
     fast = precision == "fast" and multiplies_bfloat16(torch.device("cpu"))
-    network = PlannedUNet(pair.ours.unet, torch.bfloat16 if fast else torch.float32)
+    dtype = torch.bfloat16 if fast else torch.float32
+    network = PlannedUNet(pair.ours.unet, dtype)
     images = count if guidance == 1 else 2 * count
-    x, t = torch.randn(images, *pair.shape), torch.full((images,), 500)
+    x = torch.randn(images, *pair.shape).to(dtype, memory_format=torch.channels_last)
+    t = torch.full((images,), 500)
     table = pair.ours.steps("ddim", 1, guidance_scale=guidance)
-    sample = peers.PEERS[precision][0](pair, count, guidance, "cpu")
     samples = defaultdict(list)
     with torch.no_grad():
         embedding = pair.ours.unet.embed(t, peers.labels(images))
-        network.denoise(x, embedding)
-        with _timed_evaluations() as spans:
-            sample(STEPS[0])  # the first call plans the network
+        output = network.denoise(x, embedding).clone().chunk(images // count)
+        loop_alone = _loop_alone(pair, count, guidance, dtype)
+        loop_alone()
         for _ in range(rounds):
             spent = defaultdict(float)
             for name, call in network.calls():
                 spent[name] += seconds(call, "cpu")
-            output = network.denoise(x, embedding).chunk(images // count)
             spent["step"] = seconds(_reverse_step(pair, count, table, output), "cpu")
-            spans.clear()
-            sample(STEPS[1])
-            spent["network"] = statistics.median(end - start for start, end in spans[:-1])
-            spent["chain"] = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(spans))
+            spent["network"] = seconds(lambda: network.denoise(x, embedding), "cpu")
+            spent["chain"] = spent["network"] + seconds(loop_alone, "cpu") / LOOP_STEPS
             for name, value in spent.items():
                 samples[name].append(value)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-@contextmanager
-def _timed_evaluations() -> Iterator[list[tuple[float, float]]]:
-    """Records the begin and end of each evaluation of the networks that are planned within the context."""
-    spans, denoise = [], PlannedUNet.denoise
+def _loop_alone(pair: Pair, count: int, guidance: float, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """The sampling loop over LOOP_STEPS steps of a network whose output is there already."""
+    unet, images = pair.ours.unet, count if guidance == 1 else 2 * count
+    size = sum(unet.embedding_sizes)
+    x = torch.zeros(images, *pair.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    embedding, output = torch.zeros(images, size), x.clone(memory_format=torch.preserve_format)
 
-    def timed(*args) -> torch.Tensor:
-        start = time.perf_counter()
-        output = denoise(*args)
-        spans.append((start, time.perf_counter()))
+    def idle(given: torch.Tensor, given_embedding: torch.Tensor) -> torch.Tensor:
+        copy_dense_(given, x)  # as a planned network does
+        copy_dense_(given_embedding, embedding)
         return output
 
-    PlannedUNet.denoise = timed
-    try:
-        yield spans
-    finally:
-        PlannedUNet.denoise = denoise
+    split = SplitUNet(unet.embed, idle, size, recordable=lambda *arguments: True)
+    denoiser = Denoiser(split, unet.config.null_label, torch.device("cpu"), dtype)
+    table = pair.ours.steps("ddim", LOOP_STEPS, guidance_scale=guidance)
+    batch = Batch(peers.labels(count), torch.arange(count), 0, None)
+    return partial(loop.run, denoiser, table, batch, pair.shape)
 
 
 def by_steps(

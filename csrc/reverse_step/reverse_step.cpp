@@ -4,6 +4,7 @@
 #include "common/chunks.h"
 #include "philox/math.h"
 #include "reverse_step/args.h"
+#include "runtime/recorded_calls.h"
 #include "simd/dispatch.h"
 
 namespace fused_diffusion {
@@ -48,8 +49,11 @@ std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& model_out
 void reverse_step_(const Tensor& x, const Tensor& model_output, const std::optional<Tensor>& model_output_uncond,
                    const std::optional<Tensor>& x0, const std::optional<Tensor>& noise, const Tensor& table,
                    const Tensor& counter, const Tensor& sample_ids, const std::optional<Tensor>& unet_input) {
-  checked_step_in_place(x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input,
-                        CpuReverseStep{});
+  const auto launch = [&](const StepArguments& args) {
+    run_or_record([args] { CpuReverseStep{}(args); }, x, model_output, model_output_uncond, x0, noise, table, counter,
+                  sample_ids, unet_input);
+  };
+  checked_step_in_place(x, model_output, model_output_uncond, x0, noise, table, counter, sample_ids, unet_input, launch);
 }
 
 }  // namespace

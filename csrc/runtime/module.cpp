@@ -2,6 +2,7 @@
 // when this library is loaded. No other source includes Python, so that the others build without it.
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -52,6 +53,41 @@ py::dict limits() {
   return limits;
 }
 
+// Whether this thread is the one whose Python code handles signals. Needs the GIL.
+bool is_main_thread() {
+  const py::module_ threading = py::module_::import("threading");
+  return threading.attr("get_ident")().equal(threading.attr("main_thread")().attr("ident"));
+}
+
+// Handles the signals that have arrived, and throws if a handler raises, as that of Ctrl-C does. It asks at most every
+// kSignalInterval, since taking the GIL may have to wait for other threads of Python.
+class SignalCheck {
+ public:
+  void operator()() {
+    const auto now = Clock::now();
+    if (now - last_ < kSignalInterval) return;
+    last_ = now;
+    const py::gil_scoped_acquire held;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kSignalInterval{20};
+  Clock::time_point last_ = Clock::now();
+};
+
+void run_calls(RecordedCalls& calls, int64_t times) {
+  if (times < 0) throw py::value_error("times must be at least 0");
+  const bool handles_signals = times > 1 && is_main_thread();
+  const py::gil_scoped_release released;  // so that nothing waits for another thread's run while it holds the GIL
+  SignalCheck check;
+  for (int64_t time = 0; time < times; ++time) {
+    if (time > 0 && handles_signals) check();
+    calls.run();
+  }
+}
+
 py::dict build() {
   py::dict build;
 #if defined(__clang__)
@@ -84,7 +120,6 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("simd_in_use", [] { return name_of(simd_in_use()); });
   m.def("use_simd", use_simd_by_name, py::arg("name"));
 
-  // Every method releases the GIL, so that none waits for another thread's run while it holds the GIL.
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<RecordedCalls, std::shared_ptr<RecordedCalls>>(m, "RecordedCalls", py::module_local())
       .def(py::init<>())
@@ -96,5 +131,5 @@ PYBIND11_MODULE(_cpp, m) {
       .def("__exit__", [](RecordedCalls& self, const py::object& type, const py::object&,
                           const py::object&) { self.end(!type.is_none()); })
       .def("__len__", &RecordedCalls::size, Released())
-      .def("run", &RecordedCalls::run, Released());
+      .def("run", run_calls, py::arg("times") = 1);
 }

@@ -55,6 +55,7 @@ void RecordedCalls::run() {
     if (state_ == State::failed) throw std::runtime_error("the recording of these calls ended in an exception");
     if (state_ != State::complete) throw std::runtime_error("the recording of these calls has not ended");
   }
+  if (innermost != nullptr) return innermost->add([self = shared_from_this()] { self->run(); });
   const std::lock_guard<std::mutex> turn(running_);  // the calls share the tensors that they write
   for (const auto& call : calls_) call();
 }

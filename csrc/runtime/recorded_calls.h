@@ -26,8 +26,8 @@ class RecordedCalls : public std::enable_shared_from_this<RecordedCalls> {
   void add(std::function<void()> call);
   int64_t size() const;
 
-  // Runs the calls in their order; two threads take turns. Throws what a call throws, after which the remaining calls
-  // have not run. std::runtime_error: the recording has not ended, or was cut short.
+  // Runs the calls in their order; two threads take turns. Within another recording of the thread, they become a call
+  // of that. Throws what a call throws; no further call has run then. std::runtime_error: it is incomplete.
   void run();
 
  private:

@@ -75,7 +75,7 @@ def sample_in_batches(
                         guidance_parallel=guidance_parallel,
                         threshold=threshold,
                         callback=callback,
-                        progress=bar.step_of(part.stop - start),
+                        progress=bar.step_of(part.stop - start) if progress else None,
                     )
                     start = part.stop
                 except (MemoryError, RuntimeError) as error:

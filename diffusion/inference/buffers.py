@@ -1,6 +1,6 @@
 """SamplerBuffers: the tensors of one batch while it is sampled.
 
-They keep their addresses, so that a CUDA graph can hold a step.
+They keep their addresses, so that a step can be captured, as a CUDA graph or as recorded calls.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 
 from .. import kernels
 from ..kernels.ops.reverse_step import ROW_LENGTH
+from ..kernels.ops.reverse_step.library import step_embeddings_
 from ..models.network import NetworkConfig
 from ..samplers.table import StepTable
 from ..utils.validation import check_dense
@@ -36,7 +37,7 @@ class Batch:
 
 
 class Step(NamedTuple):
-    """How one step runs. Steps that are equal share a CUDA graph.
+    """How one step runs. Steps that are equal share a capture.
 
     guided: the UNet evaluates the conditional and the unconditional half of the batch. next_guided: the same
     for the next step, whose UNet input this step writes; None in the last step. injects_noise: the caller
@@ -80,7 +81,8 @@ class SamplerBuffers:
     table, counter, sample_ids: as `kernels.reverse_step_` takes them.
     embeddings: [STEPS_EMBEDDED, labels, E], the embedding of each timestep and distinct label.
     label_index: int64 [2 B], the position in `embeddings` of the label of each image of unet_input.
-    graphs: the CUDA graphs that were captured over these buffers.
+    captured: the steps that were captured over these buffers; each is called with a number of times. None for
+        a step that cannot be captured.
     """
 
     def __init__(self, spec: BufferSpec, embedding_size: int, device: torch.device, dtype: torch.dtype):
@@ -101,7 +103,8 @@ class SamplerBuffers:
             device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         )
-        self.graphs: dict[Step, Callable[[], None]] = {}
+        self._embedding = self.embeddings.new_zeros(2 * batch, embedding_size)  # of this step
+        self.captured: dict[Step, Callable[[int], None] | None] = {}
 
     def load(
         self, batch: Batch, table: StepTable, guided: bool, null_label: int | None, backend: str
@@ -150,6 +153,19 @@ class SamplerBuffers:
     def inputs(self, guided: bool) -> torch.Tensor:
         """The part of unet_input that a step reads: all of it, or the first half without guidance."""
         return self.unet_input if guided else self._half
+
+    def step_embedding(self, images: int, compiled: bool) -> torch.Tensor:
+        """The embedding [images, E] of this step's timestep and the label of each image of unet_input.
+
+        compiled: by an operator that can be recorded, into a buffer that the next call overwrites.
+        """
+        index = self.label_index[:images]
+        if compiled:
+            out = self._embedding[:images]
+            step_embeddings_(self.embeddings, self.counter, index, out)
+            return out
+        now = self.counter[:1] % self.steps_embedded
+        return self.embeddings.index_select(0, now)[0].index_select(0, index)
 
     def timesteps_and_labels(self, images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copies of this step's timestep [images], int64 if all are whole numbers, and labels [images]."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..kernels.ops.convolution import native as convolution
 from ..kernels.ops.convolution.arguments import Conv3x3Arguments
 from ..kernels.ops.convolution.packing import PackedWeight, Packing
+from ..kernels.ops.reverse_step.library import copy_dense_
 from ..models.structure import configured
 from ..models.unet import UNet
 from ..planner.plan import Plan
@@ -36,16 +37,32 @@ class PlannedUNet:
         self._thread_local = threading.local()  # the plan of each thread, with its buffers
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """As `UNet.denoise`. The result is a buffer, which the thread's next call overwrites."""
-        plan: Plan | None = getattr(self._thread_local, "plan", None)
-        if plan is None or plan.inputs[0].shape != x.shape:
-            self._thread_local.plan = plan = None  # frees the buffers of another size first
-            with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
-                self._thread_local.plan = plan = self._plan(x.shape)
+        """As `UNet.denoise`. The result is a buffer, which the thread's next call overwrites.
+
+        Its calls can be recorded where `recordable` says so.
+        """
+        plan = self._planned(x.shape)
         for buffer, value in zip(plan.inputs, (x, embedding), strict=True):
-            buffer.copy_(value)
+            if _alike(value, buffer):
+                copy_dense_(value, buffer)
+            else:
+                buffer.copy_(value)
         plan.run()
         return plan.outputs[0]
+
+    def recordable(self, x: Tensor, embedding: Tensor) -> bool:
+        """Whether `denoise` of these consists of calls that can be recorded (`kernels._recorded_calls`)."""
+        plan = self._planned(x.shape)
+        return plan.recordable and all(map(_alike, (x, embedding), plan.inputs))
+
+    def _planned(self, shape: torch.Size) -> Plan:
+        """This thread's plan for x of a shape."""
+        plan: Plan | None = getattr(self._thread_local, "plan", None)
+        if plan is None or plan.inputs[0].shape != shape:
+            self._thread_local.plan = plan = None  # frees the buffers of another size first
+            with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
+                self._thread_local.plan = plan = self._plan(shape)
+        return plan
 
     def calls(self) -> list[tuple[str, Callable[[], None]]]:
         """The calls of the last evaluation, in order: see `planner.plan.Plan.calls`."""
@@ -62,6 +79,10 @@ class PlannedUNet:
         }
         graph, _ = trace(unet.denoise, arguments, constants)
         return Plan(graph, self.weights)
+
+
+def _alike(value: Tensor, buffer: Tensor) -> bool:
+    return value.dtype == buffer.dtype and value.stride() == buffer.stride()
 
 
 def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:

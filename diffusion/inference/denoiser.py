@@ -1,6 +1,6 @@
 """Denoiser: the network that samples.
 
-`make_denoiser` builds the fastest one for a UNet; `DenoiserCache` keeps it until the UNet changes.
+`make_denoiser` builds the fastest one for a UNet; `DenoiserCache` keeps the last ones until the UNet changes.
 """
 
 import copy
@@ -19,23 +19,32 @@ from ..models.blocks import takes_backend
 from ..models.structure import Snapshot, altered, config_of, missing
 from ..models.unet import UNet
 from ..utils.device import DTYPES
+from ..utils.memory import free_memory
 from .buffers import BufferSpec, SamplerBuffers
 from .cpu_plan import PlannedUNet, unsupported
 
 Forward = Callable[..., Tensor]
+
+MAX_DENOISERS = 2  # those of "exact" and "fast"
+PACKED_SIZE = (
+    8  # free memory that another network needs, in sizes of its float32 weights; packed, they take 1 to 4
+)
 
 
 @dataclass(frozen=True)
 class SplitUNet:
     """A UNet in two parts: `denoise(x, embed(timesteps, labels))`, as `UNet.embed` and `UNet.denoise`.
 
-    A sampler calls `embed` for many steps at once, and captures `denoise` in CUDA graphs. embedding_size: E,
-    where `embed` returns [B, E].
+    A sampler calls `embed` for many steps at once, and captures `denoise` in CUDA graphs or recorded calls.
+
+    embedding_size: E, where `embed` returns [B, E].
+    recordable: whether `denoise` of these arguments consists of calls that can be recorded.
     """
 
     embed: Callable[[Tensor, Tensor | None], Tensor]
     denoise: Callable[[Tensor, Tensor], Tensor]
     embedding_size: int
+    recordable: Callable[[Tensor, Tensor], bool] = lambda x, embedding: False
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         return self.denoise(x, self.embed(timesteps, labels))
@@ -66,7 +75,7 @@ class Denoiser:
 
     @contextmanager
     def buffers(self, spec: BufferSpec) -> Iterator[SamplerBuffers]:
-        """Buffers for a batch: those of the thread's last batch, if their sizes fit, with their CUDA graphs.
+        """Buffers for a batch: those of the thread's last batch, if their sizes fit, with its captured steps.
 
         Calls of the same thread within the context, such as those of a callback, get other buffers.
         """
@@ -101,7 +110,8 @@ def _make_denoiser(
     assert isinstance(unet, UNet)
     size, null_label = sum(unet.embedding_sizes), unet.config.null_label
     if _not_planned(unet, device, dtype, backend) is None:
-        split = SplitUNet(unet.embed, PlannedUNet(unet, dtype).denoise, size)
+        planned = PlannedUNet(unet, dtype)
+        split = SplitUNet(unet.embed, planned.denoise, size, planned.recordable)
         return Denoiser(split, null_label, device, dtype, backend)
     if _training(unet) or any((p.device, p.dtype) != (device, dtype) for p in unet.parameters()):
         unet = copy.deepcopy(unet).to(device, dtype).eval()
@@ -213,10 +223,13 @@ def _copy_with_hooks(unet: nn.Module) -> nn.Module:
 
 
 class DenoiserCache:
-    """The last Denoiser of a UNet, unless the UNet was altered. A copy of the cache begins empty."""
+    """The last Denoisers of a UNet, one for each dtype, device and backend, unless the UNet was altered.
+
+    A copy of the cache begins empty.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[tuple, Snapshot, Denoiser] | None = None
+        self._kept: tuple[Snapshot, dict[tuple, Denoiser]] | None = None  # the last one last
 
     def __deepcopy__(self, memo: dict) -> "DenoiserCache":
         return DenoiserCache()
@@ -225,18 +238,37 @@ class DenoiserCache:
         return DenoiserCache, ()
 
     def get(self, unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
-        """`make_denoiser`, called again only where a weight or the structure of the UNet has changed."""
+        """`make_denoiser`, called again only where a weight or the structure of the UNet has changed.
+
+        A Denoiser with other options is dropped where more than MAX_DENOISERS would be kept, or where the
+        device is short of memory.
+        """
         key = (device, dtype, backend, _native.simd_in_use())
         with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
-            last = self._last
-            if last is not None and last[0] == key and last[1].holds(unet):
-                return last[2]
-            last = self._last = None  # frees the memory first
+            kept = self._kept
+            if kept is not None and not kept[0].holds(unet):
+                kept = self._kept = None  # frees the memory first
+            if kept is not None and key in kept[1]:
+                snapshot, denoisers = kept
+                found = denoisers[key]
+                self._kept = snapshot, {k: d for k, d in denoisers.items() if k != key} | {key: found}
+                return found
             is_altered = altered(unet) is not None
-            snapshot = (
-                Snapshot(unet) if isinstance(unet, UNet) and not is_altered else None
-            )  # before, as another thread may change the UNet
+            if is_altered or not isinstance(unet, UNet):
+                self._kept = None
+                return _make_denoiser(unet, device, dtype, backend, is_altered)
+            # The snapshot comes before the copy of the weights, as another thread may change the UNet.
+            snapshot = Snapshot(unet) if kept is None else kept[0]
+            others = {} if kept is None else dict(list(kept[1].items())[1 - MAX_DENOISERS :])
+            if others and _is_short_of_memory(unet, device):
+                others = {}
+            kept = self._kept = snapshot, others  # frees the memory of those that are dropped
             denoiser = _make_denoiser(unet, device, dtype, backend, is_altered)
-            if snapshot is not None:
-                self._last = (key, snapshot, denoiser)
+            self._kept = snapshot, others | {key: denoiser}
             return denoiser
+
+
+def _is_short_of_memory(unet: nn.Module, device: torch.device) -> bool:
+    """Whether the device may not hold another copy of the weights, packed, without the memory of others."""
+    free, size = free_memory(device), 4 * sum(parameter.numel() for parameter in unet.parameters())
+    return free is not None and free < PACKED_SIZE * size

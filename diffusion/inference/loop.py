@@ -5,7 +5,8 @@
         x = reverse_step(x, output, uncond)
 
 x, the input of the UNet and all other tensors of a step are in `SamplerBuffers`, so that `take_step`, the two
-lines above, can be captured in a CUDA graph.
+lines above, can be captured: in a CUDA graph, or in recorded calls of compiled operators, of which many steps
+run without returning to Python.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.ops.reverse_step.arguments import InPlaceArguments
-from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
+from ..kernels._native import CPP_MISSING
 from ..samplers.guidance import project_guidance, rescale_guidance
 from ..samplers.table import StepTable
 from .buffers import Batch, BufferSpec, SamplerBuffers, Step, checked_noise
-from .cuda_graph import capture_cuda_graph
+from .captured_steps import Capture, choose_capture
 from .denoiser import Denoiser, SplitUNet
 from .recall import Recall
 
@@ -69,14 +69,17 @@ def run(
     # Autocast is off, because the caller chose the dtype of the UNet.
     with denoiser.buffers(spec) as buffers, torch.autocast(denoiser.device.type, enabled=False):
         buffers.load(batch, table, guided, denoiser.null_label, denoiser.backend)
-        next_step = replay_step if can_capture(denoiser, buffers) else take_step
+        capture = choose_capture(denoiser, buffers)
         recall = None if table.history is None else Recall(table.history, buffers)
         if recall is not None and denoiser.self_condition:
             raise ValueError(
                 "a network that gets its last x_0 cannot be sampled by a solver that keeps more than one; "
                 "choose solver_order 1 or 2 and algorithm 'dpmsolver++'"
             )
-        for i, step in enumerate(steps):
+        alone = not (recall is threshold is callback is progress is None)  # Python code follows each step
+        i = 0
+        while i < len(steps):
+            step = steps[i]
             embed_timesteps(denoiser, buffers, i)
             if recall is not None:
                 recall.before(i)
@@ -88,13 +91,16 @@ def run(
                 noise = {"seed": batch.seed, "stream": i + 1}
                 guidance = (guidance_rescale, guidance_parallel)
                 eager_step(denoiser, buffers, step, table.row(i), guidance, threshold, **noise)
+                count = 1
             else:
-                next_step(denoiser, buffers, step)
+                count = 1 if alone or step.injects_noise else equal_steps(steps, i, buffers.steps_embedded)
+                take_steps(denoiser, buffers, step, count, capture)
+            i += count
             if recall is not None:
-                recall.after(i)
+                recall.after(i - 1)
             if callback is not None:
                 assert buffers.x0 is not None
-                callback(i, buffers.x.clone(), buffers.x0.clone())
+                callback(i - 1, buffers.x.clone(), buffers.x0.clone())
             if progress is not None:
                 progress()
         return buffers.x.clone()
@@ -110,6 +116,26 @@ def plan_steps(table: StepTable, batch: Batch) -> list[Step]:
     ]
 
 
+def equal_steps(steps: list[Step], first: int, together: int) -> int:
+    """How many steps from `first` on are equal, up to the next multiple of `together`."""
+    last = min(len(steps), (first // together + 1) * together)
+    return next((i for i in range(first, last) if steps[i] != steps[first]), last) - first
+
+
+def take_steps(
+    denoiser: Denoiser, buffers: SamplerBuffers, step: Step, count: int, capture: Capture | None
+) -> None:
+    """`count` equal steps, one after another: by a capture, made the first time and replayed from then on."""
+    if capture is not None and step not in buffers.captured:
+        buffers.captured[step] = capture(partial(take_step, denoiser, buffers, step), step)
+    replay = None if capture is None else buffers.captured[step]
+    if replay is not None:
+        return replay(count)
+    for _ in range(count):
+        take_step(denoiser, buffers, step)
+    return None
+
+
 def take_step(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> None:
     """x_t to x_{t-1}, in the buffers: one evaluation of the UNet and one reverse step."""
     output, uncond = evaluate(denoiser, buffers, step)
@@ -122,10 +148,8 @@ def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[T
     inputs = buffers.inputs(step.guided)  # [B or 2 B, C, H, W]
     images = 2 * buffers.batch_size if step.guided else buffers.batch_size
     if isinstance(denoiser.unet, SplitUNet):
-        now = buffers.counter[:1] % buffers.steps_embedded
-        embedding = buffers.embeddings.index_select(0, now)[0]  # [labels, E]
-        embedding = embedding.index_select(0, buffers.label_index[:images])  # [B or 2 B, E]
-        output = denoiser.unet.denoise(inputs, embedding)
+        compiled = denoiser.device.type == "cpu" and denoiser.backend in ("auto", "cpp") and not CPP_MISSING
+        output = denoiser.unet.denoise(inputs, buffers.step_embedding(images, compiled))
     else:  # user code may keep or change its arguments, so it gets copies
         output = denoiser.unet(
             inputs.clone(), *buffers.timesteps_and_labels(images), *_self_condition(denoiser, buffers, images)
@@ -234,33 +258,3 @@ def embed_timesteps(denoiser: Denoiser, buffers: SamplerBuffers, i: int) -> None
             labels = None if label is None else torch.full_like(timesteps, label, dtype=torch.int64)
             embedding = denoiser.unet.embed(timesteps, labels)  # [steps, E]
             buffers.embeddings[: len(timesteps), position].copy_(embedding)
-
-
-def can_capture(denoiser: Denoiser, buffers: SamplerBuffers) -> bool:
-    """Whether steps run as CUDA graphs, which would not run the hooks and methods of an altered UNet."""
-    return isinstance(denoiser.unet, SplitUNet) and runs_cuda_kernels(denoiser, buffers)
-
-
-def runs_cuda_kernels(denoiser: Denoiser, buffers: SamplerBuffers) -> bool:
-    """Whether the reverse step runs as a CUDA or Triton kernel, which reads its row on the device."""
-    if denoiser.device.type != "cuda":
-        return False
-    arguments = InPlaceArguments(
-        buffers.x,
-        buffers.inputs(False),
-        buffers.table,
-        buffers.counter,
-        buffers.sample_ids,
-        x0=buffers.x0,
-        noise=buffers.noise,
-        unet_input=buffers.unet_input,
-    )
-    return reverse_step_op.choose(arguments, denoiser.backend) != "reference"
-
-
-def replay_step(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> None:
-    """`take_step` as a CUDA graph, captured the first time and replayed from then on."""
-    if step not in buffers.graphs:
-        function = partial(take_step, denoiser, buffers, step)
-        buffers.graphs[step] = capture_cuda_graph(function, buffers.changed_by_a_step())
-    buffers.graphs[step]()

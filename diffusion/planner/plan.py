@@ -41,6 +41,11 @@ class Plan:
         self.inputs, self.outputs = self.layout.inputs, self.layout.outputs
         self._bound = _bound(self.layout.calls)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether `run` consists of calls that can be recorded (`kernels._recorded_calls`), all of them."""
+        return all(function in _RECORDABLE for function, _ in self.layout.calls)
+
     def run(self) -> None:
         for run in self._bound:
             run()

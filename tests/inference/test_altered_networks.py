@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import load
 from diffusion.evaluation.likelihood import bits_per_dimension
-from diffusion.inference import loop as sampling_loop
+from diffusion.inference import captured_steps
 from diffusion.inference.denoiser import explain
 from diffusion.models.blocks import Conv2d, Norm, ResBlock
 from helpers.alterations import (
@@ -284,9 +284,9 @@ def test_steps_are_not_captured(monkeypatch):
     """Steps would be captured on a CUDA device, but a graph would skip the hooks."""
     model = make()
     captured = []
-    monkeypatch.setattr(sampling_loop, "runs_cuda_kernels", lambda *args: True)
+    monkeypatch.setattr(captured_steps, "runs_cuda_kernels", lambda *args: True)
     monkeypatch.setattr(
-        sampling_loop, "capture_cuda_graph", lambda function, changed: captured.append(function) or function
+        captured_steps, "capture_cuda_graph", lambda function, changed: captured.append(function) or function
     )
     sample(model)
     assert captured

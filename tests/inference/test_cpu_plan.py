@@ -1,7 +1,9 @@
 """PlannedUNet computes the same as the UNet, for every architecture, size and dtype."""
 
 import copy
+import gc
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -156,6 +158,32 @@ def test_the_cache_sees_every_change(change, backend):
         actual = denoiser_of(cache, unet, backend=backend)(x, t, None)
         torch.testing.assert_close(actual, unet(x, t), rtol=1e-4, atol=1e-4)
     assert denoiser_of(cache, unet, torch.bfloat16) is not first
+
+
+def test_the_cache_keeps_the_denoisers_of_both_precisions():
+    unet, cache = randomized(TINY), DenoiserCache()
+    dtypes = torch.float32, torch.bfloat16
+    both = [denoiser_of(cache, unet, dtype) for dtype in dtypes]
+    assert all(denoiser_of(cache, unet, dtype) is one for dtype, one in zip(dtypes, both, strict=True))
+    denoiser_of(cache, unet, torch.float16)  # takes the place of the one that was used first
+    assert denoiser_of(cache, unet, torch.bfloat16) is both[1]
+    assert denoiser_of(cache, unet, torch.float32) is not both[0]
+    change_in_place(unet)
+    x, t = inputs(TINY)
+    with torch.no_grad():
+        for dtype in dtypes:
+            found = denoiser_of(cache, unet, dtype)(x.to(dtype), t, None)
+            torch.testing.assert_close(found.float(), unet(x, t), rtol=0.1, atol=0.1)
+
+
+def test_the_cache_drops_denoisers_where_memory_is_short(monkeypatch):
+    unet, cache = randomized(TINY), DenoiserCache()
+    first = weakref.ref(denoiser_of(cache, unet))
+    assert first() is not None
+    monkeypatch.setattr(denoiser, "free_memory", lambda device: 1000)
+    denoiser_of(cache, unet, torch.bfloat16)
+    gc.collect()
+    assert first() is None
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion import kernels
-from diffusion.inference import batches, buffers, loop
+from diffusion.inference import batches, buffers, captured_steps, loop
 from diffusion.inference.batches import Interrupted
 from diffusion.inference.buffers import Batch
 from diffusion.inference.cpu_plan import PlannedUNet
@@ -548,8 +548,8 @@ def replayed(monkeypatch):
         seen.append(function)
         return function
 
-    monkeypatch.setattr(loop, "runs_cuda_kernels", lambda *args: True)
-    monkeypatch.setattr(loop, "capture_cuda_graph", capture)
+    monkeypatch.setattr(captured_steps, "runs_cuda_kernels", lambda *args: True)
+    monkeypatch.setattr(captured_steps, "capture_cuda_graph", capture)
     return seen
 
 

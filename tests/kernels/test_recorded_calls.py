@@ -1,5 +1,6 @@
 """Recorded calls: the same bits as the calls themselves, as often as they are run, from any thread."""
 
+import _thread
 import contextvars
 import copy
 import gc
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import diffusion
-from diffusion.kernels import _native
+from diffusion.kernels import StepCoefficients, _native, reverse_step_, step_counter
 from diffusion.kernels._recorded_calls import recording
 from diffusion.kernels.ops.convolution.library import convolution_
 from diffusion.kernels.ops.convolution.packing import choose_packing, pack
@@ -284,3 +285,64 @@ def test_an_operator_without_memory_raises_memory_error():
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "MemoryError('std::bad_alloc') True\n"
+
+
+def test_recorded_calls_run_within_other_recorded_calls():
+    """As one call, which runs whenever the outer ones do."""
+    _, out, calls = make_calls()
+    inner = record(calls)
+    with recording() as outer:
+        inner.run()
+        inner.run(2)
+    assert len(outer) == 3
+    assert not out.any()
+    call_all(calls)
+    expected = out.clone()
+    out.zero_()
+    del inner
+    outer.run()
+    assert torch.equal(out, expected)
+
+
+def test_calls_run_many_times():
+    x = torch.zeros(1, 2, 4)
+    table = torch.zeros(5, 12, dtype=torch.float64)
+    rows = [[2.0, i + 1] for i in range(5)]  # x becomes 2 x + (i + 1) out
+    columns = [StepCoefficients._fields.index(name) for name in ("coef_x", "coef_output")]
+    table[:, columns] = torch.tensor(rows, dtype=torch.float64)
+    counter, ids, output = step_counter(0), torch.zeros(1, dtype=torch.int64), torch.ones(1, 2, 4)
+    with recording() as calls:
+        reverse_step_(x, output, table, counter, sample_ids=ids)
+    calls.run(0)
+    assert counter[0] == 0
+    calls.run(3)
+    calls.run(2)
+    assert counter[0] == 5
+    assert (x == 57).all()  # 1, 4, 11, 26, 57
+    with pytest.raises(RuntimeError, match="step 5 is outside of the table's 5"):
+        calls.run(2)
+    with pytest.raises(ValueError, match="times must be at least 0"):
+        calls.run(-1)
+
+
+def test_ctrl_c_between_two_times():
+    _, recorded = slow_calls(seconds=0.05)
+    timer = threading.Timer(0.2, _thread.interrupt_main)
+    timer.start()
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        recorded.run(2000)
+    timer.join()
+    assert time.perf_counter() - begin < 50
+
+
+def test_other_threads_do_not_handle_signals():
+    """Their calls go on, and the main thread raises."""
+    out, recorded = slow_calls(seconds=0.05)
+    thread = threading.Thread(target=recorded.run, args=(10,))
+    thread.start()
+    threading.Timer(0.1, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(60)
+    thread.join()
+    assert out.any()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, Op, always
-from ..._registry import PublicOp
+from ..._registry import InternalOp, PublicOp
 from . import native, reference, triton_launch
 from .arguments import Arguments, InPlaceArguments, validate
 from .coefficients import ROW_LENGTH, StepCoefficients
@@ -84,4 +84,8 @@ def _example_in_place(device: str) -> InPlaceArguments:
 OPS = (
     PublicOp(reverse_step, op, Arguments, _example),
     PublicOp(reverse_step_, op_in_place, InPlaceArguments, _example_in_place),
+)
+INTERNAL = (
+    InternalOp("step_embeddings_", "the sampling loop"),
+    InternalOp("copy_dense_", "the sampling loop"),
 )

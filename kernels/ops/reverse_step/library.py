@@ -38,6 +38,16 @@ def define(name: str) -> None:
 
 define("reverse_step")
 
+# out[b] = embeddings[step % S, label_index[b]], the embedding of each image at a sampler's step. embeddings:
+# [S, L, E], of S steps from a multiple of S on and of L labels. counter: as above. label_index: int64 [B].
+# out: [B, E], of the dtype of embeddings.
+step_embeddings_ = define_operator(
+    "step_embeddings_", "(Tensor embeddings, Tensor counter, Tensor label_index, Tensor(a!) out) -> ()"
+)
+
+# out = x, of the same shape, strides and dtype, contiguous or channels_last.
+copy_dense_ = define_operator("copy_dense_", "(Tensor x, Tensor(a!) out) -> ()")
+
 
 def step_counter(seed: int, stream: int, device: torch.device | str) -> Tensor:
     return torch.tensor([0, as_int64(seed), stream, 0], dtype=torch.int64, device=device)
