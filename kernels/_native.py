@@ -130,7 +130,16 @@ def _load_cuda(path: Path) -> str | None:
 
 
 # The names that Python uses of the module; `_cpp.pyi` describes them.
-_PARTS = ("BUILD", "LIMITS", "SIMD_VARIANTS", "RecordedCalls", "best_simd", "simd_in_use", "use_simd")
+_PARTS = (
+    "BUILD",
+    "LIMITS",
+    "SIMD_VARIANTS",
+    "MemoryDigest",
+    "RecordedCalls",
+    "best_simd",
+    "simd_in_use",
+    "use_simd",
+)
 FOLDER, _record, _missing = _find()
 _cpp, CPP_MISSING = _load_cpp(FOLDER / CPP_FILE)
 CUDA_MISSING = _load_cuda(FOLDER / CUDA_FILE)

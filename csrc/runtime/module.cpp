@@ -1,6 +1,7 @@
 // The Python module diffusion.kernels._cpp: everything but tensor ops, which are registered with PyTorch's dispatcher
 // when this library is loaded. No other source includes Python, so that the others build without it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <iterator>
@@ -11,6 +12,7 @@
 #include "convolution/args.h"
 #include "group_norm_silu/args.h"
 #include "reverse_step/math.h"
+#include "runtime/memory_digest.h"
 #include "runtime/recorded_calls.h"
 #include "simd/instruction_sets.h"
 
@@ -110,7 +112,7 @@ py::dict build() {
 // A free-threaded Python turns its GIL on when it imports this module.
 PYBIND11_MODULE(_cpp, m) {
   using namespace fused_diffusion;
-  m.doc() = "Recorded calls, instruction sets, limits and build information of the C++ ops.";
+  m.doc() = "Recorded calls, digests of memory, instruction sets, limits and build information of the C++ ops.";
   py::tuple names(std::size(kNamedSimd));
   for (size_t i = 0; i < names.size(); ++i) names[i] = kNamedSimd[i].name;
   m.attr("SIMD_VARIANTS") = names;
@@ -132,4 +134,15 @@ PYBIND11_MODULE(_cpp, m) {
                           const py::object&) { self.end(!type.is_none()); })
       .def("__len__", &RecordedCalls::size, Released())
       .def("run", run_calls, py::arg("times") = 1);
+
+  py::class_<MemoryDigest>(m, "MemoryDigest", py::module_local())
+      .def(py::init<std::vector<std::pair<uintptr_t, int64_t>>>(), py::arg("regions"), Released())
+      .def(
+          "holds",
+          [](const MemoryDigest& self, int64_t part, int64_t parts) {
+            if (part < 0 || part >= parts) throw py::value_error("part must be in 0..parts-1");
+            const py::gil_scoped_release released;
+            return self.holds(part, parts);
+          },
+          py::arg("part") = 0, py::arg("parts") = 1);
 }

@@ -1,0 +1,143 @@
+"""ModuleState sees what changes in a module, numbers that are written through `.data` included."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.kernels import _native
+from diffusion.planner import state
+from diffusion.planner.state import ModuleState
+from helpers.native import requires_native
+
+
+def make() -> nn.Module:
+    module = nn.Sequential(
+        nn.Conv2d(8, 70, 3), nn.BatchNorm2d(70), nn.Linear(300, 5, bias=False), nn.Linear(1, 1)
+    )
+    module[2].weight = nn.Parameter(torch.randn(300, 5).t())
+    return module.eval()
+
+
+@torch.no_grad()
+def in_place(module):
+    module[0].weight[3, 4, 1, 1] += 1
+
+
+def replaced(module):
+    module[0].weight = nn.Parameter(module[0].weight.detach().clone())
+
+
+def by_data(module):
+    module[0].weight.data = module[0].weight.detach().clone()
+
+
+def turned(module):
+    module[2].weight.data = torch.randn(5, 300)
+
+
+def another_attribute(module):
+    module[1].eps = 0.5
+
+
+def another_module(module):
+    module[3] = nn.Identity()
+
+
+def hooked(module):
+    module[3].register_forward_hook(print)
+
+
+def without_a_bias(module):
+    module[3].bias = None
+
+
+CHANGES = [in_place, replaced, by_data, turned, another_attribute, another_module, hooked, without_a_bias]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_changes(change, whole):
+    module = make()
+    seen = ModuleState(module)
+    assert all(seen.holds(whole) for _ in range(2 * state.PARTS))
+    change(module)
+    assert not seen.holds(whole)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_without_the_library(change, monkeypatch):
+    monkeypatch.setattr(_native, "CPP_MISSING", "there is none")
+    module = make()
+    seen = ModuleState(module)
+    assert seen.holds()
+    change(module)
+    assert not seen.holds()
+
+
+def every_number(module):
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+
+
+@requires_native
+def test_a_whole_weight_written_through_data():
+    """The next call sees it, whichever part it compares."""
+    for tensor in every_number(module := make()):
+        for _ in range(3):
+            seen = ModuleState(module)
+            tensor.data.mul_(0.9).add_(1e-3)
+            assert not seen.holds()
+
+
+@requires_native
+@pytest.mark.parametrize("where", [0, 100, 1499, -1])
+def test_one_number_written_through_data(where):
+    """The next whole comparison sees it, and one of PARTS others."""
+    for tensor in every_number(module := make()):
+        seen = ModuleState(module)
+        numbers = tensor.data.as_strided((tensor.numel(),), (1,))
+        numbers[where if where < len(numbers) else 0] += 1
+        assert not seen.holds(whole=True)
+        assert [seen.holds() for _ in range(state.PARTS)].count(False) > 0
+
+
+@requires_native
+def test_written_in_inference_mode():
+    with torch.inference_mode():
+        made = make()
+        module = nn.Sequential(made, nn.Linear(3, 3))
+    seen = ModuleState(module)
+    assert seen.holds()
+    with torch.inference_mode():
+        module[1].weight.fill_(3)
+    assert not seen.holds()
+
+
+@requires_native
+def test_two_numbers_that_trade_places():
+    module = make()
+    seen = ModuleState(module)
+    numbers = module[0].weight.data.view(-1)
+    numbers[[5, 6, 900]] = numbers[[6, 5, 900]]
+    assert not seen.holds(whole=True)
+    numbers[[5, 6]] = numbers[[6, 5]]
+    assert seen.holds(whole=True)
+
+
+@requires_native
+def test_nan_is_equal_to_itself():
+    module = make()
+    module[0].weight.data.fill_(float("nan"))
+    assert ModuleState(module).holds(whole=True)
+
+
+@requires_native
+def test_no_tensors():
+    assert ModuleState(nn.ReLU()).holds()
+    assert ModuleState(nn.ReLU()).holds(whole=True)
+
+
+@requires_native
+@pytest.mark.parametrize(("part", "parts"), [(-1, 4), (4, 4), (0, 0)])
+def test_parts_that_are_none(part, parts):
+    with pytest.raises(ValueError, match=r"part must be in 0\.\.parts-1"):
+        _native.library().MemoryDigest([]).holds(part, parts)
