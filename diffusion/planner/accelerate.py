@@ -243,12 +243,15 @@ class AcceleratedForward:
             self._weights = Weights(list(self._module.parameters()), dtype)
         return Plan(graph, self._weights)
 
-    def report(self) -> str:
-        """The plan of this thread's last call: what is fused and what not, or the reason against a plan."""
+    def report(self, calls: bool = False) -> str:
+        """The plan of this thread's last call: what is fused and what not, or the reason against a plan.
+
+        calls: a line for each call of the plan follows, with sizes, FLOPs and bytes.
+        """
         planned: _Planned | None = getattr(self._thread_local, "last", None)
         if self._last or planned is None:
             return f"{type(self._module).__name__}: as its modules\n  not planned: {self._last}"
-        lines = [f"{type(self._module).__name__}: planned, {self.precision}", *planned.plan.report()]
+        lines = [f"{type(self._module).__name__}: planned, {self.precision}", *planned.plan.report(calls)]
         return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import attention, group_norm_silu
 from .fusion import fuse_norms_alone, named
+from .fusion.inputs import NORM_INPUTS
 from .graph import Graph, Node, Value
 
 
@@ -42,6 +43,7 @@ class EagerPlan:
         last = {value: node for node in graph.nodes for value in [*node.reads(), *node.outputs]}
         kept = set(graph.outputs)
         self._calls = Counter(map(_kind, graph.nodes))
+        self._described = [repr(node) for node in graph.nodes if node.op != "view"]
         self._steps = []
         for node in graph.nodes:
             inputs, outputs = ([self._place(v) for v in values] for values in (node.reads(), node.outputs))
@@ -72,11 +74,12 @@ class EagerPlan:
                     held[place] = None
         return [held[place].to(dtype) for place, dtype in self._outputs]  # type: ignore[union-attr]
 
-    def report(self) -> list[str]:
-        """A line that counts the calls by what runs them."""
+    def report(self, calls: bool = False) -> list[str]:
+        """A line that counts the calls by what runs them. calls: a line for each call follows."""
         norms, attentions = self._calls["norm"], self._calls["attention"]
         others = self._calls.total() - norms - attentions - self._calls["view"]
-        return [f"  {norms} calls of group_norm_silu, {attentions} of attention, {others} of PyTorch"]
+        lines = [f"  {norms} calls of group_norm_silu, {attentions} of attention, {others} of PyTorch"]
+        return lines + ([f"{i:4}  {what}" for i, what in enumerate(self._described)] if calls else [])
 
 
 def _kind(node: Node) -> str:
@@ -107,9 +110,13 @@ def _apply(apply: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> list[Ten
 def _normalise(
     names: list[str], groups: int, eps: float, activation: str, tensors: list[Tensor]
 ) -> list[Tensor]:
-    x, *others = tensors
-    vectors = dict(zip(names[1:], others, strict=True))
-    return [group_norm_silu(x, groups, eps=eps, activation=activation, **vectors)]
+    given = dict(zip(names, tensors, strict=True))
+    weight, bias, add, scale, shift = (given.get(name) for name in NORM_INPUTS[1:])
+    x = given["x"]
+    y = group_norm_silu(
+        x, groups, weight, bias, eps, activation=activation, add=add, scale=scale, shift=shift
+    )
+    return [y]
 
 
 def _attend(scale: float, tensors: list[Tensor]) -> list[Tensor]:

@@ -27,13 +27,16 @@ class Layout:
     """The calls of a graph, each a function and its arguments, and the tensors that they read and write.
 
     calls: in order. inputs: the buffer of each input of the graph. outputs: the tensor of each output.
-    unfused: for each call of PyTorch, the node. pool: the memory.
+    origins: for each call, the node that it is of. unfused: for each call of PyTorch, the node. pool: the
+    memory.
     """
 
     def __init__(self, graph: Graph, weights: Weights):
-        self._graph, self._weights = graph, weights
+        self.graph, self._weights = graph, weights
         self.pool = Pool()
         self.calls: list[CallOf] = []
+        self.origins: list[Node | None] = []
+        self._laid_out: Node | None = None
         self.unfused: list[Node] = []
         self._tensors: dict[Value, Tensor] = {}
         self._blocks: dict[Value, Tensor] = {}  # of the values that own one
@@ -42,6 +45,7 @@ class Layout:
         self.inputs = [self._input(value) for value in graph.inputs]
         for i, node in enumerate(graph.nodes):
             lay_out = getattr(self, f"_lay_out_{node.op}", self._lay_out_call)
+            self._laid_out = node
             lay_out(node)
             for owner in ends.get(i, ()):
                 if owner in self._blocks:
@@ -57,13 +61,13 @@ class Layout:
         the channel is None.
         """
         homes: dict[Value, tuple[Value, int | None]] = {}
-        outputs = set(self._graph.outputs)
+        outputs = set(self.graph.outputs)
 
         def free(value: Value, ops: tuple[str, ...] = _WRITES_RANGES) -> bool:
             made = value.node is not None and value.node.op in ops
             return made and value not in homes and value not in outputs and value.ndim == 4
 
-        for node in self._graph.nodes:
+        for node in self.graph.nodes:
             if node.op == "cat":
                 start = 0
                 for value in node.reads():
@@ -91,22 +95,22 @@ class Layout:
     def _find_ends(self) -> dict[int, list[Value]]:
         """After each node, the owners whose memory is not read any more."""
         last: dict[Value, int] = {}
-        for i, node in enumerate(self._graph.nodes):
+        for i, node in enumerate(self.graph.nodes):
             for value in [*node.reads(), *node.outputs]:
                 last[self._owner(value)] = i
-        for value in self._graph.outputs:
+        for value in self.graph.outputs:
             last.pop(self._owner(value), None)
         ends: dict[int, list[Value]] = {}
         for value, i in last.items():
             ends.setdefault(i, []).append(value)
         return ends
 
-    def _dtype(self, value: Value) -> torch.dtype:
+    def dtype(self, value: Value) -> torch.dtype:
         """Maps and rows have the plan's dtype; vectors [N, C] and whole numbers have their own."""
         return self._weights.dtype if value.ndim > 2 and value.dtype in FLOATS else value.dtype
 
     def _input(self, value: Value) -> Tensor:
-        tensor = torch.zeros(tuple(value.shape), dtype=self._dtype(value), device="cpu")
+        tensor = torch.zeros(tuple(value.shape), dtype=self.dtype(value), device="cpu")
         if value.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         self._tensors[value] = tensor
@@ -132,7 +136,7 @@ class Layout:
             if start is not None:
                 tensor = tensor.narrow(1, start, value.shape[1])
         else:
-            dtype = self._dtype(value)
+            dtype = self.dtype(value)
             if strides is None:
                 strides = channels_last_strides(value.shape) if value.ndim == 4 else _contiguous(value.shape)
             block = self.pool.take(math.prod(value.shape) * dtype.itemsize)
@@ -145,6 +149,7 @@ class Layout:
 
     def _record(self, function: Callable, *arguments: object) -> None:
         self.calls.append((function, arguments))
+        self.origins.append(self._laid_out)
 
     def _lay_out_view(self, node: Node) -> None:
         source = self._tensor(next(node.reads()))

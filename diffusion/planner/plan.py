@@ -1,7 +1,6 @@
 """Plan: a network for inputs of one shape, as a fixed list of calls."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,8 +12,9 @@ from ..kernels.ops.attention.library import attention_
 from ..kernels.ops.convolution.library import convolution_, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
-from .fusion import fuse, named
-from .graph import Graph, Node
+from . import report
+from .fusion import fuse
+from .graph import Graph
 from .layout import CallOf, Layout, normalise
 from .weights import Weights
 
@@ -37,6 +37,7 @@ class Plan:
     def __init__(self, graph: Graph, weights: Weights):
         fuse(graph)
         self.graph = graph
+        self._weights = weights
         self.layout = Layout(graph, weights)
         self.inputs, self.outputs = self.layout.inputs, self.layout.outputs
         self._bound = _bound(self.layout.calls)
@@ -67,27 +68,13 @@ class Plan:
         """
         return [(_KINDS.get(call[0], "rest"), _bound([call])[0]) for call in self.layout.calls]
 
-    def report(self) -> list[str]:
-        """Lines that say what is fused, what is not, and how much memory the plan's buffers take."""
-        nodes = self.graph.nodes
-        unfused = Counter(_described(node) for node in self.layout.unfused)
-        convolutions = [named(node) for node in nodes if node.op == "convolution"]
-        normed = sum(inputs["affine"] is not None for inputs in convolutions)
-        added = sum(inputs["residual"] is not None for inputs in convolutions)
-        attentions = sum(call[0] is attention_ for call in self.layout.calls)
-        megabytes = (self.layout.pool.bytes + sum(t.nbytes for t in self.inputs)) / 1e6
-        return [
-            f"  {len(self.layout.calls)} calls, {megabytes:.1f} MB of buffers",
-            f"  {len(convolutions)} convolutions and linear maps, {normed} with the norm before them and "
-            f"{added} with the sum after them; {attentions} attentions",
-            *(f"  not fused: {count} x {what}" for what, count in unfused.most_common()),
-        ]
+    def report(self, calls: bool = False) -> list[str]:
+        """Lines that say what is fused, what is not, and how much memory and work the plan is.
 
-
-def _described(node: Node) -> str:
-    """The function of PyTorch that a node calls, and the size of its output."""
-    function = node.options["call"].function
-    return f"{getattr(function, '__name__', function)} {list(node.outputs[0].shape)}"
+        calls: a line for each call follows.
+        """
+        lines = report.summary(self.layout, self._weights.packed_bytes())
+        return lines + (report.table(self.layout) if calls else [])
 
 
 def _bound(calls: list[CallOf]) -> list[Callable[[], None]]:

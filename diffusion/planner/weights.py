@@ -99,6 +99,11 @@ class Weights:
         """The formats in use."""
         return [packing for _, packing, _ in self._packed]
 
+    def packed_bytes(self) -> int:
+        """Bytes of all packed weights and copies."""
+        tensors = [*self._copies.values(), *(weight.data for weight in self._packed.values())]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def _constant(self, value: Value) -> Tensor:
         assert value.constant is not None
         return value.constant
@@ -109,4 +114,4 @@ class Weights:
         if constant.data_ptr() in self._memory:
             return constant.data_ptr(), *layout
         numbers = constant.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        return hashlib.blake2b(numbers).digest(), *layout
+        return hashlib.blake2b(numbers.data).digest(), *layout
