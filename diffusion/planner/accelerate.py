@@ -43,7 +43,7 @@ def accelerate(module: M, *, precision: str = "exact") -> M:
     maps and attention. The rest stays calls of PyTorch. The module keeps its class, signature, `state_dict`
     and results. A call that cannot be planned runs the module as before; `module.report()` tells the reason.
     Weights that change in place or are replaced are noticed. Of numbers that are written through `.data`,
-    whole weights are noticed by the next call, and a few numbers by one of the next 64.
+    whole weights are noticed by the next call, and a few numbers by one of the next 256.
 
     On a GPU the plan calls this package's kernels for group normalisations with their SiLU, and for
     attention, and PyTorch for all else. It can be captured as a CUDA graph after a first call. Under

@@ -1,6 +1,7 @@
 """ModuleState: what code that replaces a module must notice when it changes."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import _native
 
-PARTS = 64  # calls of `ModuleState.holds` in which every number is compared
+PARTS = 256  # calls of `ModuleState.holds` in which every number is compared
 
 _version_of: Callable[[Tensor], int] = Tensor._version.__get__
 
@@ -26,8 +27,9 @@ class ModuleState:
         self._containers = [value for value in contained if isinstance(value, dict | list | set)]
         self._contents = [copy.copy(container) for container in self._containers]
         self._owners = [owner for m in self.modules for owner in (m._parameters, m._buffers) if owner]
-        self._owned = [list(owner.values()) for owner in self._owners]
-        self._tensors = [tensor for owned in self._owned for tensor in owned if tensor is not None]
+        self._owned = [tensor for owner in self._owners for tensor in owner.values()]
+        self._identities = list(map(id, self._owned))
+        self._tensors = [tensor for tensor in self._owned if tensor is not None]
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._places = self._current_places()
         self._memory = [tensor.detach() for tensor in self._tensors]  # keeps it while the digest reads it
@@ -53,10 +55,8 @@ class ModuleState:
             same = same and self._containers == self._contents
         except RuntimeError:  # comparing two tensors with == has no single answer
             return False
-        for owner, owned in zip(self._owners, self._owned, strict=True):
-            same = same and len(owner) == len(owned)
-            same = same and all(a is b for a, b in zip(owner.values(), owned, strict=True))
-        if not same or self._places != self._current_places():
+        owned = itertools.chain.from_iterable(map(dict.values, self._owners))
+        if not same or self._identities != list(map(id, owned)) or self._places != self._current_places():
             return False
         if self._numbers is None:
             return True

@@ -182,6 +182,10 @@ def change_in_place(network):
     network.conv_in.weight.mul_(2)
 
 
+def change_by_data(network):
+    network.conv_in.weight.data.mul_(2)
+
+
 def replace_parameter(network):
     network.conv_out.weight = nn.Parameter(network.conv_out.weight * 2)
 
@@ -216,7 +220,16 @@ def change_item(network):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [change_in_place, replace_parameter, replace_module, load_others, change_attribute, change_item]
+    "change",
+    [
+        change_in_place,
+        change_by_data,
+        replace_parameter,
+        replace_module,
+        load_others,
+        change_attribute,
+        change_item,
+    ],
 )
 def test_changes_are_noticed(change):
     network, given = unet2d(), of_unet2d(1)
