@@ -162,7 +162,14 @@ def test_nothing_begins_when_the_time_is_over(faults):
     }
 
 
-@pytest.mark.parametrize(("name", "passes"), [("waits", True), ("waits_hangs", True), ("hangs_waits", False)])
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("waits", True),
+        pytest.param("waits_hangs", True, marks=pytest.mark.exhaustive),
+        ("hangs_waits", False),
+    ],
+)
 def test_nothing_is_timed_beside_the_background(faults, name, passes):
     code, rows, _ = faults(
         {"name": name, "limit": 3, "background": True},

@@ -112,6 +112,7 @@ def test_predictions(prediction_type, sampler, tmp_path, monkeypatch):
     assert_same_images(model, tmp_path, monkeypatch)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim trailing clipped", "dpm++"])
 def test_schedules(name, sampler, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def test_architecture_is_read_off_the_tensors(name, tmp_path):
     assert told == guided_diffusion.load(Checkpoint(path), **case["flags"]).unet.config
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("how", ["arguments", "flags", "saved"])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_samples_are_those_of_the_original_loops(name, how, tmp_path):

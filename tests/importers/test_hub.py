@@ -80,7 +80,9 @@ def test_repositories_in_the_cache(tmp_path):
         assert (torch.tensor(json.loads(line)) - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("offline", [True, False], ids=["offline", "no network"])
+@pytest.mark.parametrize(
+    "offline", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["offline", "no network"]
+)
 def test_repositories_that_are_not_there(offline, tmp_path):
     """One line, exit status 2, and nothing is written."""
     out = tmp_path / "out"

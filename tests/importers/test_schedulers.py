@@ -165,7 +165,9 @@ CASES = [
     ("scheduler", "config"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_images_of_every_option(scheduler, config, networks, tmp_path):
-    check(tmp_path, networks, scheduler(**config), (1, 2, 7, 17))
+    # From 15 steps on, a solver lowers the order of its last steps only if it is told to.
+    counts = (1, 2, 7, 17) if scheduler is diffusers.DPMSolverMultistepScheduler else (1, 2, 7)
+    check(tmp_path, networks, scheduler(**config), counts)
 
 
 @pytest.mark.parametrize(

@@ -11,30 +11,22 @@ from diffusion.kernels import _triton
 from helpers.paths import ROOT
 
 OPS = ROOT / "tests" / "kernels" / "ops"
+FILES = ("triton", "philox", "reverse_step", "reverse_step_in_place")
+# Without the largest cases: they would take minutes each.
+SELECTION = "triton and not millions and not Distribution and not imagenet64 and not (reverse_step and many)"
 pytestmark = pytest.mark.skipif(
     _triton.MISSING is not None or _triton.INTERPRETED, reason="no Triton, or already in its interpreter"
 )
 
 
 @pytest.mark.parametrize("marks", [None, pytest.param("exhaustive", marks=pytest.mark.exhaustive)], ids=str)
-@pytest.mark.parametrize(
-    ("files", "selection"),
-    [
-        (["test_triton.py"], ""),
-        (
-            ["test_philox.py", "test_reverse_step.py", "test_reverse_step_in_place.py"],
-            "triton and not millions and not Distribution and not imagenet64 and not many",
-        ),
-    ],
-    ids=["norm_attention", "philox_reverse_step"],
-)
-def test_in_the_interpreter(files, selection, marks):
+def test_in_the_interpreter(marks):
     """The parametrisations that run by default, or those that are left for .ci/run."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     command += [] if marks is None else ["-m", marks]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [*command, "-k", selection, *(str(OPS / file) for file in files)],
+        [*command, "-k", SELECTION, *(str(OPS / f"test_{name}.py") for name in FILES)],
         env=environment,
         cwd=ROOT,
         capture_output=True,

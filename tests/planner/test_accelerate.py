@@ -68,6 +68,7 @@ def exact(network: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.thinned
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_are_the_networks(name, batch):

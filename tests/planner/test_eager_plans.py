@@ -58,6 +58,7 @@ def on_the_cpu(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_are_the_networks(name, dtype, on_the_cpu):

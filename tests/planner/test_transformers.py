@@ -114,6 +114,7 @@ def test_outputs_are_the_networks(name):
 
 
 @torch.no_grad()
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["conditional", "sdxl", "mask of the text", "scale and shift"])
 def test_networks_in_sixteen_bits(name, dtype):

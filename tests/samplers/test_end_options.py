@@ -58,6 +58,7 @@ def test_ddpm(variance, spacing, offset, steps, monkeypatch):
         assert difference(run_table(table, model, noise), theirs) < 1e-9
 
 
+@pytest.mark.thinned(2)
 @grids
 @pytest.mark.parametrize(("eta", "set_alpha_to_one"), list(product([0.0, 0.7], [True, False])))
 @pytest.mark.parametrize("steps", [1, 7, 40, 101])

@@ -105,6 +105,7 @@ def test_a_batch_smaller_than_the_ranks():
         make_trainer(PLAIN, ranks=Ranks(rank=0, world_size=9, local_rank=0))
 
 
+@pytest.mark.exhaustive  # the tests above set the variables that torchrun sets
 @pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
 def test_the_command_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--local-addr=127.0.0.1"]

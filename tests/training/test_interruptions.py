@@ -112,7 +112,7 @@ def killed():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-@pytest.mark.parametrize("moment", exhaustive_but(MOMENTS, default=MOMENTS[::2]))
+@pytest.mark.parametrize("moment", exhaustive_but(MOMENTS, default=MOMENTS[::4]))
 def test_a_run_resumes_as_if_it_had_not_been_killed(moment, killed, unbroken, tmp_path):
     assert killed(tmp_path, moment) == -signal.SIGKILL
     assert (tmp_path / ".lock").exists()  # the kernel has unlocked it
