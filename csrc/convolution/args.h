@@ -36,8 +36,8 @@ enum class Activation : int64_t {
 };
 constexpr int64_t kActivations = 5;
 
-// out = activation(conv(act((x - centre) * gain + offset)) + bias) + residual. The distance between pixels is given for
-// each of x, residual and out, so that each may be a range of the channels of a wider image.
+// out = (activation(conv(act((x - centre) * gain + offset)) + bias) + residual) * factor. The distance between pixels is
+// given for each of x, residual and out, so that each may be a range of the channels of a wider image.
 struct Convolution {
   const void *x, *residual;  // residual may be null, and may be out itself
   void* out;
@@ -54,6 +54,7 @@ struct Convolution {
   int64_t scale;                                // 2: each pixel of x is read as 2 x 2
   bool silu;
   Activation activation;
+  float factor;  // of the sum
 
   FD_HD int64_t in_height() const { return height * scale; }
   FD_HD int64_t in_width() const { return width * scale; }

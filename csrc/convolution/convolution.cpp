@@ -252,7 +252,7 @@ void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set, ScalarType
 void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, int64_t padding, int64_t scale,
                   int64_t winograd_m, int64_t amx_limbs, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& affine, bool silu, const std::optional<Tensor>& residual, Tensor out,
-                  int64_t activation) {
+                  int64_t activation, double factor) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && out.scalar_type() == type && x.size(0) == out.size(0),
                   "x and out must be [N, C, H, W] of one dtype");
@@ -265,6 +265,7 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   g.images = x.size(0), g.channels = x.size(1), g.height = x.size(2), g.width = x.size(3);
   STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "there is no activation ", activation);
   g.activation = static_cast<Activation>(activation);
+  g.factor = static_cast<float>(factor);
   g.results = out.size(1);
   const bool gated = g.activation == Activation::geglu;
   STD_TORCH_CHECK(!gated || winograd_m == 0, "with GEGLU, winograd_m must be 0");

@@ -1,5 +1,5 @@
 // Reading and writing pixels in the convolutions of one instruction set: x is normalised and activated as it is read,
-// and outputs get their bias and residual. Included after simd/exp.h.
+// and outputs get their bias, residual and factor. Included after simd/exp.h.
 
 enum class Transform { plain, normalised, activated };  // applied to each number as it is read
 
@@ -63,6 +63,7 @@ FD_HD void store_pixel(const Convolution& g, int64_t at, int64_t channel, int64_
     const T* residual = static_cast<const T*>(g.residual) + at * g.residual_pixel + channel;
     value += lanes == kLanes ? load(residual) : load(residual, lanes);
   }
+  value *= spread(g.factor);
   if (lanes == kLanes) store(to, value);
   else store(to, value, lanes);
 }

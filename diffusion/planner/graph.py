@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ class Node:
         return value
 
     def replace_input(self, old: Value, new: Value) -> None:
+        new.users += [self] * sum(value is old for value in self.inputs)
         self.inputs = [new if value is old else value for value in self.inputs]
         old.users = [user for user in old.users if user is not self]
-        new.users.append(self)
 
     def remove(self) -> None:
         """Takes the node out of its inputs' users; its place in the graph's list is the caller's matter."""
@@ -92,6 +92,15 @@ def is_view(node: Node | None) -> bool:
     return node is not None and node.op == "view"
 
 
+def leaf_uses(value: Value) -> Iterator[tuple[Node, Value]]:
+    """The nodes that read a value or a view of it, each with what it reads."""
+    for user in value.users:
+        if user.op == "view":
+            yield from leaf_uses(user.output)
+        else:
+            yield user, value
+
+
 def viewed(value: Value) -> Value:
     """The value of which this one is a view, perhaps itself."""
     while is_view(value.node):
@@ -119,6 +128,41 @@ def apply_views(value: Value, source: Value, tensor: Tensor) -> Tensor | None:
     return tensor
 
 
+class Chain(NamedTuple):
+    """Views one after another, as one."""
+
+    applies: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for apply in self.applies:
+            tensor = apply(tensor)
+        return tensor
+
+
+def strided_view(apply: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor | None:
+    """`apply(tensor)` as a view of the tensor's memory, or None if it is no such view.
+
+    Unlike PyTorch's views, it is found where `apply` reshapes to what would be a copy and then further to
+    what is a view again, such as heads merged with the images of a batch and then with the channels.
+    """
+    seen = apply(tensor)
+    if shares_memory(seen, tensor) or seen.numel() == 0:
+        return seen if shares_memory(seen, tensor) else None
+    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    positions = torch.arange(extent, dtype=torch.int32, device="cpu")
+    found = apply(positions.as_strided(tensor.shape, tensor.stride()))
+    start = int(found.flatten()[0])
+    expected, strides = torch.tensor(start, dtype=torch.int32, device="cpu"), []
+    for dimension, size in enumerate(found.shape):
+        line = found[tuple(slice(None) if d == dimension else 0 for d in range(found.ndim))]
+        strides.append(int(line[1] - line[0]) if size > 1 else 1)
+        steps = torch.arange(size, dtype=torch.int32, device="cpu") * strides[-1]
+        expected = expected.unsqueeze(-1) + steps
+    if min(strides, default=0) < 0 or not torch.equal(found, expected):
+        return None
+    return tensor.as_strided(found.shape, strides, tensor.storage_offset() + start)
+
+
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
@@ -142,7 +186,8 @@ def map_of(value: Value) -> Value:
     itself.
     """
     source = viewed(value)
-    if source.ndim != 4 or value.ndim not in (3, 4) or value is source:
+    heads = source.node is not None and source.node.op == "attention"
+    if heads or source.ndim != 4 or value.ndim not in (3, 4) or value is source:
         return value
     like = torch.empty_strided(source.shape, channels_last_strides(source.shape), device="meta")
     seen = apply_views(value, source, like)

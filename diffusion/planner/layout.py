@@ -6,20 +6,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels import group_norm_silu
 from ..kernels.ops.attention.library import attention_
-from ..kernels.ops.convolution.library import convolution_, convolution_arguments, upsample_nearest2x_
+from ..kernels.ops.convolution.library import (
+    average_pool_,
+    convolution_,
+    convolution_arguments,
+    upsample_nearest2x_,
+)
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
 from .buffers import Pool, shaped
 from .fusion import named
-from .graph import Graph, Node, Value, channels_last_strides, shares_memory
+from .graph import Graph, Node, Value, channels_last_strides, leaf_uses, strided_view
 from .lowering import FLOATS, Template
 from .weights import Weights
 
 CallOf = tuple[Callable, tuple]
 
-_WRITES_RANGES = ("convolution", "norm", "double", "call")  # ops that can write a range of channels
+_WRITES_RANGES = (
+    "convolution",
+    "norm",
+    "double",
+    "average",
+    "call",
+)  # ops that can write a range of channels
 _OUT = {"add": torch.add, "mul": torch.mul, "sub": torch.sub, "div": torch.div}
 
 
@@ -40,6 +50,7 @@ class Layout:
         self.unfused: list[Node] = []
         self._tensors: dict[Value, Tensor] = {}
         self._blocks: dict[Value, Tensor] = {}  # of the values that own one
+        self._dtypes: dict[Value, torch.dtype] = {}
         self._homes = self._find_homes()
         ends = self._find_ends()
         self.inputs = [self._input(value) for value in graph.inputs]
@@ -76,7 +87,8 @@ class Layout:
                     start += value.shape[1]
             elif node.op == "convolution":
                 residual, out = named(node)["residual"], node.output
-                if residual is None or residual.users != [node] or not free(residual, ("convolution",)):
+                made = residual is not None and free(residual, ("convolution", "double", "average"))
+                if residual is None or not made or residual.users != [node]:
                     continue
                 if residual.shape == out.shape and not node.options["writes_rows"]:
                     homes[residual] = out, None
@@ -106,8 +118,28 @@ class Layout:
         return ends
 
     def dtype(self, value: Value) -> torch.dtype:
-        """Maps and rows have the plan's dtype; vectors [N, C] and whole numbers have their own."""
-        return self._weights.dtype if value.ndim > 2 and value.dtype in FLOATS else value.dtype
+        """The plan's dtype for maps and rows that compiled operators read or write, and what follows.
+
+        All others have their own: vectors [N, C], whole numbers, what is computed from these alone, and what
+        PyTorch's functions alone read and write, such as a denoiser's image, which would lose digits.
+        """
+        if value not in self._dtypes:
+            self._dtypes[value] = self._found_dtype(value)
+        return self._dtypes[value]
+
+    def _found_dtype(self, value: Value) -> torch.dtype:
+        node, dtype = value.node, self._weights.dtype
+        if value.ndim <= 2 or value.dtype not in FLOATS:
+            return value.dtype
+        if node is not None and node.op == "view":
+            return self.dtype(next(node.reads()))
+        compiled = node is not None and _is_compiled(node)
+        if compiled or any(_is_compiled(user) and read.ndim > 2 for user, read in leaf_uses(value)):
+            return dtype
+        if node is None:
+            return value.dtype
+        maps = [x for x in node.reads() if x.constant is None and x.ndim > 2 and x.dtype in FLOATS]
+        return dtype if maps and all(self.dtype(x) == dtype for x in maps) else value.dtype
 
     def _input(self, value: Value) -> Tensor:
         tensor = torch.zeros(tuple(value.shape), dtype=self.dtype(value), device="cpu")
@@ -154,35 +186,41 @@ class Layout:
     def _lay_out_view(self, node: Node) -> None:
         source = self._tensor(next(node.reads()))
         apply = node.options["apply"]
-        tensor = apply(source)
-        if shares_memory(tensor, source):
-            self._tensors[node.output] = tensor
+        view = strided_view(apply, source)
+        if view is not None:
+            self._tensors[node.output] = view
             return
         # The copy lives as long as what it is a copy of, so that it needs memory of its own.
-        copy = torch.empty_like(tensor)
+        copy = torch.empty_like(apply(source))
         self._tensors[node.output] = copy
         self._record(store, copy, apply, source)
 
     def _lay_out_affine(self, node: Node) -> None:
-        inputs = named(node)
-        x = self._map(inputs["x"])
+        x = self._map(named(node)["x"])
         shape = (self._weights.affine_rows, *x.shape[:2])
         block = self.pool.take(math.prod(shape) * 4)
         self._blocks[node.output] = block
         out = shaped(block, shape, _contiguous(shape), torch.float32)
         self._tensors[node.output] = out
+        self._record_affine(node, x, out)
+
+    def _lay_out_norm(self, node: Node) -> None:
+        x = self._map(named(node)["x"])
+        out = self._place(node.output)
+        shape = (3, *x.shape[:2])
+        block = self.pool.take(math.prod(shape) * 4)
+        affine = shaped(block, shape, _contiguous(shape), torch.float32)
+        self._record_affine(node, x, affine)
+        self._record(average_pool_, x, affine, node.options["silu"], 1, out)
+        self.pool.give_back(block)
+
+    def _record_affine(self, node: Node, x: Tensor, out: Tensor) -> None:
+        """A norm as an affine map of each channel, in `out`."""
+        inputs = named(node)
         weight, bias = (self._weights.vector(inputs[name]) for name in ("weight", "bias"))
         add, scale, shift = (self._vector(inputs[name]) for name in ("add", "scale", "shift"))
         groups, eps, silu = (node.options[name] for name in ("groups", "eps", "silu"))
         self._record(group_norm_affine_, x, groups, weight, bias, eps, add, scale, shift, silu, out)
-
-    def _lay_out_norm(self, node: Node) -> None:
-        inputs = named(node)
-        x, out = self._map(inputs["x"]), self._place(node.output)
-        vectors = [self._weights.vector(inputs[name]) for name in ("weight", "bias")]
-        vectors += [self._vector(inputs[name]) for name in ("add", "scale", "shift")]
-        activation = "silu" if node.options["silu"] else "none"
-        self._record(normalise, out, x, node.options["groups"], node.options["eps"], activation, *vectors)
 
     def _lay_out_layer_norm(self, node: Node) -> None:
         x, *affine = node.inputs
@@ -221,6 +259,8 @@ class Layout:
         out = self._pixels(out_tensor, options["writes_rows"], size)
         size = None if not options["reads_rows"] else tuple(out.shape[2:])
         image = self._pixels(self._tensor(x), options["reads_rows"], size, out.dtype)
+        if kernel == stride == scale == 1 and image.shape[2:] != out.shape[2:]:
+            image = image.flatten(2).unflatten(2, out.shape[2:])
         residual = None
         if inputs["residual"] is not None:
             shape = tuple(out.shape[2:])
@@ -252,6 +292,7 @@ class Layout:
             silu=silu,
             residual=residual,
             activation=activation,
+            factor=options["factor"],
         )
         self._record(convolution_, *arguments)
 
@@ -300,6 +341,14 @@ class Layout:
     def _lay_out_double(self, node: Node) -> None:
         self._record(upsample_nearest2x_, self._map(next(node.reads())), self._place(node.output))
 
+    def _lay_out_average(self, node: Node) -> None:
+        inputs = named(node)
+        norm = inputs["affine"]
+        affine, silu = None, False
+        if norm is not None and norm.node is not None:
+            affine, silu = self._tensor(norm), norm.node.options["silu"]
+        self._record(average_pool_, self._map(inputs["x"]), affine, silu, 2, self._place(node.output))
+
     def _lay_out_cat(self, node: Node) -> None:
         out, start = self._place(node.output), 0
         for value in node.reads():
@@ -326,11 +375,16 @@ class Layout:
             self._record(write_results, outs, template, tensors)
 
     def _operand(self, value: Value, node: Node) -> Tensor:
-        """An input of PyTorch's function; a constant in the dtype that maps have in the plan."""
-        reads_maps = any(other.constant is None and other.ndim > 2 for other in node.reads())
-        if value.constant is not None and value.dtype in FLOATS and reads_maps:
+        """An input of PyTorch's function; a constant in the dtype of the maps that the function reads."""
+        maps = [other for other in node.reads() if other.constant is None and other.ndim > 2]
+        dtypes = {self.dtype(other) for other in maps if other.dtype in FLOATS}
+        if value.constant is not None and value.dtype in FLOATS and dtypes == {self._weights.dtype}:
             return self._weights.copy(value, self._weights.dtype)
         return self._tensor(value)
+
+
+def _is_compiled(node: Node) -> bool:
+    return node.op not in ("view", "call") and hasattr(Layout, f"_lay_out_{node.op}")
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -369,17 +423,6 @@ def copy(out: Tensor, x: Tensor) -> None:
 
 def store(out: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     out.copy_(function(x))
-
-
-def normalise(
-    out: Tensor, x: Tensor, groups: int, eps: float, activation: str, *vectors: Tensor | None
-) -> None:
-    weight, bias, add, scale, shift = vectors
-    out.copy_(
-        group_norm_silu(
-            x, groups, weight, bias, eps, activation=activation, add=add, scale=scale, shift=shift
-        )
-    )
 
 
 def write_binary(out: Tensor, function: Callable, a: Tensor, b: Tensor) -> None:

@@ -4,7 +4,10 @@ Every node keeps its call, by which it runs where nothing is fused. A node's op 
 
 view        the first input in another shape, order or range, without a computation: apply, a function
 conv        a convolution of maps, square and without groups or dilation: stride, padding
+conv1d      a convolution of sequences [N, C, S] by a kernel of one
 linear      a linear map of the last dimension
+product     an Einstein sum of two tensors: equation, and the number that it is multiplied by, scale
+softmax     dim
 group_norm  groups, eps
 layer_norm  of the last dimension: eps; rms, whether the mean is taken to be 0
 silu, gelu  gelu: approximate, "none" or "tanh"
@@ -12,6 +15,7 @@ add, mul, sub, div    of two values, or of one value and the number `scalar`
 cat         of maps along their channels
 attention   scaled dot products of q, k and v without a mask: scale
 double      nearest-neighbour interpolation to twice the height and width
+average     of squares of 2 x 2 pixels
 pad         zeros to the right and below: pads
 call        any other function
 """
@@ -129,6 +133,10 @@ def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -
         nodes = _views(call, inputs, outputs)
         if nodes is not None:
             return nodes
+    if call.name == "addcmul":
+        nodes = _addcmul(call, inputs, outputs)
+        if nodes is not None:
+            return nodes
     op: str = "call"
     options: dict[str, Any] = {}
     known = _KNOWN.get(call.name) if single else None
@@ -177,6 +185,29 @@ def _views(call: Call, inputs: list[Value], outputs: list[Value]) -> list[Node] 
         return None
     template = _template(call)
     return [Node("view", [source], [value], apply=_Pick(template, i)) for i, value in enumerate(outputs)]
+
+
+def _addcmul(call: Call, inputs: list[Value], outputs: list[Value]) -> list[Node] | None:
+    """A product and a sum, for input + tensor1 * tensor2."""
+    if call.options or len(call.args) != 3 or len(inputs) != 3:
+        return None
+    shape = torch.broadcast_shapes(inputs[1].shape, inputs[2].shape)
+    product = Value(torch.empty(shape, dtype=outputs[0].dtype, device="meta"))
+    return [
+        function_node("mul", torch.mul, inputs[1:], product, scalar=None),
+        function_node("add", torch.add, [product, inputs[0]], outputs[0], scalar=None),
+    ]
+
+
+def function_node(
+    op: str, function: Callable, inputs: list[Value], output: Value, arguments: tuple = (), **options: Any
+) -> Node:
+    """A node that can run as function(*inputs, *arguments)."""
+    slots = tuple(Slot(i) for i in range(len(inputs)))
+    leaves, structure = pytree.tree_flatten(((*(None for _ in slots), *arguments), {}))
+    return Node(
+        op, inputs, [output], call=Template(function, [*slots, *leaves[len(slots) :]], structure), **options
+    )
 
 
 def _changes_nothing(call: Call) -> bool:
@@ -278,6 +309,69 @@ def _rms_norm(
     return "layer_norm", {"eps": torch.finfo(input.dtype).eps if eps is None else eps, "rms": True}
 
 
+def _conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Known:
+    one = not isinstance(padding, str) and (_one(stride), _one(padding), groups) == (1, 0, 1)
+    return ("conv1d", {}) if one and input.ndim == 3 and weight.shape[2] == 1 else None
+
+
+def _product(equation: str, scale: float = 1) -> Known:
+    return "product", {"equation": equation, "scale": scale}
+
+
+def _einsum(equation: Any, *operands: Any) -> Known:
+    written = equation.replace(" ", "") if isinstance(equation, str) else ""
+    given = list(operands[0]) if operands and isinstance(operands[0], list | tuple) else list(operands)
+    plain = "->" in written and "." not in written and written.count(",") == 1
+    twice = any(len(set(letters)) < len(letters) for letters in written.replace("->", ",").split(","))
+    return _product(written) if plain and not twice and len(given) == 2 else None
+
+
+def _matmul(input: Tensor, other: Tensor) -> Known:
+    """Of as many dimensions each, or of rows by a matrix."""
+    batch = "abcdefgh"[: input.ndim - 2]
+    if other.ndim == 2 <= input.ndim <= 10:
+        return _product(f"{batch}ik,kj->{batch}ij")
+    if input.ndim != other.ndim or not 2 < input.ndim <= 10 or input.shape[:-2] != other.shape[:-2]:
+        return None
+    return _product(f"{batch}ik,{batch}kj->{batch}ij")
+
+
+def _bmm(input: Tensor, mat2: Tensor) -> Known:
+    return _matmul(input, mat2)
+
+
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Known:
+    return _product("aik,akj->aij", alpha) if beta == 0 else None
+
+
+def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Known:
+    if dim is None or dtype not in (None, *FLOATS):
+        return None
+    return "softmax", {"dim": dim % input.ndim}
+
+
+def _average(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Known:
+    squares = (_one(kernel_size), _one(kernel_size if stride in (None, (), []) else stride)) == (2, 2)
+    plain = squares and _one(padding) == 0 and not ceil_mode and divisor_override is None
+    return ("average", {}) if plain and input.ndim == 4 else None
+
+
 def _binary(op: str, turned: bool = False) -> Callable[..., Known]:
     def known(input: Any, other: Any, alpha: float = 1, rounding_mode: None = None) -> Known:
         if alpha != 1 or rounding_mode is not None:
@@ -350,7 +444,14 @@ def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = 
 
 
 _KNOWN: dict[str, Callable[..., Known]] = {
+    "conv1d": _conv1d,
     "conv2d": _conv,
+    "einsum": _einsum,
+    "matmul": _matmul,
+    "bmm": _bmm,
+    "baddbmm": _baddbmm,
+    "softmax": _softmax,
+    "avg_pool2d": _average,
     "linear": _linear,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,

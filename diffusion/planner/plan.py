@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..kernels._recorded_calls import recording
 from ..kernels.ops.attention.library import attention_
-from ..kernels.ops.convolution.library import convolution_, upsample_nearest2x_
+from ..kernels.ops.convolution.library import average_pool_, convolution_, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
 from . import report
 from .fusion import fuse
 from .graph import Graph
-from .layout import CallOf, Layout, normalise
+from .layout import CallOf, Layout
 from .weights import Weights
 
 _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, by kind
@@ -24,8 +24,8 @@ _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, b
     attention_: "attention",
     layer_norm_: "norm",
     upsample_nearest2x_: "rest",
+    average_pool_: "rest",
 }
-_KINDS = _RECORDABLE | {normalise: "norm"}
 
 
 class Plan:
@@ -66,7 +66,7 @@ class Plan:
 
         The kinds are "convolution", "norm", "attention" and "rest".
         """
-        return [(_KINDS.get(call[0], "rest"), _bound([call])[0]) for call in self.layout.calls]
+        return [(_RECORDABLE.get(call[0], "rest"), _bound([call])[0]) for call in self.layout.calls]
 
     def report(self, calls: bool = False) -> list[str]:
         """Lines that say what is fused, what is not, and how much memory and work the plan is.

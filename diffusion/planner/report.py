@@ -60,7 +60,7 @@ def flops(node: Node) -> float:
         assert weight is not None
         channels = out.shape[-1] if node.options["writes_rows"] else out.shape[1]
         return 2 * out.shape.numel() / max(channels, 1) * weight.shape.numel()
-    if node.op in ("view", "norm", "affine", "cat", "double"):
+    if node.op in ("view", "norm", "affine", "cat", "double", "average"):
         return 0
     inputs = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in node.reads()]
     with FlopCounterMode(display=False) as counter:
@@ -93,6 +93,7 @@ def _fused(node: Node) -> str:
     parts += [f"stride {options['stride']}"] if options["stride"] != 1 else []
     parts += [options["activation"]] if options["activation"] != "none" else []
     parts += ["sum"] if inputs["residual"] is not None else []
+    parts += [f"times {options['factor']:.4g}"] if options["factor"] != 1 else []
     return "; ".join(parts)
 
 

@@ -2,18 +2,23 @@
 
 affine       the affine map of each channel that a group normalisation is; options: groups, eps, silu
 norm         the same, applied; for what is no convolution
-convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2), activation
+convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2), activation, factor
+average      of squares of 2 x 2 pixels
 
 whose inputs have the names of options["names"].
 """
 
 from ..graph import Graph
 from .activations import fuse_activations
+from .attention import fuse_attention
 from .constants import fold_constants, share_equal
 from .convolutions import fuse_convolutions
 from .inputs import named
-from .norms import fuse_norms, normalise_maps
+from .norms import fuse_norms
+from .sequences import widen_sequences
 from .siblings import join_siblings
+from .simplify import simplify
+from .views import shorten_views
 
 __all__ = ["fuse", "fuse_norms_alone", "named"]
 
@@ -21,8 +26,12 @@ __all__ = ["fuse", "fuse_norms_alone", "named"]
 def fuse(graph: Graph) -> None:
     """Joins the nodes of the graph, in place."""
     fold_constants(graph)
+    shorten_views(graph)
+    simplify(graph)
     share_equal(graph)
-    normalise_maps(graph)
+    fuse_attention(graph)
+    widen_sequences(graph)
+    shorten_views(graph)
     fuse_norms(graph)
     fuse_activations(graph)
     fuse_convolutions(graph)
@@ -33,6 +42,6 @@ def fuse(graph: Graph) -> None:
 def fuse_norms_alone(graph: Graph) -> None:
     """Joins group normalisations with their modulation and SiLU, and leaves the other nodes as they are."""
     share_equal(graph)
-    normalise_maps(graph)
+    widen_sequences(graph, ("group_norm",))
     fuse_norms(graph)
     graph.drop_unused()

@@ -1,23 +1,48 @@
 """Joins convolutions, and linear maps of the channels of each pixel, with what is around them.
 
 A convolution takes in the group normalisation, its modulation and SiLU before it, a doubling or a padding of
-its input, and the sum with a residual after it.
+its input, and after it the sum with a residual and the number that this is multiplied by. An average of
+pixels takes in the normalisation, too.
 """
-
-from collections.abc import Iterator
 
 import torch
 
-from ..graph import Graph, Node, Value, apply_views, channels_last_strides, is_channels_last, map_of, viewed
+from ..graph import (
+    Graph,
+    Node,
+    Value,
+    apply_views,
+    channels_last_strides,
+    is_channels_last,
+    leaf_uses,
+    map_of,
+    viewed,
+)
 from ..lowering import FLOATS
-from .inputs import CONVOLUTION_INPUTS, is_fusable, other_operand
+from .inputs import AVERAGE_INPUTS, CONVOLUTION_INPUTS, factor_of, is_fusable, other_operand
 
 
 def fuse_convolutions(graph: Graph) -> None:
     replaced: dict[Node, list[Node]] = {}
     taken: set[Node] = set()
     affines: dict[Node, Node] = {}
+
+    def affine_of(source: Value) -> tuple[Value, Value | None]:
+        """What a convolution reads in the place of a norm: its input, and the affine map that it is."""
+        before = source.node
+        if before is None or before.op != "norm" or not _all_convolve(source):
+            return source, None
+        if before not in affines:
+            affines[before] = Node("affine", before.inputs, [_affine_value(source)], **before.options)
+            replaced[before] = [before, affines[before]]  # the norm goes if nobody reads it
+        return _first(before), affines[before].output
+
     for node in graph.nodes:
+        if node.op == "average":
+            values = affine_of(map_of(_first(node)))
+            node.remove()
+            replaced[node] = [Node("average", values, node.outputs, names=AVERAGE_INPUTS)]
+            continue
         if node.op not in ("conv", "linear") or not is_fusable(node):
             continue
         x, weight, *bias = node.inputs
@@ -31,17 +56,11 @@ def fuse_convolutions(graph: Graph) -> None:
         if before is not None and before.op == "pad" and (options["stride"], options["padding"]) == (2, 0):
             source = map_of(_first(before))
             before = source.node
-        if before is not None and before.op == "double" and options["stride"] == 1 and options["kernel"] == 3:
-            if _all_convolve(source):
-                options["scale"], source = 2, map_of(_first(before))
-            before = source.node
-        affine = None
-        if before is not None and before.op == "norm" and _all_convolve(source):
-            if before not in affines:
-                affines[before] = Node("affine", before.inputs, [_affine_value(source)], **before.options)
-                replaced[before] = [before, affines[before]]  # the norm goes if nobody reads it
-            affine, source = affines[before].output, _first(before)
-        last, residual, layout = _residual(node, graph, taken)
+        square = (options["kernel"], options["stride"]) == (3, 1)
+        if before is not None and before.op == "double" and square and _all_convolve(source):
+            options["scale"], source = 2, map_of(_first(before))
+        source, affine = affine_of(source)
+        last, residual, layout, options["factor"] = _sum(node, graph, taken)
         options["reads_rows"] = node.op == "linear" and source is x
         options["writes_rows"] = layout == "rows"
         values = (source, weight, bias[0] if bias else None, affine, residual)
@@ -64,18 +83,9 @@ def _affine_value(x: Value) -> Value:
     return Value(torch.empty((4, *x.shape[:2]), device="meta"), "the affine map of a norm")
 
 
-def _leaf_uses(value: Value) -> Iterator[tuple[Node, Value]]:
-    """The nodes that read a value or a view of it, each with what it reads."""
-    for user in value.users:
-        if user.op == "view":
-            yield from _leaf_uses(user.output)
-        else:
-            yield user, value
-
-
 def _all_convolve(value: Value) -> bool:
     """Whether all that reads a map is convolutions that can apply a norm or a doubling as they read it."""
-    for user, read in _leaf_uses(value):
+    for user, read in leaf_uses(value):
         if map_of(read) is not value:
             return False
         if user.op == "double":
@@ -83,30 +93,46 @@ def _all_convolve(value: Value) -> bool:
         elif user.op in ("conv", "linear"):
             fits = user.inputs[0] is read and is_fusable(user) and user.options.get("stride", 1) == 1
         else:
-            fits = user.op == "convolution"
+            fits = user.op in ("convolution", "average")
         if not fits:
             return False
     return bool(value.users)
 
 
-def _residual(node: Node, graph: Graph, taken: set[Node]) -> tuple[Node, Value | None, str]:
-    """The last node that a convolution takes in, the value that it adds, and the output's `_layout`."""
+def _sum(node: Node, graph: Graph, taken: set[Node]) -> tuple[Node, Value | None, str, float]:
+    """The last node that a convolution takes in, and the output (convolution + residual) * factor.
+
+    Returns the node, the residual, the output's `_layout` and the factor.
+    """
+    last, residual, factor = node, None, 1.0
+    layout = "rows" if node.op == "linear" else "map"
     value = node.output
     while len(value.users) == 1 and value not in graph.outputs:
         (user,) = value.users
-        if user.op == "view":
+        if user.op == "view" and residual is None:
             value = user.output
             continue
-        other = other_operand(user, value)
-        fits = user.op == "add" and other is not None and other.shape == value.shape and user not in taken
-        layout = _layout(value, node)
-        if not fits or other is None or other is value or layout is None:
+        seen = layout if residual is not None else _layout(value, node)
+        number, other = factor_of(user), other_operand(user, value)
+        if user in taken or seen is None:
             break
-        if other.dtype not in FLOATS or _takes_rather(other, node, graph):
+        if number is not None:
+            factor *= number
+        elif residual is None and factor == 1 and _adds(user, value, other, node, graph):
+            residual = other
+        else:
             break
         taken.add(user)
-        return user, other, layout
-    return node, None, "rows" if node.op == "linear" else "map"
+        last, layout, value = user, seen, user.output
+    return last, residual, layout, factor
+
+
+def _adds(user: Node, value: Value, other: Value | None, node: Node, graph: Graph) -> bool:
+    """Whether a node adds to a convolution's output another value that the convolution can read."""
+    fits = user.op == "add" and other is not None and other.shape == value.shape and other is not value
+    if not fits or other is None or other.dtype not in FLOATS:
+        return False
+    return not _takes_rather(other, node, graph)
 
 
 def _layout(value: Value, node: Node) -> str | None:

@@ -5,6 +5,7 @@ from ..lowering import FLOATS
 
 NORM_INPUTS = ("x", "weight", "bias", "add", "scale", "shift")
 CONVOLUTION_INPUTS = ("x", "weight", "bias", "affine", "residual")
+AVERAGE_INPUTS = ("x", "affine")
 
 
 def named(node: Node) -> dict[str, Value | None]:
@@ -27,3 +28,13 @@ def is_fusable(node: Node) -> bool:
     fits = x.dtype in FLOATS and x.ndim >= 2 and weight.constant is not None and 0 not in x.shape
     constant_bias = len(node.inputs) < 3 or node.inputs[2] is None or node.inputs[2].constant is not None
     return fits and constant_bias and weight.ndim in (2, 4)
+
+
+def factor_of(node: Node | None) -> float | None:
+    """The number that a node multiplies its input by, or None for another node."""
+    if node is None or node.op not in ("mul", "div") or node.options["scalar"] is None:
+        return None
+    number = node.options["scalar"]
+    if node.op == "div":
+        return 1 / number if number else None
+    return float(number)

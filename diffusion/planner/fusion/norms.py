@@ -1,35 +1,14 @@
 """Joins a group normalisation with its modulation and SiLU."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..graph import Graph, Node, Value, apply_views, map_of, viewed
+from ..graph import Chain, Graph, Node, Value, map_of, shares_memory
 from ..lowering import FLOATS, Reshape
 from .inputs import NORM_INPUTS, other_operand
-
-
-def normalise_maps(graph: Graph) -> None:
-    """Lets a group normalisation of a view [N, C, H W] read the map [N, C, H, W] itself."""
-    for node in list(graph.nodes):
-        if node.op != "group_norm" or node.output.ndim != 3 or node.output in graph.outputs:
-            continue
-        x = node.inputs[0]
-        assert x is not None
-        source = viewed(x)
-        if source.ndim != 4 or source.shape[:2] != x.shape[:2] or source.shape.numel() != x.shape.numel():
-            continue
-        like = torch.empty(source.shape, device="meta")  # the view keeps the order of pixels if this one does
-        seen = apply_views(x, source, like)
-        if seen is None or not seen.is_contiguous():
-            continue
-        whole = Value(torch.empty(source.shape, dtype=node.output.dtype, device="meta"))
-        options = {name: node.options[name] for name in ("call", "groups", "eps")}
-        view = Node("view", [whole], [node.output], apply=Reshape(node.output.shape))
-        node.remove()
-        new = Node("group_norm", [source, *node.inputs[1:]], [whole], **options)
-        position = graph.nodes.index(node)
-        graph.nodes[position : position + 1] = [new, view]
 
 
 class _Norm(NamedTuple):
@@ -42,17 +21,21 @@ class _Norm(NamedTuple):
 
 
 def fuse_norms(graph: Graph) -> None:
-    replaced: dict[Node, Node | None] = {}
+    replaced: dict[Node, list[Node]] = {}
+    known = set(graph.nodes)
     for node in graph.nodes:
         if node.op != "group_norm" or node.output.ndim != 4:
             continue
         norm = _parsed(node, graph)
         options = {"groups": node.options["groups"], "eps": node.options["eps"], "silu": norm.silu}
-        replaced |= dict.fromkeys(norm.nodes)
+        replaced |= {old: [] for old in norm.nodes}
         for old in norm.nodes:
             old.remove()
-        replaced[norm.nodes[-1]] = Node("norm", norm.inputs, [norm.output], names=NORM_INPUTS, **options)
-    graph.nodes = [new for node in graph.nodes if (new := replaced.get(node, node)) is not None]
+        fused = Node("norm", norm.inputs, [norm.output], names=NORM_INPUTS, **options)
+        views = [value.node for value in fused.reads() if value.node is not None and value.node.op == "view"]
+        replaced[norm.nodes[-1]] = [*(view for view in views if view not in known), fused]
+        known.update(views)
+    graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
 
 
 def _parsed(node: Node, graph: Graph) -> _Norm:
@@ -104,29 +87,40 @@ def _map_and_vector(node: Node) -> tuple[Value, Value] | None:
 def _vector(value: Value | None, like: Value, plus_one: bool = False) -> Value | None:
     """The value [N, C] of which this one is a view [N, C, 1, 1], for a map `like`; None if it is no such.
 
-    plus_one: of which this one is a view with 1 added.
+    plus_one: of which this one is a view with 1 added. The value may be a new view, with a node in no graph.
     """
     n, c = like.shape[:2]
-    chain = []
+    chain: list[Callable[[Tensor], Tensor]] = []
     while value is not None and (value.shape != (n, c) or plus_one):
         node = value.node
-        if node is None:
+        if node is None and value.constant is not None:
             return _constant_vector(value, n, c, plus_one)
-        if node.op == "add" and node.options["scalar"] == 1 and plus_one:
+        if node is not None and node.op == "add" and node.options["scalar"] == 1 and plus_one:
             plus_one = False
-        elif node.op == "view":
-            chain.append(node.options["apply"])
-        else:
+        elif node is not None and node.op == "view":
+            chain.insert(0, node.options["apply"])
+        elif plus_one or value.ndim != 2:
             return None
+        else:
+            break
         value = node.inputs[0]
     if value is None or value.dtype not in FLOATS:
         return None
-    tensor = torch.empty_strided((n, c), (c, 1), device="meta")
-    for apply in reversed(chain):
+    source = torch.empty(value.shape, device="meta")
+    tensor = source
+    for apply in chain:
         tensor = apply(tensor)
-    wide = tensor.shape == (n, c) + (1,) * (like.ndim - 2)
-    ordered = (c == 1 or tensor.stride()[1] == 1) and (n == 1 or tensor.stride()[0] == c)
-    return value if wide and ordered else None
+    wide = tensor.shape == (n, c) + (1,) * (like.ndim - 2) and shares_memory(tensor, source)
+    if (
+        not wide
+        or (c > 1 and tensor.stride()[1] != 1)
+        or (n > 1 and tensor.stride()[0] != source.stride()[0])
+    ):
+        return None
+    if value.shape == (n, c):
+        return value
+    view = Value(torch.empty((n, c), dtype=value.dtype, device="meta"))
+    return Node("view", [value], [view], apply=Chain((*chain, Reshape(view.shape)))).output
 
 
 def _constant_vector(value: Value, n: int, c: int, plus_one: bool) -> Value | None:

@@ -17,7 +17,7 @@ def join_siblings(graph: Graph) -> None:
             continue
         inputs = named(node)
         plain = inputs["residual"] is None and node.options["activation"] == "none"
-        if plain and (node.options["stride"], node.options["scale"]) == (1, 1):
+        if plain and tuple(node.options[name] for name in ("stride", "scale", "factor")) == (1, 1, 1):
             groups.setdefault((inputs["x"], inputs["affine"], node.output.ndim), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:

@@ -26,4 +26,4 @@ OPS = (
     PublicOp(conv2d, conv2d_op, Conv2dArguments, _example_of_conv2d),
     PublicOp(conv3x3, conv3x3_op, Conv3x3Arguments, _example_of_conv3x3),
 )
-INTERNAL = (InternalOp("convolution_"), InternalOp("upsample_nearest2x_"))
+INTERNAL = tuple(map(InternalOp, ("convolution_", "upsample_nearest2x_", "average_pool_")))

@@ -28,6 +28,7 @@ class ConvolutionArguments(NamedTuple):
     affine, silu: the normalisation and the activation of x before the convolution; see `group_norm_affine_`.
     activation: of the sums with their bias, before the residual; an index of ACTIVATIONS. For "geglu" the
     rows of weight and bias are in the order of `packing.interleave_gates`; out has a channel for two rows.
+    factor: of the sum with the residual, last of all.
     """
 
     x: Tensor
@@ -44,6 +45,7 @@ class ConvolutionArguments(NamedTuple):
     residual: Tensor | None
     out: Tensor
     activation: int
+    factor: float
 
 
 def convolution_arguments(
@@ -59,6 +61,7 @@ def convolution_arguments(
     silu: bool = False,
     residual: Tensor | None = None,
     activation: str = "none",
+    factor: float = 1.0,
 ) -> ConvolutionArguments:
     """The arguments of a call with a packed weight.
 
@@ -82,6 +85,7 @@ def convolution_arguments(
         residual=residual,
         out=out,
         activation=ACTIVATIONS.index(activation),
+        factor=factor,
     )
 
 
@@ -89,12 +93,18 @@ convolution_ = define(
     "convolution_",
     "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int winograd_m, "
     "int amx_limbs, Tensor? bias, Tensor? affine, bool silu, Tensor? residual, Tensor(a!) out, "
-    "int activation=0) -> ()",
+    "int activation=0, float factor=1.0) -> ()",
 )
 
 # Nearest-neighbour upsampling. x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor.
 # out: [N, C, 2 H, 2 W], likewise.
 upsample_nearest2x_ = define("upsample_nearest2x_", "(Tensor x, Tensor(a!) out) -> ()")
+
+# Averages over squares of window x window pixels, 1 or 2, of x, which is normalised and activated first. x,
+# out: like above, of one dtype; out is [N, C, H // window, W // window]. affine, silu: like convolution_'s.
+average_pool_ = define(
+    "average_pool_", "(Tensor x, Tensor? affine, bool silu, int window, Tensor(a!) out) -> ()"
+)
 
 
 def _fake_weight_gradient(grad: Tensor, x: Tensor, side: int, *_: int) -> tuple[Tensor, ...]:

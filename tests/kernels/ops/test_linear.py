@@ -34,7 +34,7 @@ def as_map(sequence):
     return sequence.transpose(1, 2).unsqueeze(-1)
 
 
-def linear(x, weight, bias, residual, activation, packing):
+def linear(x, weight, bias, residual, activation, packing, **more):
     """The map by convolution_. weight, bias: as in torch.nn.functional.linear."""
     if activation == "geglu":
         weight, bias = interleave_gates(weight, packing), interleave_gates(bias, packing)
@@ -43,7 +43,7 @@ def linear(x, weight, bias, residual, activation, packing):
     wide = torch.full((*residual.shape[:2], residual.shape[2] + 5), 7.0, dtype=x.dtype)
     out = wide[..., 2 : residual.shape[2] + 2]
     arguments = convolution_arguments(
-        as_map(x), packed, as_map(out), bias=bias, residual=as_map(residual), activation=activation
+        as_map(x), packed, as_map(out), bias=bias, residual=as_map(residual), activation=activation, **more
     )
     convolution_(*arguments)
     assert (wide[..., :2] == 7).all()
@@ -156,6 +156,40 @@ def test_after_a_3x3_convolution(winograd_m, activation):
     convolution_(*convolution_arguments(x, packed, out, bias=bias, activation=activation))
     peer = FUNCTIONS[activation](F.conv2d(x, weight, bias, padding=1))
     exact = FUNCTIONS[activation](F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+    assert wrong(out, peer, exact, accuracy=packed.accuracy) is None
+
+
+@pytest.mark.thinned
+@pytest.mark.parametrize("factor", [0.5**0.5, -2.0])
+@pytest.mark.parametrize("activation", ["none", "silu", "geglu"])
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_of_the_sum(dtype, packing, activation, factor, simd):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 37, 64).to(dtype), torch.randn(2, 37, 40).to(dtype)
+    weight, bias = torch.randn(80 if activation == "geglu" else 40, 64) / 8, torch.randn(40)
+    bias = torch.cat([bias, bias]) if activation == "geglu" else bias
+
+    def expected(dtype):
+        y = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return (FUNCTIONS[activation](y) + residual.to(dtype)) * factor
+
+    if (packing.amx_limbs and simd != "amx") or (packing.bf16_pairs and simd not in ("avx512_bf16", "amx")):
+        pytest.skip("this instruction set does not multiply it")
+    out, packed = linear(x, weight, bias, residual, activation, packing, factor=factor)
+    assert wrong(out, expected(dtype), expected(torch.float64), accuracy=packed.accuracy) is None
+
+
+@pytest.mark.thinned
+@pytest.mark.parametrize("winograd_m", [0, 2, 4])
+def test_a_factor_after_a_3x3_convolution(winograd_m):
+    torch.manual_seed(0)
+    x, residual = channels_last(2, 24, 9, 7), channels_last(2, 20, 9, 7)
+    weight = torch.randn(20, 24, 3, 3) / 15
+    packed, out = pack(weight, Packing(winograd_m)), residual.clone(memory_format=torch.preserve_format)
+    convolution_(*convolution_arguments(x, packed, out, residual=out, factor=0.5**0.5))
+    peer = (F.conv2d(x, weight, padding=1) + residual) * 0.5**0.5
+    exact = (F.conv2d(x.double(), weight.double(), padding=1) + residual) * 0.5**0.5
     assert wrong(out, peer, exact, accuracy=packed.accuracy) is None
 
 
