@@ -112,12 +112,21 @@ _PURE: dict[str, Callable] = {
 
 def pure(name: str) -> Callable | None:
     """The function that computes anew what a call of this name writes in place, or None."""
+    if name == "setitem":
+        return with_item
     if name in _IN_PLACE:
         return _IN_PLACE[name]
     plain = name.removesuffix("_")
     if plain in _ELEMENTWISE:
         return getattr(torch, plain)
     return _PURE.get(plain)
+
+
+def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """A copy of the tensor in which result[index] is `value`."""
+    result = tensor.clone()
+    result[index] = value
+    return result
 
 
 RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"}

@@ -74,7 +74,8 @@ class Tracer(TorchFunctionMode):
     ) -> None:
         """A call that changes its first argument: the tensor stands for another value from now on."""
         target = args[0] if args else None
-        if not isinstance(target, Tensor) or result is not target or "out" in options:
+        returned = result is target or name == "setitem"
+        if not isinstance(target, Tensor) or not returned or "out" in options:
             raise Untraceable(f"it writes in place, by {name}")
         old = self.value(target)
         shared = sum(shares_memory(tensor, target) for tensor in self._held)

@@ -77,6 +77,16 @@ def in_place(net: Network, x: Tensor, v: Tensor) -> Tensor:
     return net.b(h).mul_(2)
 
 
+def items(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Parts of a tensor are written, as in sliced attention."""
+    h = x.new_zeros(2, 48, 16)
+    rows = net.a(x).flatten(2).transpose(1, 2)
+    for i in range(2):
+        h[i : i + 1] = rows[i : i + 1] * 2
+    h[..., 0] = 3.0
+    return net.a(h.transpose(1, 2).view(x.shape)) + x
+
+
 def modulated(net: Network, x: Tensor, v: Tensor) -> Tensor:
     scale, shift = v.chunk(2, dim=1)
     h = net.norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
@@ -163,6 +173,7 @@ NETWORKS = {
         norm=nn.GroupNorm(4, 16),
     ),
     "in_place": Network(in_place, a=conv(16, 16), b=conv(16, 8)),
+    "items": Network(items, a=conv(16, 16)),
     "modulated": Network(modulated, a=conv(16, 24), b=conv(16, 24, 1), norm=nn.GroupNorm(8, 16)),
     "shared_norm": Network(shared_norm, a=conv(16, 16), norm=nn.GroupNorm(8, 16)),
     "skips": Network(skips, a=conv(16, 12), b=conv(16, 20), c=conv(32, 8, 1), d=conv(80, 20)),
@@ -286,7 +297,11 @@ def test_memory_is_used_again():
     ("function", "reason"),
     [
         (lambda n, x, v: n.a(x) + torch.randn(2, 16, 8, 6), "it draws random numbers, by randn"),
-        (lambda n, x, v: (h := n.a(x)).__setitem__((0, 0), 0) or h, "it writes in place, by setitem"),
+        (lambda n, x, v: n.a(x).fill_(0), "it writes in place, by fill_"),
+        (
+            lambda n, x, v: (h := n.a(x), h.view(-1).__setitem__(0, 0))[0],
+            "changes a tensor that something else shares, by setitem",
+        ),
         (lambda n, x, v: (h := n.a(x), h.view(-1).add_(1))[0], "changes a tensor that something else shares"),
         (lambda n, x, v: x.add_(1), "changes a tensor that something else shares, by add_"),
     ],

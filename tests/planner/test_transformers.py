@@ -14,6 +14,7 @@ from helpers.conditional import conditional, of_conditional
 from helpers.native import requires_native
 
 diffusers = pytest.importorskip("diffusers")
+attention_processor = pytest.importorskip("diffusers.models.attention_processor")
 pytestmark = requires_native
 
 ONE_LEVEL = {
@@ -88,7 +89,11 @@ NETWORKS = {
         lambda: of_conditional(2),
     ),
     "slow attention": (
-        lambda: processed(diffusers.models.attention_processor.AttnProcessor()),
+        lambda: processed(attention_processor.AttnProcessor()),
+        lambda: of_conditional(2),
+    ),
+    "sliced attention": (
+        lambda: processed(attention_processor.SlicedAttnProcessor(2)),
         lambda: of_conditional(2),
     ),
 }
