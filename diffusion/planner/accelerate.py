@@ -17,6 +17,7 @@ from ..kernels._dispatch import intercepted, transformed
 from .eager_plan import EagerPlan
 from .graph import Graph, Value
 from .plan import Plan
+from .release import ReleasedWeights
 from .state import ModuleState
 from .trace import Untraceable, trace
 from .weights import Weights
@@ -35,7 +36,7 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
 
 
-def accelerate(module: M, *, precision: str = "exact") -> M:
+def accelerate(module: M, *, precision: str = "exact", release_weights: bool = False) -> M:
     """Plans a network, so that the compiled ops compute it; returns the same module.
 
     From now on a call in eval mode and without gradients runs a plan, which the first call with inputs of
@@ -52,7 +53,11 @@ def accelerate(module: M, *, precision: str = "exact") -> M:
     module: any module in eval mode, such as the `unet` of a pipeline of diffusers.
     precision: "exact" computes in the dtype of the weights, and differs from PyTorch by rounding; "fast"
         computes the feature maps of float32 modules in bfloat16; on a GPU, as `torch.autocast` does.
+    release_weights: moves the module's parameters on the CPU out of memory, into a file without a name in the
+        folder of `tempfile.gettempdir()`. The plans hold packed copies, and what else reads the parameters
+        reads the file. They stay there after `restore`. Numbers written through `.data` are not noticed.
     TypeError: what is no module. ValueError: an unknown precision, or a module whose `forward` was replaced.
+    OSError: the disk has no place for released weights.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, not {type(module).__name__}")
@@ -60,7 +65,8 @@ def accelerate(module: M, *, precision: str = "exact") -> M:
     restore(module)
     if "forward" in vars(module):
         raise ValueError(f"accelerate needs the forward of {type(module).__name__}, and it was replaced")
-    forward = AcceleratedForward(module, precision)
+    released = ReleasedWeights(module) if release_weights else None
+    forward = AcceleratedForward(module, precision, released=released)
     vars(module).update(forward=forward, report=forward.report)  # of this module, not of its class
     return module
 
@@ -88,12 +94,18 @@ class AcceleratedForward:
     """Takes the place of a module's `forward`.
 
     numbers_vary: one plan serves all values of a number among the arguments, such as a timestep; else each
-    value has its own.
+    value has its own. released: the module's weights, where they are in a file.
     """
 
-    def __init__(self, module: nn.Module, precision: str, numbers_vary: bool = True):
+    def __init__(
+        self,
+        module: nn.Module,
+        precision: str,
+        numbers_vary: bool = True,
+        released: ReleasedWeights | None = None,
+    ):
         self._module, self.precision, self._numbers_vary = module, precision, numbers_vary
-        self._lock = threading.Lock()
+        self._lock, self._released = threading.Lock(), released
         self._forget()
         functools.update_wrapper(self, type(module).forward, updated=())
         self.__signature__ = inspect.signature(module.forward)
@@ -180,7 +192,7 @@ class AcceleratedForward:
         with self._lock:
             if self._state is None or not self._state.holds():
                 self._forget()
-                self._state = ModuleState(self._module)
+                self._state = ModuleState(self._module, compares_numbers=self._released is None)
             thread_local, hooked = self._thread_local, self._state.hooked()
         if hooked is not None:
             self._last = f"a module within it, {hooked}, has a forward hook"
@@ -195,6 +207,8 @@ class AcceleratedForward:
             except Untraceable as error:
                 self._reasons[key] = self._last = str(error)
                 return None
+            if self._released is not None:
+                self._released.leave_memory()
             while len(plans) >= MAX_PLANS:
                 plans.popitem(last=False)
             plans[key] = made

@@ -16,9 +16,12 @@ _version_of: Callable[[Tensor], int] = Tensor._version.__get__
 
 
 class ModuleState:
-    """A module's submodules, attributes, parameters and buffers at one time, for a later comparison."""
+    """A module's submodules, attributes, parameters and buffers at one time, for a later comparison.
 
-    def __init__(self, module: nn.Module):
+    compares_numbers: whether changes that raise no version are looked for, which reads the weights.
+    """
+
+    def __init__(self, module: nn.Module, compares_numbers: bool = True):
         self.modules = list(module.modules())
         self._types = list(map(type, self.modules))
         self._attributes = [vars(m) for m in self.modules]
@@ -33,7 +36,7 @@ class ModuleState:
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._places = self._current_places()
         self._memory = [tensor.detach() for tensor in self._tensors]  # keeps it while the digest reads it
-        self._numbers = digest_of(self._memory)
+        self._numbers = digest_of(self._memory) if compares_numbers else None
         self._part = 0
 
     def _current_places(self) -> list[Any]:
