@@ -26,9 +26,8 @@ from .cpu_plan import PlannedUNet, unsupported
 Forward = Callable[..., Tensor]
 
 MAX_DENOISERS = 2  # those of "exact" and "fast"
-PACKED_SIZE = (
-    8  # free memory that another network needs, in sizes of its float32 weights; packed, they take 1 to 4
-)
+# Free memory that another network needs, in sizes of its float32 weights; packed, they take 1 to 4.
+PACKED_SIZE = 8
 
 
 @dataclass(frozen=True)

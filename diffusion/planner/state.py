@@ -1,6 +1,7 @@
 """ModuleState: what code that replaces a module must notice when it changes."""
 
 import copy
+import operator
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +13,7 @@ from ..kernels import _native
 
 PARTS = 256  # calls of `ModuleState.holds` in which every number is compared
 
-_version_of: Callable[[Tensor], int] = Tensor._version.__get__
+_version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
 class ModuleState:
