@@ -1,8 +1,8 @@
 """ModuleState: what code that replaces a module must notice when it changes."""
 
 import copy
-import operator
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
