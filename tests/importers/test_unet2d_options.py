@@ -14,6 +14,7 @@ from diffusion.inference.denoiser import DenoiserCache
 from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
 from helpers.native import requires_native
+from helpers.thinning import exhaustive_but
 from helpers.unet2d import SMALL, original
 
 THREE = SMALL | {
@@ -142,7 +143,7 @@ def test_modules_in_float64(name):
 
 
 @requires_native
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", exhaustive_but(OPTIONS, default=list(OPTIONS)[::2]))
 def test_as_it_samples(name):
     """By the plan where it has the operators, and by the modules, with the reason, where it lacks one."""
     model, unet = pair(OPTIONS[name])

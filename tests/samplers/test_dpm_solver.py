@@ -88,6 +88,7 @@ def compare(
     )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize(
     ("solver_order", "solver_type"), [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")]
