@@ -1,6 +1,7 @@
-"""The linear maps and norms of a transformer's blocks: pytest benchmarks/test_linear.py --benchmark-only.
+"""Attention, linear maps and norms of planned UNets: pytest benchmarks/test_transformer.py --benchmark-only.
 
-The shapes are those of Stable Diffusion's UNet at batch 2. Nothing whose result is wrong is timed.
+The shapes are those of Stable Diffusion's UNet at batch 2, and attention's also those of networks for pixels.
+Nothing whose result is wrong is timed.
 """
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from diffusion.kernels import _native
 from diffusion.kernels._recorded_calls import recording
 from diffusion.kernels._tolerance import wrong
+from diffusion.kernels.ops.attention.library import attention_
 from diffusion.kernels.ops.convolution.library import convolution_, convolution_arguments
 from diffusion.kernels.ops.convolution.packing import choose_packing, interleave_gates, pack
 from diffusion.kernels.ops.layer_norm.library import layer_norm_
@@ -20,17 +22,30 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 BATCH = 2
-# Positions, channels, outputs: projections of attention, the second layer of an MLP, keys of the text.
+# Positions, channels, outputs: projections of attention, the second layer of an MLP, keys of the text, and
+# embeddings of the time.
 LINEAR = [
     (4096, 320, 320),
+    (4096, 320, 960),
     (4096, 1280, 320),
     (1024, 640, 640),
     (1024, 2560, 640),
     (256, 1280, 1280),
     (256, 5120, 1280),
     (77, 768, 320),
+    (1, 1280, 320),
+    (1, 1280, 1280),
 ]
 GEGLU = [(4096, 320, 1280), (1024, 640, 2560), (256, 1280, 5120)]
+# Batch, heads, positions of queries and of keys, width: Stable Diffusion's, guided-diffusion's, EDM's.
+ATTENTION = [
+    (2, 8, 4096, 4096, 40),
+    (2, 8, 1024, 1024, 80),
+    (2, 8, 256, 256, 160),
+    (2, 8, 4096, 77, 40),
+    (1, 3, 1024, 1024, 64),
+    (1, 1, 256, 256, 256),
+]
 NORMS = [(4096, 320), (1024, 640), (256, 1280)]
 
 
@@ -100,3 +115,21 @@ def test_layer_norm(benchmark, run, sizes, dtype):
     assert wrong(out, norm(x, *cast), exact) is None
     benchmark.group = f"layer norm {sizes} {dtype}"
     benchmark(recorded.run if run == "cpp" else lambda: norm(x, *cast))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", ATTENTION, ids=str)
+@pytest.mark.parametrize("run", ["cpp", "torch"])
+@torch.no_grad()
+def test_attention(benchmark, run, sizes, dtype):
+    batch, heads, positions, keys, width = sizes
+    q, out = (torch.randn(batch, positions, heads, width).to(dtype).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(batch, keys, heads, width).to(dtype).transpose(1, 2) for _ in range(2))
+    with recording() as recorded:
+        attention_(q, k, v, width**-0.5, dtype == torch.bfloat16, out)
+    recorded.run()
+    exact = F.scaled_dot_product_attention(*(t[:1, :1].double() for t in (q, k, v)))
+    peer = F.scaled_dot_product_attention(q, k, v)
+    assert wrong(out[:1, :1], peer[:1, :1], exact) is None
+    benchmark.group = f"attention {sizes} {dtype}"
+    benchmark(recorded.run if run == "cpp" else lambda: F.scaled_dot_product_attention(q, k, v))
