@@ -59,7 +59,7 @@ class ModuleState:
             same = same and self._containers == self._contents
         except RuntimeError:  # comparing two tensors with == has no single answer
             return False
-        owned = itertools.chain.from_iterable(map(dict.values, self._owners))
+        owned = itertools.chain.from_iterable(owner.values() for owner in self._owners)
         if not same or self._identities != list(map(id, owned)) or self._places != self._current_places():
             return False
         if self._numbers is None:
