@@ -1,5 +1,7 @@
 // layer_norm_ on one instruction set, for layer_norm/layer_norm.cpp.
 
+#include "simd/exp.h"
+
 constexpr int kAccumulators = 4;  // so that sums do not wait for one another
 
 FD_HD float sum_of_lanes(Vec value) {
@@ -29,14 +31,30 @@ FD_HD void each_vector(const T* x, int64_t channels, const Add& add) {
   }
 }
 
+// The norm is followed by y * gain + offset: weight and bias, then scale and shift of the image.
+FD_HD void affine_of_image(const LayerNorm& args, int64_t image, float* gain, float* offset) {
+  const float* scale = args.scale == nullptr ? nullptr : args.scale + image * args.scale_row;
+  const float* shift = args.shift == nullptr ? nullptr : args.shift + image * args.shift_row;
+  for (int64_t c = 0; c < args.channels; ++c) {
+    const float factor = scale == nullptr ? 1.0f : 1.0f + scale[c];
+    gain[c] = (args.weight == nullptr ? 1.0f : args.weight[c]) * factor;
+    offset[c] = (args.bias == nullptr ? 0.0f : args.bias[c] * factor) + (shift == nullptr ? 0.0f : shift[c]);
+  }
+}
+
 // Three passes over a row, which stays in the first cache: the mean; the moments about that float32 number, because its
 // rounding matters where the mean is far larger than the deviations; the result.
 template <class T>
 void normalise_rows(const LayerNorm& args, int64_t begin, int64_t end) {
   const int64_t channels = args.channels;
   const float inverse = 1.0f / static_cast<float>(channels);
+  ScratchArrays scratch(2 * channels);
+  float *gains = scratch.take(channels), *offsets = scratch.take(channels);
   for (int64_t row = begin; row < end; ++row) {
+    if (row == begin || row % args.positions == 0) affine_of_image(args, row / args.positions, gains, offsets);
     const T* x = static_cast<const T*>(args.x) + row * args.x_row;
+    const T* residual =
+        args.residual == nullptr ? nullptr : static_cast<const T*>(args.residual) + row * args.residual_row;
     T* out = static_cast<T*>(args.out) + row * args.out_row;
     Vec centre = {};
     if (!args.rms) {
@@ -54,13 +72,14 @@ void normalise_rows(const LayerNorm& args, int64_t begin, int64_t end) {
     const double rest = args.rms ? 0 : sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse;
     const double variance = square - rest * rest;
     const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + args.eps);  // NaN stays NaN
-    const Vec gain = spread(static_cast<float>(rstd)), offset = spread(static_cast<float>(-rest * rstd));
+    const Vec factor = spread(static_cast<float>(rstd)), offset = spread(static_cast<float>(-rest * rstd));
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t lanes = channels - c < kLanes ? channels - c : kLanes;
       const bool whole = lanes == kLanes;
-      Vec y = mul_add((whole ? load(x + c) : load(x + c, lanes)) - centre, gain, offset);
-      if (args.weight != nullptr) y *= whole ? load(args.weight + c) : load(args.weight + c, lanes);
-      if (args.bias != nullptr) y += whole ? load(args.bias + c) : load(args.bias + c, lanes);
+      const auto part = [&](auto* from) FD_INLINE { return whole ? load(from + c) : load(from + c, lanes); };
+      Vec y = mul_add(mul_add(part(x) - centre, factor, offset), part(gains), part(offsets));
+      if (args.silu) y = silu<T>(y * spread(-kLog2E));
+      if (residual != nullptr) y += part(residual);
       if (whole) store(out + c, y);
       else store(out + c, y, lanes);
     }

@@ -73,6 +73,31 @@ def test_normalize_of_lucidrains(dtype):
     assert not out[0, :, 1, 2].any()
 
 
+@pytest.mark.thinned
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_modulation_silu_and_residual(dtype, rms, simd):
+    """y = norm * (1 + scale) + shift, silu(y) + residual, with other scales and shifts for each image."""
+    torch.manual_seed(0)
+    c = 40
+    x, residual = (channels_last(3, c, 4, 5, dtype=dtype) for _ in range(2))
+    weight, bias = torch.randn(c), torch.randn(c)
+    scale, shift = torch.randn(3, 2 * c).chunk(2, dim=1)
+
+    def formula(dtype):
+        cast = [v.to(dtype) for v in (weight, bias)]
+        y = norm(x.to(dtype).movedim(1, -1), *cast, 1e-5, rms).movedim(-1, 1)
+        y = y * (1 + scale.to(dtype)[:, :, None, None]) + shift.to(dtype)[:, :, None, None]
+        return F.silu(y) + residual.to(dtype)
+
+    out = torch.empty_like(x)
+    layer_norm_(x, weight, bias, 1e-5, rms, out, scale, shift, True, residual)
+    assert wrong(out, formula(dtype), formula(torch.float64)) is None
+    shared = residual.clone(memory_format=torch.channels_last)
+    layer_norm_(x, weight, bias, 1e-5, rms, shared, scale, shift, True, shared)
+    assert torch.equal(shared, out)
+
+
 def test_a_sequence_in_place_recorded():
     torch.manual_seed(0)
     sequence = torch.randn(2, 77, 40)
@@ -118,6 +143,21 @@ def test_nan_stays_in_its_pixel():
 def test_wrong_arguments(x, weight, out, message):
     with pytest.raises(RuntimeError, match=message):
         layer_norm_(x, weight, None, 1e-5, False, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": torch.ones(2)}, r"scale must be float32 \[N, C\]"),
+        ({"shift": torch.ones(3, 2).mT}, r"shift must be float32 \[N, C\]"),
+        ({"residual": channels_last(2, 3, 3, 4)}, "residual must have the shape and dtype of x"),
+        ({"residual": torch.zeros(2, 3, 3, 3)}, "residual must be channels_last"),
+    ],
+)
+def test_wrong_options(options, message):
+    x = channels_last(2, 3, 3, 3)
+    with pytest.raises(RuntimeError, match=message):
+        layer_norm_(x, None, None, 1e-5, False, torch.empty_like(x), **options)
 
 
 def test_empty_and_opcheck():
