@@ -26,6 +26,7 @@ CallOf = tuple[Callable, tuple]
 _WRITES_RANGES = (
     "convolution",
     "norm",
+    "channel_norm",
     "double",
     "average",
     "call",
@@ -222,18 +223,18 @@ class Layout:
         groups, eps, silu = (node.options[name] for name in ("groups", "eps", "silu"))
         self._record(group_norm_affine_, x, groups, weight, bias, eps, add, scale, shift, silu, out)
 
-    def _lay_out_layer_norm(self, node: Node) -> None:
-        x, *affine = node.inputs
-        assert x is not None
-        constant = all(value is None or value.constant is not None for value in affine)
-        if x.dtype not in FLOATS or not constant or 0 in x.shape:
-            return self._lay_out_call(node)
-        out = self._pixels(self._place(node.output, _contiguous(x.shape)), True)
-        rows = self._pixels(self._tensor(x), True, None, out.dtype)
-        weight, bias = (*map(self._weights.vector, affine), None, None)[:2]
-        options = node.options
-        self._record(layer_norm_, rows, weight, bias, options["eps"], options["rms"], out)
-        return None
+    def _lay_out_channel_norm(self, node: Node) -> None:
+        inputs, rows = named(node), node.options["rows"]
+        strides = _contiguous(node.output.shape) if rows else None
+        out = self._pixels(self._place(node.output, strides), rows)
+        x, residual = (
+            None if value is None else self._pixels(self._tensor(value), rows, None, out.dtype)
+            for value in (inputs["x"], inputs["residual"])
+        )
+        weight, bias = (self._weights.vector(inputs[name]) for name in ("weight", "bias"))
+        scale, shift = (self._vector(inputs[name]) for name in ("scale", "shift"))
+        eps, rms, silu = (node.options[name] for name in ("eps", "rms", "silu"))
+        self._record(layer_norm_, x, weight, bias, eps, rms, out, scale, shift, silu, residual)
 
     def _vector(self, value: Value | None) -> Tensor | None:
         """A value [N, C] in float32, as the norm adds it or scales by it."""

@@ -10,6 +10,10 @@ product     an Einstein sum of two tensors: equation, and the number that it is 
 softmax     dim
 group_norm  groups, eps
 layer_norm  of the last dimension: eps; rms, whether the mean is taken to be 0
+normalize   divided by the length of its vectors, at least eps: dim, eps
+mean, variance, length    of vectors: dims, keepdim
+power       exponent
+at_least    the larger of the number `least` and the input
 silu, gelu  gelu: approximate, "none" or "tanh"
 add, mul, sub, div    of two values, or of one value and the number `scalar`
 cat         of maps along their channels
@@ -381,6 +385,54 @@ def _average(
     return ("average", {}) if plain and input.ndim == 4 else None
 
 
+def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Known:
+    return ("normalize", {"dim": dim % input.ndim, "eps": eps}) if p == 2 and isinstance(dim, int) else None
+
+
+def _reduction(op: str, input: Tensor, dim: Any, keepdim: bool) -> Known:
+    dims = (dim,) if isinstance(dim, int) else tuple(dim or range(input.ndim))
+    return op, {"dims": tuple(sorted(d % input.ndim for d in dims)), "keepdim": keepdim}
+
+
+def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, dtype: None = None) -> Known:
+    return _reduction("mean", input, dim, keepdim) if dtype is None else None
+
+
+def _variance(
+    input: Tensor,
+    dim: Any = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    correction: float | None = None,
+) -> Known:
+    biased = unbiased is False if correction is None else correction == 0
+    return _reduction("variance", input, dim, keepdim) if biased else None
+
+
+def _length(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: None = None) -> Known:
+    return _reduction("length", x, dim, keepdim) if ord in (2, "fro", None) and dtype is None else None
+
+
+def _norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False) -> Known:
+    return _length(input, p, dim, keepdim)
+
+
+def _power(exponent: float) -> Callable[..., Known]:
+    def known(input: Tensor) -> Known:
+        return "power", {"exponent": exponent}
+
+    return known
+
+
+def _pow(input: Any, exponent: Any) -> Known:
+    numbers = isinstance(input, Tensor) and isinstance(exponent, int | float)
+    return ("power", {"exponent": exponent}) if numbers else None
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Known:
+    return ("at_least", {"least": min}) if isinstance(min, int | float) and max is None else None
+
+
 def _binary(op: str, turned: bool = False) -> Callable[..., Known]:
     def known(input: Any, other: Any, alpha: float = 1, rounding_mode: None = None) -> Known:
         if alpha != 1 or rounding_mode is not None:
@@ -465,6 +517,19 @@ _KNOWN: dict[str, Callable[..., Known]] = {
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
+    "normalize": _normalize,
+    "mean": _mean,
+    "var": _variance,
+    "vector_norm": _length,
+    "linalg_vector_norm": _length,
+    "norm": _norm,
+    "sqrt": _power(0.5),
+    "rsqrt": _power(-0.5),
+    "square": _power(2),
+    "reciprocal": _power(-1),
+    "pow": _pow,
+    "clamp": _clamp,
+    "clamp_min": _clamp,
     "silu": _silu,
     "gelu": _gelu,
     "cat": _cat,

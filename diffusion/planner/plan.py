@@ -21,8 +21,8 @@ from .weights import Weights
 _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, by kind
     group_norm_affine_: "norm",
     convolution_: "convolution",
-    attention_: "attention",
     layer_norm_: "norm",
+    attention_: "attention",
     upsample_nearest2x_: "rest",
     average_pool_: "rest",
 }

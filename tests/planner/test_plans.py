@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.kernels.ops.convolution.library import convolution_
+from diffusion.kernels.ops.layer_norm.library import layer_norm_
 from diffusion.planner import weights as planner_weights
 from diffusion.planner.plan import Plan
 from diffusion.planner.trace import Untraceable, trace
@@ -165,6 +166,33 @@ def times(net: Network, x: Tensor, v: Tensor) -> Tensor:
     return 1 - 2 * net.b(h * 1.0) / 3 - (x - h)
 
 
+def channel_norms(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Norms over the channels of each pixel, as networks write them."""
+    g, b = net.g[:, None, None], net.b[:, None, None]
+    scale, shift = v[:, :, None, None].chunk(2, dim=1)
+    h = net.conv(x)
+    h = F.silu(F.normalize(h, dim=1) * g * 16**0.5 * (scale + 1) + shift) + x
+    mean, variance = h.mean(1, keepdim=True), h.var(1, unbiased=False, keepdim=True)
+    h = (h - mean) / (variance + 1e-5).sqrt() * g + b + h
+    mean, variance = h.mean(1, keepdim=True), h.var(1, correction=0, keepdim=True)
+    h = (h - mean) * (variance + 1e-5).rsqrt() * g
+    h = F.silu(h * h.pow(2).mean(1, keepdim=True).add(1e-3).rsqrt() + shift)
+    centred = h - h.mean(1, keepdim=True)
+    h = x + centred / ((centred * centred).mean(1, keepdim=True) + 1e-4) ** 0.5
+    h = F.silu(h / torch.linalg.vector_norm(h, dim=1, keepdim=True).clamp(min=1e-6) * 2)
+    rows = h.permute(0, 2, 3, 1)
+    rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return torch.cat([rows.permute(0, 3, 1, 2), h * net.b.norm()], dim=1)
+
+
+def other_norms(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Norms that look like those over the channels of each pixel, but are not."""
+    a = F.normalize(x, dim=2) + F.normalize(x, p=1) + F.normalize(x, dim=3).transpose(2, 3).reshape(x.shape)
+    b = (x - x.mean((1, 2), keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt()
+    c = (x - x.mean(1, keepdim=True)) * (a.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
+    return net.conv(a + b + c * x.abs().sqrt())
+
+
 NETWORKS = {
     "residual": Network(
         lambda n, x, v: n.b(F.silu(n.norm(n.a(x)))) + x,
@@ -215,12 +243,15 @@ NETWORKS = {
     ),
     "linear_on_maps": Network(linear_on_maps, first=nn.Linear(16, 20), second=nn.Linear(32, 20)),
     "expanded": Network(lambda n, x, v: n.a(x) * x.mean((2, 3), keepdim=True).expand_as(x), a=conv(16, 16)),
+    "channel_norms": Network(channel_norms, conv=conv(16, 16)),
+    "other_norms": Network(other_norms, conv=conv(16, 16)),
     "times": Network(times, a=conv(16, 16), b=conv(16, 16)),
 }
 for name, width in (("first", 64), ("gated", 32)):
     NETWORKS.setdefault("sequences", Network(sequences)).add_module(name, nn.Linear(16, width))
 NETWORKS["sequences"].add_module("second", nn.Linear(64, 16))
 NETWORKS["sequences"].w, NETWORKS["sequences"].b = (nn.Parameter(torch.rand(16)) for _ in range(2))
+NETWORKS["channel_norms"].g, NETWORKS["channel_norms"].b = (nn.Parameter(torch.rand(16)) for _ in range(2))
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -280,6 +311,13 @@ def test_neighbours_become_one_call(name, convolutions):
     assert [call[0] for call in plan.layout.calls].count(convolution_) == convolutions
     unfused = [node.op for node in plan.layout.unfused]
     assert unfused == {"downs_and_ups": ["call", "add"]}.get(name, [])
+
+
+def test_norms_over_channels_become_one_call():
+    """Each with its weights, modulation, SiLU and the sum after it."""
+    plan = plan_of(NETWORKS["channel_norms"], arguments())
+    assert [call[0] for call in plan.layout.calls].count(layer_norm_) == 7
+    assert len(plan.layout.unfused) == 1
 
 
 def test_memory_is_used_again():

@@ -4,6 +4,7 @@ affine       the affine map of each channel that a group normalisation is; optio
 norm         the same, applied; for what is no convolution
 convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2), activation, factor
 average      of squares of 2 x 2 pixels
+channel_norm a layer norm or RMS norm of each pixel's channels; options: eps, rms, silu, rows for [..., C]
 
 whose inputs have the names of options["names"].
 """
@@ -11,6 +12,7 @@ whose inputs have the names of options["names"].
 from ..graph import Graph
 from .activations import fuse_activations
 from .attention import fuse_attention
+from .channel_norms import fuse_channel_norms
 from .constants import fold_constants, share_equal
 from .convolutions import fuse_convolutions
 from .inputs import named
@@ -35,6 +37,7 @@ def fuse(graph: Graph) -> None:
     fuse_norms(graph)
     fuse_activations(graph)
     fuse_convolutions(graph)
+    fuse_channel_norms(graph)
     graph.drop_unused()
     join_siblings(graph)
 

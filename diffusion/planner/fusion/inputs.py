@@ -4,6 +4,7 @@ from ..graph import Node, Value
 from ..lowering import FLOATS
 
 NORM_INPUTS = ("x", "weight", "bias", "add", "scale", "shift")
+CHANNEL_NORM_INPUTS = ("x", "weight", "bias", "scale", "shift", "residual")
 CONVOLUTION_INPUTS = ("x", "weight", "bias", "affine", "residual")
 AVERAGE_INPUTS = ("x", "affine")
 
