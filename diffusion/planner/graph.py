@@ -186,7 +186,7 @@ def map_of(value: Value) -> Value:
     itself.
     """
     source = viewed(value)
-    heads = source.node is not None and source.node.op == "attention"
+    heads = source.node is not None and source.node.op in ("attention", "linear_attention")
     if heads or source.ndim != 4 or value.ndim not in (3, 4) or value is source:
         return value
     like = torch.empty_strided(source.shape, channels_last_strides(source.shape), device="meta")

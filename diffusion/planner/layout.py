@@ -15,6 +15,7 @@ from ..kernels.ops.convolution.library import (
 )
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
+from ..kernels.ops.linear_attention.library import linear_attention_
 from .buffers import Pool, shaped
 from .fusion import named
 from .graph import Graph, Node, Value, channels_last_strides, leaf_uses, strided_view
@@ -29,6 +30,7 @@ _WRITES_RANGES = (
     "channel_norm",
     "double",
     "average",
+    "squares",
     "call",
 )  # ops that can write a range of channels
 _OUT = {"add": torch.add, "mul": torch.mul, "sub": torch.sub, "div": torch.div}
@@ -339,6 +341,30 @@ class Layout:
         self._record(attention_, q, k, v, scale, fast, out)
         return None
 
+    def _lay_out_linear_attention(self, node: Node) -> None:
+        q, k, v = (self._heads(self._tensor(value)) for value in list(node.reads())[:3])
+        memory = [self._weights.vector(value) for value in list(node.reads())[3:]] or [None, None]
+        _, heads, channels, positions = node.output.shape
+        merged = (positions * heads * channels, channels, 1, heads * channels)  # as a map in channels_last
+        out = self._place(node.output, merged)
+        self._record(linear_attention_, q, k, v, *memory, node.options["scale"], out)
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        """A tensor [N, heads, channels, positions] with neighbouring channels, perhaps a copy."""
+        if tensor.shape[2] == 1 or tensor.stride(2) == 1:
+            return tensor
+        neighbours = torch.empty_like(tensor.mT, memory_format=torch.contiguous_format).mT
+        self._record(copy, neighbours, tensor)
+        return neighbours
+
+    def _lay_out_squares(self, node: Node) -> None:
+        x, out = self._map(next(node.reads())), self._place(node.output)
+        _, c, height, width = out.shape
+        side = node.options["side"]
+        pixels = out.permute(0, 2, 3, 1).unflatten(3, (side, side, c // side**2))
+        rows = x.permute(0, 2, 3, 1).unflatten(2, (width, side)).unflatten(1, (height, side))
+        self._record(copy, pixels, rows.transpose(2, 3))
+
     def _lay_out_double(self, node: Node) -> None:
         self._record(upsample_nearest2x_, self._map(next(node.reads())), self._place(node.output))
 
@@ -349,6 +375,15 @@ class Layout:
         if norm is not None and norm.node is not None:
             affine, silu = self._tensor(norm), norm.node.options["silu"]
         self._record(average_pool_, self._map(inputs["x"]), affine, silu, 2, self._place(node.output))
+
+    def _lay_out_join(self, node: Node) -> None:
+        parts = [self._operand(value, node) for value in node.reads()]
+        maps = node.output.ndim == 4 and all(part.stride(1) == 1 for part in parts)
+        out = self._place(node.output, None if maps else _contiguous(node.output.shape))
+        dimension, start = node.options["dim"], 0
+        for part in parts:
+            self._record(copy, out.narrow(dimension, start, part.shape[dimension]), part)
+            start += part.shape[dimension]
 
     def _lay_out_cat(self, node: Node) -> None:
         out, start = self._place(node.output), 0

@@ -17,6 +17,7 @@ at_least    the larger of the number `least` and the input
 silu, gelu  gelu: approximate, "none" or "tanh"
 add, mul, sub, div    of two values, or of one value and the number `scalar`
 cat         of maps along their channels
+join        of other tensors, of three dimensions at least: dim
 attention   scaled dot products of q, k and v without a mask: scale
 double      nearest-neighbour interpolation to twice the height and width
 average     of squares of 2 x 2 pixels
@@ -75,7 +76,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def name_of(function: Callable) -> str:
-    """The function's name without underscores: "add" for `torch.add`, `Tensor.add` and `Tensor.__add__`."""
+    """The function's name without underscores: "add" for `torch.add`, `Tensor.add` and `Tensor.__add__`.
+
+    For reading an attribute of a tensor, such as `mT`, the attribute's name.
+    """
+    if getattr(function, "__name__", "") == "__get__":
+        return getattr(getattr(function, "__self__", None), "__name__", "get")
     return getattr(function, "__name__", type(function).__name__).strip("_") + (
         "_" if _ends_in_place(function) else ""
     )
@@ -180,6 +186,7 @@ _SHAPING = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"} 
 _SAME = {"contiguous", "clone", "detach", "alias"}
 _RANGES = {"split", "chunk", "unbind", "tensor_split"}
 _ORDERS = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "select", "narrow"}
+_ORDERS |= {"T", "mT"}
 _ORDERS |= {"squeeze", "unsqueeze", "expand", "getitem"}
 _CASTS = {"to", "type", "float", "half", "bfloat16", "type_as"}
 _VIEWS = _SHAPING | _SAME | _RANGES | _ORDERS | _CASTS | {"dropout"}
@@ -457,8 +464,11 @@ def _gelu(input: Tensor, approximate: str = "none") -> Known:
 
 
 def _cat(tensors: Any, dim: int = 0) -> Known:
-    maps = all(tensor.ndim == 4 for tensor in tensors)
-    return ("cat", {}) if maps and dim in (1, -3) else None
+    ndim = tensors[0].ndim
+    if ndim == 4 and dim in (1, -3):
+        return "cat", {}
+    whole = all(tensor.ndim == ndim > 2 and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    return ("join", {"dim": dim % ndim}) if whole else None
 
 
 def _attention(

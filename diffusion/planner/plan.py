@@ -12,6 +12,7 @@ from ..kernels.ops.attention.library import attention_
 from ..kernels.ops.convolution.library import average_pool_, convolution_, upsample_nearest2x_
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
+from ..kernels.ops.linear_attention.library import linear_attention_
 from . import report
 from .fusion import fuse
 from .graph import Graph
@@ -23,6 +24,7 @@ _RECORDABLE: dict[Callable, str] = {  # operators whose calls can be recorded, b
     convolution_: "convolution",
     layer_norm_: "norm",
     attention_: "attention",
+    linear_attention_: "attention",
     upsample_nearest2x_: "rest",
     average_pool_: "rest",
 }

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.ops.attention.library import attention_
+from ..kernels.ops.linear_attention.library import linear_attention_
 from .fusion import named
 from .graph import Node, Value
 from .layout import Layout
@@ -22,7 +23,7 @@ def summary(layout: Layout, packed_bytes: int) -> list[str]:
     normed = sum(inputs["affine"] is not None for inputs in convolutions)
     added = sum(inputs["residual"] is not None for inputs in convolutions)
     activated = sum(node.options["activation"] != "none" for node in nodes if node.op == "convolution")
-    attentions = sum(function is attention_ for function, _ in layout.calls)
+    attentions = sum(function in (attention_, linear_attention_) for function, _ in layout.calls)
     buffers = layout.pool.bytes + sum(tensor.nbytes for tensor in layout.inputs)
     total = sum(map(flops, nodes))
     rest = Counter(map(_described, layout.unfused))
@@ -60,7 +61,10 @@ def flops(node: Node) -> float:
         assert weight is not None
         channels = out.shape[-1] if node.options["writes_rows"] else out.shape[1]
         return 2 * out.shape.numel() / max(channels, 1) * weight.shape.numel()
-    if node.op in ("view", "norm", "affine", "cat", "double", "average"):
+    if node.op == "linear_attention":
+        q, _, v, *_ = (value.shape for value in node.reads())
+        return 4 * q.numel() * v[2]
+    if node.op in ("view", "norm", "affine", "channel_norm", "cat", "double", "average", "squares"):
         return 0
     inputs = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in node.reads()]
     with FlopCounterMode(display=False) as counter:

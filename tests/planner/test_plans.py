@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.kernels.ops.attention.library import attention_
 from diffusion.kernels.ops.convolution.library import convolution_
 from diffusion.kernels.ops.layer_norm.library import layer_norm_
+from diffusion.kernels.ops.linear_attention.library import linear_attention_
 from diffusion.planner import weights as planner_weights
 from diffusion.planner.plan import Plan
 from diffusion.planner.trace import Untraceable, trace
@@ -193,6 +195,44 @@ def other_norms(net: Network, x: Tensor, v: Tensor) -> Tensor:
     return net.conv(a + b + c * x.abs().sqrt())
 
 
+def attend_linearly(net: Network, x: Tensor, tokens: int, by_einsum: bool) -> Tensor:
+    """Linear attention as lucidrains' networks have it, with and without a memory."""
+    q, k, v = (part.reshape(2, 4, 6, 48) for part in net.qkv(F.normalize(x, dim=1)).chunk(3, dim=1))
+    if tokens:
+        keys, values = (part.expand(2, -1, -1, -1) for part in net.memory[..., :tokens])
+        k, v = torch.cat([keys, k], dim=-1), torch.cat([values, v], dim=-1)
+    q, k = q.softmax(dim=-2), k.softmax(dim=-1)
+    if by_einsum:
+        context = torch.einsum("b h d n, b h e n -> b h d e", k, v)
+        h = torch.einsum("b h d e, b h d n -> b h e n", context, q * 0.4)
+    else:
+        h = (v / 3 @ k.mT) @ (q * 0.4)
+    return net.out(h.reshape(2, 24, 8, 6)) + x
+
+
+def linear_attention(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    h = attend_linearly(net, attend_linearly(net, x, 4, True), 0, True)
+    return attend_linearly(net, attend_linearly(net, h, 4, False), 0, False)
+
+
+def memory_keys(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Attention with keys and values of a memory, written out."""
+    q, k, v = (part.reshape(2, 4, 6, 48).mT for part in net.qkv(x).chunk(3, dim=1))
+    keys, values = (part.mT.expand(2, -1, -1, -1) for part in net.memory)
+    k, v = torch.cat([keys, k], dim=-2), torch.cat([values, v], dim=-2)
+    weights = (torch.einsum("b h i d, b h j d -> b h i j", q, k) * 0.4).softmax(dim=-1)
+    h = torch.einsum("b h i j, b h j d -> b h i d", weights, v)
+    return net.out(h.mT.reshape(2, 24, 8, 6))
+
+
+def squares(net: Network, x: Tensor, v: Tensor) -> Tensor:
+    """Squares of pixels as one pixel each, by views and by a function."""
+    a = x.reshape(2, 16, 4, 2, 3, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 64, 4, 3)
+    b = x.reshape(2, 16, 4, 2, 3, 2).permute(0, 5, 1, 3, 2, 4).reshape(2, 64, 4, 3)
+    turned = x.reshape(2, 16, 2, 4, 2, 3).permute(0, 1, 2, 4, 3, 5).reshape(2, 64, 4, 3)  # no squares
+    return net.a(a) + net.a(b) + net.b(F.pixel_unshuffle(x, 2)) + net.a(turned)
+
+
 NETWORKS = {
     "residual": Network(
         lambda n, x, v: n.b(F.silu(n.norm(n.a(x)))) + x,
@@ -244,6 +284,9 @@ NETWORKS = {
     "linear_on_maps": Network(linear_on_maps, first=nn.Linear(16, 20), second=nn.Linear(32, 20)),
     "expanded": Network(lambda n, x, v: n.a(x) * x.mean((2, 3), keepdim=True).expand_as(x), a=conv(16, 16)),
     "channel_norms": Network(channel_norms, conv=conv(16, 16)),
+    "linear_attention": Network(linear_attention, qkv=conv(16, 72, 1), out=conv(24, 16, 1)),
+    "memory_keys": Network(memory_keys, qkv=conv(16, 72, 1), out=conv(24, 16, 1)),
+    "squares": Network(squares, a=conv(64, 20, 1), b=conv(64, 20, 1, bias=False)),
     "other_norms": Network(other_norms, conv=conv(16, 16)),
     "times": Network(times, a=conv(16, 16), b=conv(16, 16)),
 }
@@ -251,6 +294,8 @@ for name, width in (("first", 64), ("gated", 32)):
     NETWORKS.setdefault("sequences", Network(sequences)).add_module(name, nn.Linear(16, width))
 NETWORKS["sequences"].add_module("second", nn.Linear(64, 16))
 NETWORKS["sequences"].w, NETWORKS["sequences"].b = (nn.Parameter(torch.rand(16)) for _ in range(2))
+for name in ("linear_attention", "memory_keys"):
+    NETWORKS[name].memory = nn.Parameter(torch.randn(2, 4, 6, 4))
 NETWORKS["channel_norms"].g, NETWORKS["channel_norms"].b = (nn.Parameter(torch.rand(16)) for _ in range(2))
 
 
@@ -318,6 +363,25 @@ def test_norms_over_channels_become_one_call():
     plan = plan_of(NETWORKS["channel_norms"], arguments())
     assert [call[0] for call in plan.layout.calls].count(layer_norm_) == 7
     assert len(plan.layout.unfused) == 1
+
+
+def test_linear_attention_becomes_one_call():
+    plan = plan_of(NETWORKS["linear_attention"], arguments())
+    functions = [call[0] for call in plan.layout.calls]
+    assert [functions.count(f) for f in (linear_attention_, convolution_, layer_norm_)] == [4, 8, 4]
+    assert len(functions) == 16
+
+
+def test_memory_keys_go_to_the_attention():
+    plan = plan_of(NETWORKS["memory_keys"], arguments())
+    assert [call[0] for call in plan.layout.calls].count(attention_) == 1
+    assert not plan.layout.unfused
+
+
+def test_squares_are_copied_pixel_by_pixel():
+    plan = plan_of(NETWORKS["squares"], arguments())
+    assert [node.op for node in plan.graph.nodes].count("squares") == 3
+    assert not plan.layout.unfused
 
 
 def test_memory_is_used_again():

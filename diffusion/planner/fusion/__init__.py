@@ -4,6 +4,8 @@ affine       the affine map of each channel that a group normalisation is; optio
 norm         the same, applied; for what is no convolution
 convolution  options: kernel, stride, padding, scale (2 where each pixel is read as 2 x 2), activation, factor
 average      of squares of 2 x 2 pixels
+squares      of side x side pixels, as pixels whose channels are theirs, pixel by pixel
+linear_attention    of [N, heads, channels, positions]: q, k, v, and keys and values of a memory; scale
 channel_norm a layer norm or RMS norm of each pixel's channels; options: eps, rms, silu, rows for [..., C]
 
 whose inputs have the names of options["names"].
@@ -16,8 +18,10 @@ from .channel_norms import fuse_channel_norms
 from .constants import fold_constants, share_equal
 from .convolutions import fuse_convolutions
 from .inputs import named
+from .linear_attention import fuse_linear_attention
 from .norms import fuse_norms
 from .sequences import widen_sequences
+from .shuffles import order_squares
 from .siblings import join_siblings
 from .simplify import simplify
 from .views import shorten_views
@@ -32,6 +36,8 @@ def fuse(graph: Graph) -> None:
     simplify(graph)
     share_equal(graph)
     fuse_attention(graph)
+    fuse_linear_attention(graph)
+    order_squares(graph)
     widen_sequences(graph)
     shorten_views(graph)
     fuse_norms(graph)

@@ -80,7 +80,7 @@ def fuse_attention(graph: Graph) -> None:
 def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
     """The last product of an attention, with the nodes in its place; nothing for another softmax."""
     weights = softmax.output
-    logits, scale = _unscaled(next(softmax.reads()))
+    logits, scale = unscaled(next(softmax.reads()))
     if logits.node is None or logits.node.op != "product" or len(weights.users) != 1:
         return {}
     first, last = logits.node, weights.users[0]
@@ -157,7 +157,7 @@ def _letters(first: Node, last: Node, dim: int, position: int) -> _Letters | Non
     return _Letters(batch, queries, key, inner, channels, q, k, v, out, keys_first=key in a)
 
 
-def _unscaled(value: Value) -> tuple[Value, float]:
+def unscaled(value: Value) -> tuple[Value, float]:
     """A value without the numbers that it is multiplied by, and their product."""
     scale = 1.0
     while (factor := factor_of(value.node)) is not None:

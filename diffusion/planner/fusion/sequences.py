@@ -75,7 +75,7 @@ def _map_under(value: Value) -> Value | None:
     source = viewed(value)
     if source.ndim != 4 or source.shape[:2] != value.shape[:2] or source.shape.numel() != value.shape.numel():
         return None
-    if source.node is not None and source.node.op == "attention":
+    if source.node is not None and source.node.op in ("attention", "linear_attention"):
         return None
     seen = apply_views(value, source, torch.empty(source.shape, device="meta"))
     return source if seen is not None and seen.is_contiguous() else None
