@@ -43,6 +43,18 @@ def of_unet2d(batch: int, size: tuple[int, int] = (16, 16)) -> dict[str, Tensor]
     }
 
 
+def circular() -> nn.Module:
+    network = unet2d()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+    return network
+
+
+def of_labelled(batch: int) -> dict[str, Tensor]:
+    return of_unet2d(batch) | {"class_labels": torch.arange(batch) % 3}
+
+
 NETWORKS = {
     "unet2d": (unet2d, of_unet2d),
     "scale_shift": (lambda: unet2d(resnet_time_scale_shift="scale_shift"), of_unet2d),
@@ -57,6 +69,9 @@ NETWORKS = {
         ),
         of_unet2d,
     ),
+    "circular": (circular, of_unet2d),
+    "dropout": (lambda: unet2d(dropout=0.5), of_unet2d),
+    "labels": (lambda: unet2d(num_class_embeds=3), of_labelled),
     "conditional": (conditional, of_conditional),
     "linear_projection": (lambda: conditional(use_linear_projection=True), of_conditional),
 }
