@@ -13,7 +13,7 @@ template <class T>
 void amx_attention(const AttentionArguments& g);
 
 // Limbs take less time than fused multiply-adds, unless most of a tile would be padding.
-constexpr int64_t kMinLimbWidth = 16, kMaxLimbWidth = 1024, kMinLimbKeys = 16;
+constexpr int64_t kMinLimbWidth = 16, kMaxLimbWidth = 1024, kMinLimbKeys = 128;
 constexpr float kMaxLimbScale = 0x1p60f;
 
 // Computes blocks of `queries` queries: AttentionKernels of attention/attention.cpp.
