@@ -104,12 +104,11 @@ def _rewritten(made: Node, inputs: list[Value], output: Value) -> Node:
 def _resampling(graph: Graph, node: Node) -> Node | None:
     """A convolution of each channel by itself with squares of 1/4, and a transposed one with squares of 1."""
     name = name_of(node.options["call"].function) if node.op == "call" else ""
-    read, number, op = {
-        "conv2d": (_conv_arguments, 0.25, "average"),
-        "conv_transpose2d": (_transposed_arguments, 1.0, "double"),
-    }.get(name, (None, 0.0, ""))
+    if name not in _RESAMPLINGS:
+        return None
+    read, number, op = _RESAMPLINGS[name]
     x, *weights = node.inputs
-    if read is None or x is None or x.ndim != 4 or len(weights) != 1 or weights[0] is None:
+    if x is None or x.ndim != 4 or len(weights) != 1 or weights[0] is None:
         return None
     filters = weights[0].constant
     template: Template = node.options["call"]
@@ -165,3 +164,9 @@ def _one(size: Any) -> Any:
     """The number that a size stands for in every dimension."""
     sizes = size if isinstance(size, tuple | list) else (size,)
     return sizes[0] if len(set(sizes)) == 1 else None
+
+
+_RESAMPLINGS: dict[str, tuple[Callable[..., tuple | None], float, str]] = {
+    "conv2d": (_conv_arguments, 0.25, "average"),
+    "conv_transpose2d": (_transposed_arguments, 1.0, "double"),
+}
