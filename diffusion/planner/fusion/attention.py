@@ -1,6 +1,7 @@
 """Recognises attention that a network writes by itself: softmax(scale * q k^T) v, by any two products."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from .simplify import constant_value
 View = Callable[[Tensor], Tensor]
 
 
-class _Heads(NamedTuple):
+@dataclass(frozen=True)
+class _Heads:
     """A tensor in the order `order` of its dimensions, as [N, heads, S, D].
 
     images: N, where the first of them counts heads, too; else None.
@@ -32,7 +34,8 @@ class _Heads(NamedTuple):
         return tensor.reshape(self.images, tensor.shape[0] // self.images, *tensor.shape[1:])
 
 
-class _Merged(NamedTuple):
+@dataclass(frozen=True)
+class _Merged:
     """The reverse of _Heads."""
 
     order: tuple[int, ...]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..graph import Graph, Node, Value, shares_memory
 from ..lowering import FLOATS
 from .inputs import CHANNEL_NORM_INPUTS, other_operand
-from .norms import _vector
+from .norms import vector_of
 
 
 class _Core(NamedTuple):
@@ -173,11 +173,11 @@ def _parsed(node: Node, core: _Core, graph: Graph) -> _ChannelNorm:
         elif user.op == "add" and constant is not None and shift is None:
             bias = constant if bias is None else bias + constant
         elif user.op == "mul" and scale is None and shift is None and core.channel == 1:
-            scale = _vector(other, output, plus_one=True)
+            scale = vector_of(other, output, plus_one=True)
             if scale is None:
                 break
         elif user.op == "add" and shift is None:
-            shift = _vector(other, output) if core.channel == 1 else None
+            shift = vector_of(other, output) if core.channel == 1 else None
             residual = _residual(user, output, other) if shift is None else None
             if shift is None and residual is None:
                 break

@@ -5,6 +5,8 @@ its input, and after it the sum with a residual and the number that this is mult
 pixels takes in the normalisation, too.
 """
 
+from typing import Any
+
 import torch
 
 from ..graph import (
@@ -39,16 +41,16 @@ def fuse_convolutions(graph: Graph) -> None:
 
     for node in graph.nodes:
         if node.op == "average":
-            values = affine_of(map_of(_first(node)))
+            normed = affine_of(map_of(_first(node)))
             node.remove()
-            replaced[node] = [Node("average", values, node.outputs, names=AVERAGE_INPUTS)]
+            replaced[node] = [Node("average", normed, node.outputs, names=AVERAGE_INPUTS)]
             continue
         if node.op not in ("conv", "linear") or not is_fusable(node):
             continue
         x, weight, *bias = node.inputs
         assert x is not None
         assert weight is not None
-        options = {"kernel": weight.shape[-1] if weight.ndim == 4 else 1, "scale": 1}
+        options: dict[str, Any] = {"kernel": weight.shape[-1] if weight.ndim == 4 else 1, "scale": 1}
         options |= {"stride": node.options.get("stride", 1), "padding": node.options.get("padding", 0)}
         options["activation"] = node.options.get("activation", "none")
         source = map_of(x)

@@ -127,10 +127,10 @@ def _parts(last: Node, position: int) -> _Parts | None:
             continue
         batch = "".join(letter for letter in of_k if letter in of_v and letter in one[2])
         d, s = queries[1], keys[1]
-        e, m = set(of_v) - {*batch, s}, set(of_q) - {*batch, d}
-        if len(e) != 1 or len(m) != 1 or len(batch) not in (1, 2):
+        of_channels, of_positions = set(of_v) - {*batch, s}, set(of_q) - {*batch, d}
+        if len(of_channels) != 1 or len(of_positions) != 1 or len(batch) not in (1, 2):
             continue
-        (e,), (m,) = e, m
+        (e,), (m,) = of_channels, of_positions
         expected = (batch + d + m, batch + d + s, batch + e + s, batch + d + e, batch + e + m)
         found = (of_q, of_k, of_v, one[2], out)
         if any(sorted(a) != sorted(b) for a, b in zip(found, expected, strict=True)):

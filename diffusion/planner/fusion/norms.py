@@ -56,11 +56,11 @@ def _parsed(node: Node, graph: Graph) -> _Norm:
         if user.op == "view" and user.output.shape == output.shape and map_of(user.output) is map_of(output):
             pass
         elif user.op == "mul" and scale is None and shift is None:
-            scale = _vector(other_operand(user, output), output, plus_one=True)
+            scale = vector_of(other_operand(user, output), output, plus_one=True)
             if scale is None:
                 break
         elif user.op == "add" and shift is None:
-            shift = _vector(other_operand(user, output), output)
+            shift = vector_of(other_operand(user, output), output)
             if shift is None:
                 break
         elif user.op == "silu":
@@ -78,13 +78,13 @@ def _map_and_vector(node: Node) -> tuple[Value, Value] | None:
         for map_, other in (node.inputs, node.inputs[::-1]):
             assert map_ is not None
             if map_.shape == node.output.shape:
-                vector = _vector(other, map_)
+                vector = vector_of(other, map_)
                 if vector is not None:
                     return map_, vector
     return None
 
 
-def _vector(value: Value | None, like: Value, plus_one: bool = False) -> Value | None:
+def vector_of(value: Value | None, like: Value, plus_one: bool = False) -> Value | None:
     """The value [N, C] of which this one is a view [N, C, 1, 1], for a map `like`; None if it is no such.
 
     plus_one: of which this one is a view with 1 added. The value may be a new view, with a node in no graph.
