@@ -1,6 +1,8 @@
 // Matrix products by AMX, in tiles of 16 rows by 16 columns. Included after simd/vec.h.
 //
-// bfloat16: a row of 64 bytes holds 32 numbers, sums are float32.
+// bfloat16: a row of 64 bytes holds 32 numbers, sums are float32. A float32 is the sum of three bfloat16 splits: each
+// split is the rounded difference between the number and the sum of the splits before it. Three of the nine products
+// of splits are omitted: each is at most 2^-24 of the whole.
 //
 // int8: a row holds 64 numbers, takes half the time, sums are int32. A float32 is an integer of three limbs,
 // q = limb[0] * 2^16 + limb[1] * 2^8 + limb[2], times a scale that all numbers of a sum share. limb[0] is from -127 to
@@ -8,45 +10,37 @@
 
 constexpr int64_t kRowBytes = 64, kTileBytes = 1024;
 
-// Writes 32 numbers, rounded to bfloat16.
-FD_HD void store_rounded(char* to, Vec first, Vec second) {
-  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+// 32 numbers as kSplits splits of bfloat16, `split_step` bytes apart.
+template <int kSplits>
+FD_HD void store_splits(char* to, int64_t split_step, Vec first, Vec second) {
+#pragma GCC unroll 3
+  for (int split = 0; split < kSplits; ++split, to += split_step) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    _mm512_storeu_si512(to, (__m512i)rounded);
+    const Bits16* bits = reinterpret_cast<const Bits16*>(&rounded);
+    first -= widened(bits[0], static_cast<BFloat16*>(nullptr));
+    second -= widened(bits[1], static_cast<BFloat16*>(nullptr));
+  }
 }
 
-// Writes 64 integers of 24 bits as bytes: a row of top limbs, and the rows of the other limbs `step` and 2 `step` bytes
-// behind. Within a row, number 16 j + 4 i + k is at 16 i + 4 j + k, for i, j and k from 0 to 3. Clobbers `lanes`.
-FD_HD void store_bytes(char* to, int64_t step, __m512i (&lanes)[4]) {
+// 64 numbers times their factors, less zero * 2^16, as int8 limbs: a row of top limbs, and the rows of the other limbs
+// `step` and 2 `step` bytes behind. Within a row, number 16 j + 4 i + k is at 16 i + 4 j + k, for i, j and k from 0
+// to 3.
+FD_HD void store_limbs(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
+  // The bytes of q + 0x808080 are the limbs plus 128; flipping a byte's top bit subtracts the 128.
+  const __m512i top_bits = _mm512_set1_epi32(0x00808080), addend = _mm512_set1_epi32(0x00808080 - (zero << 16));
   const __m512i bytes = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
+  __m512i lanes[4];  // in each 128 bits: four limbs [2], four limbs [1], four limbs [0]
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {  // in each 128 bits: four limbs [2], four limbs [1], four limbs [0]
-    lanes[j] = _mm512_shuffle_epi8(lanes[j], bytes);
+  for (int j = 0; j < 4; ++j) {
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(numbers[j] * factors[j]));
+    lanes[j] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi32(whole, addend), top_bits), bytes);
   }
   const __m512i a = _mm512_unpacklo_epi32(lanes[0], lanes[1]), b = _mm512_unpacklo_epi32(lanes[2], lanes[3]);
   const __m512i c = _mm512_unpackhi_epi32(lanes[0], lanes[1]), d = _mm512_unpackhi_epi32(lanes[2], lanes[3]);
   _mm512_storeu_si512(to, _mm512_unpacklo_epi64(c, d));
   _mm512_storeu_si512(to + step, _mm512_unpackhi_epi64(a, b));
   _mm512_storeu_si512(to + 2 * step, _mm512_unpacklo_epi64(a, b));
-}
-
-// 64 numbers times their factors, less zero * 2^16, as int8 limbs in the order of store_bytes.
-FD_HD void store_limbs(char* to, int64_t step, const Vec (&numbers)[4], const Vec (&factors)[4], int32_t zero) {
-  // The bytes of q + 0x808080 are the limbs plus 128; flipping a byte's top bit subtracts the 128.
-  const __m512i top_bits = _mm512_set1_epi32(0x00808080), addend = _mm512_set1_epi32(0x00808080 - (zero << 16));
-  __m512i lanes[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)(numbers[j] * factors[j]));
-    lanes[j] = _mm512_xor_si512(_mm512_add_epi32(whole, addend), top_bits);
-  }
-  store_bytes(to, step, lanes);
-}
-
-// 64 numbers from 0 to 2^24 - 1, rounded to integers, as limbs from 0 to 255 in the order of store_bytes.
-FD_HD void store_unsigned_limbs(char* to, int64_t step, const Vec (&numbers)[4]) {
-  __m512i lanes[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) lanes[j] = _mm512_cvtps_epi32((__m512)numbers[j]);
-  store_bytes(to, step, lanes);
 }
 
 // Transposes 16 x 16 numbers of 32 bits.
@@ -148,14 +142,14 @@ FD_HD void multiply_tiles() {
   if constexpr (kM == 2 && kN == 2) _tile_dpbf16ps(FD_SUM_11, FD_LEFT_1, FD_RIGHT_1);
 }
 
-// Both factors of a product. A piece is a number of bfloat16 or a limb of int8; a chunk is 64 bytes of depth.
+// Both factors of a product. A piece is a split of bfloat16 or a limb of int8; a chunk is 64 bytes of depth.
 struct Factors {
   const char* left;                          // [chunk][piece][up to 32 rows][64 bytes]
   int64_t row_step, piece_step, chunk_step;  // bytes
   int64_t chunks;
   const int64_t* taps;  // offsets in bytes at which each chunk of `left` is read; each has a right factor of its own
   int64_t tap_count;
-  // [chunk][tap][piece][tile]. bfloat16: 32 columns in two tiles [pair of rows][16 columns][2].
+  // [chunk][tap][piece][tile]. bfloat16: the last split first, 32 columns in two tiles [pair of rows][16 columns][2].
   // int8: 16 columns in a tile [four rows][16 columns][4].
   const char* right;
   const char* next;  // where to prefetch from, or null: `fetch` cache lines for each chunk and tap
@@ -164,7 +158,7 @@ struct Factors {
 
 // Sums of 16 kM rows and 16 kN columns, rows `step` bytes apart. `overlapped` is called for each chunk and tap, to do
 // other work while AMX is busy.
-template <int kM, int kN, class Overlapped>
+template <int kM, int kN, int kSplits, class Overlapped>
 FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Overlapped& overlapped) {
   asm volatile("" ::: "memory");  // GCC's tile intrinsics do not declare which memory they read
   _tile_zero(FD_SUM_00);
@@ -177,11 +171,26 @@ FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Overl
     for (int64_t tap = 0; tap < f.tap_count; ++tap) {
       const char* left = f.left + chunk * f.chunk_step + f.taps[tap];
       for (int64_t i = 0; i < f.fetch; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+      const auto next_right = [&]() FD_INLINE {
+        load_right<kN>(right);
+        right += kN * kTileBytes;
+      };
       load_left<kM>(left, f.row_step);
-      load_right<kN>(right);
-      right += kN * kTileBytes;
+      next_right();
       multiply_tiles<kM, kN>();
-      keep_alive.after(kM * kN);
+      if constexpr (kSplits == 3) {  // the smallest products first
+        next_right();
+        multiply_tiles<kM, kN>();
+        load_left<kM>(left + f.piece_step, f.row_step);
+        multiply_tiles<kM, kN>();
+        next_right();
+        multiply_tiles<kM, kN>();
+        load_left<kM>(left + 2 * f.piece_step, f.row_step);
+        multiply_tiles<kM, kN>();
+        load_left<kM>(left, f.row_step);
+        multiply_tiles<kM, kN>();
+      }
+      keep_alive.after(kM * kN * (kSplits == 3 ? 6 : 1));
       overlapped();
     }
   }
@@ -194,25 +203,18 @@ FD_HD void sum_products(const Factors& f, float* sums, int64_t step, const Overl
 }
 
 // The same for up to 32 rows and columns, with as many tiles as they need.
-template <class Overlapped>
+template <int kSplits, class Overlapped>
 FD_HD void sum_products(int64_t rows, int64_t columns, const Factors& f, float* sums, int64_t step,
                         const Overlapped& overlapped) {
-  if (rows > 16 && columns > 16) sum_products<2, 2>(f, sums, step, overlapped);
-  else if (rows > 16) sum_products<2, 1>(f, sums, step, overlapped);
-  else if (columns > 16) sum_products<1, 2>(f, sums, step, overlapped);
-  else sum_products<1, 1>(f, sums, step, overlapped);
+  if (rows > 16 && columns > 16) sum_products<2, 2, kSplits>(f, sums, step, overlapped);
+  else if (rows > 16) sum_products<2, 1, kSplits>(f, sums, step, overlapped);
+  else if (columns > 16) sum_products<1, 2, kSplits>(f, sums, step, overlapped);
+  else sum_products<1, 1, kSplits>(f, sums, step, overlapped);
 }
 
 // Sums of 16 kM rows and 16 columns of limbs, int32 [unit][32 rows][16]. Unit u holds the products limb[i] * limb[j]
 // with i + j = u, so it counts in 2^(-8 u) of unit 0. start: [unit][16], the initial values of the sums of each column.
-// kUnsigned: the limbs of the left factor are from 0 to 255.
-#define FD_MULTIPLY_LIMBS(sum)                                     \
-  do {                                                             \
-    if constexpr (kUnsigned) _tile_dpbusd(sum, FD_LEFT, FD_RIGHT); \
-    else _tile_dpbssd(sum, FD_LEFT, FD_RIGHT);                     \
-  } while (false)
-
-template <int kM, bool kUnsigned = false, class Overlapped>
+template <int kM, class Overlapped>
 FD_HD void sum_limb_products(const Factors& f, const int32_t* start, int32_t* sums, const Overlapped& overlapped) {
   asm volatile("" ::: "memory");
   _tile_loadd(FD_UNIT_0_0, start, 0);
@@ -235,39 +237,39 @@ FD_HD void sum_limb_products(const Factors& f, const int32_t* start, int32_t* su
       // it.
       _tile_loadd(FD_RIGHT, right, 64);
       _tile_loadd(FD_LEFT, first, f.row_step);
-      FD_MULTIPLY_LIMBS(FD_UNIT_0_0);
+      _tile_dpbssd(FD_UNIT_0_0, FD_LEFT, FD_RIGHT);
       if constexpr (kM == 2) {
         _tile_loadd(FD_LEFT, first + below, f.row_step);
-        FD_MULTIPLY_LIMBS(FD_UNIT_0_1);
+        _tile_dpbssd(FD_UNIT_0_1, FD_LEFT, FD_RIGHT);
         _tile_loadd(FD_LEFT, third + below, f.row_step);
-        FD_MULTIPLY_LIMBS(FD_UNIT_2_1);
+        _tile_dpbssd(FD_UNIT_2_1, FD_LEFT, FD_RIGHT);
       }
       _tile_loadd(FD_LEFT, third, f.row_step);
-      FD_MULTIPLY_LIMBS(FD_UNIT_2_0);
+      _tile_dpbssd(FD_UNIT_2_0, FD_LEFT, FD_RIGHT);
       _tile_loadd(FD_LEFT, second, f.row_step);
-      FD_MULTIPLY_LIMBS(FD_UNIT_1_0);
+      _tile_dpbssd(FD_UNIT_1_0, FD_LEFT, FD_RIGHT);
       if constexpr (kM == 2) {
         _tile_loadd(FD_LEFT, second + below, f.row_step);
-        FD_MULTIPLY_LIMBS(FD_UNIT_1_1);
+        _tile_dpbssd(FD_UNIT_1_1, FD_LEFT, FD_RIGHT);
       }
       _tile_loadd(FD_RIGHT, right + kTileBytes, 64);
       if constexpr (kM == 2) {
-        FD_MULTIPLY_LIMBS(FD_UNIT_2_1);
+        _tile_dpbssd(FD_UNIT_2_1, FD_LEFT, FD_RIGHT);
         _tile_loadd(FD_LEFT, second, f.row_step);
       }
-      FD_MULTIPLY_LIMBS(FD_UNIT_2_0);
+      _tile_dpbssd(FD_UNIT_2_0, FD_LEFT, FD_RIGHT);
       _tile_loadd(FD_LEFT, first, f.row_step);
-      FD_MULTIPLY_LIMBS(FD_UNIT_1_0);
+      _tile_dpbssd(FD_UNIT_1_0, FD_LEFT, FD_RIGHT);
       if constexpr (kM == 2) {
         _tile_loadd(FD_LEFT, first + below, f.row_step);
-        FD_MULTIPLY_LIMBS(FD_UNIT_1_1);
+        _tile_dpbssd(FD_UNIT_1_1, FD_LEFT, FD_RIGHT);
       }
       _tile_loadd(FD_RIGHT, right + 2 * kTileBytes, 64);
       if constexpr (kM == 2) {
-        FD_MULTIPLY_LIMBS(FD_UNIT_2_1);
+        _tile_dpbssd(FD_UNIT_2_1, FD_LEFT, FD_RIGHT);
         _tile_loadd(FD_LEFT, first, f.row_step);
       }
-      FD_MULTIPLY_LIMBS(FD_UNIT_2_0);
+      _tile_dpbssd(FD_UNIT_2_0, FD_LEFT, FD_RIGHT);
       right += 3 * kTileBytes;
       keep_alive.after(6 * kM);
       overlapped();
@@ -280,46 +282,6 @@ FD_HD void sum_limb_products(const Factors& f, const int32_t* start, int32_t* su
     _tile_stored(FD_UNIT_0_1, sums + 256, 64);
     _tile_stored(FD_UNIT_1_1, sums + 768, 64);
     _tile_stored(FD_UNIT_2_1, sums + 1280, 64);
-  }
-  asm volatile("" ::: "memory");
-}
-
-// The products that sum_limb_products omits, but for the smallest: limb[1] * limb[2] and limb[2] * limb[1], which count
-// in 2^-24 of unit 0. sums: int32 [2][32 rows][16], to be added. The limbs of the left factor are from 0 to 255.
-template <int kM, class Overlapped>
-FD_HD void sum_low_limb_products(const Factors& f, int32_t* sums, const Overlapped& overlapped) {
-  asm volatile("" ::: "memory");
-  _tile_zero(FD_SUM_00);
-  _tile_zero(FD_SUM_01);
-  _tile_zero(FD_SUM_10);
-  _tile_zero(FD_SUM_11);
-  const char *left = f.left, *right = f.right;
-  TileStoreKeepAlive keep_alive;
-  for (int64_t chunk = 0; chunk < f.chunks; ++chunk, left += f.chunk_step, right += 3 * kTileBytes) {
-    const char *second = left + f.piece_step, *third = second + f.piece_step;
-    const int64_t below = 16 * f.row_step;
-    _tile_loadd(FD_RIGHT_1, right + 2 * kTileBytes, 64);
-    _tile_loadd(FD_LEFT_0, second, f.row_step);
-    _tile_dpbusd(FD_SUM_00, FD_LEFT_0, FD_RIGHT_1);
-    if constexpr (kM == 2) {
-      _tile_loadd(FD_LEFT_1, second + below, f.row_step);
-      _tile_dpbusd(FD_SUM_01, FD_LEFT_1, FD_RIGHT_1);
-    }
-    _tile_loadd(FD_RIGHT_0, right + kTileBytes, 64);
-    _tile_loadd(FD_LEFT_0, third, f.row_step);
-    _tile_dpbusd(FD_SUM_10, FD_LEFT_0, FD_RIGHT_0);
-    if constexpr (kM == 2) {
-      _tile_loadd(FD_LEFT_1, third + below, f.row_step);
-      _tile_dpbusd(FD_SUM_11, FD_LEFT_1, FD_RIGHT_0);
-    }
-    keep_alive.after(2 * kM);
-    overlapped();
-  }
-  _tile_stored(FD_SUM_00, sums, 64);
-  _tile_stored(FD_SUM_10, sums + 512, 64);
-  if constexpr (kM == 2) {
-    _tile_stored(FD_SUM_01, sums + 256, 64);
-    _tile_stored(FD_SUM_11, sums + 768, 64);
   }
   asm volatile("" ::: "memory");
 }

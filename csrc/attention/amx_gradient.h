@@ -1,4 +1,4 @@
-// Attention's gradient by AMX, in bfloat16. Included after attention/amx_rows.h.
+// Attention's gradient by AMX, in bfloat16. Included after attention/amx_forward.h.
 
 // The packed factors of the gradient of one head; sizes in blocks of 32. queries, grads: transposed, for the logits and
 // the gradients of the weights. *_pairs: for products that sum over positions. key, value: 32 rows as left factors.
@@ -10,18 +10,6 @@ struct GradientFactors {
   FD_HD int64_t bytes() const { return kBlock * kBlock * 2; }
 };
 
-// Writes 32 x 32 sums to `count` rows of an output, at most `width` numbers of each.
-template <class T>
-FD_HD void write_sums(const float* sums, T* out, int64_t step, int64_t count, int64_t width) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t at = 0; at < kBlock; at += kLanes) {
-      const Vec value = load(sums + i * kBlock + at);
-      if (width - at >= kLanes) store(out + i * step + at, value);
-      else if (width > at) store(out + i * step + at, value, width - at);
-    }
-  }
-}
-
 // A product for 32 positions and the whole width, written to rows of `out`.
 FD_HD void write_products(Factors f, const char* right, int64_t right_step, const GradientFactors& p, int64_t block,
                           const AttentionGradientArguments& g, BFloat16* out, int64_t step) {
@@ -29,7 +17,7 @@ FD_HD void write_products(Factors f, const char* right, int64_t right_step, cons
   const int64_t first = block * kBlock, count = std::min(kBlock, g.positions - first);
   for (int64_t chunk = 0; chunk < p.width; ++chunk) {
     f.right = right + chunk * right_step;
-    sum_products<2, 2>(f, sums, kBlock * 4, []() FD_INLINE {});
+    sum_products<2, 2, 1>(f, sums, kBlock * 4, []() FD_INLINE {});
     write_sums(sums, out + first * step + chunk * kBlock, step, count, g.width - chunk * kBlock);
   }
 }
@@ -48,8 +36,8 @@ FD_HD void differentiate(const float* logits, const float* d_weights, const floa
       const Vec difference = load(d_weights + key * kBlock + at) - load(delta + at);
       d[half] = (Vec)_mm512_maskz_mov_ps(mask, w[half] * difference * spread(scale));
     }
-    store_rounded(weights + key * kRowBytes, w[0], w[1]);
-    store_rounded(by_query + key * kRowBytes, d[0], d[1]);
+    store_splits<1>(weights + key * kRowBytes, 0, w[0], w[1]);
+    store_splits<1>(by_query + key * kRowBytes, 0, d[0], d[1]);
   }
   for (int64_t half = 0; half < 2; ++half) {
     __m512i words[16];
@@ -109,9 +97,9 @@ inline void differentiate_heads(const AttentionGradientArguments& g, int64_t beg
       f.chunks = p.width;
       for (int64_t i = 0; i < p.positions; ++i) {
         f.left = p.key, f.right = p.queries + i * row;
-        sum_products<2, 2>(f, logits, kBlock * 4, []() FD_INLINE {});
+        sum_products<2, 2, 1>(f, logits, kBlock * 4, []() FD_INLINE {});
         f.left = p.value, f.right = p.grads + i * row;
-        sum_products<2, 2>(f, d_weights, kBlock * 4, []() FD_INLINE {});
+        sum_products<2, 2, 1>(f, d_weights, kBlock * 4, []() FD_INLINE {});
         differentiate(logits, d_weights, logsumexp + i * kBlock, delta + i * kBlock, g.positions - j * kBlock,
                       g.positions - i * kBlock, g.scale, p.weights + i * p.bytes(), p.by_query + i * p.bytes(),
                       p.by_key + i * column + j * p.bytes());

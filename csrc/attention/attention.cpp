@@ -111,13 +111,11 @@ void attention_(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
   STD_TORCH_CHECK(q.numel() == 0 || k.size(2) > 0, "k must have at least one position");
   const auto launch = [&](const AttentionArguments& g, auto* type) {
     typedef std::remove_pointer_t<decltype(type)> T;
-    const bool amx = includes(simd_in_use(), Simd::amx);
-    const bool limbs = g.width >= kMinLimbWidth && g.width <= kMaxLimbWidth && g.keys >= kMinLimbKeys &&
-                       std::fabs(g.scale) <= kMaxLimbScale;
-    const AttentionKernels set = kernels<T>(fast);
-    if (amx && fast) run_or_record([=] { amx_attention<T>(g); }, q, k, v, out);
-    else if (amx && limbs) run_or_record([=] { amx_exact_attention<T>(g, set.forward); }, q, k, v, out);
-    else run_or_record([=] { attend(set, g); }, q, k, v, out);
+    if (fast && includes(simd_in_use(), Simd::amx)) {
+      run_or_record([=] { amx_attention<T>(g); }, q, k, v, out);
+    } else {
+      run_or_record([g, set = kernels<T>(fast)] { attend(set, g); }, q, k, v, out);
+    }
   };
   launch_attention(q, launch,
                    AttentionArguments{input(q), input(k), input(v), output(out), nullptr, q.size(0), q.size(1),

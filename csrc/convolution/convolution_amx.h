@@ -15,13 +15,13 @@ struct Bfloat16Format {
   static FD_HD int32_t zero(const Convolution&, int64_t) { return 0; }
 
   static FD_HD void write(char* to, int64_t step, const Vec (&numbers)[2], const Vec (&)[2], int32_t) {
-    store_rounded(to, numbers[0], numbers[1]);
+    store_splits<1>(to, step, numbers[0], numbers[1]);
   }
 
   template <class Overlapped>
   static FD_HD void multiply(int64_t rows, int64_t columns, const Factors& f, const char*, int32_t, float* sums,
                              const Overlapped& overlapped) {
-    sum_products(rows, columns, f, sums, 128, overlapped);
+    sum_products<1>(rows, columns, f, sums, 128, overlapped);
   }
 
   static FD_HD Vec scales(const Convolution&, const char*, int64_t) { return Vec{}; }

@@ -49,6 +49,7 @@ FD_HD void add_rows(const LinearAttention& args, float* keys, const float* value
   for (int64_t c = 0; c < step; c += kLanes) {
     Vec top = load(keys + c);
     for (int64_t row = 1; row < count; ++row) top = max_or_a(top, load(keys + row * step + c));
+    top = max_or_a(top, spread(-3e38f));  // where all keys are -inf, the differences from them are not NaN
     Vec sum = spread(0.0f), factor = spread(0.0f);
     if (!first) {
       top = max_or_a(top, load(largest + c));

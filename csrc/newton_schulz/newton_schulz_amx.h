@@ -97,7 +97,7 @@ FD_HD void multiply(const Matrix& left, const RightFactor& right, float scale, c
       f.left = left.row(row), f.row_step = left.step, f.chunk_step = kRowBytes, f.chunks = chunks;
       f.taps = &tap, f.tap_count = 1, f.right = right.tiles(block, 0);
       float* here = sums[items++ % 2];
-      sum_products<2, 2>(f, here, kBlock * sizeof(float),
+      sum_products<2, 2, 1>(f, here, kBlock * sizeof(float),
                             [&]() FD_INLINE { last.advance(rows_per_chunk, scale, before); });
       last.sums = here, last.to = out.row(row) + block * kRowBytes, last.step = out.step, last.remaining = kBlock;
       last.addend = addend == nullptr ? nullptr : addend->row(row) + block * kRowBytes;

@@ -14,15 +14,20 @@ constexpr int64_t kBytesPerThread = 1 << 18;
 constexpr int64_t kSampleBytes = 64, kSamples = 4;  // of each region
 constexpr int kSums = 8;                            // independent ones, whose multiplications overlap
 
+// Differences move up by the multiplication and down by the shift; both steps can be undone, so none is lost.
+uint64_t mixed(uint64_t word) {
+  word *= 0x9E3779B97F4A7C15;
+  return word ^ word >> 32;
+}
+
 uint64_t digest_of(const char* data, int64_t size) {
-  constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;  // odd, so that no difference of a word is lost
   constexpr int64_t kStep = kSums * sizeof(uint64_t);
   uint64_t sums[kSums];
   for (int i = 0; i < kSums; ++i) sums[i] = i;
   const auto add = [&](const char* from) {
     uint64_t words[kSums];
     memcpy(words, from, kStep);
-    for (int i = 0; i < kSums; ++i) sums[i] = (sums[i] ^ words[i]) * kFactor;
+    for (int i = 0; i < kSums; ++i) sums[i] = mixed(sums[i] ^ words[i]);
   };
   int64_t at = 0;
   for (; at + kStep <= size; at += kStep) add(data + at);
@@ -30,7 +35,7 @@ uint64_t digest_of(const char* data, int64_t size) {
   memcpy(rest, data + at, size - at);
   add(rest);
   uint64_t digest = 0;
-  for (uint64_t sum : sums) digest = (digest ^ sum ^ sum >> 32) * kFactor;
+  for (uint64_t sum : sums) digest = mixed(digest ^ sum);
   return digest;
 }
 
@@ -60,7 +65,8 @@ void MemoryDigest::compute(std::vector<Block>& blocks) {
 bool MemoryDigest::same(const std::vector<Block>& blocks, int64_t first, int64_t step) {
   const int64_t count = static_cast<int64_t>(blocks.size());
   std::atomic<bool> same{true};
-  divide_work(count > first ? (count - first - 1) / step + 1 : 0, kBlockBytes, kBytesPerThread, [&](int64_t begin, int64_t end) {
+  const int64_t looked_at = count > first ? (count - first - 1) / step + 1 : 0;
+  divide_work(looked_at, kBlockBytes, kBytesPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
       const Block& block = blocks[first + i * step];
       if (digest_of(block.data, block.size) != block.digest) same = false;

@@ -13,8 +13,8 @@ class MemoryDigest {
   explicit MemoryDigest(std::vector<std::pair<uintptr_t, int64_t>> regions);
 
   // Whether the memory holds what it held at first. It reads one of `parts` equal parts, number `part`, and a few lines
-  // of each region; so every byte is read in `parts` calls. A change of one word is always seen, and a change of
-  // several but for a chance of 2^-64.
+  // of each region; so every byte is read in `parts` calls. A change of one word is always seen, and one of
+  // several words unless their digests collide by chance.
   bool holds(int64_t part, int64_t parts) const;
 
  private:

@@ -82,7 +82,8 @@ class PlannedUNet:
 
 
 def _alike(value: Tensor, buffer: Tensor) -> bool:
-    return value.dtype == buffer.dtype and value.stride() == buffer.stride()
+    same = value.dtype == buffer.dtype and value.device == buffer.device
+    return same and value.shape == buffer.shape and value.stride() == buffer.stride()
 
 
 def unsupported(unet: nn.Module, dtype: torch.dtype) -> str | None:

@@ -253,7 +253,7 @@ class AcceleratedForward:
     def _made(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> Plan | EagerPlan:
         if device.type != "cpu":
             return EagerPlan(graph, device, autocast=self.precision == "fast")
-        if self._weights is None:
+        if self._weights is None or self._weights.simd != _native.simd_in_use():
             self._weights = Weights(list(self._module.parameters()), dtype)
         return Plan(graph, self._weights)
 

@@ -36,7 +36,10 @@ class ModuleState:
         self._tensors = [tensor for tensor in self._owned if tensor is not None]
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._places = self._current_places()
-        self._memory = [tensor.detach() for tensor in self._tensors]  # keeps it while the digest reads it
+        compared = self._tensors if compares_numbers else []
+        self._memory = [
+            t.detach() for t in compared if t.device.type == "cpu"
+        ]  # kept while the digest reads it
         self._numbers = digest_of(self._memory) if compares_numbers else None
         self._part = 0
 

@@ -141,3 +141,15 @@ def test_no_tensors():
 def test_parts_that_are_none(part, parts):
     with pytest.raises(ValueError, match=r"part must be in 0\.\.parts-1"):
         _native.library().MemoryDigest([]).holds(part, parts)
+
+
+@requires_native
+@pytest.mark.parametrize("change", [torch.Tensor.neg_, lambda column: column.mul_(2), torch.Tensor.zero_])
+@pytest.mark.parametrize("step", [1, 2, 8, 16])
+def test_changes_of_many_numbers_do_not_cancel(change, step):
+    """Each changes the same bits of many words."""
+    for seed in range(20):
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        seen = state.digest_of([weight])
+        change(weight[:, 1::step])
+        assert not seen.holds(0, 1)

@@ -119,3 +119,13 @@ def test_empty_and_opcheck():
     linear_attention_(empty, empty, empty, None, None, 1.0, empty)
     given = arguments(SHAPES[1], torch.float32)
     torch.library.opcheck(linear_attention_.default, (*given, 1.0, torch.empty_like(given[2])))
+
+
+def test_keys_that_are_masked_out(simd):
+    """-inf takes a position out; a run of them is longer than a kernel's rows and parts."""
+    q, k, v, *memory = arguments(SHAPES[3], torch.float32)
+    k[..., :1500] = -torch.inf
+    out = torch.empty_like(v)
+    linear_attention_(q, k, v, *memory, 0.3, out)
+    expected = formula(torch.float64, q, k, v, *memory, 0.3)
+    assert wrong(out, formula(torch.float32, q, k, v, *memory, 0.3), expected) is None

@@ -20,7 +20,6 @@ SHAPES += [(1, 1, 1000, 1000, 64), (2, 3, 17, 17, 5), (2, 1, 1, 1, 1), (1, 1, 33
 SHAPES += [(40, 1, 256, 256, 64), (1, 1, 40, 40, 512), (2, 2, 130, 77, 40), (1, 2, 64, 77, 80)]
 SHAPES += [(1, 1, 16, 77, 160), (2, 1, 5, 1, 8), (1, 1, 1, 600, 16), (1, 2, 65, 257, 48)]
 SHAPES += [(1, 1, 129, 513, 33), (1, 3, 300, 2, 17), (1, 1, 35, 1100, 72)]
-SHAPES += [(2, 2, 20, 128, 16), (1, 2, 31, 255, 63), (2, 1, 65, 272, 65)]
 
 
 @pytest.fixture(params=TESTED)
@@ -85,31 +84,6 @@ def test_heads_in_either_order(fast, simd):
     assert torch.equal(contiguous, out)
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_every_number_of_positions_up_to_two_tiles_and_one(fast, simd):
-    for count in range(1, 66):
-        q, k, v, out = inputs((1, 1, count, 66 - count, 40), torch.float32)
-        check(q, k, v, 0.2, fast, out)
-
-
-@pytest.mark.parametrize("size", [2.0**-70, 2.0**-30, 2.0**30, 2.0**70])
-def test_large_queries_and_small_keys(size, simd):
-    q, k, v, out = inputs((1, 2, 40, 177, 40), torch.float32)
-    check(q * size, k / size, v, 0.2, False, out)
-
-
-def test_keys_and_columns_of_different_sizes(simd):
-    """Each key and each column of the values has its own rounding."""
-    q, k, v, out = inputs((1, 2, 40, 300, 40), torch.float32)
-    sizes = 2.0 ** torch.arange(-20, 20)
-    check(q, k * torch.linspace(0.01, 2, 300)[:, None], v, 0.2, False, out)
-    attention_(q, k, v * sizes, 0.2, False, out)
-    expected = expected_of(q, k, v * sizes, 0.2)
-    # The largest output of a column is smaller than that of all.
-    largest = expected.abs().amax((0, 1, 2))
-    assert ((out.double() - expected).abs().amax((0, 1, 2)) <= 2 * EXACT * largest).all()
-
-
 def test_negative_scale(simd):
     q, k, v, out = inputs((1, 2, 40, 300, 32), torch.float32)
     check(q, k, v, -0.3, False, out)
@@ -155,7 +129,7 @@ def test_a_head_does_not_depend_on_the_others_or_the_threads(dtype, fast):
 
 
 def test_nan_and_infinity_stay_in_their_rows_and_columns(simd):
-    q, k, v, out = inputs((1, 2, 49, 177, 48), torch.float32)
+    q, k, v, out = inputs((1, 2, 49, 77, 48), torch.float32)
     q[0, 0, 5] = torch.nan
     v[0, 1, :, 7] = torch.nan
     v[0, 1, 3, 9] = torch.inf
@@ -212,3 +186,18 @@ def test_fast_multiplies_bfloat16_by_amx():
 def test_opcheck():
     q, k, v, out = inputs((1, 2, 9, 9, 16), torch.float32)
     torch.library.opcheck(attention_.default, (q, k, v, 0.25, False, out))
+
+
+@pytest.mark.parametrize("at", [0, 300, 4095])
+@pytest.mark.parametrize("gap", [10.0, 16.7, 20.0])
+def test_one_key_above_many(gap, at, simd):
+    """The weights far below the largest one count together: here they are all of the output but ones."""
+    q, k = torch.ones(1, 1, 33, 16), torch.zeros(1, 1, 4096, 16)
+    k[..., at, :] = gap / 16
+    v = torch.ones(1, 1, 4096, 16)
+    v[..., at, ::2] = 0
+    out = torch.empty_like(q)
+    attention_(q, k, v, 1.0, False, out)
+    expected = expected_of(q, k, v, 1.0)
+    assert (out[..., 1::2] - 1).abs().max() <= EXACT
+    assert ((out - expected) / expected).abs().max() <= 1e-4
