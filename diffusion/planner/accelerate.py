@@ -237,8 +237,14 @@ class AcceleratedForward:
             return type(module).forward(module, *args, **kwargs)
 
         try:
-            with fake:
-                graph, result = trace(run, given, {name: (tensor, tensor) for name, tensor in named.items()})
+            held = {name: (tensor, tensor) for name, tensor in named.items()}
+            try:
+                with fake:
+                    graph, result = trace(run, given, held)
+            finally:
+                altered = self._state is not None and self._state.put_back()
+            if altered:
+                raise Untraceable("it changes its attributes as it runs")
             plan = self._made(graph, dtype, device)
         except Untraceable:
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import attention, group_norm_silu
 from .fusion import fuse_norms_alone, named
 from .fusion.inputs import NORM_INPUTS
-from .graph import Graph, Node, Value
+from .graph import Graph, Node, Value, viewed
 
 
 class _Step(NamedTuple):
@@ -51,7 +51,10 @@ class EagerPlan:
             ends = [self._place(value) for value in ended if value.constant is None]
             dtypes = [value.dtype for value in node.outputs]
             self._steps.append(_Step(_call_of(node), inputs, outputs, dtypes, ends))
-        self._outputs = [(self._place(value), value.dtype) for value in graph.outputs]
+        # A view of an input or of a weight is not the caller's own.
+        owned = [viewed(value).node is not None for value in graph.outputs]
+        places = [(self._place(value), value.dtype) for value in graph.outputs]
+        self._outputs = [(*place, not own) for place, own in zip(places, owned, strict=True)]
 
     def _place(self, value: Value) -> int:
         if value not in self._places:
@@ -72,7 +75,10 @@ class EagerPlan:
                     held[place] = result if self._autocast else result.to(dtype)
                 for place in step.ends:
                     held[place] = None
-        return [held[place].to(dtype) for place, dtype in self._outputs]  # type: ignore[union-attr]
+        return [
+            held[place].to(dtype, copy=copies)  # type: ignore[union-attr]
+            for place, dtype, copies in self._outputs
+        ]
 
     def report(self, calls: bool = False) -> list[str]:
         """A line that counts the calls by what runs them. calls: a line for each call follows."""

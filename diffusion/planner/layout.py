@@ -78,7 +78,7 @@ class Layout:
         outputs = set(self.graph.outputs)
 
         def free(value: Value, ops: tuple[str, ...] = _WRITES_RANGES) -> bool:
-            made = value.node is not None and value.node.op in ops
+            made = value.node is not None and value.node.op in ops and not _writes_rows(value.node)
             return made and value not in homes and value not in outputs and value.ndim == 4
 
         for node in self.graph.nodes:
@@ -228,7 +228,7 @@ class Layout:
     def _lay_out_channel_norm(self, node: Node) -> None:
         inputs, rows = named(node), node.options["rows"]
         strides = _contiguous(node.output.shape) if rows else None
-        out = self._pixels(self._place(node.output, strides), rows)
+        out = _pixels_of(self._place(node.output, strides), rows)
         x, residual = (
             None if value is None else self._pixels(self._tensor(value), rows, None, out.dtype)
             for value in (inputs["x"], inputs["residual"])
@@ -258,8 +258,8 @@ class Layout:
         assert x is not None
         size = None
         if options["writes_rows"] and not options["reads_rows"]:
-            size = tuple(x.shape[2:]) if stride == scale == 1 else None
-        out = self._pixels(out_tensor, options["writes_rows"], size)
+            size = tuple(x.shape[2:]) if options["size"] is None else options["size"]
+        out = _pixels_of(out_tensor, options["writes_rows"], size)
         size = None if not options["reads_rows"] else tuple(out.shape[2:])
         image = self._pixels(self._tensor(x), options["reads_rows"], size, out.dtype)
         if kernel == stride == scale == 1 and image.shape[2:] != out.shape[2:]:
@@ -429,6 +429,19 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
+
+
+def _writes_rows(node: Node) -> bool:
+    """Whether the node writes rows [..., C], not a map."""
+    return bool(node.options.get("writes_rows") or node.options.get("rows"))
+
+
+def _pixels_of(tensor: Tensor, rows: bool, size: tuple[int, ...] | None = None) -> Tensor:
+    """`_as_map` of a tensor that an operator writes."""
+    view = _as_map(tensor, rows, size)
+    if view is None:
+        raise ValueError("the pixels of an output are not at one distance")
+    return view
 
 
 def _as_map(tensor: Tensor, rows: bool, size: tuple[int, ...] | None) -> Tensor | None:

@@ -25,6 +25,7 @@ pad         zeros to the right and below: pads
 call        any other function
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -144,9 +145,18 @@ RANDOM |= {"normal", "multinomial", "poisson"}
 _ELEMENTWISE = {"add", "mul", "sub", "div", "clamp", "sigmoid", "tanh", "exp", "neg", "addcmul"}
 
 
+def in_order(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by keyword in the order in which a function that the planner knows takes them."""
+    known = _KNOWN.get(name)
+    if known is None or len(options) < 2:
+        return dict(options)
+    order = {parameter: i for i, parameter in enumerate(inspect.signature(known).parameters)}
+    return dict(sorted(options.items(), key=lambda item: order.get(item[0], len(order))))
+
+
 def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -> list[Node]:
     """The nodes of a call. inputs, outputs: its tensors, in order. single: it returns one tensor."""
-    if single and len(inputs) == 1 and _changes_nothing(call):
+    if single and len(inputs) == 1 and _changes_nothing(call) and inputs[0].dtype == outputs[0].dtype:
         return [Node("view", inputs, outputs, apply=_itself)]
     if call.name in _VIEWS and inputs:
         nodes = _views(call, inputs, outputs)
@@ -162,7 +172,7 @@ def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -
     if known is not None:
         try:
             found = known(*call.args, **call.options)
-        except TypeError:  # other arguments than the planner knows
+        except (TypeError, ZeroDivisionError):  # other arguments than the planner knows, or no dimensions
             found = None
         if found is not None:
             op, options = found
@@ -199,6 +209,8 @@ def _views(call: Call, inputs: list[Value], outputs: list[Value]) -> list[Node] 
     if name in _CASTS:
         floats = source.dtype in FLOATS and outputs[0].dtype in FLOATS and source.ndim > 2
         return [Node("view", [source], outputs, apply=_itself)] if floats else None
+    if name in _SHAPING and source.dtype != outputs[0].dtype:  # the same memory as other numbers
+        return None
     if name in _SHAPING:
         return [Node("view", [source], outputs, apply=Reshape(outputs[0].shape))]
     if len(inputs) > 1:  # an index by tensors
@@ -304,7 +316,8 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> Known:
     ordered = not (weight is None and bias is not None)
-    return ("group_norm", {"groups": num_groups, "eps": eps}) if ordered and input.ndim > 2 else None
+    fits = ordered and input.ndim > 2 and input.dtype in FLOATS
+    return ("group_norm", {"groups": num_groups, "eps": eps}) if fits else None
 
 
 def _layer_norm(
@@ -389,7 +402,7 @@ def _average(
 ) -> Known:
     squares = (_one(kernel_size), _one(kernel_size if stride in (None, (), []) else stride)) == (2, 2)
     plain = squares and _one(padding) == 0 and not ceil_mode and divisor_override is None
-    return ("average", {}) if plain and input.ndim == 4 else None
+    return ("average", {}) if plain and input.ndim == 4 and input.dtype in FLOATS else None
 
 
 def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Known:
@@ -497,7 +510,7 @@ def _interpolate(
     recompute_scale_factor: None = None,
     antialias: bool = False,
 ) -> Known:
-    if input.ndim != 4 or mode != "nearest":
+    if input.ndim != 4 or mode != "nearest" or input.dtype not in FLOATS:
         return None
     if size is not None:
         sides = (size, size) if isinstance(size, int) else tuple(size)

@@ -57,11 +57,7 @@ class ModuleState:
         on the CPU: all of them with `whole`; otherwise a few of each tensor, and a part of all, so that PARTS
         calls compare every number.
         """
-        try:
-            same = self._types == list(map(type, self.modules)) and self._attributes == self._values
-            same = same and self._containers == self._contents
-        except RuntimeError:  # comparing two tensors with == has no single answer
-            return False
+        same = self._types == list(map(type, self.modules)) and self._has_attributes()
         owned = itertools.chain.from_iterable(owner.values() for owner in self._owners)
         if not same or self._identities != list(map(id, owned)) or self._places != self._current_places():
             return False
@@ -69,6 +65,27 @@ class ModuleState:
             return True
         self._part = (self._part + 1) % PARTS
         return self._numbers.holds() if whole else self._numbers.holds(self._part, PARTS)
+
+    def _has_attributes(self) -> bool:
+        try:
+            return self._attributes == self._values and self._containers == self._contents
+        except RuntimeError:  # comparing two tensors with == has no single answer
+            return False
+
+    def put_back(self) -> bool:
+        """Gives the modules the attributes that they had, and returns whether any had changed."""
+        if self._has_attributes():
+            return False
+        for attributes, values in zip(self._attributes, self._values, strict=True):
+            attributes.clear()
+            attributes.update(values)
+        for container, content in zip(self._containers, self._contents, strict=True):
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+        return True
 
     def hooked(self) -> str | None:
         """The class of the first submodule with forward hooks, or None."""

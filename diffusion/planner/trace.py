@@ -51,11 +51,16 @@ class Tracer(TorchFunctionMode):
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        options = dict(kwargs or {})
+        name = lowering.name_of(function)
+        options = lowering.in_order(name, kwargs or {})
         before = lowering.tensors_in((args, options))
+        versions = list(map(_version, before))
         result = function(*args, **options)
         results = lowering.tensors_in(result)
-        name = lowering.name_of(function)
+        if name in ("set", "as_strided"):  # memory is laid out in another way here
+            raise Untraceable(f"it looks at the memory of tensors, by {name}")
+        if versions != list(map(_version, before)) and not lowering.writes_in_place(name, options):
+            raise Untraceable(f"it writes in place, by {name}")
         if lowering.writes_in_place(name, options):
             self._write(name, function, args, options, result)
         elif results:
@@ -92,6 +97,10 @@ class Tracer(TorchFunctionMode):
         self._values[id(target)] = new
 
 
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
 def trace(
     network: Callable[..., Any],
     arguments: Mapping[str, Tensor],
@@ -101,13 +110,17 @@ def trace(
 
     arguments: tensors without data (on the meta device, or fake). constants: the network's parameters and
     buffers by name, each as the network sees it, perhaps without data, and as it is. Untraceable: the
-    network reads the values of tensors, writes where others read, or draws random numbers.
+    network reads the values of tensors, writes where others read, draws random numbers, or returns objects
+    that PyTorch's pytree does not open.
     """
     tracer = Tracer(constants)
     inputs = [tracer.add(tensor, Value(tensor, name)) for name, tensor in arguments.items()]
     with torch.no_grad(), tracer:
         result = network(**arguments)
     leaves, structure = pytree.tree_flatten(result)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | int | float | str | torch.dtype | None):
+            raise Untraceable(f"it returns a {type(leaf).__name__}")
     outputs = [tracer.value(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     graph = Graph(tracer.nodes, inputs, [value for value in outputs if isinstance(value, Value)])
     graph.drop_unused()

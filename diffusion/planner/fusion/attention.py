@@ -77,7 +77,7 @@ def fuse_attention(graph: Graph) -> None:
     graph.drop_unused()
     for node in graph.nodes:
         if node.op == "attention":
-            _order_heads(node)
+            _order_heads(node, graph)
 
 
 def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
@@ -202,7 +202,7 @@ class _Range(NamedTuple):
         return part.unflatten(2, (self.heads, self.width)).transpose(1, 2)
 
 
-def _order_heads(attention: Node) -> None:
+def _order_heads(attention: Node, graph: Graph) -> None:
     """Reorders a convolution's outputs, so that the numbers of a head lie side by side."""
     views = [value.node for value in attention.reads()]
     sources = {next(view.reads()) for view in views if view is not None and view.op == "view"}
@@ -213,7 +213,8 @@ def _order_heads(attention: Node) -> None:
     if made is None or made.op not in ("conv", "linear") or source.ndim not in (3, 4):
         return
     constants = [value.constant for value in made.inputs[1:] if value is not None]
-    if any(constant is None for constant in constants) or set(source.users) != set(views):
+    alone = set(source.users) == set(views) and source not in graph.outputs
+    if any(constant is None for constant in constants) or not alone:
         return
     channel = 1 if made.op == "conv" else source.ndim - 1
     if (channel, source.ndim) not in ((1, 4), (2, 3)):

@@ -10,6 +10,8 @@ from ..lowering import FLOATS
 from .inputs import CHANNEL_NORM_INPUTS, other_operand
 from .norms import vector_of
 
+SMALL = 1e-6  # largest length below which x / length is bounded that counts as a guard against zeros
+
 
 class _Core(NamedTuple):
     """A norm of x over its dimension `channel`, times `factor`."""
@@ -41,7 +43,7 @@ def fuse_channel_norms(graph: Graph) -> None:
         if core is None or core.x.dtype not in FLOATS or 0 in core.x.shape:
             continue
         norm = _parsed(node, core, graph)
-        options = {"eps": core.eps, "rms": core.rms, "silu": norm.silu, "rows": core.channel != 1}
+        options = {"eps": core.eps, "rms": core.rms, "silu": norm.silu, "rows": not _is_map(core)}
         replaced |= {old: [] for old in norm.nodes}
         for old in norm.nodes:
             old.remove()
@@ -54,6 +56,11 @@ def fuse_channel_norms(graph: Graph) -> None:
 
 
 # ---- The norm itself.
+
+
+def _is_map(core: _Core) -> bool:
+    """Whether the channels are those of a map [N, C, H, W], not the last dimension of rows."""
+    return core.x.ndim == 4 and core.channel == 1
 
 
 def _core(node: Node) -> _Core | None:
@@ -69,7 +76,7 @@ def _core(node: Node) -> _Core | None:
         eps, rms = node.options["eps"], node.options["rms"]
         return _Core(x, x.ndim - 1, eps, rms, 1.0, *constants)
     channels = [x.ndim - 1, 1] if x.ndim == 4 else [x.ndim - 1] * (x.ndim > 1)
-    if node.op == "normalize" and node.options["dim"] in channels:
+    if node.op == "normalize" and node.options["dim"] in channels and 0 <= node.options["eps"] <= SMALL:
         c = x.shape[node.options["dim"]]
         return _Core(x, node.options["dim"], node.options["eps"] ** 2 / c, True, c**-0.5)
     if node.op not in ("mul", "div") or len(node.inputs) != 2:
@@ -107,7 +114,7 @@ def _quotient(a: Value, b: Value, power: float, channel: int) -> _Core | None:
     if node is not None and node.op == "at_least" and power == -1:
         c = a.shape[channel]
         least = node.options["least"]
-        of_a = _reduced(_first(node).node, "length", channel) is a
+        of_a = _reduced(_first(node).node, "length", channel) is a and 0 <= least <= SMALL
         return _Core(a, channel, least**2 / c, True, c**-0.5) if of_a else None
     eps = 0.0
     if node is not None and node.op == "add" and node.options["scalar"] is not None:
@@ -172,12 +179,12 @@ def _parsed(node: Node, core: _Core, graph: Graph) -> _ChannelNorm:
             bias = None if bias is None else bias * constant
         elif user.op == "add" and constant is not None and shift is None:
             bias = constant if bias is None else bias + constant
-        elif user.op == "mul" and scale is None and shift is None and core.channel == 1:
+        elif user.op == "mul" and scale is None and shift is None and _is_map(core):
             scale = vector_of(other, output, plus_one=True)
             if scale is None:
                 break
         elif user.op == "add" and shift is None:
-            shift = vector_of(other, output) if core.channel == 1 else None
+            shift = vector_of(other, output) if _is_map(core) else None
             residual = _residual(user, output, other) if shift is None else None
             if shift is None and residual is None:
                 break

@@ -55,7 +55,9 @@ def fuse_convolutions(graph: Graph) -> None:
         options["activation"] = node.options.get("activation", "none")
         source = map_of(x)
         before = source.node
-        if before is not None and before.op == "pad" and (options["stride"], options["padding"]) == (2, 0):
+        options["size"] = tuple(node.output.shape[2:]) if node.op == "conv" else None
+        padded = (options["kernel"], options["stride"], options["padding"]) == (3, 2, 0)
+        if before is not None and before.op == "pad" and padded:
             source = map_of(_first(before))
             before = source.node
         square = (options["kernel"], options["stride"]) == (3, 1)
@@ -151,7 +153,7 @@ def _layout(value: Value, node: Node) -> str | None:
     if strides is not None:
         like = torch.empty_strided(output.shape, strides, device="meta")
     seen = apply_views(value, output, like)
-    if seen is None or seen.numel() != like.numel():
+    if seen is None or seen.numel() != like.numel() or seen.shape[0] != like.shape[0]:
         return None
     if seen.ndim == 4 and seen.shape[1] == channels and is_channels_last(seen):
         return "map"

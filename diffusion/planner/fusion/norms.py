@@ -24,7 +24,8 @@ def fuse_norms(graph: Graph) -> None:
     replaced: dict[Node, list[Node]] = {}
     known = set(graph.nodes)
     for node in graph.nodes:
-        if node.op != "group_norm" or node.output.ndim != 4:
+        affine = [value for value in node.inputs[1:] if value is not None]
+        if node.op != "group_norm" or node.output.ndim != 4 or any(v.constant is None for v in affine):
             continue
         norm = _parsed(node, graph)
         options = {"groups": node.options["groups"], "eps": node.options["eps"], "silu": norm.silu}
@@ -94,7 +95,7 @@ def vector_of(value: Value | None, like: Value, plus_one: bool = False) -> Value
     while value is not None and (value.shape != (n, c) or plus_one):
         node = value.node
         if node is None and value.constant is not None:
-            return _constant_vector(value, n, c, plus_one)
+            return _constant_vector(value, like, plus_one)
         if node is not None and node.op == "add" and node.options["scalar"] == 1 and plus_one:
             plus_one = False
         elif node is not None and node.op == "view":
@@ -123,10 +124,10 @@ def vector_of(value: Value | None, like: Value, plus_one: bool = False) -> Value
     return Node("view", [value], [view], apply=Chain((*chain, Reshape(view.shape)))).output
 
 
-def _constant_vector(value: Value, n: int, c: int, plus_one: bool) -> Value | None:
+def _constant_vector(value: Value, like: Value, plus_one: bool) -> Value | None:
     """A constant [N or 1, C, 1, ...] as a constant [N, C], less 1 for `plus_one`; None for another value."""
-    constant = value.constant
-    if constant is None or constant.dtype not in FLOATS or constant.ndim < 3:
+    constant, (n, c) = value.constant, like.shape[:2]
+    if constant is None or constant.dtype not in FLOATS or constant.ndim != like.ndim:
         return None
     if constant.shape[0] not in (1, n) or constant.shape[1] != c or constant.numel() != constant.shape[0] * c:
         return None

@@ -18,7 +18,8 @@ def join_siblings(graph: Graph) -> None:
         inputs = named(node)
         plain = inputs["residual"] is None and node.options["activation"] == "none"
         if plain and tuple(node.options[name] for name in ("stride", "scale", "factor")) == (1, 1, 1):
-            groups.setdefault((inputs["x"], inputs["affine"], node.output.ndim), []).append(node)
+            layout = (node.output.ndim, node.options["reads_rows"], node.options["writes_rows"])
+            groups.setdefault((inputs["x"], inputs["affine"], *layout), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
             _join(graph, nodes)
@@ -37,7 +38,7 @@ def _join(graph: Graph, nodes: list[Node]) -> None:
             for value, size, tensor in zip(biases, sizes, tensors, strict=True)
         ]
         bias = Value(torch.cat(parts), "joined biases", constant=torch.cat(parts))
-    channel = 1 if first.output.ndim == 4 else first.output.ndim - 1
+    channel = first.output.ndim - 1 if first.options["writes_rows"] else 1
     shape = list(first.output.shape)
     shape[channel] = sum(sizes)
     joined = Value(torch.empty(shape, dtype=first.output.dtype, device="meta"))

@@ -1,0 +1,224 @@
+"""accelerate: modules that a planner could easily get wrong equal themselves, planned or not."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import diffusion
+from diffusion.planner import weights as planner_weights
+from helpers.native import requires_native
+
+pytestmark = requires_native
+
+
+@pytest.fixture(autouse=True)
+def fast_kernels(monkeypatch):
+    """Plans the small networks of these tests as large ones are planned."""
+    monkeypatch.setattr(planner_weights, "SMALL_NETWORK", 0)
+
+
+class Function(nn.Module):
+    """A module with some layers, whose forward is a function of them and of x."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def keywords(m, x):
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    return F.scaled_dot_product_attention(query=q, value=v, key=k)
+
+
+def norm_by_keywords(m, x):
+    return torch.group_norm(x, 4, bias=m.norm.bias, weight=m.norm.weight, eps=1e-5)
+
+
+def bool_mask(m, x):
+    mask = x > 0
+    mask &= x < 1
+    return m.conv(x * mask)
+
+
+def twice_a_mask(m, x):
+    mask = (x > 0) * 1
+    return m.conv(x * (mask + mask))
+
+
+def as_integers(m, x):
+    return m.conv(x) + (x.view(torch.int32) % 2)
+
+
+def linear(*sizes):
+    torch.manual_seed(sum(sizes))
+    return nn.Linear(*sizes)
+
+
+def conv(*sizes, **options):
+    torch.manual_seed(sum(sizes))
+    return nn.Conv2d(*sizes, **options)
+
+
+def norm(module):
+    torch.manual_seed(1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+POSITION = torch.linspace(-1, 1, 8).view(1, 8, 1)
+CASES = {
+    "attention by keywords": (
+        Function(keywords, q=linear(8, 8), k=linear(8, 8), v=linear(8, 8)),
+        (2, 3, 5, 8),
+    ),
+    "a norm by keywords": (Function(norm_by_keywords, norm=norm(nn.GroupNorm(4, 8))), (2, 8, 5, 5)),
+    "a mask in place": (Function(bool_mask, conv=conv(8, 8, 1)), (2, 8, 5, 5)),
+    "a mask as numbers": (Function(twice_a_mask, conv=conv(8, 8, 1)), (2, 8, 5, 5)),
+    "bits": (Function(as_integers, conv=conv(8, 8, 1)), (1, 8, 4, 4)),
+    "rows joined": (
+        Function(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), a=linear(8, 8), b=linear(8, 8)),
+        (2, 3, 5, 8),
+    ),
+    "norms joined": (
+        Function(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), a=nn.LayerNorm(8), b=norm(nn.LayerNorm(8))),
+        (2, 3, 5, 8),
+    ),
+    "a linear map of columns": (
+        Function(lambda m, x: m.conv(x) + m.lin(x), conv=conv(8, 8, 3, padding=1), lin=linear(6, 6)),
+        (2, 8, 6, 6),
+    ),
+    "half the size, as rows": (
+        Function(
+            lambda m, x: m.conv(x).flatten(2).transpose(1, 2) * 0.5, conv=conv(8, 8, 3, stride=2, padding=1)
+        ),
+        (2, 8, 8, 6),
+    ),
+    "doubled, as rows": (
+        Function(
+            lambda m, x: (
+                m.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")).flatten(2).transpose(1, 2) * 0.5
+            ),
+            conv=conv(8, 8, 3, padding=1),
+        ),
+        (2, 8, 4, 6),
+    ),
+    "lengths up to one": (
+        Function(lambda m, x: m.conv(x / x.norm(dim=1, keepdim=True).clamp(min=3.0)), conv=conv(8, 8, 1)),
+        (2, 8, 5, 5),
+    ),
+    "a wide guard": (
+        Function(lambda m, x: m.conv(F.normalize(x, eps=3.0)), conv=conv(8, 8, 1)),
+        (2, 8, 5, 5),
+    ),
+    "rows of positions": (
+        Function(lambda m, x: m.conv(m.norm(x) + POSITION), norm=nn.GroupNorm(4, 8), conv=conv(8, 8, 1)),
+        (1, 8, 8, 8),
+    ),
+    "two layouts of one map": (
+        Function(
+            lambda m, x: (m.conv(x), m.lin(x.permute(0, 2, 3, 1))), conv=conv(8, 8, 1), lin=linear(8, 8)
+        ),
+        (2, 8, 8, 8),
+    ),
+    "queries and keys of windows": (
+        Function(
+            lambda m, x: m.q(x) * m.k(x).sigmoid() + m.v(x), q=linear(8, 8), k=linear(8, 8), v=linear(8, 8)
+        ),
+        (2, 4, 5, 8),
+    ),
+    "norms of vectors": (nn.Sequential(linear(8, 8), norm(nn.LayerNorm(8)), nn.SiLU(), linear(8, 4)), (3, 8)),
+    "images and positions merged": (
+        Function(lambda m, x: m.lin(x).flatten(0, 1) * 0.5, lin=linear(8, 6)),
+        (2, 5, 8),
+    ),
+    "strides": (
+        Function(lambda m, x: m.conv(x).as_strided((4, 4), (4, 1)), conv=conv(8, 8, 1)),
+        (1, 8, 4, 4),
+    ),
+    "an output that attention reads": (
+        Function(
+            lambda m, x: (
+                F.scaled_dot_product_attention(
+                    *m.qkv(x).unflatten(-1, (2, 4, 3)).movedim(-1, 0).transpose(2, 3).unbind(0)
+                ),
+                m.qkv(x),
+            ),
+            qkv=linear(8, 24),
+        ),
+        (2, 5, 8),
+    ),
+    "a pad before a single tap": (
+        Function(lambda m, x: m.conv(F.pad(x, (0, 1, 0, 1))), conv=conv(8, 8, 1, stride=2)),
+        (2, 8, 5, 5),
+    ),
+    "an unscaled number": (
+        Function(lambda m, x: m.conv(x) * torch.tensor(2.0) % 3, conv=conv(8, 8, 1)),
+        (2, 8, 4, 4),
+    ),
+}
+
+
+def of(result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_the_modules(name):
+    module, shape = CASES[name]
+    module.eval()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = of(module(x.clone()))
+    diffusion.accelerate(module)
+    for _ in range(2):
+        for actual, wanted in zip(of(module(x.clone())), expected, strict=True):
+            assert actual.dtype == wanted.dtype
+            torch.testing.assert_close(actual, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=1e-5)
+    report = module.report()
+    assert "Assertion" not in report
+    assert "ValueError" not in report
+    diffusion.restore(module)
+
+
+@dataclass
+class Result:
+    sample: Tensor
+
+
+@torch.no_grad()
+def test_unknown_results_are_not_planned():
+    module = Function(lambda m, x: Result(m.conv(x)), conv=conv(8, 8, 1)).eval()
+    x = torch.randn(1, 8, 4, 4)
+    result = diffusion.accelerate(module)(x)
+    assert type(result.sample) is Tensor
+    torch.testing.assert_close(result.sample, module.conv(x))
+    assert "it returns a Result" in module.report()
+
+
+@torch.no_grad()
+def test_what_a_module_keeps_is_its_own():
+    def cached(m, x):
+        if m.position is None:
+            m.position = torch.arange(x.shape[1])[None, :, None, None] * 0.1
+        m.seen.append(m.position)
+        return m.conv(x + m.position)
+
+    module = Function(cached, conv=conv(8, 8, 1), position=None, seen=[]).eval()
+    x = torch.randn(1, 8, 4, 4)
+    expected = module(x)
+    module.position, module.seen[:] = None, []
+    diffusion.accelerate(module)
+    for count in (1, 2):
+        torch.testing.assert_close(module(x), expected)
+        assert type(module.position) is Tensor
+        assert [type(value) for value in module.seen] == [Tensor] * count
+    assert "changes its attributes" in module.report()
