@@ -48,7 +48,7 @@ class PlannedUNet:
             else:
                 buffer.copy_(value)
         plan.run()
-        return plan.outputs[0]
+        return plan.outputs[0].to(self.weights.dtype)  # a plan may end in PyTorch's calls, in float32
 
     def recordable(self, x: Tensor, embedding: Tensor) -> bool:
         """Whether `denoise` of these consists of calls that can be recorded (`kernels._recorded_calls`)."""
