@@ -13,7 +13,7 @@ class _Bound(nn.Module):
 
     def __init__(self, graph_module: fx.GraphModule, held: Mapping[int, Tensor]):
         super().__init__()
-        self.graph_module = graph_module
+        self.run = graph_module.forward  # its module is none of this one's, since it changes as it runs
         self.positions = list(held)
         for position, tensor in held.items():
             if isinstance(tensor, nn.Parameter):
@@ -25,7 +25,7 @@ class _Bound(nn.Module):
         arguments = list(given)
         for position in self.positions:  # they ascend
             arguments.insert(position, getattr(self, f"argument_{position}"))
-        return self.graph_module(*arguments)
+        return self.run(*arguments)
 
 
 def _is_held(argument: object) -> bool:
