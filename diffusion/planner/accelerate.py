@@ -16,6 +16,7 @@ from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
 from .eager_plan import EagerPlan
 from .graph import Graph, Value
+from .lowering import FLOATS
 from .plan import Plan
 from .release import ReleasedWeights
 from .state import ModuleState
@@ -27,7 +28,6 @@ M = TypeVar("M", bound=nn.Module)
 PRECISIONS = ("exact", "fast")
 MAX_PLANS = 8  # of a thread; each holds the feature maps of one shape of input
 _CPU = torch.device("cpu")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_precision(precision: str) -> None:
@@ -281,7 +281,7 @@ def _key_of(leaf: Any) -> Any:
 
 def _plan_dtype(tensors: list[Tensor], precision: str, device: torch.device) -> torch.dtype:
     found = {t.dtype for t in tensors if t.dtype.is_floating_point and isinstance(t, nn.Parameter)}
-    unknown = found - set(_FLOATS)
+    unknown = found - set(FLOATS)
     if not found or unknown or any(t.device != device for t in tensors):
         kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors})
         raise Untraceable(f"its weights are {', '.join(kinds) or 'missing'}")

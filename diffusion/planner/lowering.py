@@ -279,7 +279,7 @@ class _Pick:
 Known = tuple[str, dict[str, Any]] | None
 
 
-def _one(number: int | tuple[int, ...]) -> int | None:
+def uniform(number: int | tuple[int, ...]) -> int | None:
     """The number that a size stands for in every dimension, or None for several."""
     numbers = {number} if isinstance(number, int) else set(number)
     return numbers.pop() if len(numbers) == 1 else None
@@ -296,8 +296,8 @@ def _conv(
 ) -> Known:
     if isinstance(padding, str):
         return None
-    kernel, strides, pads = _one(tuple(weight.shape[2:])), _one(stride), _one(padding)
-    plain = input.ndim == weight.ndim == 4 and _one(dilation) == 1 and groups == 1
+    kernel, strides, pads = uniform(tuple(weight.shape[2:])), uniform(stride), uniform(padding)
+    plain = input.ndim == weight.ndim == 4 and uniform(dilation) == 1 and groups == 1
     if not plain or kernel not in (1, 3) or strides not in (1, 2) or pads is None or pads > kernel // 2:
         return None
     return "conv", {"stride": strides, "padding": pads}
@@ -351,7 +351,7 @@ def _conv1d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Known:
-    one = not isinstance(padding, str) and (_one(stride), _one(padding), groups) == (1, 0, 1)
+    one = not isinstance(padding, str) and (uniform(stride), uniform(padding), groups) == (1, 0, 1)
     return ("conv1d", {}) if one and input.ndim == 3 and weight.shape[2] == 1 else None
 
 
@@ -400,8 +400,8 @@ def _average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Known:
-    squares = (_one(kernel_size), _one(kernel_size if stride in (None, (), []) else stride)) == (2, 2)
-    plain = squares and _one(padding) == 0 and not ceil_mode and divisor_override is None
+    squares = (uniform(kernel_size), uniform(kernel_size if stride in (None, (), []) else stride)) == (2, 2)
+    plain = squares and uniform(padding) == 0 and not ceil_mode and divisor_override is None
     return ("average", {}) if plain and input.ndim == 4 and input.dtype in FLOATS else None
 
 

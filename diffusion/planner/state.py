@@ -37,9 +37,8 @@ class ModuleState:
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._places = self._current_places()
         compared = self._tensors if compares_numbers else []
-        self._memory = [
-            t.detach() for t in compared if t.device.type == "cpu"
-        ]  # kept while the digest reads it
+        # Memory is kept as long as the digest reads it.
+        self._memory = [tensor.detach() for tensor in compared if tensor.device.type == "cpu"]
         self._numbers = digest_of(self._memory) if compares_numbers else None
         self._part = 0
 

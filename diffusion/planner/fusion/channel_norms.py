@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..graph import Graph, Node, Value, shares_memory
 from ..lowering import FLOATS
-from .inputs import CHANNEL_NORM_INPUTS, other_operand
+from .inputs import CHANNEL_NORM_INPUTS, first_input, other_operand
 from .norms import vector_of
 
 SMALL = 1e-6  # largest length below which x / length is bounded that counts as a guard against zeros
@@ -92,34 +92,28 @@ def _core(node: Node) -> _Core | None:
     return None
 
 
-def _first(node: Node) -> Value:
-    first = node.inputs[0]
-    assert first is not None
-    return first
-
-
 def _reduced(node: Node | None, op: str, channel: int) -> Value | None:
     """What a mean, variance or length over the channels alone is of, or None for another node."""
     if node is None or node.op != op or not node.options["keepdim"] or node.options["dims"] != (channel,):
         return None
-    return _first(node)
+    return first_input(node)
 
 
 def _quotient(a: Value, b: Value, power: float, channel: int) -> _Core | None:
     """The norm that is a * b^power, for b a power of the variance, mean square or length of each pixel."""
     node = b.node
     while node is not None and node.op == "power":
-        power, b = power * node.options["exponent"], _first(node)
+        power, b = power * node.options["exponent"], first_input(node)
         node = b.node
     if node is not None and node.op == "at_least" and power == -1:
         c = a.shape[channel]
         least = node.options["least"]
-        of_a = _reduced(_first(node).node, "length", channel) is a and 0 <= least <= SMALL
+        of_a = _reduced(first_input(node).node, "length", channel) is a and 0 <= least <= SMALL
         return _Core(a, channel, least**2 / c, True, c**-0.5) if of_a else None
     eps = 0.0
     if node is not None and node.op == "add" and node.options["scalar"] is not None:
         eps = node.options["scalar"]
-        node = _first(node).node
+        node = first_input(node).node
     if power != -0.5:
         return None
     centred = _centred(a, channel)
@@ -143,7 +137,7 @@ def _centred(value: Value, channel: int) -> Value | None:
 
 def _is_square(node: Node | None, x: Value) -> bool:
     if node is not None and node.op == "power" and node.options["exponent"] == 2:
-        return _first(node) is x
+        return first_input(node) is x
     return node is not None and node.op == "mul" and node.inputs == [x, x]
 
 
@@ -215,7 +209,7 @@ def _channel_constant(value: Value | None, core: _Core) -> Tensor | None:
 
 
 def _changes_nothing(view: Node) -> bool:
-    like = torch.empty(_first(view).shape, device="meta")
+    like = torch.empty(first_input(view).shape, device="meta")
     seen = view.options["apply"](like)
     return shares_memory(seen, like) and seen.shape == like.shape and seen.stride() == like.stride()
 

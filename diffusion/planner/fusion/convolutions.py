@@ -21,7 +21,7 @@ from ..graph import (
     viewed,
 )
 from ..lowering import FLOATS
-from .inputs import AVERAGE_INPUTS, CONVOLUTION_INPUTS, factor_of, is_fusable, other_operand
+from .inputs import AVERAGE_INPUTS, CONVOLUTION_INPUTS, factor_of, first_input, is_fusable, other_operand
 
 
 def fuse_convolutions(graph: Graph) -> None:
@@ -37,11 +37,11 @@ def fuse_convolutions(graph: Graph) -> None:
         if before not in affines:
             affines[before] = Node("affine", before.inputs, [_affine_value(source)], **before.options)
             replaced[before] = [before, affines[before]]  # the norm goes if nobody reads it
-        return _first(before), affines[before].output
+        return first_input(before), affines[before].output
 
     for node in graph.nodes:
         if node.op == "average":
-            normed = affine_of(map_of(_first(node)))
+            normed = affine_of(map_of(first_input(node)))
             node.remove()
             replaced[node] = [Node("average", normed, node.outputs, names=AVERAGE_INPUTS)]
             continue
@@ -58,11 +58,11 @@ def fuse_convolutions(graph: Graph) -> None:
         options["size"] = tuple(node.output.shape[2:]) if node.op == "conv" else None
         padded = (options["kernel"], options["stride"], options["padding"]) == (3, 2, 0)
         if before is not None and before.op == "pad" and padded:
-            source = map_of(_first(before))
+            source = map_of(first_input(before))
             before = source.node
         square = (options["kernel"], options["stride"]) == (3, 1)
         if before is not None and before.op == "double" and square and _all_convolve(source):
-            options["scale"], source = 2, map_of(_first(before))
+            options["scale"], source = 2, map_of(first_input(before))
         source, affine = affine_of(source)
         last, residual, layout, options["factor"] = _sum(node, graph, taken)
         options["reads_rows"] = node.op == "linear" and source is x
@@ -75,12 +75,6 @@ def fuse_convolutions(graph: Graph) -> None:
         replaced[last] = [fused]
     graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
     graph.drop_unused()
-
-
-def _first(node: Node) -> Value:
-    first = node.inputs[0]
-    assert first is not None
-    return first
 
 
 def _affine_value(x: Value) -> Value:

@@ -39,3 +39,10 @@ def factor_of(node: Node | None) -> float | None:
     if node.op == "div":
         return 1 / number if number else None
     return float(number)
+
+
+def first_input(node: Node) -> Value:
+    """The first input of a node that always has one."""
+    first = node.inputs[0]
+    assert first is not None
+    return first

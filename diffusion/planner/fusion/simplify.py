@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..graph import Graph, Node, Value
-from ..lowering import FLOATS, Slot, Template, function_node, name_of
+from ..lowering import FLOATS, Slot, Template, function_node, name_of, uniform
 from .inputs import other_operand
 
 
@@ -143,7 +143,7 @@ def _conv_arguments(
     groups: int = 1,
 ) -> tuple | None:
     """(groups, stride, padding), or None with a bias or a dilation."""
-    return (groups, _one(stride), _one(padding)) if _plain(bias, dilation) else None
+    return (groups, uniform(stride), uniform(padding)) if _plain(bias, dilation) else None
 
 
 def _transposed_arguments(
@@ -157,13 +157,7 @@ def _transposed_arguments(
     dilation: Any = 1,
 ) -> tuple | None:
     plain = _plain(bias, dilation) and output_padding in (0, (0, 0), [0, 0])
-    return (groups, _one(stride), _one(padding)) if plain else None
-
-
-def _one(size: Any) -> Any:
-    """The number that a size stands for in every dimension."""
-    sizes = size if isinstance(size, tuple | list) else (size,)
-    return sizes[0] if len(set(sizes)) == 1 else None
+    return (groups, uniform(stride), uniform(padding)) if plain else None
 
 
 _RESAMPLINGS: dict[str, tuple[Callable[..., tuple | None], float, str]] = {
