@@ -6,9 +6,11 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import nn
 
 from . import importers, kernels
@@ -29,6 +31,8 @@ from .process.value_range import SIGNED, change_range, check_range
 from .samplers import SAMPLERS, StepTable, check_options, options_of
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
+from .storage.image_types import as_output, check_output
+from .storage.images import to_uint8
 from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .utils.memory import check_fits
 from .utils.validation import (
@@ -247,6 +251,39 @@ class DDPM(nn.Module):
         bound = own.get("dynamic_threshold_max", math.inf) if max_value == math.inf else max_value
         return own["dynamic_threshold"], bound
 
+    @overload
+    def sample(
+        self,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        *,
+        num_samples: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        sample_ids: Sequence[int] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+        noise: Noise | None = None,
+        backend: str = "auto",
+        precision: str = "exact",
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        callback: loop.Callback | None = None,
+        guidance_rescale: float | None = None,
+        guidance_parallel: float | None = None,
+        dynamic_threshold: float | None = None,
+        dynamic_threshold_max: float = math.inf,
+        output: Literal["tensor"] = "tensor",
+        **sampler_options: Any,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def sample(self, labels: Any = None, *, output: Literal["numpy"], **arguments: Any) -> np.ndarray: ...
+
+    @overload
+    def sample(self, labels: Any = None, *, output: Literal["pil"], **arguments: Any) -> list[Image]: ...
+
     @torch.no_grad()
     def sample(
         self,
@@ -270,8 +307,9 @@ class DDPM(nn.Module):
         guidance_parallel: float | None = None,
         dynamic_threshold: float | None = None,
         dynamic_threshold_max: float = math.inf,
+        output: str = "tensor",
         **sampler_options: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Samples images, float32 [N, C, H, W] on the model's device, in its value_range unless clip is None.
 
         labels: a class for each image, or None for none. A single label is repeated. A network whose labels
@@ -308,6 +346,7 @@ class DDPM(nn.Module):
             `clip` (Saharia et al. 2022, arXiv 2205.11487). None is the model's own sampler's, unless another
             sampler or a `clip` is given.
         dynamic_threshold_max: upper bound of that threshold, at least 1.
+        output: "tensor"; "numpy", an array uint8 [N, H, W, C] in 0..255; or "pil", a list of N images of PIL.
         sampler_options: the keyword arguments of the sampler in `diffusion.steps`, such as `spacing`, `clip`,
             `guidance_interval`, and `eta` for ddim.
 
@@ -316,6 +355,7 @@ class DDPM(nn.Module):
         KeyboardInterrupt that holds the finished images.
         """
         seed = whole_number("seed", seed, 0, 2**64 - 1)
+        check_output(output, config_of(self.unet).in_channels)
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
             if batch_size > 1 and labels is num_samples is sample_ids is noise is None:
@@ -373,7 +413,8 @@ class DDPM(nn.Module):
             raise
         if not images.isfinite().all():
             raise ValueError(f"the UNet gave NaN or infinite values in {str(denoiser.dtype)[6:]}")
-        return self._returned(images)
+        images = self._returned(images)
+        return images if output == "tensor" else as_output(to_uint8(images, self.value_range), output)
 
     def _returned(self, images: torch.Tensor) -> torch.Tensor:
         """Images of the sampling loop, in the range in which `sample` returns them."""

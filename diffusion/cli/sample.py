@@ -1,4 +1,4 @@
-"""Sample images into a grid (.png), an animation of the process (.gif), an array (.npz) or a folder."""
+"""Sample images into a grid (.png, .jpg, .webp), an animation of the process (.gif), .npz, or a folder."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from ..inference.batches import Interrupted
 from ..samplers import FULL_CHAIN, SAMPLERS, options_of, own_options
 from ..samplers.timesteps import SPACINGS, STRIDES
 from ..storage.atomic import check_writable
-from ..storage.images import check_grid, save_gif, save_grid, save_npz, to_uint8
+from ..storage.images import PICTURES, check_grid, save_gif, save_grid, save_npz, to_uint8
 from ..utils.ranks import current_ranks
 from .options import (
     DEFAULT_SAMPLER,
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         default="samples.png",
-        help="a .png, .gif or .npz file, or a folder for .npz shards (default: %(default)s)",
+        help="a .png, .jpg, .webp, .gif or .npz file, or a folder for .npz shards (default: %(default)s)",
     )
     add(
         "--shard-size",
@@ -106,14 +106,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     out, ranks = Path(args.out), current_ranks()
     sharded = is_folder(args.out)
-    if not sharded and out.suffix.lower() not in (".png", ".gif", ".npz"):
-        raise ValueError(f"cannot tell the format of {out}; end its name in .png, .gif or .npz, or in /")
+    suffix = out.suffix.lower()
+    if not sharded and suffix not in (*PICTURES, ".gif", ".npz"):
+        endings = f"{', '.join(PICTURES)}, .gif or .npz"
+        raise ValueError(f"cannot tell the format of {out}; end its name in {endings}, or in /")
     if not sharded and ranks.world_size > 1:
         raise ValueError(f"{ranks.world_size} ranks write into a folder; end the name {out} in /")
     check_writable(out / "run.json" if sharded else out)
     model = load(args.model, choose_device(args.device, ranks))
     labels, num = choose_labels(model, args.labels, args.num)
-    if out.suffix.lower() in (".png", ".gif") and not sharded:
+    if not sharded and suffix != ".npz":
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
     guidance = choose_guidance(model, args.guidance_scale, labels is not None)
@@ -139,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         )
         print("\n".join(report(out, done, ranks)))
         return
-    frames = _Frames(_evaluations(model, options)) if out.suffix.lower() == ".gif" else None
+    frames = _Frames(_evaluations(model, options)) if suffix == ".gif" else None
     start, interrupted = time.perf_counter(), None
     try:
         images = model.sample(
@@ -162,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
             scale=args.scale,
             value_range=model.diffused_range,
         )
-    elif out.suffix.lower() == ".npz":
+    elif suffix == ".npz":
         save_npz(to_uint8(images, model.value_range), out, labels and labels[: len(images)], seed=args.seed)
     else:
         save_grid(images, out, columns=args.columns, scale=args.scale, value_range=model.value_range)

@@ -1,8 +1,9 @@
-"""Images to files: grids as PNG, the reverse process as GIF, arrays as .npz."""
+"""Images to files: grids as PNG, JPEG or WebP, the reverse process as GIF, arrays as .npz."""
 
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,16 @@ from PIL import Image
 from ..process.value_range import SIGNED, change_range, check_range
 from ..utils.validation import number, whole_number, whole_numbers
 from .atomic import replacing
+from .image_types import as_tensor
 
 MAX_PIXELS = 2**28  # pixels of a picture
+PICTURES: dict[str, dict[str, Any]] = {  # how Pillow writes the files of these names
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".webp": {"format": "WEBP", "lossless": True},
+}
+Images = torch.Tensor | np.ndarray | Image.Image | Sequence[Any]
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -58,19 +67,20 @@ def _canvas(shape: Sequence[int], columns: int | None, padding: int, scale: int)
 
 
 def make_grid(
-    x: torch.Tensor | np.ndarray,
+    x: Images,
     columns: int | None = None,
     padding: int = 2,
     scale: int = 1,
     value_range: tuple[float, float] = SIGNED,
 ) -> Image.Image:
-    """Draws images [N, C, H, W], C = 1 or 3, row by row on a black ground.
+    """Draws images, C = 1 or 3, row by row on a black ground.
 
-    x: a tensor or array of floats in value_range, or of uint8 in 0..255. columns: images in a row, by default
+    x: a tensor [N, C, H, W], an array [N, C, H, W] or [N, H, W, C], of floats in value_range or of uint8 in
+    0..255, or a list of such images or of PIL images, of one size. columns: images in a row, by default
     ten, or all if there are fewer. padding: pixels between images and around them. scale: each pixel is drawn
     as scale x scale pixels. ValueError for other images, or numbers below their least value.
     """
-    x = _as_tensor(x)
+    x = as_tensor(x)
     check_grid(x.shape, columns, padding, scale)
     count, channels, height, width = x.shape
     columns = min(columns or 10, count)
@@ -85,31 +95,35 @@ def make_grid(
     return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
 
 
-def _as_tensor(x: object) -> torch.Tensor:
-    if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
-        x = torch.from_numpy(np.ascontiguousarray(x))
-    if not isinstance(x, torch.Tensor):
-        kind = f"{type(x).__name__}{f' of {x.dtype}' if isinstance(x, np.ndarray) else ''}"
-        raise ValueError(f"images must be a tensor or array [N, C, H, W], not {kind}")
-    return x
+def picture_format(path: str | os.PathLike) -> dict[str, Any]:
+    """The arguments with which Pillow saves a file of this name; ValueError for another ending."""
+    found = PICTURES.get(Path(path).suffix.lower())
+    if found is None:
+        raise ValueError(f"cannot tell the format of {path}; end its name in .png, .jpg, .jpeg or .webp")
+    return found
 
 
 def save_grid(
-    x: torch.Tensor | np.ndarray,
+    x: Images,
     path: str | os.PathLike,
     columns: int | None = None,
     padding: int = 2,
     scale: int = 1,
     value_range: tuple[float, float] = SIGNED,
 ) -> None:
-    """Writes images [N, C, H, W] as one PNG; see `make_grid`. ValueError if the file cannot be written."""
+    """Writes images as one picture, drawn by `make_grid`: PNG, JPEG or WebP, by the ending of its name.
+
+    x: a tensor [N, C, H, W], an array [N, C, H, W] or [N, H, W, C], of floats in value_range or of uint8 in
+    0..255, or a list of such images or of PIL images, of one size. C is 1 or 3. JPEG has quality 95, and WebP
+    is lossless. ValueError for other images, another ending, or if the file cannot be written.
+    """
     grid = make_grid(x, columns, padding, scale, value_range)
     with replacing(path) as (temporary,):
-        grid.save(temporary, format="PNG")
+        grid.save(temporary, **picture_format(path))
 
 
 def save_gif(
-    frames: Sequence[torch.Tensor | np.ndarray],
+    frames: Sequence[Images],
     path: str | os.PathLike,
     columns: int | None = None,
     padding: int = 2,
@@ -135,18 +149,18 @@ def save_gif(
 
 
 def save_npz(
-    x: torch.Tensor | np.ndarray,
+    x: Images,
     path: str | os.PathLike,
     labels: Sequence[int] | torch.Tensor | None = None,
     **metadata: Any,
 ) -> None:
     """Writes an .npz of `images` uint8 [N, H, W, C], the layout of evaluation suites, and `labels` int64 [N].
 
-    x: images [N, C, H, W], floats in [-1, 1] or uint8 in 0..255. labels: [N], or None for none. metadata:
-    further arrays, or values that NumPy makes into arrays. ValueError for other images, or if the file cannot
-    be written.
+    x: images as for `save_grid`, floats in [-1, 1] or uint8 in 0..255, of any C. labels: [N], or None for
+    none. metadata: further arrays, or values that NumPy makes into arrays. ValueError for other images, or if
+    the file cannot be written.
     """
-    x = _as_tensor(x)
+    x = as_tensor(x)
     if x.ndim != 4:
         raise ValueError(f"images must be [N, C, H, W], not {list(x.shape)}")
     arrays: dict[str, Any] = {"images": to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()}

@@ -176,7 +176,7 @@ BAD = {
     "empty described model": (["info", "--model", ""], "must not be empty"),
     "columns": (["sample", "--model", "digits", "--columns", "0"], "columns"),
     "scale": (["sample", "--model", "digits", "--scale", "0"], "scale"),
-    "format": (["sample", "--model", "digits", "--out", "a.jpeg"], ".png, .gif or .npz"),
+    "format": (["sample", "--model", "digits", "--out", "a.tiff"], ".webp, .gif or .npz"),
     "target under a file": (
         ["sample", "--model", "digits", "--out", "digits/config.json/a.png"],
         "cannot write",

@@ -5,7 +5,9 @@ test_types.py runs it and compares those types with the values.
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from typing_extensions import assert_type
 
@@ -29,6 +31,8 @@ def sample(folder: Path) -> None:
     )
     assert_type(images, Tensor)
     assert_type(model.sample(num_samples=1, steps=2, noise=lambda k: torch.zeros(1, 1, 28, 28)), Tensor)
+    assert_type(model.sample(3, steps=1, output="pil"), list[Image])
+    assert_type(model.sample(3, steps=1, output="numpy"), np.ndarray)
     assert_type(model.explain(dtype=torch.bfloat16), str)
     assert_type(model.steps("dpm++", 3, sde=True), StepTable)
     diffusion.save_grid(images, folder / "grid.png", columns=2)

@@ -119,16 +119,24 @@ def test_arrays_of_floats_are_those_of_tensors(tmp_path):
         ),
         (torch.zeros(1, 1, 4, 4, dtype=torch.bool), "not torch.bool"),
         (np.zeros((1, 1, 4, 4), np.uint16), "not torch.uint16"),
-        (np.array(["a"]), r"tensor or array \[N, C, H, W\], not ndarray of <U1"),
-        (Image.new("L", (4, 4)), r"tensor or array \[N, C, H, W\], not Image"),
-        ([Image.new("L", (4, 4))], r"tensor or array \[N, C, H, W\], not list"),
+        (np.array(["a"]), r"tensor or array \[N, C, H, W\], or PIL images, not ndarray of <U1"),
+        (Image.new("I;16", (4, 4)), "mode 'I;16' has more than 8 bits; scale it to 0..255"),
+        (
+            [Image.new("L", (4, 4)), Image.new("L", (4, 5))],
+            r"one size, and these are \[4, 4, 1\] and \[5, 4, 1\]",
+        ),
+        (
+            [torch.zeros(1, 4, 4), torch.zeros(1, 5, 4)],
+            r"one size, and these are \[1, 4, 4\] and \[1, 5, 4\]",
+        ),
+        ([Image.new("L", (4, 4)), None], "not a list of Image, NoneType"),
         (None, "not NoneType"),
         (torch.zeros(1, 4, 4), r"\[1, 4, 4\]"),
     ],
 )
 def test_what_is_no_image(save, x, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
-        save(x, tmp_path / "a")
+        save(x, tmp_path / "a.png")
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
 
@@ -145,3 +153,57 @@ def test_wrong_layouts(options, tmp_path):
     for option in ("duration", "hold"):
         with pytest.raises(ValueError, match=f"{option} must be a number in .0, 600., not"):
             save_gif([torch.zeros(1, 1, 4, 4)], tmp_path / "a.gif", **{option: 1e30})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_image_gives_the_same_picture(channels, tmp_path):
+    pixels = torch.arange(2 * channels * 20, dtype=torch.uint8).reshape(2, channels, 4, 5) * 2
+    last = pixels.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(image.squeeze()) for image in last]
+    kinds = {
+        "floats": pixels.double() / 127.5 - 1,
+        "last": last,
+        "floats, last": last / 127.5 - 1,
+        "pil": pictures,
+        "tensors": list(pixels),
+        "arrays": list(last),
+    }
+    save_grid(pixels, tmp_path / "a.png")
+    for kind, x in kinds.items():
+        save_grid(x, tmp_path / "b.png")
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes(), kind
+    save_grid(pixels[:1], tmp_path / "a.png", padding=0)
+    save_grid(pictures[0], tmp_path / "b.png", padding=0)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    save_gif([pictures, pixels], tmp_path / "a.gif")
+    save_npz(pictures, tmp_path / "a.npz")
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["images"], last)
+
+
+def test_grey_among_colours_and_transparency(tmp_path):
+    grey, clear = Image.new("L", (2, 2), 7), Image.new("RGBA", (2, 2), (1, 2, 3, 0))
+    save_grid([grey, clear], tmp_path / "a.png", padding=0)
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert picture[0, 0].tolist() == [7, 7, 7]
+    assert picture[0, 2].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "error"),
+    [("a.png", "PNG", 0), ("a.jpg", "JPEG", 8), ("a.JPEG", "JPEG", 8), ("a.webp", "WEBP", 0)],
+)
+def test_the_name_says_the_format(name, kind, error, tmp_path):
+    x = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)
+    save_grid(x, tmp_path / name, padding=0)
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == kind
+        found = np.asarray(picture.convert("RGB")).astype(int)
+    expected = ((x[0].double() + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert abs(found - expected).max() <= 0.501 + error
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a", "png"])
+def test_a_name_of_no_format(name, tmp_path):
+    with pytest.raises(ValueError, match=r"end its name in .png, .jpg, .jpeg or .webp"):
+        save_grid(torch.zeros(1, 1, 4, 4), tmp_path / name)
+    assert os.listdir(tmp_path) == []
