@@ -259,7 +259,13 @@ setup(
     ],
     package_dir={"diffusion": "diffusion", "diffusion.kernels": "kernels"},
     package_data={
-        "diffusion": ["py.typed", "recipes/*.json", "weights/**/*.json", "weights/**/*.safetensors"],
+        "diffusion": [
+            "py.typed",
+            "cli/help.json",
+            "recipes/*.json",
+            "weights/**/*.json",
+            "weights/**/*.safetensors",
+        ],
         "diffusion.kernels": ["*.pyi"],
     },
     ext_modules=[Extension(name, sources, optional=True) for name, sources in SOURCES.items()],

@@ -1,7 +1,8 @@
 """Fast sampling and training of pixel-space diffusion models with classifier-free guidance."""
 
-import sys
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
 
@@ -9,20 +10,19 @@ if not (Path(__file__).parent / "kernels").is_dir():
     # In a clone, kernels/ lies beside this folder; in an installation, within it.
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import kernels
-from . import samplers as steps
-from .certificates import certify
-from .ddpm import DDPM, load
-from .exporters.diffusers import to_diffusers
-from .exporters.onnx import to_onnx
-from .exporters.program import to_exported_program
-from .models.unet import UNet, UNetConfig
-from .planner.accelerate import accelerate, restore
-from .process.schedule import NoiseSchedule
-from .samplers import StepTable
-from .storage.images import save_gif, save_grid
-
-sys.modules[f"{__name__}.steps"] = steps  # `from diffusion.steps import ddim` finds it
+if TYPE_CHECKING:  # `__getattr__` imports each name when it is first used
+    from . import kernels as kernels
+    from . import samplers as steps
+    from .certificates import certify
+    from .ddpm import DDPM, load
+    from .exporters.diffusers import to_diffusers
+    from .exporters.onnx import to_onnx
+    from .exporters.program import to_exported_program
+    from .models.unet import UNet, UNetConfig
+    from .planner.accelerate import accelerate, restore
+    from .process.schedule import NoiseSchedule
+    from .samplers import StepTable
+    from .storage.images import save_gif, save_grid
 
 __all__ = [
     "DDPM",
@@ -42,3 +42,34 @@ __all__ = [
     "to_exported_program",
     "to_onnx",
 ]
+
+# The module that defines each public name that is no module itself.
+_MODULES = {
+    "DDPM": "ddpm",
+    "NoiseSchedule": "process.schedule",
+    "StepTable": "samplers",
+    "UNet": "models.unet",
+    "UNetConfig": "models.unet",
+    "accelerate": "planner.accelerate",
+    "certify": "certificates",
+    "load": "ddpm",
+    "restore": "planner.accelerate",
+    "save_gif": "storage.images",
+    "save_grid": "storage.images",
+    "to_diffusers": "exporters.diffusers",
+    "to_exported_program": "exporters.program",
+    "to_onnx": "exporters.onnx",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `diffusion --help` loads no PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULES.get(name, name)}", __name__)
+    globals()[name] = value = getattr(module, name) if name in _MODULES else module
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__version__"]

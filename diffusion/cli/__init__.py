@@ -1,4 +1,7 @@
-"""The command line: `main`, and a module for each command of COMMANDS."""
+"""The command line: `main`, and a module for each command of `commands.COMMANDS`.
+
+PyTorch is imported only when a command runs. `recorded_help` prints the help of all commands without it.
+"""
 
 import argparse
 import contextlib
@@ -7,23 +10,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn, Protocol
 
 from .. import __version__
-from ..kernels._native import check_environment
 from ..utils.errors import printable
-from ..utils.memory import is_out_of_memory
-from . import evaluate, export, import_model, info, sample, train
-
-COMMANDS = {
-    "sample": sample,
-    "train": train,
-    "evaluate": evaluate,
-    "import": import_model,
-    "export": export,
-    "info": info,
-}
+from . import recorded_help
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,14 +36,14 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Exit status: 0; 2 after a user's error, with one line on stderr; 130 after Ctrl-C."""
     escape_unencodable_names()
-    parser = Parser(prog="diffusion", description="Sample from, train and evaluate diffusion models.")
-    parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").partition("\n")[0]
-        subparser = subparsers.add_parser(name, help=summary, description=command.__doc__)
-        command.add_arguments(subparser)
-    parsed = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or not {"-h", "--help", "--version"}.isdisjoint(words):
+        make_parser(recorded_help.read()).parse_args(words)  # prints, and ends the process
+    from ..kernels._native import check_environment
+    from ..utils.memory import is_out_of_memory
+    from .commands import COMMANDS
+
+    parsed = make_parser(COMMANDS).parse_args(words)
     try:
         check_environment()
         with warnings.catch_warnings(), _cleaning_up(parsed.command):
@@ -66,6 +58,26 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         fail("diffusion", str(error) or type(error).__name__)
+
+
+class Command(Protocol):
+    """A module of this folder, or the record of its help."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
+
+
+def make_parser(commands: Mapping[str, Command]) -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(prog="diffusion", description="Sample from, train and evaluate diffusion models.")
+    parser.add_argument("--version", action="version", version=f"fused-diffusion {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        summary = (command.__doc__ or "").partition("\n")[0]
+        subparser = subparsers.add_parser(name, help=summary, description=command.__doc__)
+        command.add_arguments(subparser)
+    return parser
 
 
 @contextlib.contextmanager

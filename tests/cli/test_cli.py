@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from diffusion import kernels
-from diffusion.cli import COMMANDS, main
+from diffusion.cli import main
+from diffusion.cli.commands import COMMANDS
 from diffusion.cli.options import parse_labels
 from diffusion.inference import loop
 from diffusion.samplers import SAMPLERS, ddim

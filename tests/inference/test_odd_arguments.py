@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion import NoiseSchedule, UNetConfig, load
-from diffusion.cli import COMMANDS, main
+from diffusion.cli import main
+from diffusion.cli.commands import COMMANDS
 from diffusion.samplers import SAMPLERS, own_options
 from diffusion.training.recipe import Recipe, changed, load_recipe, recipe_from
 from helpers.models import make_model

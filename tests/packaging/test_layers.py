@@ -15,6 +15,7 @@ LAYERS = [
     "process",
     "models",
     "samplers",
+    "steps",
     "inference",
     "storage",
     "importers",

@@ -1,0 +1,46 @@
+"""The names of the package: what `dir`, a star import and attribute access give."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import diffusion
+
+
+def test_the_package_shows_its_public_names_only():
+    shown = [name for name in dir(diffusion) if not name.startswith("_")]
+    assert sorted(shown) == sorted(diffusion.__all__) == sorted(set(diffusion.__all__))
+    for name in diffusion.__all__:
+        assert not inspect.ismodule(getattr(diffusion, name)) or name in ("kernels", "steps")
+
+
+def test_a_public_name_comes_from_its_module():
+    for name, module in diffusion._MODULES.items():
+        assert getattr(diffusion, name) is getattr(importlib.import_module(f"diffusion.{module}"), name)
+    assert set(diffusion._MODULES) | {"kernels", "steps"} == set(diffusion.__all__)
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="module 'diffusion' has no attribute 'nonsense'"):
+        diffusion.nonsense  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        from diffusion import nonsense  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from diffusion.steps import ddim; import diffusion.samplers as s; assert ddim is s.ddim",
+        "import diffusion.steps, diffusion.samplers; assert diffusion.steps is diffusion.samplers",
+        "import diffusion; assert diffusion.steps is __import__('sys').modules['diffusion.samplers']",
+        "import diffusion.kernels as k; import diffusion; assert diffusion.kernels is k and k.attention",
+        "from diffusion import *; assert load and steps.ddim and kernels.attention",
+    ],
+)
+def test_names_that_are_modules(code):
+    code = f"import sys; sys.path[:] = {sys.path!r}; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
