@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
 from .eager_plan import EagerPlan
-from .graph import Graph, Value
-from .lowering import FLOATS
+from .graph import FLOATS, Graph, Value
 from .plan import Plan
 from .release import ReleasedWeights
 from .state import ModuleState

@@ -4,10 +4,12 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Value:
@@ -126,17 +128,6 @@ def apply_views(value: Value, source: Value, tensor: Tensor) -> Tensor | None:
             return None
         tensor = result
     return tensor
-
-
-class Chain(NamedTuple):
-    """Views one after another, as one."""
-
-    applies: tuple[Callable[[Tensor], Tensor], ...]
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        for apply in self.applies:
-            tensor = apply(tensor)
-        return tensor
 
 
 def strided_view(apply: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor | None:

@@ -17,9 +17,9 @@ from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
 from ..kernels.ops.linear_attention.library import linear_attention_
 from .buffers import Pool, shaped
+from .calls import Template
 from .fusion import named
-from .graph import Graph, Node, Value, channels_last_strides, leaf_uses, strided_view
-from .lowering import FLOATS, Template
+from .graph import FLOATS, Graph, Node, Value, channels_last_strides, leaf_uses, strided_view
 from .weights import Weights
 
 CallOf = tuple[Callable, tuple]

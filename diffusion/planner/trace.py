@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from . import lowering
+from . import calls
 from .graph import Graph, Node, Value, shares_memory
+from .known_functions import in_order
+from .lowering import lower
 
 
 class Untraceable(Exception):
@@ -51,27 +53,27 @@ class Tracer(TorchFunctionMode):
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = lowering.name_of(function)
-        options = lowering.in_order(name, kwargs or {})
-        before = lowering.tensors_in((args, options))
+        name = calls.name_of(function)
+        options = in_order(name, kwargs or {})
+        before = calls.tensors_in((args, options))
         versions = list(map(_version, before))
         result = function(*args, **options)
-        results = lowering.tensors_in(result)
+        results = calls.tensors_in(result)
         if name in ("set", "as_strided"):  # memory is laid out in another way here
             raise Untraceable(f"it looks at the memory of tensors, by {name}")
-        if versions != list(map(_version, before)) and not lowering.writes_in_place(name, options):
+        if versions != list(map(_version, before)) and not calls.writes_in_place(name, options):
             raise Untraceable(f"it writes in place, by {name}")
-        if lowering.writes_in_place(name, options):
+        if calls.writes_in_place(name, options):
             self._write(name, function, args, options, result)
         elif results:
-            if lowering.draws(name, args, options):
+            if calls.draws(name, args, options):
                 raise Untraceable(f"it draws random numbers, by {name}")
             known = [tensor for tensor in results if any(tensor is other for other in before)]
             if len(known) < len(results):  # x.to(its own dtype) is x
                 inputs = [self.value(tensor) for tensor in before]
                 outputs = [self.add(tensor, Value(tensor)) for tensor in results]
-                call = lowering.Call(function, name, args, options)
-                self.nodes += lowering.lower(call, inputs, outputs, isinstance(result, Tensor))
+                call = calls.Call(function, name, args, options)
+                self.nodes += lower(call, inputs, outputs, isinstance(result, Tensor))
         return result
 
     def _write(
@@ -86,14 +88,14 @@ class Tracer(TorchFunctionMode):
         shared = sum(shares_memory(tensor, target) for tensor in self._held)
         if old.node is None or old.node.op == "view" or shared > 1:
             raise Untraceable(f"it changes a tensor that something else shares, by {name}")
-        pure = lowering.pure(name)
+        pure = calls.pure(name)
         if pure is None:
             raise Untraceable(f"it writes in place, by {name}")
         options.pop("inplace", None)
-        inputs = [self.value(tensor) for tensor in lowering.tensors_in((args, options))]
-        call = lowering.Call(pure, lowering.name_of(pure), args, options)
+        inputs = [self.value(tensor) for tensor in calls.tensors_in((args, options))]
+        call = calls.Call(pure, calls.name_of(pure), args, options)
         new = Value(target)
-        self.nodes += lowering.lower(call, inputs, [new], True)
+        self.nodes += lower(call, inputs, [new], True)
         self._values[id(target)] = new
 
 

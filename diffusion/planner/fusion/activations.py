@@ -3,7 +3,7 @@
 import torch
 
 from ..graph import Graph, Node, Value, apply_views
-from ..lowering import Reshape
+from ..view_functions import Reshape
 from .inputs import is_fusable, other_operand
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..graph import Chain, Graph, Node, Value
-from ..lowering import FLOATS, Slot, Template
+from ..calls import Slot, Template
+from ..graph import FLOATS, Graph, Node, Value
+from ..view_functions import Chain
 from .inputs import factor_of
 from .simplify import constant_value
 

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph import Graph, Node, Value, shares_memory
-from ..lowering import FLOATS
+from ..graph import FLOATS, Graph, Node, Value, shares_memory
 from .inputs import CHANNEL_NORM_INPUTS, first_input, other_operand
 from .norms import vector_of
 

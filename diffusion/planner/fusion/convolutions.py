@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..graph import (
+    FLOATS,
     Graph,
     Node,
     Value,
@@ -20,7 +21,6 @@ from ..graph import (
     map_of,
     viewed,
 )
-from ..lowering import FLOATS
 from .inputs import AVERAGE_INPUTS, CONVOLUTION_INPUTS, factor_of, first_input, is_fusable, other_operand
 
 

@@ -1,7 +1,6 @@
 """The inputs of fused nodes, by name."""
 
-from ..graph import Node, Value
-from ..lowering import FLOATS
+from ..graph import FLOATS, Node, Value
 
 NORM_INPUTS = ("x", "weight", "bias", "add", "scale", "shift")
 CHANNEL_NORM_INPUTS = ("x", "weight", "bias", "scale", "shift", "residual")

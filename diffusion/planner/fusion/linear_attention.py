@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph import Graph, Node, Value, shares_memory
-from ..lowering import FLOATS
+from ..graph import FLOATS, Graph, Node, Value, shares_memory
 from .attention import unscaled
 from .simplify import constant_value
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph import Chain, Graph, Node, Value, map_of, shares_memory
-from ..lowering import FLOATS, Reshape
+from ..graph import FLOATS, Graph, Node, Value, map_of, shares_memory
+from ..view_functions import Chain, Reshape
 from .inputs import NORM_INPUTS, other_operand
 
 

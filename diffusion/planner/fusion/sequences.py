@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..calls import function_node
 from ..graph import Graph, Node, Value, apply_views, viewed
-from ..lowering import Reshape, function_node
+from ..view_functions import Reshape
 from .simplify import constant_value
 
 _ELEMENTWISE = ("add", "sub", "mul", "div", "silu", "gelu")

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calls import function_node, name_of
 from ..graph import Graph, Node, Value, viewed
-from ..lowering import function_node, name_of
 from .simplify import constant_value
 
 

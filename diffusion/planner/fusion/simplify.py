@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..graph import Graph, Node, Value
-from ..lowering import FLOATS, Slot, Template, function_node, name_of, uniform
+from ..calls import Slot, Template, function_node, name_of
+from ..graph import FLOATS, Graph, Node, Value
+from ..known_functions import uniform
 from .inputs import other_operand
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..graph import Chain, Graph, Node, shares_memory
+from ..graph import Graph, Node, shares_memory
+from ..view_functions import Chain
 
 
 def shorten_views(graph: Graph) -> None:
