@@ -23,7 +23,7 @@ def summary(layout: Layout, packed_bytes: int) -> list[str]:
     added = sum(inputs["residual"] is not None for inputs in convolutions)
     activated = sum(node.options["activation"] != "none" for node in nodes if node.op == "convolution")
     attentions = sum(function in (attention_, linear_attention_) for function, _ in layout.calls)
-    buffers = layout.pool.bytes + sum(tensor.nbytes for tensor in layout.inputs)
+    buffers = layout.placement.pool.bytes + sum(tensor.nbytes for tensor in layout.inputs)
     total = sum(map(flops, nodes))
     rest = Counter(map(_described, layout.unfused))
     unfused = sum(map(flops, layout.unfused))
@@ -78,7 +78,7 @@ def flops(node: Node) -> float:
 
 def _written(node: Node, layout: Layout) -> float:
     """Bytes of a node's outputs in the plan."""
-    return sum(value.shape.numel() * layout.dtype(value).itemsize for value in node.outputs)
+    return sum(value.shape.numel() * layout.placement.dtype(value).itemsize for value in node.outputs)
 
 
 def _sizes(value: Value | None) -> str:

@@ -390,7 +390,7 @@ def test_memory_is_used_again():
     given = {"input": torch.randn(2, 16, 8, 8)}
     plan = plan_of(network, given)
     one = given["input"].numel() * 4
-    assert plan.layout.pool.bytes <= 2 * one
+    assert plan.layout.placement.pool.bytes <= 2 * one
     with torch.no_grad():
         torch.testing.assert_close(outputs_of(plan, given)[0], network(given["input"]), rtol=1e-4, atol=1e-5)
 
