@@ -142,7 +142,7 @@ class Layout:
         height, width = out.shape[2:]
         gated = activation == "geglu"
         packed = self._weights.packed(
-            weight, height, width, out.dtype, winograd=kernel == 3 and stride == 1, gated=gated
+            weight, height, width, out.dtype, winograd=(kernel, stride, padding) == (3, 1, 1), gated=gated
         )
         bias = self._weights.vector(inputs["bias"])
         if gated:

@@ -160,11 +160,21 @@ CASES = {
         Function(lambda m, x: m.conv(F.pad(x, (0, 1, 0, 1))), conv=conv(8, 8, 1, stride=2)),
         (2, 8, 5, 5),
     ),
+    "convolutions without padding": (
+        Function(lambda m, x: m.b(F.silu(m.a(x))), a=conv(8, 70, 3), b=conv(70, 8, 3)),
+        (2, 8, 9, 7),
+    ),
+    "doubled, without padding": (
+        Function(lambda m, x: m.conv(F.interpolate(x, scale_factor=2.0)), conv=conv(8, 8, 3)),
+        (2, 8, 4, 6),
+    ),
+    "half the size, without padding": (nn.Sequential(conv(8, 8, 3, stride=2)), (2, 8, 9, 6)),
     "an unscaled number": (
         Function(lambda m, x: m.conv(x) * torch.tensor(2.0) % 3, conv=conv(8, 8, 1)),
         (2, 8, 4, 4),
     ),
 }
+REASONS = {"strides": "it looks at the memory of tensors", "a mask in place": "it writes in place, by iand"}
 
 
 def of(result) -> tuple[Tensor, ...]:
@@ -183,9 +193,7 @@ def test_results_are_the_modules(name):
         for actual, wanted in zip(of(module(x.clone())), expected, strict=True):
             assert actual.dtype == wanted.dtype
             torch.testing.assert_close(actual, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=1e-5)
-    report = module.report()
-    assert "Assertion" not in report
-    assert "ValueError" not in report
+    assert REASONS.get(name, "planned, exact") in module.report()
     diffusion.restore(module)
 
 
