@@ -47,7 +47,7 @@ from .utils.validation import (
 )
 
 THRESHOLD = ("dynamic_threshold", "dynamic_threshold_max")
-PRECISIONS = ("exact", "fast")
+PRECISIONS = ("exact", "tf32", "fast")
 MAX_PIXEL = 10  # magnitude in an image to train on: standardised images pass, those of 0..255 do not
 
 
@@ -328,8 +328,9 @@ class DDPM(nn.Module):
             k = i + 1 that of step i. It is called for each batch, so it must depend on k alone. H and W need
             not be the model's.
         backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
-        precision: "exact" computes in the model's own dtype, the widest if there are several; "fast" computes
-            the UNet in bfloat16 where the device multiplies in it. docs/speed.md compares their images.
+        precision: "exact" computes in the model's own dtype, the widest if there are several; "tf32" lets a
+            CUDA device round the factors of float32 products to TF32, and is "exact" elsewhere; "fast"
+            computes the UNet in bfloat16 where the device multiplies in it. docs/speed.md compares images.
         dtype: of the UNet, "float32", "bfloat16", "float16" or "float64", instead of the precision's; x_t
             is always float32.
         device: where to compute, by default where the model is.
@@ -530,7 +531,8 @@ class DDPM(nn.Module):
         backend: str,
     ) -> Denoiser:
         """The network that samples: the UNet planned for the CPU if it can be, else in eval mode."""
-        return self._denoisers.get(self.unet, *self._where(device, dtype, precision), backend)
+        where = self._where(device, dtype, precision)
+        return self._denoisers.get(self.unet, *where, backend, tf32=precision == "tf32")
 
     def _where(
         self, device: str | torch.device | None, dtype: str | torch.dtype | None, precision: str

@@ -23,7 +23,8 @@ def add_computation_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         default="exact",
-        help="exact or fast, which computes in bfloat16 (default: exact)",
+        help="exact; tf32, which rounds float32 products on a GPU; or fast, which computes in bfloat16 "
+        "(default: exact)",
     )
     add("--dtype", help="dtype of the UNet: float32, bfloat16, float16 or float64 (default: by --precision)")
     add(

@@ -18,7 +18,7 @@ from ..kernels import _native
 from ..models.blocks import takes_backend
 from ..models.structure import Snapshot, altered, config_of, missing
 from ..models.unet import UNet
-from ..utils.device import DTYPES
+from ..utils.device import DTYPES, float32_products
 from ..utils.memory import free_memory
 from .buffers import BufferSpec, SamplerBuffers
 from .cpu_plan import PlannedUNet, unsupported
@@ -91,21 +91,46 @@ class Denoiser:
             self._thread_local.cached = cached
 
 
-def make_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
+def make_denoiser(
+    unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool = False
+) -> Denoiser:
     """The Denoiser of a UNet: planned for the CPU (`cpu_plan`) where that is possible, else its modules.
+
+    tf32: a CUDA device multiplies float32 as TF32, which is faster; else as float32.
 
     An altered UNet (`models.structure.altered`) is called as a whole in each step. It keeps its own dtype,
     and autocast narrows it where `dtype` is narrower, so that user code sees the original weights.
     ValueError: a module that is None, or a backend that cannot be passed on.
     """
-    return _make_denoiser(unet, device, dtype, backend, altered(unet) is not None)
+    return _make_denoiser(unet, device, dtype, backend, tf32, altered(unet) is not None)
 
 
 def _make_denoiser(
-    unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, is_altered: bool
+    unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool, is_altered: bool
 ) -> Denoiser:
-    if is_altered:
-        return _altered_denoiser(unet, device, dtype, backend)
+    made = (_altered_denoiser if is_altered else _own_denoiser)(unet, device, dtype, backend)
+    return _multiplying(made, tf32) if (device.type, made.dtype) == ("cuda", torch.float32) else made
+
+
+def _multiplying(denoiser: Denoiser, tf32: bool) -> Denoiser:
+    """The denoiser of a CUDA device with its products of float32 as `float32_products` says."""
+
+    def within(function: Forward) -> Forward:
+        @functools.wraps(function)
+        def run(*args: Any) -> Tensor:
+            with float32_products(denoiser.device, tf32):
+                return function(*args)
+
+        return run
+
+    unet = denoiser.unet
+    if isinstance(unet, SplitUNet):
+        return replace(denoiser, unet=replace(unet, embed=within(unet.embed), denoise=within(unet.denoise)))
+    return replace(denoiser, unet=within(unet))
+
+
+def _own_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
+    """The Denoiser of an unaltered UNet."""
     assert isinstance(unet, UNet)
     size, null_label = sum(unet.embedding_sizes), unet.config.null_label
     if _not_planned(unet, device, dtype, backend) is None:
@@ -236,13 +261,15 @@ class DenoiserCache:
     def __reduce__(self) -> tuple[Callable, tuple]:
         return DenoiserCache, ()
 
-    def get(self, unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> Denoiser:
+    def get(
+        self, unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool = False
+    ) -> Denoiser:
         """`make_denoiser`, called again only where a weight or the structure of the UNet has changed.
 
         A Denoiser with other options is dropped where more than MAX_DENOISERS would be kept, or where the
         device is short of memory.
         """
-        key = (device, dtype, backend, _native.simd_in_use())
+        key = (device, dtype, backend, tf32 and device.type == "cuda", _native.simd_in_use())
         with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
             kept = self._kept
             if kept is not None and not kept[0].holds(unet):
@@ -255,14 +282,14 @@ class DenoiserCache:
             is_altered = altered(unet) is not None
             if is_altered or not isinstance(unet, UNet):
                 self._kept = None
-                return _make_denoiser(unet, device, dtype, backend, is_altered)
+                return _make_denoiser(unet, device, dtype, backend, tf32, is_altered)
             # The snapshot comes before the copy of the weights, as another thread may change the UNet.
             snapshot = Snapshot(unet) if kept is None else kept[0]
             others = {} if kept is None else dict(list(kept[1].items())[1 - MAX_DENOISERS :])
             if others and _is_short_of_memory(unet, device):
                 others = {}
             kept = self._kept = snapshot, others  # frees the memory of those that are dropped
-            denoiser = _make_denoiser(unet, device, dtype, backend, is_altered)
+            denoiser = _make_denoiser(unet, device, dtype, backend, tf32, is_altered)
             self._kept = snapshot, others | {key: denoiser}
             return denoiser
 

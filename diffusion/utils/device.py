@@ -1,4 +1,9 @@
-"""Devices and dtypes by name, and whether this machine has them."""
+"""Devices and dtypes by name, whether this machine has them, and how they multiply."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +49,33 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
         nn.functional.scaled_dot_product_attention(x[None], x[None], x[None]) @ x.mT
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(f"device {device} lacks dtype {str(dtype)[6:]}: {first_line(error)}") from error
+
+
+_products = threading.RLock()
+
+
+@contextmanager
+def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Within, PyTorch multiplies float32 on a CUDA device as float32 or, with tf32, rounded to TF32.
+
+    By default PyTorch convolves in TF32, which has 10 bits of mantissa. These settings are the whole
+    process's, so only one thread is within at a time; they return to what they were. On other devices nothing
+    changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends  # PyTorch's stubs lack some of these
+    settings = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    with _products:
+        before = [setting.fp32_precision for setting in settings]
+        try:
+            for setting in settings:
+                setting.fp32_precision = "tf32" if tf32 else "ieee"
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

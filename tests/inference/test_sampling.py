@@ -531,7 +531,7 @@ def test_more_steps_than_are_embedded_at_a_time(conditional, monkeypatch):
 
 
 def test_unknown_precision(model):
-    with pytest.raises(ValueError, match="unknown precision 'quick'; choose from: exact, fast"):
+    with pytest.raises(ValueError, match="unknown precision 'quick'; choose from: exact, tf32, fast"):
         model.sample(precision="quick")
 
 
