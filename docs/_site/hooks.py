@@ -24,7 +24,7 @@ def on_config(config):
     python_only = shutil.ignore_patterns("__pycache__", "weights", "recipes", "*.so")
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "diffusion", package, ignore=python_only)
-    (package / "steps.py").unlink()  # Griffe would take it, and not the package of samplers, for diffusion.steps
+    (package / "steps.py").unlink()  # for Griffe, it would hide the package of samplers
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=python_only)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_sources.name]
     return config
