@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from PIL.Image import Image
 from torch import nn
 
 from . import importers, kernels
+from .importers.diffusers_words import refuse_call, refuse_keywords, refuse_scheduler
 from .inference import loop
+from .inference.arguments import check_batch_size, check_functions, check_one_hot
 from .inference.batches import Interrupted, sample_in_batches
 from .inference.buffers import Batch, Noise, drawn_first
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
+from .models.description import described
 from .models.edm import edm_loss
 from .models.network import Network
 from .models.structure import config_of
@@ -33,7 +36,7 @@ from .samplers.thresholding import thresholded_step
 from .storage import checkpoint
 from .storage.image_types import as_output, check_output
 from .storage.images import to_uint8
-from .utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
+from .utils.device import check_backend, check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .utils.memory import check_fits
 from .utils.validation import (
     choice,
@@ -137,6 +140,14 @@ class DDPM(nn.Module):
         """The range of the values of x_0 in the diffusion process, in which callbacks see images."""
         return SIGNED if self.normalize else self.value_range
 
+    def __repr__(self) -> str:
+        """One line: image size, classes, prediction, schedule, parameters and device."""
+        return described("DDPM", self.unet, self.prediction_type, self.schedule)
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses, because a model samples by `sample`, trains by `loss` and predicts by `unet`."""
+        refuse_call()
+
     def copy(self) -> "DDPM":
         """A copy with its own weights."""
         return copy.deepcopy(self)
@@ -234,6 +245,7 @@ class DDPM(nn.Module):
         own = {k: v for k, v in (self.sampler or {"name": "ddpm"}).items() if k not in THRESHOLD}
         own_name, own_steps = own.pop("name"), own.pop("steps", None)
         name = own_name if sampler is None else sampler
+        refuse_scheduler(name)
         options = {} if options is None else options
         check_options(name, options)
         defaults = self.sampler_options.get(name, {})
@@ -357,16 +369,10 @@ class DDPM(nn.Module):
         """
         seed = whole_number("seed", seed, 0, 2**64 - 1)
         check_output(output, config_of(self.unet).in_channels)
-        if batch_size is not None:
-            batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
-            if batch_size > 1 and labels is num_samples is sample_ids is noise is None:
-                raise ValueError(
-                    f"batch_size is the number of images made at a time; for {batch_size} images "
-                    f"give num_samples={batch_size}"
-                )
-        for name, function in (("noise", noise), ("callback", callback)):
-            if function is not None and not callable(function):
-                refuse(name, "a function, or None", function)
+        refuse_keywords("sample", sampler_options)
+        batch_size = check_batch_size(batch_size, labels, num_samples, sample_ids, noise)
+        check_functions(noise, callback)
+        check_backend(backend)
         image_shape = None
         if noise is not None:
             noise, found = drawn_first(noise, config_of(self.unet))
@@ -467,6 +473,7 @@ class DDPM(nn.Module):
         if labels is not None and config_of(self.unet).label_size is None:
             if self.num_classes is None:
                 raise ValueError("labels are given, but this model is unconditional")
+            check_one_hot(labels, self.num_classes)
             labels = whole_numbers("labels", labels, 0, self.num_classes - 1)
         if labels is None and self.null_label is None and self.num_classes is not None:
             raise ValueError("this model was trained without a null label, so it needs labels")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..utils.validation import readable
+from ..utils.validation import readable, shown
 from .network import NetworkConfig
 
 
@@ -15,9 +15,8 @@ def check_arguments(
 
     The values of labels are checked only where they can be read without waiting for a device.
     """
-    if x.ndim != 4 or x.shape[1] != config.in_channels:
-        raise ValueError(f"x must have shape [B, {config.in_channels}, H, W], not {list(x.shape)}")
-    config.check_size(x.shape[2:])
+    check_images(config, x)
+    check_timesteps(timesteps)
     if timesteps.shape != x.shape[:1]:
         raise ValueError(f"timesteps must have shape [{len(x)}], not {list(timesteps.shape)}")
     if labels is None:
@@ -27,6 +26,26 @@ def check_arguments(
     if config.num_classes is None:
         raise ValueError("this model is unconditional; labels must be None")
     check_labels(config, labels, x.shape[:1], waits=False)
+
+
+def check_images(config: NetworkConfig, x: object) -> None:
+    """ValueError unless x is a tensor [B, in_channels, H, W] of a size that the network takes."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x must be a tensor [B, {config.in_channels}, H, W], not {shown(x)}")
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(f"x must have shape [B, {config.in_channels}, H, W], not {list(x.shape)}")
+    config.check_size(x.shape[2:])
+
+
+def check_timesteps(timesteps: object) -> None:
+    """ValueError unless timesteps are a tensor [B]."""
+    if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1:
+        return
+    one = "such as torch.full((len(x),), 3)"
+    given = shown(timesteps)
+    if isinstance(timesteps, torch.Tensor):
+        given = f"of shape {list(timesteps.shape)}"
+    raise ValueError(f"timesteps must be a tensor [B], a number for each image, {one}, not {given}")
 
 
 def check_labels(config: NetworkConfig, labels: object, shape: Sequence[int], waits: bool = True) -> None:

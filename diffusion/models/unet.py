@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..utils.memory import check_fits
 from ..utils.validation import readable
-from .arguments import check_labels
+from .arguments import check_images, check_labels, check_timesteps
 from .blocks import Attention, Level, Middle, Norm, ResBlock, activate, module_list, run
 from .config import UNetConfig
 from .network import Network, NetworkConfig
@@ -133,8 +133,7 @@ class UNet(Network):
         ValueError for labels outside of these, or timesteps that a learned table does not have.
         """
         config = self.config
-        if timesteps.ndim != 1:
-            raise ValueError(f"timesteps must have shape [B], not {list(timesteps.shape)}")
+        check_timesteps(timesteps)
         embedding = self.time_mlp(self._time_features(timesteps))
         if config.label_embedding == "identity":
             embedding = embedding + self._checked_vectors(labels, embedding)
@@ -199,9 +198,7 @@ class UNet(Network):
         x is cast to the parameters' dtype, and the output has that dtype. backend: of the kernels. ValueError
         for a wrong shape, or a backend that cannot serve.
         """
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"x must have shape [B, {self.config.in_channels}, H, W], not {list(x.shape)}")
-        self.config.check_size(x.shape[2:])
+        check_images(self.config, x)
         if embedding.shape != (x.shape[0], sum(self.embedding_sizes)):
             expected = [x.shape[0], sum(self.embedding_sizes)]
             raise ValueError(

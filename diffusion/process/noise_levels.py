@@ -15,7 +15,7 @@ KIND = "noise_levels"
 MAX_STEPS = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseLevels:
     """x = x_0 + sigma eps for noise levels sigma, which are the timesteps of the network.
 
@@ -83,6 +83,16 @@ class NoiseLevels:
         """The levels in a few words."""
         high = "infinity" if self.sigma_max is None else f"{self.sigma_max:g}"
         return f"noise levels {self.sigma_min:g} to {high}"
+
+    @property
+    def name(self) -> str:
+        """The kind of process."""
+        return "noise levels"
+
+    def __repr__(self) -> str:
+        """One line, in which known levels are shown by their number."""
+        levels = "" if self.levels is None else f", {len(self.levels)} levels"
+        return f"NoiseLevels(sigma_min={self.sigma_min:g}, sigma_max={self.sigma_max}{levels})"
 
     @property
     def T(self) -> int:

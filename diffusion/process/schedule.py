@@ -49,7 +49,7 @@ def _kind(
     return checked
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     """x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps for t = 0..T-1 (Ho et al. 2020,
     arXiv 2006.11239, eq. 4).
@@ -96,6 +96,27 @@ class NoiseSchedule:
     def summary(self) -> str:
         """The schedule in a few words."""
         return f"T = {self.T}"
+
+    @property
+    def name(self) -> str:
+        """Kind and number of timesteps, such as "cosine T=1000"; "betas" for one of `from_betas`."""
+        return f"{self.to_config()['kind']} T={self.T}"
+
+    def __repr__(self) -> str:
+        """One line: the calls that make the schedule, but that betas are shown by number and range."""
+        config = dict(self._config or {"kind": "betas"})
+        kind, calls = config.pop("kind"), ""
+        for key, call in (
+            ("zero_terminal_snr", ".rescale_zero_terminal_snr()"),
+            ("float32", ".in_float32()"),
+        ):
+            calls += call if config.pop(key, False) else ""
+        if kind == "betas":
+            low, high = self.betas.min(), self.betas.max()
+            return f"NoiseSchedule.from_betas({self.T} betas in [{low:.4g}, {high:.4g}]){calls}"
+        return (
+            f"NoiseSchedule.{kind}({', '.join(f'{key}={value:g}' for key, value in config.items())}){calls}"
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -63,4 +63,9 @@ def own_options() -> dict[str, dict[str, Any]]:
 def check_options(sampler: str, options: Iterable[str]) -> None:
     """ValueError unless there is a sampler of this name and it has these options."""
     choice("sampler", sampler, SAMPLERS)
-    known_names(f"option of {sampler}", options, options_of(sampler))
+    own = options_of(sampler)
+    for name in options:
+        others = [other for other in SAMPLERS if name in options_of(other)]
+        if name not in own and others:
+            raise ValueError(f"unknown option of {sampler} {name!r}; samplers with it: {', '.join(others)}")
+    known_names(f"option of {sampler}", options, own)

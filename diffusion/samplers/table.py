@@ -14,6 +14,8 @@ from ..process.prediction import x0_coefficients
 from ..utils.validation import number, switch
 from .guidance import guidance_scales
 
+HEAD, TAIL = 5, 3  # rows that are shown of a long table
+
 
 @dataclass(frozen=True, eq=False)
 class History:
@@ -30,7 +32,7 @@ class History:
     weights: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepTable:
     """The steps of a sampler.
 
@@ -57,6 +59,29 @@ class StepTable:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        """A line, and the first and last rows, without columns of zeros."""
+        about = ", variance of the model" if self.learned_variance else ""
+        about += "" if self.history is None else ", with earlier predictions"
+        about += (
+            "" if self.initial_scale == 1 else f", from noise of standard deviation {self.initial_scale:g}"
+        )
+        used = (self.table != 0).any(0).tolist()
+        used[0] = True  # the timestep
+        shown = list(range(len(self)))
+        if len(self) > HEAD + TAIL + 1:
+            shown = [*shown[:HEAD], -1, *shown[-TAIL:]]
+        columns = [["row", *("..." if i < 0 else str(i) for i in shown)]]
+        for name, column, keep in zip(StepCoefficients._fields, self.table.T.tolist(), used, strict=True):
+            if keep:
+                columns.append([name, *("..." if i < 0 else f"{column[i]:.6g}" for i in shown)])
+        widths = [max(map(len, column)) for column in columns]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in zip(*columns, strict=True)
+        ]
+        return "\n".join([f"StepTable of {len(self)} rows{about}:", *lines])
 
     @cached_property
     def timesteps(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..process.value_range import SIGNED, change_range, check_range
-from ..utils.validation import number, whole_number, whole_numbers
+from ..utils.validation import number, shown, whole_number, whole_numbers
 from .atomic import replacing
 from .image_types import as_tensor
 
@@ -138,6 +138,11 @@ def save_gif(
     ValueError without frames, for other images, or if the file cannot be written.
     """
     duration, hold = number("duration", duration, 0, 600), number("hold", hold, 0, 600)
+    if isinstance(frames, torch.Tensor | np.ndarray) and frames.ndim < 5:
+        raise ValueError(
+            f"frames must be a list of images [N, C, H, W], one for each frame, not {shown(frames)}; "
+            "frames=[x] is one frame, and frames=x[:, None] has a frame for each image of x"
+        )
     if not isinstance(frames, Sequence | torch.Tensor | np.ndarray) or not len(frames):
         raise ValueError("a GIF needs at least one frame, in a list of images [N, C, H, W]")
     pictures = [make_grid(frame, columns, padding, scale, value_range) for frame in frames]

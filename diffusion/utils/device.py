@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import re
+
 import torch
 from torch import nn
 
 from ..kernels._native import allows
 from ..kernels.ops.convolution.native import multiplies_bf16_pairs
 from .errors import first_line
-from .validation import choice
+from .validation import choice, shown
 
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")  # of the kernels
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -25,12 +28,34 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device of this name; ValueError if this machine or this PyTorch does not have it."""
     try:
         device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        hint = (
+            "; a GPU of NVIDIA or AMD is 'cuda'"
+            if re.match(r"\W*(gpu|nvidia|amd|rocm)", str(device), re.I)
+            else ""
+        )
+        raise ValueError(
+            f"there is no device {shown(device)}; this machine has: {devices()}{hint}"
+        ) from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"there is no device {str(device)!r} here: {first_line(error)}") from error
     if device.type == "meta":
         raise ValueError("the meta device holds no data; choose a real one, such as cpu")
     return torch.empty(0, device=device).device
+
+
+def devices() -> str:
+    """The devices that this PyTorch finds here, such as "cpu, cuda"."""
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ", ".join(name for name, available in found.items() if available)
+
+
+def check_backend(backend: str) -> str:
+    """The backend of the kernels if it is the name of one; ValueError otherwise."""
+    hint = '; device="cuda" computes on a GPU' if shown(backend).lower() in ("'gpu'", "'mps'") else ""
+    return choice("backend", backend, BACKENDS, hint)
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

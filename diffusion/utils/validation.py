@@ -18,6 +18,7 @@ LARGEST_INTEGER = 2**63 - 1  # int64's
 LARGEST_NUMBER = torch.finfo(torch.float32).max  # networks and samplers compute in float32
 INTERVAL = "two numbers (low, high) with low <= high"
 MAX_SHOWN = 60  # characters of a wrong value in a message
+FEW = 4  # numbers of a tensor that a message shows
 
 
 def refuse(name: str, expected: str, value: object) -> NoReturn:
@@ -26,8 +27,19 @@ def refuse(name: str, expected: str, value: object) -> NoReturn:
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: in one line, shortened to MAX_SHOWN characters."""
+    """A value as a message shows it: in one line, shortened to MAX_SHOWN characters.
+
+    A module is shown by its class, and a tensor or an array of more than a few numbers by dtype and shape.
+    """
     try:
+        if isinstance(value, torch.nn.Module):
+            return f"a {type(value).__name__}"
+        if isinstance(value, np.ndarray) and value.size > FEW:
+            return f"an array {value.dtype} {list(value.shape)}"
+        if isinstance(value, torch.Tensor) and math.prod(value.shape) > FEW:
+            place = "" if value.device.type == "cpu" else f" on {value.device}"
+            layout = "" if value.layout == torch.strided else f", {value.layout}"
+            return f"a tensor {str(value.dtype)[6:]} {list(value.shape)}{place}{layout}"
         text = " ".join(repr(value).split())
     except Exception:  # Python refuses to print an integer of 4301 digits
         text = f"a value of type {type(value).__name__}"

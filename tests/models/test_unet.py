@@ -450,7 +450,7 @@ def test_architectures_that_do_not_divide(options, message):
         (TINY, lambda u, x, t: u(x[:, :1], t), r"x must have shape \[B, 2, H, W\], not \[2, 1, 8, 8\]"),
         (TINY, lambda u, x, t: u(x[0], t), "x must have shape"),
         (TINY, lambda u, x, t: u(x, t[:1]), "embedding must have shape"),
-        (TINY, lambda u, x, t: u(x, t[0]), r"timesteps must have shape \[B\]"),
+        (TINY, lambda u, x, t: u(x, t[0]), r"timesteps must be a tensor \[B\], a number for each image"),
         (TINY, lambda u, x, t: u(x, t, t), "unconditional"),
         (
             CONDITIONAL,

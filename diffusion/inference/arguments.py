@@ -1,0 +1,44 @@
+"""Checks of arguments of `DDPM.sample`, with errors that say what usual mistakes should be."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..utils.validation import refuse, shown, whole_number
+
+
+def check_functions(noise: Any, callback: Any) -> None:
+    """ValueError unless each is a function or None."""
+    if isinstance(noise, torch.Tensor | np.ndarray):
+        raise ValueError(
+            f"noise must be a function, not {shown(noise)}; for a tensor x as the initial noise: "
+            "noise=lambda k: x if k == 0 else torch.randn_like(x)"
+        )
+    for name, function in (("noise", noise), ("callback", callback)):
+        if function is not None and not callable(function):
+            refuse(name, "a function, or None", function)
+
+
+def check_batch_size(batch_size: Any, labels: Any, *others: Any) -> int | None:
+    """`batch_size` as an int, or None; ValueError where it is given instead of a number of images.
+
+    others: the further arguments that give a number of images.
+    """
+    if batch_size is None:
+        return None
+    batch_size = whole_number("batch_size", batch_size, 1, 2**31 - 1)
+    one = labels is None or isinstance(labels, int) or getattr(labels, "ndim", 1) == 0
+    if batch_size > 1 and one and all(other is None for other in others):
+        raise ValueError(
+            f"batch_size is the number of images made at a time; for {batch_size} images "
+            f"give num_samples={batch_size}"
+        )
+    return batch_size
+
+
+def check_one_hot(labels: Any, num_classes: int) -> None:
+    """ValueError for rows of numbers where labels are whole numbers."""
+    if isinstance(labels, torch.Tensor | np.ndarray) and labels.ndim == 2:
+        rows = "; of one-hot rows, take labels.argmax(1)" if labels.shape[1] == num_classes else ""
+        raise ValueError(f"labels must be [N], a whole number for each image, not {shown(labels)}{rows}")

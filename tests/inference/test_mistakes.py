@@ -1,0 +1,131 @@
+"""Usual mistakes: each gets one line that says what would be right."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion
+from diffusion import DDPM, kernels
+from diffusion.importers.diffusers_words import KEYWORDS
+from diffusion.samplers import SAMPLERS, options_of
+from diffusion.utils.device import BACKENDS
+from helpers.models import make_model
+
+DIGITS = torch.nn.functional.one_hot(torch.tensor([3, 1]), 10)
+X, T = torch.zeros(2, 2, 8, 8), torch.tensor([3, 3])
+
+
+def error(kind: type[Exception], call, *args, **options) -> str:
+    with pytest.raises(kind) as caught:
+        call(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 250
+    return text
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(10)
+
+
+@pytest.mark.parametrize("word", KEYWORDS)
+def test_a_keyword_of_diffusers_names_an_argument_of_this_package(model, word):
+    text = error(TypeError, model.sample, **{word: 5})
+    assert f"no argument {word!r}, which is diffusers'" in text
+    known = {*inspect.signature(DDPM.sample).parameters, *(o for s in SAMPLERS for o in options_of(s))}
+    assert word not in known
+    assert set(re.findall(r"(\w+)=", text)) <= known
+
+
+def test_the_keywords_are_those_of_diffusers():
+    """The arguments of its pipelines of pixels and classes, but for those that are ours, too."""
+    pipelines = pytest.importorskip("diffusers")
+    ours = {"self", "batch_size", "guidance_scale", "eta", "use_clipped_model_output"}
+    for name in ("DDPMPipeline", "DDIMPipeline", "DiTPipeline"):
+        words = set(inspect.signature(getattr(pipelines, name).__call__).parameters)
+        assert words - ours <= set(KEYWORDS)
+
+
+def test_an_option_of_another_sampler(model):
+    text = error(ValueError, model.sample, sampler="dpm++", eta=0.5)
+    assert text == "unknown option of dpm++ 'eta'; samplers with it: ddim"
+
+
+def test_a_scheduler_in_place_of_a_sampler(model):
+    assert "such as 'ddim', not DDIMScheduler" in error(ValueError, model.sample, sampler="DDIMScheduler")
+    scheduler = type("DPMSolverMultistepScheduler", (), {})
+    for given in (scheduler, scheduler()):
+        assert "such as 'dpm++', not DPM" in error(ValueError, model.sample, sampler=given)
+    nearest = error(ValueError, model.sample, sampler="EulerDiscreteScheduler")
+    assert "'ddim', the nearest to it, not Euler" in nearest
+
+
+@pytest.mark.parametrize(("args", "options"), [((X, T), {}), ((), {"num_inference_steps": 3})])
+def test_a_model_that_is_called(model, args, options):
+    assert "model.sample(num_samples=4" in error(TypeError, model, *args, **options)
+
+
+@pytest.mark.parametrize("timesteps", [3, [3, 3], torch.tensor(3), np.array([3, 3]), None])
+def test_timesteps_that_are_not_one_for_each_image(model, timesteps):
+    assert "such as torch.full((len(x),), 3), not " in error(ValueError, model.unet, X, timesteps)
+
+
+def test_images_of_numpy_for_a_network(model):
+    text = error(ValueError, model.unet, X.numpy(), T)
+    assert text == "x must be a tensor [B, 2, H, W], not an array float32 [2, 2, 8, 8]"
+
+
+@pytest.mark.parametrize("noise", [X, X.numpy()], ids=["tensor", "array"])
+def test_a_tensor_as_noise(model, noise):
+    assert "noise=lambda k: x if k == 0 else torch.randn_like(x)" in error(
+        ValueError, model.sample, noise=noise
+    )
+
+
+def test_the_advice_on_a_tensor_as_noise(model):
+    x = torch.randn_like(X)
+    noise = lambda k: x if k == 0 else torch.randn_like(x)  # noqa: E731 (as the message has it)
+    found = model.sample(noise=noise, steps=2, sampler="ddim")
+    assert torch.equal(found, model.sample(noise=lambda k: x, steps=2, sampler="ddim"))
+
+
+@pytest.mark.parametrize("labels", [None, 3, np.int64(3), torch.tensor(3)])
+def test_a_batch_size_in_place_of_a_number_of_images(model, labels):
+    assert "give num_samples=4" in error(ValueError, model.sample, labels, batch_size=4)
+
+
+@pytest.mark.parametrize("labels", [DIGITS, DIGITS.numpy(), DIGITS.float()], ids=["int", "array", "float"])
+def test_one_hot_labels(model, labels):
+    text = error(ValueError, model.sample, labels)
+    assert text.endswith(" [2, 10]; of one-hot rows, take labels.argmax(1)")
+    assert torch.equal(model.sample(DIGITS.argmax(1), steps=2), model.sample([3, 1], steps=2))
+
+
+@pytest.mark.parametrize("device", ["gpu", "GPU:0", "nvidia"])
+def test_a_gpu_by_another_name(model, device):
+    text = error(ValueError, model.sample, device=device)
+    assert f"there is no device {device!r}; this machine has: cpu" in text
+    assert "'cuda'" in text
+    assert text == error(ValueError, diffusion.load, "mnist", device)
+
+
+def test_a_device_as_backend(model):
+    text = error(ValueError, model.sample, backend="gpu")
+    assert "choose from: auto, reference, cpp, cuda, triton" in text
+    assert 'device="cuda"' in text
+
+
+def test_the_names_of_backends():
+    assert {name for op in kernels.OPS.values() for name in op.op.backends} == set(BACKENDS) - {"auto"}
+
+
+def test_one_batch_in_place_of_the_frames_of_a_gif(tmp_path):
+    text = error(ValueError, diffusion.save_gif, X[:, :1], tmp_path / "a.gif")
+    assert "not a tensor float32 [2, 1, 8, 8]" in text
+    diffusion.save_gif([X[:, :1]], tmp_path / "a.gif")
+    diffusion.save_gif(X[:, :1][:, None], tmp_path / "b.gif")
+    assert not (tmp_path / "c.gif").exists()
