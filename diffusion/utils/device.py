@@ -1,11 +1,10 @@
 """Devices and dtypes by name, whether this machine has them, and how they multiply."""
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import re
 
 import torch
 from torch import nn
