@@ -7,6 +7,8 @@
 
 #include "simd/exp.h"
 #include "simd/gemm.h"
+#include "simd/lanes.h"
+// transpose.h uses lanes.h.
 #include "simd/transpose.h"
 
 #if FD_BFLOAT16

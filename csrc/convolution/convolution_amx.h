@@ -295,7 +295,8 @@ struct OutputWriter {
   const float* sums;      // [pixel][outputs]
   int64_t remaining = 0;  // pixels
   int64_t at, column, columns, out_width, channel, lanes, more;
-  bool gated;  // whether the second vector of outputs has the gates of the first
+  bool gated;             // whether the second vector of outputs has the gates of the first
+  bool alternating;       // whether values and gates take turns
   Vec bias, bias_of_more, scales;
 
   FD_HD OutputWriter() {}
@@ -310,17 +311,20 @@ struct OutputWriter {
     lanes = lanes_at(g, channel);
     more = Format::kOutputs > kLanes && channel + kLanes < g.out_channels ? lanes_at(g, channel + kLanes) : 0;
     gated = more > 0 && g.activation == Activation::geglu;
+    alternating = !gated && g.activation == Activation::geglu;
     if (gated) lanes = g.results - channel / 2 < kLanes ? g.results - channel / 2 : kLanes;
     bias = bias_at(g, channel, gated ? kLanes : lanes);
     bias_of_more = more > 0 ? bias_at(g, channel + kLanes, more) : Vec{};
     scales = Format::scales(g, header, image);
   }
 
-  FD_HD void advance(const Convolution& g, int64_t count) {
+  FD_HD void advance(const Convolution& g, int64_t count, GatedOutputs<T>& gated_outputs) {
     for (; count > 0 && remaining > 0; --count, --remaining, sums += Format::kOutputs) {
       if (column < out_width && gated) {
-        const Vec gate = gelu_of<T>(Format::sum(sums, 1, scales) + bias_of_more);
+        const Vec gate = activated<T>(Activation::gelu, Format::sum(sums, 1, scales) + bias_of_more);
         store_pixel<T>(g, at++, channel / 2, lanes, (Format::sum(sums, 0, scales) + bias) * gate);
+      } else if (column < out_width && alternating) {
+        gated_outputs.add(g, at++, channel, lanes, Format::sum(sums, 0, scales) + bias);
       } else if (column < out_width) {
         finish_pixel<T>(g, at, channel, lanes, Format::sum(sums, 0, scales) + bias);
         if (more > 0) finish_pixel<T>(g, at, channel + kLanes, more, Format::sum(sums, 1, scales) + bias_of_more);
@@ -337,6 +341,7 @@ void amx_multiply(const Convolution& g, const AmxBlock& block, const char* from,
   load_shapes();
   alignas(64) float sums[2][Format::kSums * 32 * Format::kOutputs];
   OutputWriter<T, Format> before;
+  GatedOutputs<T> gated_outputs;
   const int64_t panels = (g.out_channels + Format::kOutputs - 1) / Format::kOutputs;
   const int64_t wide = (g.kernel + block.merged - 1) / block.merged, taps = g.kernel * wide;
   int64_t offsets[9];
@@ -372,14 +377,15 @@ void amx_multiply(const Convolution& g, const AmxBlock& block, const char* from,
     f.fetch = fetching ? (group_bytes / 64 + blocks - 1) / blocks : 0;
     f.next = header + panel_bytes + pixels_32 * f.fetch * f.chunks * taps * 64;
     const int64_t pixels = (before.remaining + f.chunks * taps - 1) / (f.chunks * taps);
-    const auto overlapped = [&]() FD_INLINE { before.advance(g, pixels); };
+    const auto overlapped = [&]() FD_INLINE { before.advance(g, pixels, gated_outputs); };
     float* here = sums[item % 2];
     const int64_t channel = panel * Format::kOutputs;
     const int32_t zero = Format::zero(g, block.image + (block.flat ? run : run / block.rows));
     Format::multiply(count, g.out_channels - channel, f, header, zero, here, overlapped);
     before = OutputWriter<T, Format>(g, block, run, first, count, channel, header, here);
   }
-  before.advance(g, before.remaining);
+  before.advance(g, before.remaining, gated_outputs);
+  gated_outputs.finish(g);
   _tile_release();
 }
 

@@ -4,9 +4,12 @@
 // gelu.h uses exp.h.
 #include "simd/gelu.h"
 #include "simd/gemm.h"
+#include "simd/lanes.h"
 
 #include "convolution/pixels_cpu.h"
-// direct.h and winograd.h use pixels_cpu.h.
+// The others use pixels_cpu.h.
+#include "convolution/gated_outputs.h"
+
 #include "convolution/direct.h"
 #include "convolution/winograd.h"
 

@@ -43,6 +43,8 @@ void direct_multiply(const Convolution& g, const DirectBlock& block, const void*
   const int64_t depth = (g.channels + Math::kPack - 1) / Math::kPack, taps = g.kernel * g.kernel;
   int64_t offsets[9], at[kMaxRows];
   const char* rows[kMaxRows];
+  const bool gated = g.activation == Activation::geglu;
+  GatedOutputs<T> gated_outputs;
   for (int64_t tap = 0; tap < taps; ++tap) {
     offsets[tap] = (tap / g.kernel * block.columns + tap % g.kernel) * block.pixel;
   }
@@ -64,9 +66,11 @@ void direct_multiply(const Convolution& g, const DirectBlock& block, const void*
     multiply_panel<Math>(GatheredRows{rows, offsets, taps, depth}, 0, count, weight, g.panel_width(panel),
                          g.panel_width(panel), [&](int64_t row, int64_t column, Vec sum) FD_INLINE {
                            const int64_t channel = panel * kPanel + column, lanes = lanes_at(g, channel);
-                           if (lanes > 0) {
-                             finish_pixel<T>(g, at[row], channel, lanes, sum + bias_at(g, channel, lanes));
-                           }
+                           if (lanes <= 0) return;
+                           const Vec product = sum + bias_at(g, channel, lanes);
+                           if (__builtin_expect(gated, 0)) gated_outputs.add(g, at[row], channel, lanes, product);
+                           else finish_pixel<T>(g, at[row], channel, lanes, product);
                          });
   }
+  gated_outputs.finish(g);
 }

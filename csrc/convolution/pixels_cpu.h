@@ -36,23 +36,10 @@ struct InputReader {
 
 // Not inlined: the products have many places that finish a pixel.
 template <class T>
-__attribute__((noinline)) Vec gelu_of(Vec x) {
-  return gelu<T>(x);
-}
-
-// With geglu, a vector holds values and their gates in turn; its first half is the result.
-template <class T>
 __attribute__((noinline)) Vec activated(Activation activation, Vec x) {
   if (activation == Activation::silu) return silu<T>(x * spread(-kLog2E));
   if (activation == Activation::gelu_tanh) return gelu_tanh<T>(x);
-  const Vec y = gelu<T>(x);
-  if (activation == Activation::gelu) return y;
-  float values[kLanes], gates[kLanes];
-  store(values, x);
-  store(gates, y);
-  float products[kLanes] = {};
-  for (int i = 0; i < kLanes / 2; ++i) products[i] = values[2 * i] * gates[2 * i + 1];
-  return load(products);
+  return gelu<T>(x);
 }
 
 // Writes `lanes` channels of out, from `channel` on, of the pixel with index `at` over all images.
@@ -68,13 +55,10 @@ FD_HD void store_pixel(const Convolution& g, int64_t at, int64_t channel, int64_
   else store(to, value, lanes);
 }
 
-// The same after the activation, for channels of the product, given their sums and bias.
+// The same after the activation, for channels of the product, given their sums and bias; not for GEGLU.
 template <class T>
 FD_HD void finish_pixel(const Convolution& g, int64_t at, int64_t channel, int64_t lanes, Vec value) {
-  if (__builtin_expect(g.activation != Activation::none, 0)) {
-    value = activated<T>(g.activation, value);
-    if (g.activation == Activation::geglu) channel /= 2, lanes /= 2;
-  }
+  if (__builtin_expect(g.activation != Activation::none, 0)) value = activated<T>(g.activation, value);
   store_pixel<T>(g, at, channel, lanes, value);
 }
 

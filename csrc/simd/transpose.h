@@ -1,10 +1,4 @@
-// Transposition of a square of vectors on one instruction set, included after simd/vec.h.
-
-#if defined(__clang__)
-#define FD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define FD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int32{__VA_ARGS__})
-#endif
+// Transposition of a square of vectors on one instruction set. Included after simd/lanes.h.
 
 template <int kBlock, int... kLane>
 FD_HD void exchange_blocks(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
@@ -24,5 +18,3 @@ FD_HD void transpose_square(Vec (&rows)[kLanes]) {
     transpose_square<kBlock / 2>(rows);
   }
 }
-
-#undef FD_SHUFFLE
