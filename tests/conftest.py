@@ -8,7 +8,7 @@ from diffusion import DDPM
 from diffusion.kernels import _native
 from helpers.models import make_model
 from helpers.native import TESTED
-from helpers.thinning import in_quarter, mark_exhaustive
+from helpers.thinning import in_eighth, mark_exhaustive
 
 # The models here are too small for more: on a busy machine, threads would only wait for each other.
 torch.set_num_threads(1)
@@ -19,7 +19,7 @@ settings.register_profile("exhaustive", deadline=None, max_examples=60)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quarter", metavar="SEED", help="of the exhaustive tests, run a quarter")
+    parser.addoption("--eighth", metavar="SEED", help="of the exhaustive tests, run an eighth")
 
 
 def pytest_configure(config):
@@ -30,10 +30,10 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config, items):
     mark_exhaustive(items)
-    seed = config.getoption("quarter")
+    seed = config.getoption("eighth")
     if seed is not None:
         exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
-        left_out = {item for item in exhaustive if not in_quarter(item.nodeid, seed)}
+        left_out = {item for item in exhaustive if not in_eighth(item.nodeid, seed)}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
 
