@@ -4,6 +4,7 @@ A new format is a module with NAME, HUB_FILES, FLAGS, `recognises` and `load`, a
 describes them, and its entry in REGISTRY.
 """
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,22 @@ from . import (
     pytorch_ddpm,
 )
 from .checkpoint_file import Checkpoint
+from .diffusers_objects import read_object, scheduler_config
 from .imported import Imported, Importer
 
-__all__ = ["REGISTRY", "Checkpoint", "Imported", "Importer", "importer_of", "locate", "read"]
+__all__ = [
+    "REGISTRY",
+    "Checkpoint",
+    "Imported",
+    "Importer",
+    "importer_of",
+    "locate",
+    "read",
+    "read_object",
+    "scheduler_config",
+]
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of checkpoints in a folder
 # The first that recognises a checkpoint reads it.
 REGISTRY: tuple[Importer, ...] = (
@@ -70,6 +83,11 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
             f"{name} is no checkpoint of a known format, which are {', '.join(known)}; a model of this "
             "package is a folder with config.json and model.safetensors"
         )
+    if not any(path.glob("*.json")) and _holds_pictures(path):
+        raise ValueError(
+            f"{name} is a folder of images, not of a model; "
+            f"diffusion train --data {name} --out RUN trains a model on it"
+        )
     return Imported(*checkpoint.read(path, verify))
 
 
@@ -110,6 +128,12 @@ def _is_recognised(file: Path) -> bool:
         return importer_of(Checkpoint(file)) is not None
     except ValueError:  # it is damaged, or no checkpoint
         return False
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder or the first of its folders holds a picture, by the names of the files."""
+    folders = [folder, *itertools.islice((path for path in folder.iterdir() if path.is_dir()), 1)]
+    return any(path.suffix.lower() in PICTURES for place in folders for path in place.iterdir())
 
 
 def _plain(name: str) -> str:

@@ -11,7 +11,7 @@ from ..storage.reading import load_weights, read_json
 from ..utils.validation import known_names, typed
 from .checkpoint_file import Checkpoint
 from .diffusers_files import EXPORTED, UNETS, Layout, exported, find, is_unet, located, read_weights
-from .diffusers_scheduler import read_scheduler
+from .diffusers_scheduler import Scheduler, read_scheduler
 from .diffusers_unet import ASSUMED_CLASSES, convert_weights, unet_config
 from .flags import image_size
 from .imported import Imported
@@ -65,18 +65,8 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         flags = {"null_label": own["null_label"]} | flags
     unet, found = _unet(layout, flags)
     path, config, about = _scheduler_config(layout, unet, flags)
-    scheduler = located(path, read_scheduler, config, layout.pipeline)
+    scheduler = located(path, check_fit, unet, config, layout.pipeline)
     schedule, conventions = scheduler.schedule, scheduler.conventions
-    if unet.config.learned_variance != (conventions["variance"] == "learned_range"):
-        raise ValueError(
-            f"{path}: a variance of type {conventions['variance']!r} does not go with a UNet of "
-            f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
-        )
-    rows = unet.config.learned_timesteps
-    if rows is not None and rows < schedule.T:
-        raise ValueError(
-            f"{path}: the UNet has learned {rows} timesteps, fewer than the {schedule.T} of the schedule"
-        )
     if "conventions" in own and "schedule" not in flags:  # exact, where a scheduler's file is rounded
         index = layout.folder / "model_index.json"
         schedule = located(index, NoiseSchedule.from_config, own.get("schedule"))
@@ -85,13 +75,33 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     return Imported(unet, schedule, conventions, assumed | found | about, scheduler.note)
 
 
-def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
-    """The UNet of a layout, and what was assumed of it."""
-    path = layout.unet / "config.json"
+def check_fit(unet: UNet, config: dict[str, Any], pipeline: str | None) -> Scheduler:
+    """`read_scheduler`, whose variance and timesteps must be the UNet's; ValueError otherwise."""
+    scheduler = read_scheduler(config, pipeline)
+    variance, T = scheduler.conventions["variance"], scheduler.schedule.T
+    if unet.config.learned_variance != (variance == "learned_range"):
+        raise ValueError(
+            f"a variance of type {variance!r} does not go with a UNet of "
+            f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
+        )
+    rows = unet.config.learned_timesteps
+    if rows is not None and rows < T:
+        raise ValueError(f"the UNet has learned {rows} timesteps, fewer than the {T} of the schedule")
+    return scheduler
+
+
+def unet_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `unet_config` among the flags."""
     options: dict[str, Any] = {name: flags[name] for name in ("num_classes", "null_label") if name in flags}
     if "size" in flags:
         options["size"] = image_size("size", flags["size"])
-    config = located(path, unet_config, read_json(path), **options)
+    return options
+
+
+def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
+    """The UNet of a layout, and what was assumed of it."""
+    path = layout.unet / "config.json"
+    config = located(path, unet_config, read_json(path), **unet_options(flags))
     weights, tensors, variant = read_weights(layout, flags.get("variant"))
     assumed: dict[str, Any] = {} if variant is None or "variant" in flags else {"variant": variant}
     if config.label_embedding == "timestep" and "num_classes" not in flags:
@@ -107,20 +117,34 @@ def _scheduler_config(
     layout: Layout, unet: UNet, flags: dict[str, Any]
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The scheduler's configuration, the file that errors name, and what was assumed of it."""
-    given = flags.get("schedule")
-    named = isinstance(given, str) and given in _NAMED_SCHEDULES
+    if flags.get("schedule") is not None:
+        return read_schedule(flags, unet)
+    _check_named(flags, False)
+    if layout.scheduler is None:
+        raise ValueError(
+            f"{layout.folder} has no scheduler_config.json, so its noise schedule is unknown; give the "
+            f"flag schedule (--schedule): {', '.join(_NAMED_SCHEDULES)}, or a scheduler_config.json"
+        )
+    return layout.scheduler, {"_class_name": "DDPMScheduler"} | read_json(layout.scheduler), {}
+
+
+def _check_named(flags: dict[str, Any], named: bool) -> None:
+    """ValueError for flags that belong to a schedule by name where there is none."""
     for name in ("num_train_timesteps", "prediction_type"):
         if name in flags and not named:
             raise ValueError(
                 f"flag {name} belongs to a schedule that is given by its name; see flag schedule"
             )
-    if given is None:
-        if layout.scheduler is None:
-            raise ValueError(
-                f"{layout.folder} has no scheduler_config.json, so its noise schedule is unknown; give the "
-                f"flag schedule (--schedule): {', '.join(_NAMED_SCHEDULES)}, or a scheduler_config.json"
-            )
-        return layout.scheduler, read_json(layout.scheduler), {}
+
+
+def read_schedule(flags: dict[str, Any], unet: UNet) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The scheduler's configuration by the flag `schedule`: a name, a file or the configuration itself.
+
+    Also the file that errors name, and what was assumed.
+    """
+    given = flags["schedule"]
+    named = isinstance(given, str) and given in _NAMED_SCHEDULES
+    _check_named(flags, named)
     if named:
         assumed = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
         config = {

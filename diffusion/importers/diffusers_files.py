@@ -58,10 +58,11 @@ def find(checkpoint: Checkpoint, wanted: str | None = None) -> Layout:
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
     index = folder / "model_index.json"
     components = _components_of(folder)
-    _check_components(index, components)
+    check_components(index if index.is_file() else folder, components)
     if is_unet(folder):
         index_above = folder.absolute().parent / "model_index.json"
-        _check_components(index_above, read_json(index_above) if index_above.is_file() else {})
+        if index_above.is_file():
+            check_components(index_above, read_json(index_above))
     found = Layout(folder, folder, None, _scheduler_in(folder), None, components.get("_class_name"))
     if not checkpoint.is_folder:
         return found._replace(weights=checkpoint.path)
@@ -106,14 +107,16 @@ def _components_of(folder: Path) -> dict[str, Any]:
     return {part.name: f"{part.name}/" for part in sorted(folder.iterdir()) if is_unet(part)}
 
 
-def _check_components(path: Path, components: dict[str, Any]) -> None:
-    """ValueError, naming the component, for a pipeline of more than a UNet and a scheduler."""
+def check_components(where: Path, components: dict[str, Any]) -> None:
+    """ValueError, naming the component, for a pipeline of more than a UNet and a scheduler.
+
+    where: the pipeline's index, folder or class, for the message.
+    """
     for name, value in components.items():
         absent = value is None or value is False or (isinstance(value, list) and not any(value))
         if name.startswith("_") or name in (*UNETS, "scheduler") or absent:
             continue
         kind = ".".join(map(str, value)) if isinstance(value, list) else shown(value)
-        where = path if path.is_file() else path.parent
         raise ValueError(
             f"{where}: a pipeline with the component {name} ({kind}) cannot be imported, only one of a unet "
             "and a scheduler: without it, the UNet's samples are no images"
