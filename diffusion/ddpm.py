@@ -515,6 +515,13 @@ class DDPM(nn.Module):
             raise ValueError("this model has no null label, so guidance_scale must be 1")
         return guidance
 
+    def release_memory(self) -> None:
+        """Lets go of what `sample` keeps for its next call: copies of the network, buffers, captured steps.
+
+        On a GPU, `torch.cuda.empty_cache()` then gives their memory to other programs.
+        """
+        self._denoisers = DenoiserCache()
+
     def explain(
         self,
         *,
@@ -596,12 +603,18 @@ def load(
     return model.to(device).eval()
 
 
+@cache
+def _thresholding(ratio: float, max_value: float) -> loop.Threshold:
+    """The same function each time, since captured steps are known by it."""
+    return partial(thresholded_step, ratio=ratio, max_value=max_value)
+
+
 def _threshold(ratio: float | None, max_value: float) -> loop.Threshold | None:
     """`thresholded_step` with these arguments of `DDPM.sample`, or None without a ratio."""
     max_value = number("dynamic_threshold_max", max_value, 1, infinite=True)
     if ratio is None:
         return None
-    return partial(thresholded_step, ratio=number("dynamic_threshold", ratio, 0, 1), max_value=max_value)
+    return _thresholding(number("dynamic_threshold", ratio, 0, 1), max_value)
 
 
 def _check_backend(denoiser: Denoiser) -> None:

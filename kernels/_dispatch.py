@@ -15,7 +15,10 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from . import _native
 from ._native import check_environment
+
+MAX_REMEMBERED = 4096  # calls whose backend an op remembers; a network makes one for each shape
 
 
 def always(arguments: object) -> None:
@@ -61,6 +64,20 @@ _FUNCTIONS = {
     )
     for name in names
 }
+_OWN = tuple(_FUNCTIONS.values())
+
+
+def _are_own() -> bool:
+    """Whether all of `_FUNCTIONS` are PyTorch's; written out, since every call of an op asks."""
+    return (
+        F.conv2d,
+        F.interpolate,
+        F.linear,
+        F.pad,
+        F.scaled_dot_product_attention,
+        F.silu,
+        torch.group_norm,
+    ) == _OWN
 
 
 def intercepted() -> str | None:
@@ -70,9 +87,10 @@ def intercepted() -> str | None:
     """
     if torch.compiler.is_compiling():
         return None
-    for (module, name), function in _FUNCTIONS.items():
-        if getattr(module, name) is not function:
-            return f"{module.__name__}.{name} was replaced"
+    if not _are_own():
+        for (module, name), function in _FUNCTIONS.items():
+            if getattr(module, name) is not function:
+                return f"{module.__name__}.{name} was replaced"
     if torch._C._is_torch_function_mode_enabled():
         for mode in _get_current_function_mode_stack():
             if type(mode) is not DeviceContext:
@@ -90,6 +108,29 @@ class Backend(NamedTuple):
     slower: Callable[[Any], str | None] = always
 
 
+def _identity(arguments: Any, backend: str) -> tuple | None:
+    """All that the choice for a call on a CUDA device depends on; None for calls whose choice is not kept.
+
+    To choose takes the host longer than a GPU needs for many calls. On the CPU the choice also depends on the
+    instruction set and on autocast, and a call takes longer.
+    """
+    if torch.compiler.is_compiling() or not isinstance(arguments, tuple):
+        return None
+    if not (isinstance(arguments[0], torch.Tensor) and arguments[0].is_cuda):
+        return None
+    if intercepted() or transformed():
+        return None
+    parts: list[Any] = [backend, torch.is_grad_enabled(), _native.CUDA_MISSING]
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            parts += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        elif value is None or type(value) in (int, float, str):
+            parts += (type(value), value)
+        else:
+            return None
+    return tuple(parts)
+
+
 class Op:
     """An op and its backends, listed in the order in which "auto" tries them.
 
@@ -102,6 +143,7 @@ class Op:
         self.name = name
         self.backends = backends
         self.validate = validate
+        self._chosen: dict[tuple, str] = {}
 
     def _refusal(self, name: str, arguments: Any) -> str | None:
         reason = None if name == next(reversed(self.backends)) else transformed()
@@ -113,6 +155,16 @@ class Op:
 
     def choose(self, arguments: Any, backend: str = "auto") -> str:
         """Name of the backend that `backend` stands for. ValueError with the reason if it cannot serve."""
+        identity = _identity(arguments, backend)
+        if identity is None:
+            return self._choose(arguments, backend)
+        if identity not in self._chosen:
+            if len(self._chosen) >= MAX_REMEMBERED:
+                self._chosen = {}
+            self._chosen[identity] = self._choose(arguments, backend)
+        return self._chosen[identity]
+
+    def _choose(self, arguments: Any, backend: str) -> str:
         check_environment()
         self.validate(arguments)
         if backend == "auto" and intercepted():

@@ -164,7 +164,7 @@ class Comparison:
 
         # The reference may read a number from the device, which no graph can do.
         in_graph = self.device.type == "cuda" and self.subject.in_graph and name != "reference"
-        return _captured(run) if in_graph else run
+        return _captured(run, self.device) if in_graph else run
 
     def one_call(self, name: str) -> Callable[[], Any]:
         """A function that calls on the next buffer each time, and on a CUDA device waits for the result."""
@@ -216,16 +216,17 @@ class Comparison:
         }
 
 
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
+def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A CUDA graph of `run`. It must have run before, since nothing can be tuned during the capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    with torch.cuda.device(device):
+        stream, own = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(own)
+        with torch.cuda.stream(stream):
+            run()
+        own.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
     return graph.replay
 
 

@@ -113,7 +113,7 @@ def affordable_batch(denoiser: Denoiser, config: NetworkConfig, guided: bool) ->
 def _part_of(request: Batch, part: slice, shape: tuple[int, ...], device: torch.device) -> Batch:
     """The images `part` of a request, as a batch."""
     return Batch(
-        labels=None if request.labels is None else request.labels[part].to(device),
+        labels=None if request.labels is None else request.labels[part].cpu(),
         sample_ids=request.sample_ids[part],
         seed=request.seed,
         noise=None if request.noise is None else _rows(request, part, shape),

@@ -5,7 +5,7 @@ They keep their addresses, so that a step can be captured, as a CUDA graph or as
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,9 @@ from .. import kernels
 from ..kernels.ops.reverse_step import ROW_LENGTH
 from ..kernels.ops.reverse_step.library import step_embeddings_
 from ..models.network import NetworkConfig
+from ..planner.graph import channels_last_strides
 from ..samplers.table import StepTable
+from ..samplers.thresholding import THRESHOLDED, Threshold
 from ..utils.validation import check_dense
 
 STEPS_EMBEDDED = 64  # steps whose timesteps are embedded together
@@ -26,8 +28,8 @@ Noise = Callable[[int], torch.Tensor]
 class Batch:
     """The images of one batch: the label of each, and the source of its noise.
 
-    labels: int64 [B], or None to sample without labels. sample_ids: int64 [B]. noise: k -> float32
-    [B, C, H, W], or None for the package's counter-based noise of (seed, sample id, k).
+    labels: int64 [B], best on the CPU, or None to sample without labels. sample_ids: int64 [B]. noise: k ->
+    float32 [B, C, H, W], or None for the package's counter-based noise of (seed, sample id, k).
     """
 
     labels: torch.Tensor | None
@@ -40,14 +42,24 @@ class Step(NamedTuple):
     """How one step runs. Steps that are equal share a capture.
 
     guided: the UNet evaluates the conditional and the unconditional half of the batch. next_guided: the same
-    for the next step, whose UNet input this step writes; None in the last step. injects_noise: the caller
-    gives the noise. learned_variance: the UNet's second half of channels is the variance of the step.
+    for the next step, whose UNet input this step writes; the last step counts as followed by its like.
+    injects_noise: the caller gives the noise. learned_variance: the UNet's second half of channels is the
+    variance of the step. rescale, parallel: phi of `rescale_guidance` and the share of `project_guidance`, of
+    a guided step. threshold: takes the place of the step's clipping.
     """
 
     guided: bool
-    next_guided: bool | None
+    next_guided: bool
     injects_noise: bool
     learned_variance: bool
+    rescale: float = 0.0
+    parallel: float = 1.0
+    threshold: Threshold | None = None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether PyTorch computes between the UNet and the reverse step."""
+        return (self.rescale, self.parallel, self.threshold) != (0, 1, None)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class BufferSpec:
     num_steps: rows of the table.
     store_x0: whether the predicted x_0 is kept, for the next step, the network or a callback.
     injects_noise: whether the caller gives the noise.
+    thresholds: whether the steps have a threshold.
     """
 
     image_shape: tuple[int, ...]
@@ -68,6 +81,7 @@ class BufferSpec:
     num_steps: int
     store_x0: bool
     injects_noise: bool
+    thresholds: bool = False
 
 
 class SamplerBuffers:
@@ -78,11 +92,13 @@ class SamplerBuffers:
     noise: the caller's noise of this step, like x; None unless the spec says injects_noise.
     unet_input: x_t twice, [2 B, C, H, W] in the dtype of the UNet, channels_last. Steps without guidance read
         and write the first half.
-    table, counter, sample_ids: as `kernels.reverse_step_` takes them.
+    table, counter, sample_ids: as `kernels.reverse_step_` takes them. thresholded: the table of steps with a
+        threshold (`samplers.thresholding.thresholded_step`); None unless the spec says thresholds.
     embeddings: [STEPS_EMBEDDED, labels, E], the embedding of each timestep and distinct label.
     label_index: int64 [2 B], the position in `embeddings` of the label of each image of unet_input.
     captured: the steps that were captured over these buffers; each is called with a number of times. None for
         a step that cannot be captured.
+    graph_pool: the memory that all CUDA graphs among them share; None before the first.
     """
 
     def __init__(self, spec: BufferSpec, embedding_size: int, device: torch.device, dtype: torch.dtype):
@@ -92,9 +108,14 @@ class SamplerBuffers:
         self.x0 = torch.zeros_like(self.x) if spec.store_x0 else None
         self.noise = torch.zeros_like(self.x) if spec.injects_noise else None
         inputs = torch.zeros(2 * batch, *spec.image_shape, device=device, dtype=dtype)
-        self.unet_input = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if device.type == "cuda":  # the strides of one channel would be those of no layout in particular
+            strides = channels_last_strides(inputs.shape)
+            inputs = torch.empty_strided(inputs.shape, strides, device=device, dtype=dtype).zero_()
+        self.unet_input = inputs
         self._half = self.unet_input[:batch]
         self.table = torch.zeros(spec.num_steps, ROW_LENGTH, dtype=torch.float64, device=device)
+        self.thresholded = torch.zeros_like(self.table) if spec.thresholds else None
         self.counter = kernels.step_counter(0, device=device)
         self.sample_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.label_index = torch.zeros(2 * batch, dtype=torch.int64, device=device)
@@ -105,6 +126,7 @@ class SamplerBuffers:
         )
         self._embedding = self.embeddings.new_zeros(2 * batch, embedding_size)  # of this step
         self.captured: dict[Step, Callable[[int], None] | None] = {}
+        self.graph_pool: Any = None
 
     def load(
         self, batch: Batch, table: StepTable, guided: bool, null_label: int | None, backend: str
@@ -114,12 +136,15 @@ class SamplerBuffers:
         guided: whether any step is guided, by null_label. backend: of the kernel that draws the noise.
         """
         self.table.copy_(table.table)
+        if self.thresholded is not None:
+            self.thresholded.copy_(_thresholded(table.table))
         self.counter.copy_(kernels.step_counter(batch.seed, stream=1))
         self.sample_ids.copy_(batch.sample_ids)
         if self.x0 is not None:
             self.x0.zero_()
-        self.timesteps = table.table[:, TIMESTEP].float()
-        self.whole_timesteps = bool((self.timesteps == self.timesteps.round()).all())
+        timesteps = table.table[:, TIMESTEP].float()
+        self.whole_timesteps = bool((timesteps == timesteps.round()).all())
+        self.timesteps = timesteps.to(self.x.device)
         self._load_labels(batch.labels, guided, null_label)
         if batch.noise is not None:
             self.x.copy_(checked_noise(batch.noise, 0, self.x.shape))
@@ -141,14 +166,16 @@ class SamplerBuffers:
     def _load_labels(self, labels: torch.Tensor | None, guided: bool, null_label: int | None) -> None:
         """Sets distinct_labels; label_index; and image_labels, the labels of unet_input."""
         self.distinct_labels: list[int | None] = [None]
-        self.image_labels = labels
+        self.image_labels: torch.Tensor | None = None
         if labels is None:
             return
-        distinct, index = labels.cpu().unique(return_inverse=True)
+        labels = labels.cpu()
+        distinct, index = labels.unique(return_inverse=True)
         self.distinct_labels = distinct.tolist() + [null_label] * guided
         self.label_index.copy_(torch.cat([index, torch.full_like(index, len(distinct))]))
         if guided and null_label is not None:
-            self.image_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+            labels = torch.cat([labels, torch.full_like(labels, null_label)])
+        self.image_labels = labels.to(self.x.device)
 
     def inputs(self, guided: bool) -> torch.Tensor:
         """The part of unet_input that a step reads: all of it, or the first half without guidance."""
@@ -167,6 +194,11 @@ class SamplerBuffers:
         now = self.counter[:1] % self.steps_embedded
         return self.embeddings.index_select(0, now)[0].index_select(0, index)
 
+    def row(self) -> kernels.StepCoefficients:
+        """This step's row of the table, of tensors without dimensions on the device."""
+        now = self.counter[:1].clamp(max=len(self.table) - 1)  # a capture's warm-up may go beyond the last
+        return kernels.StepCoefficients(*self.table.index_select(0, now)[0])
+
     def timesteps_and_labels(self, images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copies of this step's timestep [images], int64 if all are whole numbers, and labels [images]."""
         timesteps = self.table[:, TIMESTEP].index_select(0, self.counter[:1]).expand(images).clone()
@@ -176,6 +208,14 @@ class SamplerBuffers:
     def changed_by_a_step(self) -> list[torch.Tensor]:
         """The buffers that a step writes."""
         return [self.x, self.unet_input, self.counter, *([] if self.x0 is None else [self.x0])]
+
+
+def _thresholded(rows: torch.Tensor) -> torch.Tensor:
+    """A copy of the table's rows with the coefficients of `thresholded_step`."""
+    rows = rows.clone()
+    for name, value in THRESHOLDED.items():
+        rows[:, kernels.StepCoefficients._fields.index(name)] = value
+    return rows
 
 
 def checked_noise(noise: Noise, k: int, shape: torch.Size) -> torch.Tensor:

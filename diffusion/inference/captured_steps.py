@@ -7,6 +7,8 @@ steps without returning to Python.
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from ..kernels._recorded_calls import recording
 from ..kernels.ops.reverse_step.arguments import InPlaceArguments
 from ..kernels.ops.reverse_step.in_place import op as reverse_step_op
@@ -53,13 +55,9 @@ def _reverse_step_backend(denoiser: Denoiser, buffers: SamplerBuffers) -> str:
 
 
 def _graph(buffers: SamplerBuffers, take: Callable[[], None], step: Step) -> Replay:
-    replay = capture_cuda_graph(take, buffers.changed_by_a_step())
-
-    def replay_times(count: int) -> None:
-        for _ in range(count):
-            replay()
-
-    return replay_times
+    if buffers.graph_pool is None:
+        buffers.graph_pool = torch.cuda.graph_pool_handle()
+    return capture_cuda_graph(take, buffers.changed_by_a_step(), buffers.graph_pool)
 
 
 def _calls(
@@ -67,7 +65,8 @@ def _calls(
 ) -> Replay | None:
     assert isinstance(denoiser.unet, SplitUNet)
     inputs = buffers.inputs(step.guided)
-    if not denoiser.unet.recordable(inputs, buffers.step_embedding(len(inputs), compiled=True)):
+    embedding = buffers.step_embedding(len(inputs), compiled=True)
+    if step.corrected or not denoiser.unet.recordable(inputs, embedding):
         return None
     with recording() as calls:
         take()

@@ -18,6 +18,7 @@ from ..kernels import _native
 from ..models.blocks import takes_backend
 from ..models.structure import Snapshot, altered, config_of, missing
 from ..models.unet import UNet
+from ..planner.graph import channels_last_strides
 from ..utils.device import DTYPES, float32_products
 from ..utils.memory import free_memory
 from .buffers import BufferSpec, SamplerBuffers
@@ -139,6 +140,8 @@ def _own_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, bac
         return Denoiser(split, null_label, device, dtype, backend)
     if _training(unet) or any((p.device, p.dtype) != (device, dtype) for p in unet.parameters()):
         unet = copy.deepcopy(unet).to(device, dtype).eval()
+    if device.type == "cuda":
+        unet = _with_weights_in_channels_last(unet)
     split = SplitUNet(unet.embed, functools.partial(unet.denoise, backend=backend), size)
     parameter = next(unet.parameters())
     return Denoiser(split, null_label, parameter.device, parameter.dtype, backend)
@@ -207,6 +210,25 @@ def mixed_dtypes(unet: nn.Module) -> str | None:
         return None
     kinds = ", ".join(f"{str(dtype)[6:]} ({name})" for dtype, name in names.items())
     return f"this UNet cannot be sampled in several dtypes: {kinds}; model.float() makes them one"
+
+
+def _with_weights_in_channels_last(unet: UNet) -> UNet:
+    """The UNet, or a copy, with weights in the order that cuDNN reads; it copies others in each call."""
+
+    def fits(weight: Tensor) -> bool:
+        return weight.ndim != 4 or weight.stride() == channels_last_strides(weight.shape)
+
+    if all(map(fits, unet.parameters())):
+        return unet
+    unet = copy.deepcopy(unet)
+    for module in unet.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and not fits(weight):
+                # Not contiguous(), which leaves the strides of a single channel as they are.
+                strides = channels_last_strides(weight.shape)
+                copied = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
+                setattr(module, name, nn.Parameter(copied.copy_(weight.detach()), weight.requires_grad))
+    return unet
 
 
 def _training(unet: nn.Module) -> bool:

@@ -19,13 +19,13 @@ from .. import kernels
 from ..kernels._native import CPP_MISSING
 from ..samplers.guidance import project_guidance, rescale_guidance
 from ..samplers.table import StepTable
+from ..samplers.thresholding import Threshold
 from .buffers import Batch, BufferSpec, SamplerBuffers, Step, checked_noise
 from .captured_steps import Capture, choose_capture
 from .denoiser import Denoiser, SplitUNet
 from .recall import Recall
 
 Callback = Callable[[int, Tensor, Tensor], None]
-Threshold = Callable[..., tuple[kernels.StepCoefficients, Tensor, Tensor]]  # thresholding.thresholded_step
 
 
 def run(
@@ -51,12 +51,12 @@ def run(
     callback: callback(i, x, x0) follows step i, with copies of x_{t-1} and of the predicted x_0.
     progress: progress() follows each step. On a CUDA device the host runs ahead of it.
     """
-    steps = plan_steps(table, batch)
+    steps = plan_steps(table, batch, guidance_rescale, guidance_parallel, threshold)
     guided = any(step.guided for step in steps)
     spec = BufferSpec(
         image_shape=tuple(image_shape),
         batch_size=len(batch.sample_ids),
-        num_labels=1 if batch.labels is None else len(batch.labels.unique()) + guided,
+        num_labels=1 if batch.labels is None else len(batch.labels.cpu().unique()) + guided,
         num_steps=len(table),
         store_x0=table.needs_x0_prev
         or table.history is not None
@@ -64,8 +64,8 @@ def run(
         or threshold is not None
         or denoiser.self_condition,
         injects_noise=batch.noise is not None,
+        thresholds=threshold is not None,
     )
-    projects = guidance_rescale != 0 or guidance_parallel != 1
     # Autocast is off, because the caller chose the dtype of the UNet.
     with denoiser.buffers(spec) as buffers, torch.autocast(denoiser.device.type, enabled=False):
         buffers.load(batch, table, guided, denoiser.null_label, denoiser.backend)
@@ -76,7 +76,7 @@ def run(
                 "a network that gets its last x_0 cannot be sampled by a solver that keeps more than one; "
                 "choose solver_order 1 or 2 and algorithm 'dpmsolver++'"
             )
-        alone = not (recall is threshold is callback is progress is None)  # Python code follows each step
+        alone = not (recall is callback is progress is None)  # Python code follows each step
         i = 0
         while i < len(steps):
             step = steps[i]
@@ -87,14 +87,8 @@ def run(
                 assert batch.noise is not None
                 assert buffers.noise is not None
                 buffers.noise.copy_(checked_noise(batch.noise, i + 1, buffers.x.shape))
-            if threshold is not None or (projects and step.guided):
-                noise = {"seed": batch.seed, "stream": i + 1}
-                guidance = (guidance_rescale, guidance_parallel)
-                eager_step(denoiser, buffers, step, table.row(i), guidance, threshold, **noise)
-                count = 1
-            else:
-                count = 1 if alone or step.injects_noise else equal_steps(steps, i, buffers.steps_embedded)
-                take_steps(denoiser, buffers, step, count, capture)
+            count = 1 if alone or step.injects_noise else equal_steps(steps, i, buffers.steps_embedded)
+            take_steps(denoiser, buffers, step, count, capture)
             i += count
             if recall is not None:
                 recall.after(i - 1)
@@ -106,13 +100,27 @@ def run(
         return buffers.x.clone()
 
 
-def plan_steps(table: StepTable, batch: Batch) -> list[Step]:
-    """How each step of the table runs for this batch."""
+def plan_steps(
+    table: StepTable,
+    batch: Batch,
+    rescale: float = 0.0,
+    parallel: float = 1.0,
+    threshold: Threshold | None = None,
+) -> list[Step]:
+    """How each step of the table runs for this batch. rescale, parallel, threshold: see `Step`."""
     guided = [batch.labels is not None and scale != 1 for scale in table.column("guidance_scale")]
     injects_noise = [batch.noise is not None and sigma != 0 for sigma in table.column("sigma")]
-    next_guided = [*guided[1:], None]
+    next_guided = [*guided[1:], guided[-1]]
     return [
-        Step(*flags, table.learned_variance) for flags in zip(guided, next_guided, injects_noise, strict=True)
+        Step(
+            now,
+            then,
+            injects,
+            table.learned_variance,
+            *((rescale, parallel) if now else (0.0, 1.0)),
+            threshold,
+        )
+        for now, then, injects in zip(guided, next_guided, injects_noise, strict=True)
     ]
 
 
@@ -139,7 +147,10 @@ def take_steps(
 def take_step(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> None:
     """x_t to x_{t-1}, in the buffers: one evaluation of the UNet and one reverse step."""
     output, uncond = evaluate(denoiser, buffers, step)
-    reverse_step(denoiser, buffers, step, output, uncond)
+    if step.corrected:
+        corrected_step(denoiser, buffers, step, output, uncond)
+    else:
+        reverse_step(denoiser, buffers, step, output, uncond, buffers.table)
 
 
 def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[Tensor, Tensor | None]:
@@ -171,71 +182,56 @@ def _self_condition(denoiser: Denoiser, buffers: SamplerBuffers, images: int) ->
 
 
 def reverse_step(
-    denoiser: Denoiser, buffers: SamplerBuffers, step: Step, output: Tensor, uncond: Tensor | None
+    denoiser: Denoiser,
+    buffers: SamplerBuffers,
+    step: Step,
+    output: Tensor,
+    uncond: Tensor | None,
+    table: Tensor,
 ) -> None:
-    """x_t to x_{t-1} by row `counter` of the table; writes the UNet's next input, too."""
+    """x_t to x_{t-1} by row `counter` of a table; writes the UNet's next input, too."""
     kernels.reverse_step_(
         buffers.x,
         output,
-        buffers.table,
+        table,
         buffers.counter,
         sample_ids=buffers.sample_ids,
         model_output_uncond=uncond,
         x0=buffers.x0,
         noise=buffers.noise if step.injects_noise else None,
-        unet_input=None if step.next_guided is None else buffers.inputs(step.next_guided),
+        unet_input=buffers.inputs(step.next_guided),
         backend=denoiser.backend,
     )
 
 
-def eager_step(
-    denoiser: Denoiser,
-    buffers: SamplerBuffers,
-    step: Step,
-    row: kernels.StepCoefficients,
-    guidance: tuple[float, float],
-    threshold: Threshold | None,
-    *,
-    seed: int,
-    stream: int,
+def corrected_step(
+    denoiser: Denoiser, buffers: SamplerBuffers, step: Step, output: Tensor, uncond: Tensor | None
 ) -> None:
-    """`take_step` with what StepCoefficients cannot express: `guide`, or dynamic thresholding.
+    """`reverse_step` with what StepCoefficients cannot express: `guide`, or dynamic thresholding.
 
-    row: the step's row of the table. guidance: phi and the parallel share, as in `guide`. seed, stream: of
-    the step's noise, as in `kernels.reverse_step`.
+    The row is read on the device, so that a CUDA graph can hold the step.
     """
-    channels = buffers.x.shape[1]
-    output, uncond = evaluate(denoiser, buffers, step)
+    row, channels = buffers.row(), buffers.x.shape[1]
     if uncond is not None:
-        output = guide(output, uncond, row.guidance_scale, *guidance, channels)
-    if threshold is None:
-        return reverse_step(denoiser, buffers, step, output, None)
-    x0_prev = buffers.x0 if row.coef_x0_prev else None
-    row, x0_prev, x0 = threshold(row, buffers.x, output[:, :channels].float(), x0_prev)
-    x, _ = kernels.reverse_step(
-        buffers.x,
-        output,
-        row,
-        x0_prev=x0_prev,
-        noise=buffers.noise if step.injects_noise else None,
-        seed=seed,
-        sample_ids=buffers.sample_ids,
-        stream=stream,
-        backend=denoiser.backend,
-    )
-    buffers.x.copy_(x)
-    if buffers.x0 is not None:
-        buffers.x0.copy_(x0)
-    buffers.counter[0] += 1
-    if step.next_guided is not None:
-        buffers.inputs(step.next_guided).unflatten(0, (-1, buffers.batch_size)).copy_(x)
+        output = guide(output, uncond, row.guidance_scale, step.rescale, step.parallel, channels)
+    if step.threshold is None:
+        return reverse_step(denoiser, buffers, step, output, None, buffers.table)
+    assert buffers.x0 is not None
+    assert buffers.thresholded is not None
+    _, carried, x0 = step.threshold(row, buffers.x, output[:, :channels].float(), buffers.x0)
+    buffers.x0.copy_(carried)
+    reverse_step(denoiser, buffers, step, output, None, buffers.thresholded)
+    buffers.x0.copy_(x0)
     return None
 
 
-def guide(output: Tensor, uncond: Tensor, scale: float, phi: float, parallel: float, channels: int) -> Tensor:
+def guide(
+    output: Tensor, uncond: Tensor, scale: float | Tensor, phi: float, parallel: float, channels: int
+) -> Tensor:
     """The guided output, float32 [B, C, H, W], with `project_guidance` and `rescale_guidance`.
 
-    The channels beyond `channels`, a learned variance, are those of the conditional output.
+    scale: a number, or a tensor without dimensions. The channels beyond `channels`, a learned variance, are
+    those of the conditional output.
     """
     cond, variance = output[:, :channels].float(), output[:, channels:].float()
     uncond = uncond[:, :channels].float()

@@ -25,7 +25,7 @@ def check_arguments(
         return
     if config.num_classes is None:
         raise ValueError("this model is unconditional; labels must be None")
-    check_labels(config, labels, x.shape[:1], waits=False)
+    check_labels(config, labels, x.shape[:1])
 
 
 def check_images(config: NetworkConfig, x: object) -> None:
@@ -48,11 +48,10 @@ def check_timesteps(timesteps: object) -> None:
     raise ValueError(f"timesteps must be a tensor [B], a number for each image, {one}, not {given}")
 
 
-def check_labels(config: NetworkConfig, labels: object, shape: Sequence[int], waits: bool = True) -> None:
-    """ValueError unless labels are integers [B] in 0..K-1, or K for no label, as far as they can be read.
+def check_labels(config: NetworkConfig, labels: object, shape: Sequence[int]) -> None:
+    """ValueError unless labels are integers [B] in 0..K-1, or K for no label.
 
-    shape: [B]. waits: also read labels on another device than the CPU, which waits for the device; one that
-    is compiled or captured cannot wait.
+    shape: [B]. The values are checked only where they can be read without waiting for a device.
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels must be a tensor of integers {list(shape)}, not {type(labels).__name__}")
@@ -64,9 +63,7 @@ def check_labels(config: NetworkConfig, labels: object, shape: Sequence[int], wa
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(labels):
         labels = torch._C._functorch.get_unwrapped(labels)  # vmap passes one label; this is the batch
-    if labels.is_meta or (labels.device.type != "cpu" and not waits):
-        return
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    if labels.device.type != "cpu":
         return
     assert config.num_classes is not None
     last, null = config.num_classes - 1 + config.has_null_label, config.null_label

@@ -37,7 +37,8 @@ _OWN = (
 )
 _OTHERS = (nn.Conv2d, nn.Embedding, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU)
 _CALLING = ("__call__", "_call_impl", "_conv_forward", "_wrapped_call_impl", "forward")
-CHUNK = 1024  # numbers of a weight in one sum of `_projections`
+CHUNK = 1024  # numbers of the weights in one sum of `_projections`
+GROUP = 1 << 24  # numbers that it joins
 
 
 def _methods() -> Iterator[tuple[type, str, Callable]]:
@@ -201,35 +202,37 @@ class Snapshot:
             return False
         if not self._state.holds(whole=True):
             return False
-        return all(map(_same_numbers, self._sums, _projections(self._parameters)))
+        return all(map(bool, map(_same_numbers, self._sums, _projections(self._parameters))))
 
 
-def _same_numbers(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) and bool(a.isfinite().all())
+def _same_numbers(a: Tensor, b: Tensor) -> Tensor:
+    return ((a == b) & a.isfinite()).all()
 
 
 def _projections(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Checksums of the weights, because writing through `.data` or in inference mode changes no version.
 
-    Each CHUNK of numbers is multiplied with fixed random numbers and summed, so that the order counts.
+    Each CHUNK of numbers is multiplied with fixed random numbers and summed, so that the order counts. The
+    weights are joined, up to GROUP numbers at a time, since a GPU takes as long to begin a sum as to do it.
     """
-    places: dict[tuple, Tensor] = {}
-    sums: dict[tuple, list[Tensor]] = {}
+    groups: dict[tuple, list[list[Tensor]]] = {}
     for parameter in parameters:
         weight = parameter.detach()
-        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-        numbers = _flat(weight).to(dtype)
-        key = (weight.device, dtype)
-        if key not in places:
-            generator = torch.Generator("cpu").manual_seed(0)
-            places[key] = torch.randn(CHUNK, generator=generator, device="cpu").to(weight.device, dtype)
-        whole = len(numbers) // CHUNK * CHUNK
-        results = sums.setdefault(key, [])
-        if whole:
-            results.append(numbers[:whole].view(-1, CHUNK).mv(places[key]))
-        if whole < len(numbers):
-            results.append(numbers[None, whole:].mv(places[key][: len(numbers) - whole]))
-    return [torch.cat(results) for results in sums.values()]
+        joined = groups.setdefault((weight.device, weight.dtype), [[]])
+        if sum(map(len, joined[-1])) + weight.numel() > GROUP and joined[-1]:
+            joined.append([])
+        joined[-1].append(_flat(weight))
+    results = []
+    for (device, dtype), joined in groups.items():
+        wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        factors = torch.randn(CHUNK, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        factors, sums = factors.to(device, wide), []
+        for weights in joined:
+            rest = -sum(map(len, weights)) % CHUNK
+            numbers = torch.cat([*weights, torch.zeros(rest, device=device, dtype=dtype)])
+            sums.append(numbers.to(wide).view(-1, CHUNK).mv(factors))
+        results.append(torch.cat(sums))
+    return results
 
 
 def _flat(weight: Tensor) -> Tensor:

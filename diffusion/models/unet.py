@@ -130,7 +130,8 @@ class UNet(Network):
 
         timesteps: [B], integer or floating point, 0..T-1. labels: int64 [B] in 0..K-1, or K for no label;
         None for no label in the whole batch; floating point [B, E] for the label_embedding "identity".
-        ValueError for labels outside of these, or timesteps that a learned table does not have.
+        ValueError for labels outside of these, or timesteps that a learned table does not have, if they are
+        on the CPU: nothing waits for another device.
         """
         config = self.config
         check_timesteps(timesteps)

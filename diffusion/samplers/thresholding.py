@@ -1,11 +1,16 @@
 """Dynamic thresholding of the predicted x_0, done between the model and an ordinary reverse step."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from ..kernels import StepCoefficients
 from ..utils.validation import number
+
+# The coefficients of a step whose x0_prev holds all that its own x_0 and the one before add up to.
+THRESHOLDED = {"x0_from_x": 0.0, "x0_from_output": 0.0, "coef_x0": 0.0, "coef_x0_prev": 1.0}
+Threshold = Callable[..., tuple[StepCoefficients, torch.Tensor, torch.Tensor]]  # as `thresholded_step`
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float = 0.995, max_value: float = 1.0) -> torch.Tensor:
@@ -39,8 +44,9 @@ def thresholded_step(
 ) -> tuple[StepCoefficients, torch.Tensor, torch.Tensor]:
     """(row', x0_prev', x0): the step `row` with a dynamically thresholded x_0 as arguments for reverse_step.
 
-    x: x_t; out: the guided model output without variance channels, like x; x0_prev: the x0 that the previous
-    step's call returned here, needed where row.coef_x0_prev is not 0.
+    row: of numbers, or of tensors without dimensions. x: x_t; out: the guided model output without variance
+    channels, like x; x0_prev: the x0 that the previous step's call returned here, needed where
+    row.coef_x0_prev is not 0.
 
     The thresholded x_0 takes the place of the previous one: x0_prev' = coef_x0 x_0 + coef_x0_prev x0_prev,
     and row' has coef_x0 = 0 and coef_x0_prev = 1. reverse_step(x, model_output, row', x0_prev=x0_prev', ...)
@@ -49,8 +55,8 @@ def thresholded_step(
     """
     x0 = dynamic_threshold(row.x0_from_x * x + row.x0_from_output * out, ratio, max_value)
     carried = row.coef_x0 * x0
-    if row.coef_x0_prev != 0:
-        if x0_prev is None:
-            raise ValueError("this step needs x0_prev, the thresholded x0 of the step before")
+    if x0_prev is not None:
         carried = carried + row.coef_x0_prev * x0_prev
-    return row._replace(x0_from_x=0.0, x0_from_output=0.0, coef_x0=0.0, coef_x0_prev=1.0), carried, x0
+    elif row.coef_x0_prev != 0:
+        raise ValueError("this step needs x0_prev, the thresholded x0 of the step before")
+    return row._replace(**THRESHOLDED), carried, x0

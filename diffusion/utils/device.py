@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,8 +65,9 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[choice("dtype", dtype, DTYPES)]
 
 
+@cache
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError if the device cannot run a UNet's operations in this dtype, which are tried."""
+    """ValueError if the device cannot run a UNet's operations in this dtype, which are tried once."""
     try:
         x = torch.zeros(1, 4, 4, 4, device=device, dtype=dtype)
         x = nn.functional.conv2d(x, torch.zeros(4, 4, 3, 3, device=device, dtype=dtype), padding=1)
@@ -75,7 +77,8 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(f"device {device} lacks dtype {str(dtype)[6:]}: {first_line(error)}") from error
 
 
-_products = threading.RLock()
+# Held while a setting of the whole process is another, or while a CUDA graph is captured.
+EXCLUSIVE = threading.RLock()
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
         return
     backends: Any = torch.backends  # PyTorch's stubs lack some of these
     settings = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-    with _products:
+    with EXCLUSIVE:
         before = [setting.fp32_precision for setting in settings]
         try:
             for setting in settings:

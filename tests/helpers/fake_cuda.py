@@ -39,10 +39,14 @@ def on_fake_cuda() -> Iterator[FakeTensorMode]:
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
+def fake_unet(config: UNetConfig = TINY) -> UNet:
+    """A new UNet on the device; to be called within `on_fake_cuda`."""
+    with torch.device(CUDA):
+        return UNet(config).eval()
+
+
 def fake_denoiser(
     config: UNetConfig = TINY, dtype: torch.dtype = torch.float32, tf32: bool = False
 ) -> Denoiser:
     """The Denoiser of a new UNet on the device; to be called within `on_fake_cuda`."""
-    with torch.device(CUDA):
-        network = UNet(config).eval()
-    return denoiser.make_denoiser(network, CUDA, dtype, "auto", tf32)
+    return denoiser.make_denoiser(fake_unet(config), CUDA, dtype, "auto", tf32)

@@ -287,8 +287,11 @@ def test_steps_are_not_captured(monkeypatch):
     captured = []
     monkeypatch.setattr(captured_steps, "runs_cuda_kernels", lambda *args: True)
     monkeypatch.setattr(
-        captured_steps, "capture_cuda_graph", lambda function, changed: captured.append(function) or function
+        captured_steps,
+        "capture_cuda_graph",
+        lambda function, *_: captured.append(function) or (lambda count: [function() for _ in range(count)]),
     )
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     sample(model)
     assert captured
     captured.clear()

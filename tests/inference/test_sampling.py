@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -537,17 +538,18 @@ def test_unknown_precision(model):
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """Has steps captured as on a CUDA device, where a graph is their call; a list of the captures."""
-    seen = []
+    """Has steps captured as on a CUDA device, where a graph is their call; a list of their graphs' pools."""
+    seen, pools = [], itertools.count()
 
-    def capture(function, changed):
+    def capture(function, changed, pool):
         kept = [tensor.clone() for tensor in changed]
         function()  # to warm up
         for tensor, before in zip(changed, kept, strict=True):
             tensor.copy_(before)
-        seen.append(function)
-        return function
+        seen.append(pool)
+        return lambda count: [function() for _ in range(count)]
 
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(pools)))
     monkeypatch.setattr(captured_steps, "runs_cuda_kernels", lambda *args: True)
     monkeypatch.setattr(captured_steps, "capture_cuda_graph", capture)
     return seen
@@ -556,11 +558,15 @@ def replayed(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [
-        ({}, 2),  # every step but the last, and the last, which leaves no input behind
-        ({"guidance_interval": (300, 600)}, 5),
-        ({"eta": 1.0}, 2),
-        ({"sampler": "dpm++"}, 2),
-        ({"guidance_scale": 1.0, "batch_size": 3}, 4),
+        ({}, 1),
+        ({"guidance_interval": (300, 600)}, 4),  # steps within, steps without, and those that lead over
+        ({"eta": 1.0}, 1),
+        ({"sampler": "dpm++"}, 1),
+        ({"guidance_scale": 1.0, "batch_size": 3}, 2),
+        ({"guidance_rescale": 0.7}, 1),
+        ({"guidance_parallel": 0.3, "guidance_interval": (300, 600)}, 4),
+        ({"dynamic_threshold": 0.9, "dynamic_threshold_max": 2.0, "eta": 1.0}, 1),
+        ({"dynamic_threshold": 0.9, "sampler": "dpm++", "guidance_rescale": 0.7}, 1),
     ],
 )
 def test_captured_steps_need_nothing_but_their_buffers(conditional, replayed, monkeypatch, options, graphs):
@@ -569,6 +575,7 @@ def test_captured_steps_need_nothing_but_their_buffers(conditional, replayed, mo
     labels = [3, 1, 4, 1, 5]
     first = conditional.sample(labels, **options)
     assert len(replayed) == graphs
+    assert len(set(replayed)) == (2 if "batch_size" in options else 1)  # the graphs of a batch share memory
     again = conditional.sample(labels, **options | {"seed": 4})
     once = len(replayed)
     monkeypatch.undo()
