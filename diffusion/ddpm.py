@@ -38,6 +38,7 @@ from .storage.image_types import as_output, check_output
 from .storage.images import to_uint8
 from .utils.device import check_backend, check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from .utils.memory import check_fits
+from .utils.plain_pytorch import tell_of_plain_pytorch
 from .utils.validation import (
     choice,
     number,
@@ -397,6 +398,8 @@ class DDPM(nn.Module):
         if vectors is not None:
             denoiser = with_vectors(denoiser, vectors)
         _check_backend(denoiser)
+        if backend != "reference":
+            tell_of_plain_pytorch(denoiser.device)
         try:
             images = sample_in_batches(
                 denoiser,

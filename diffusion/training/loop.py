@@ -14,6 +14,7 @@ from ..ddpm import DDPM
 from ..storage.atomic import check_writable, remove_leftovers
 from ..storage.images import save_grid
 from ..storage.locks import holder, locked
+from ..utils.plain_pytorch import tell_of_plain_pytorch
 from ..utils.validation import whole_number
 from .distributed import any_rank, check_ranks_agree, explain_lost_rank, shared_gradients
 from .log_file import LogFile
@@ -69,6 +70,8 @@ def train(
         except ValueError as error:
             problem = error
         check_ranks_agree(trainer, problem)
+        if trainer.ranks.rank == 0:
+            tell_of_plain_pytorch(trainer.device)
         return _loop(trainer, out, resume, options, progress)
 
 
