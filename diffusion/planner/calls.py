@@ -30,11 +30,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Template:
-    """A call with a Slot in the place of each tensor."""
+    """A call with a Slot in the place of each tensor. dtypes: of the tensors, in the order of the slots."""
 
     function: Callable
     leaves: list[Any]
     structure: Any
+    dtypes: list[torch.dtype]
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors that the function returns for these, in the order of the node's outputs."""
@@ -51,18 +52,18 @@ def template_of(call: Call) -> Template:
         if isinstance(leaf, Tensor):
             leaf, count = Slot(count), count + 1
         slots.append(leaf)
-    return Template(call.function, slots, structure)
+    return Template(call.function, slots, structure, [tensor.dtype for tensor in tensors_in(leaves)])
 
 
 def function_node(
     op: str, function: Callable, inputs: list[Value], output: Value, arguments: tuple = (), **options: Any
 ) -> Node:
-    """A node that can run as function(*inputs, *arguments)."""
+    """A node that can run as function(*inputs, *arguments), on tensors of the output's dtype."""
     slots = tuple(Slot(i) for i in range(len(inputs)))
     leaves, structure = pytree.tree_flatten(((*(None for _ in slots), *arguments), {}))
-    return Node(
-        op, inputs, [output], call=Template(function, [*slots, *leaves[len(slots) :]], structure), **options
-    )
+    dtypes = [output.dtype] * len(slots)
+    template = Template(function, [*slots, *leaves[len(slots) :]], structure, dtypes)
+    return Node(op, inputs, [output], call=template, **options)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -71,10 +71,46 @@ class Node:
 
 
 class Graph:
-    """nodes: in the order in which they run. inputs: the tensors that vary from call to call."""
+    """nodes: in the order in which they run. inputs: the tensors that vary from call to call.
+
+    dtype: that of the feature maps in a plan that computes as the network does; None in a plan that is to be
+    faster. visited: the node at which the planner is.
+    """
 
     def __init__(self, nodes: list[Node], inputs: list[Value], outputs: list[Value]):
         self.nodes, self.inputs, self.outputs = nodes, inputs, outputs
+        self.dtype: torch.dtype | None = None
+        self.visited: Node | None = None
+
+    def visit(self) -> Iterator[Node]:
+        """The present nodes, each noted as `visited` meanwhile."""
+        for node in list(self.nodes):
+            self.visited = node
+            yield node
+        self.visited = None
+
+    def stays_wide(self, value: Value) -> bool:
+        """Whether the network reads a value, or returns it, in a wider dtype than that of the feature maps.
+
+        Such values are computed in their own dtype. Others that are wide are only narrowed again.
+        """
+        if self.dtype is None or value.dtype not in FLOATS or value.dtype.itemsize <= self.dtype.itemsize:
+            return False
+        if value in self.outputs:
+            return True
+        for user in value.users:
+            if user.op == "view" and self.stays_wide(user.output):
+                return True
+            if user.op != "view" and "call" in user.options:
+                read = zip(user.reads(), user.options["call"].dtypes, strict=True)
+                if any(x is value and dtype.itemsize > self.dtype.itemsize for x, dtype in read):
+                    return True
+        return False
+
+    def constants(self) -> list[Tensor]:
+        """The tensors of the network that the nodes read."""
+        values = {value for node in self.nodes for value in node.reads()} | set(self.outputs)
+        return [value.constant for value in values if value.constant is not None]
 
     def drop_unused(self) -> None:
         """Removes the nodes whose outputs nobody reads."""

@@ -44,7 +44,7 @@ class Layout:
         self._laid_out: Node | None = None
         self.unfused: list[Node] = []
         self.inputs = [self.placement.input(value) for value in graph.inputs]
-        for i, node in enumerate(graph.nodes):
+        for i, node in enumerate(graph.visit()):
             lay_out = getattr(self, f"_lay_out_{node.op}", self._lay_out_call)
             self._laid_out = node
             lay_out(node)
@@ -167,8 +167,17 @@ class Layout:
         self._record(convolution_, *arguments)
 
     def _map(self, value: Value | None) -> Tensor:
+        """A map in channels_last, in the plan's dtype."""
         assert value is not None
-        return self._pixels(self.placement.tensor(value), False)
+        return self._pixels(self.placement.tensor(value), False, None, self._weights.dtype)
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor, or a copy in another dtype."""
+        if tensor.dtype == dtype:
+            return tensor
+        other = torch.empty_like(tensor, dtype=dtype)
+        self._record(copy, other, tensor)
+        return other
 
     def _pixels(
         self,
@@ -194,22 +203,24 @@ class Layout:
         return view
 
     def _lay_out_attention(self, node: Node) -> None:
-        q, k, v = (self.placement.tensor(value) for value in node.reads())
         _, heads, positions, width = node.output.shape
         merged = (positions * heads * width, width, heads * width, 1)  # merging the heads copies nothing
         out = self.placement.place(node.output, merged)
         scale = node.options["scale"]
+        values = list(node.reads())
+        q, k, v = (self.placement.tensor(value) for value in values)
         matching = k.ndim == 4 and k.shape == v.shape == (*q.shape[:2], k.shape[2], width) and k.shape[2] > 0
-        same = matching and q.dtype == k.dtype == v.dtype
         dense = all(t.stride(-1) == 1 for t in (q, k, v))
-        if not (same and dense and q.dtype in FLOATS):
+        if not (matching and dense and all(value.dtype in FLOATS for value in values)):
             return self._lay_out_call(node)
+        q, k, v = (self._cast(t, out.dtype) for t in (q, k, v))
         fast = q.dtype == torch.bfloat16  # products of bfloat16, where the processor has them
         self._record(attention_, q, k, v, scale, fast, out)
         return None
 
     def _lay_out_linear_attention(self, node: Node) -> None:
-        q, k, v = (self._heads(self.placement.tensor(value)) for value in list(node.reads())[:3])
+        values = list(node.reads())[:3]
+        q, k, v = (self._heads(self._cast(self.placement.tensor(x), self._weights.dtype)) for x in values)
         memory = [self._weights.vector(value) for value in list(node.reads())[3:]] or [None, None]
         _, heads, channels, positions = node.output.shape
         merged = (positions * heads * channels, channels, 1, heads * channels)  # as a map in channels_last
@@ -245,7 +256,7 @@ class Layout:
         self._record(average_pool_, self._map(inputs["x"]), affine, silu, 2, out)
 
     def _lay_out_join(self, node: Node) -> None:
-        parts = [self._operand(value, node) for value in node.reads()]
+        parts = [self.placement.tensor(value) for value in node.reads()]
         maps = node.output.ndim == 4 and all(part.stride(1) == 1 for part in parts)
         out = self.placement.place(node.output, None if maps else contiguous(node.output.shape))
         dimension, start = node.options["dim"], 0
@@ -265,7 +276,8 @@ class Layout:
         """A call of PyTorch's function, whose results are copied into buffers."""
         self.unfused.append(node)
         template: Template = node.options["call"]
-        tensors = [self._operand(value, node) for value in node.reads()]
+        reads = zip(node.reads(), template.dtypes, strict=True)
+        tensors = [self._operand(value, dtype, node) for value, dtype in reads]
         with torch.no_grad():
             results = template.run(tensors)
         outs = []
@@ -278,8 +290,14 @@ class Layout:
         else:
             self._record(write_results, outs, template, tensors)
 
-    def _operand(self, value: Value, node: Node) -> Tensor:
-        """An input of PyTorch's function; a constant in the dtype of the maps that the function reads."""
+    def _operand(self, value: Value, dtype: torch.dtype, node: Node) -> Tensor:
+        """An input of PyTorch's function. dtype: in which the network gives it.
+
+        In a plan that narrows the feature maps, a constant is in the dtype of the maps that the function
+        reads.
+        """
+        if not self._weights.narrows:
+            return self._cast(self.placement.tensor(value), dtype)
         maps = [other for other in node.reads() if other.constant is None and other.ndim > 2]
         dtypes = {self.placement.dtype(other) for other in maps if other.dtype in FLOATS}
         if value.constant is not None and value.dtype in FLOATS and dtypes == {self._weights.dtype}:

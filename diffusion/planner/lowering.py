@@ -53,7 +53,7 @@ def lower(call: Call, inputs: list[Value], outputs: list[Value], single: bool) -
     if known is not None:
         try:
             found = known(*call.args, **call.options)
-        except (TypeError, ZeroDivisionError):  # other arguments than the planner knows, or no dimensions
+        except Exception:  # other arguments than the planner knows
             found = None
         if found is not None:
             op, options = found

@@ -91,10 +91,11 @@ class Placement:
         return ends
 
     def dtype(self, value: Value) -> torch.dtype:
-        """The plan's dtype for maps and rows that compiled operators read or write, and what follows.
+        """The plan's dtype for maps and rows that compiled operators read or write.
 
         All others have their own: vectors [N, C], whole numbers, what is computed from these alone, and what
-        PyTorch's functions alone read and write, such as a denoiser's image, which would lose digits.
+        PyTorch's functions alone read and write, such as a denoiser's image, which would lose digits. In a
+        plan that narrows the feature maps, what PyTorch's functions compute from them is as narrow.
         """
         if value not in self._dtypes:
             self._dtypes[value] = self._found_dtype(value)
@@ -106,10 +107,12 @@ class Placement:
             return value.dtype
         if node is not None and node.op == "view":
             return self.dtype(next(node.reads()))
+        if self._graph.stays_wide(value):
+            return value.dtype
         compiled = node is not None and is_compiled(node)
         if compiled or any(is_compiled(user) and read.ndim > 2 for user, read in leaf_uses(value)):
             return dtype
-        if node is None:
+        if node is None or not self._weights.narrows:
             return value.dtype
         maps = [x for x in node.reads() if x.constant is None and x.ndim > 2 and x.dtype in FLOATS]
         return dtype if maps and all(self.dtype(x) == dtype for x in maps) else value.dtype

@@ -14,8 +14,9 @@ from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
 from ..kernels.ops.linear_attention.library import linear_attention_
 from . import report
+from .faults import without_faults
 from .fusion import fuse
-from .graph import Graph
+from .graph import Graph, Node
 from .layout import CallOf, Layout
 from .weights import Weights
 
@@ -37,12 +38,15 @@ class Plan:
     """
 
     def __init__(self, graph: Graph, weights: Weights):
-        fuse(graph)
-        self.graph = graph
-        self._weights = weights
-        self.layout = Layout(graph, weights)
+        self.graph, self._weights = graph, weights
+        graph.dtype = None if weights.narrows else weights.dtype
+        self.layout, self._bound = without_faults(graph, self._make)
         self.inputs, self.outputs = self.layout.inputs, self.layout.outputs
-        self._bound = _bound(self.layout.calls)
+
+    def _make(self) -> tuple[Layout, list[Callable[[], None]]]:
+        fuse(self.graph)
+        layout = Layout(self.graph, self._weights)
+        return layout, _bound(layout.calls, layout.origins, self.graph)
 
     @property
     def recordable(self) -> bool:
@@ -68,7 +72,10 @@ class Plan:
 
         The kinds are "convolution", "norm", "attention" and "rest".
         """
-        return [(_RECORDABLE.get(call[0], "rest"), _bound([call])[0]) for call in self.layout.calls]
+        return [
+            (_RECORDABLE.get(call[0], "rest"), _bound([call], [None], self.graph)[0])
+            for call in self.layout.calls
+        ]
 
     def report(self, calls: bool = False) -> list[str]:
         """Lines that say what is fused, what is not, and how much memory and work the plan is.
@@ -79,15 +86,21 @@ class Plan:
         return lines + (report.table(self.layout) if calls else [])
 
 
-def _bound(calls: list[CallOf]) -> list[Callable[[], None]]:
-    """Functions that run the calls, those of neighbouring compiled operators as one recording."""
+def _bound(calls: list[CallOf], origins: list[Node | None], graph: Graph) -> list[Callable[[], None]]:
+    """Functions that run the calls, those of neighbouring compiled operators as one recording.
+
+    origins: the node of each call, noted in the graph while the operator checks its arguments.
+    """
     bound: list[Callable[[], None]] = []
-    for recordable, group in itertools.groupby(calls, lambda call: call[0] in _RECORDABLE):
+    pairs = zip(calls, origins, strict=True)
+    for recordable, group in itertools.groupby(pairs, lambda pair: pair[0][0] in _RECORDABLE):
         if recordable:
             with recording() as recorded:
-                for function, arguments in group:
+                for (function, arguments), origin in group:
+                    graph.visited = origin
                     function(*arguments)
             bound.append(recorded.run)
         else:
-            bound += [partial(function, *arguments) for function, arguments in group]
+            bound += [partial(function, *arguments) for (function, arguments), _ in group]
+    graph.visited = None
     return bound

@@ -103,8 +103,9 @@ def _fused(node: Node) -> str:
 
 
 def _described(node: Node) -> str:
-    """The function of PyTorch that a node calls, and the size of its output."""
-    return f"{_name(node.options['call'].function)} {list(node.outputs[0].shape)}"
+    """The function of PyTorch that a node calls, the size of its output, and the planner's fault, if any."""
+    called = f"{_name(node.options['call'].function)} {list(node.outputs[0].shape)}"
+    return f"{called}: {node.options['reason']}" if "reason" in node.options else called
 
 
 def _name(function: Callable) -> str:

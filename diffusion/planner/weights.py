@@ -31,6 +31,8 @@ class Weights:
 
     def __init__(self, parameters: list[Tensor], dtype: torch.dtype):
         self.dtype, self.simd = dtype, _native.simd_in_use()
+        # Whether the feature maps are narrower than the network's own.
+        self.narrows = any(p.is_floating_point() and p.dtype.itemsize > dtype.itemsize for p in parameters)
         self._largest_m = self._affordable_m(parameters)
         small = sum(parameter.numel() for parameter in parameters) <= SMALL_NETWORK
         self.accurate = dtype == torch.float32 and small

@@ -11,6 +11,7 @@ channel_norm a layer norm or RMS norm of each pixel's channels; options: eps, rm
 whose inputs have the names of options["names"].
 """
 
+from ..faults import without_faults
 from ..graph import Graph
 from .activations import fuse_activations
 from .attention import fuse_attention
@@ -25,6 +26,7 @@ from .shuffles import order_squares
 from .siblings import join_siblings
 from .simplify import simplify
 from .views import shorten_views
+from .wide import leave_wide
 
 __all__ = ["fuse", "fuse_norms_alone", "named"]
 
@@ -34,6 +36,7 @@ def fuse(graph: Graph) -> None:
     fold_constants(graph)
     shorten_views(graph)
     simplify(graph)
+    leave_wide(graph)
     share_equal(graph)
     fuse_attention(graph)
     fuse_linear_attention(graph)
@@ -50,6 +53,10 @@ def fuse(graph: Graph) -> None:
 
 def fuse_norms_alone(graph: Graph) -> None:
     """Joins group normalisations with their modulation and SiLU, and leaves the other nodes as they are."""
+    without_faults(graph, lambda: _fuse_norms_alone(graph))
+
+
+def _fuse_norms_alone(graph: Graph) -> None:
     share_equal(graph)
     widen_sequences(graph, ("group_norm",))
     fuse_norms(graph)

@@ -12,7 +12,7 @@ def fuse_activations(graph: Graph) -> None:
 
     It is a name of kernels.ops.convolution.library.ACTIVATIONS.
     """
-    for node in list(graph.nodes):
+    for node in graph.visit():
         if node.op in ("conv", "linear") and is_fusable(node):
             _take_activation(node, graph)
             if node.op == "linear":
@@ -27,7 +27,7 @@ def _take_activation(node: Node, graph: Graph) -> None:
         if user.op == "view":
             value = user.output
             continue
-        if user.op not in ("silu", "gelu"):
+        if user.op not in ("silu", "gelu") or graph.stays_wide(user.output):
             break
         exact = user.op == "silu" or user.options["approximate"] == "none"
         node.options["activation"] = user.op if exact else "gelu_tanh"
@@ -58,7 +58,7 @@ def _take_gates(node: Node, graph: Graph) -> None:
         return
     gated = gelu.output
     alone = gated.users == [product] and {values, gates, gated}.isdisjoint(graph.outputs)
-    if not alone or other_operand(product, values) is not gated:
+    if not alone or other_operand(product, values) is not gated or graph.stays_wide(product.output):
         return
     for old in (node, first, second, gelu, product):
         old.remove()

@@ -69,14 +69,14 @@ class _Letters(NamedTuple):
 def fuse_attention(graph: Graph) -> None:
     """Makes attention nodes of softmaxes between two products."""
     replaced: dict[Node, list[Node]] = {}
-    for node in graph.nodes:
+    for node in graph.visit():
         if node.op == "softmax":
             replaced |= _attention(node, graph)
     if not replaced:
         return
     graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
     graph.drop_unused()
-    for node in graph.nodes:
+    for node in graph.visit():
         if node.op == "attention":
             _order_heads(node, graph)
 
@@ -89,6 +89,8 @@ def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
         return {}
     first, last = logits.node, weights.users[0]
     if last.op != "product" or not {weights, last.output}.isdisjoint(graph.outputs):
+        return {}
+    if graph.stays_wide(last.output):
         return {}
     position = last.inputs[-2:].index(weights)
     letters = _letters(first, last, softmax.options["dim"], position)
@@ -112,7 +114,7 @@ def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
         nodes.append(Node("view", [source], [view], apply=Chain((*applies, heads))))
         scales.append(factor)
     q, k, v = (node.output for node in nodes)
-    alike = q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    alike = q.shape[:2] == k.shape[:2] and k.shape == v.shape
     if not alike or q.shape[-1] != v.shape[-1] or scales[2] * last.options["scale"] != 1:
         for node in nodes:
             node.remove()
@@ -120,7 +122,8 @@ def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
     scale *= scales[0] * scales[1] * first.options["scale"]
     out = Value(torch.empty(q.shape, dtype=last.output.dtype, device="meta"))
     _, structure = pytree.tree_flatten(((None, None, None), {"scale": None}))
-    template = Template(F.scaled_dot_product_attention, [*map(Slot, range(3)), scale], structure)
+    leaves = [*map(Slot, range(3)), scale]
+    template = Template(F.scaled_dot_product_attention, leaves, structure, [out.dtype] * 3)
     inside = letters.batch + letters.query + letters.channel
     merged = _Merged(tuple(inside.index(letter) for letter in letters.out), images)
     last.remove()

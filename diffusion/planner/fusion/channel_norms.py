@@ -37,11 +37,13 @@ def fuse_channel_norms(graph: Graph) -> None:
     """Makes one node of each norm over channels, with its weight, modulation, SiLU and a sum after it."""
     replaced: dict[Node, list[Node]] = {}
     known = set(graph.nodes)
-    for node in graph.nodes:
+    for node in graph.visit():
         core = None if node in replaced or len(node.outputs) != 1 else _core(node)
         if core is None or core.x.dtype not in FLOATS or 0 in core.x.shape:
             continue
         norm = _parsed(node, core, graph)
+        if graph.stays_wide(norm.output):
+            continue
         options = {"eps": core.eps, "rms": core.rms, "silu": norm.silu, "rows": not _is_map(core)}
         replaced |= {old: [] for old in norm.nodes}
         for old in norm.nodes:

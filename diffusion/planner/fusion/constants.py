@@ -9,7 +9,7 @@ from ..graph import Graph, Node, Value
 def fold_constants(graph: Graph) -> None:
     """Computes now what depends on constants alone, such as a standardised weight."""
     kept = []
-    for node in graph.nodes:
+    for node in graph.visit():
         constants = [value.constant for value in node.reads()]
         fixed = [constant for constant in constants if constant is not None]
         if len(fixed) < len(constants) or any(value in graph.outputs for value in node.outputs):
@@ -32,7 +32,7 @@ def _computed(node: Node, tensors: list[Tensor]) -> list[Tensor]:
 def share_equal(graph: Graph) -> None:
     """Computes an activation of one value once, where several blocks ask for it."""
     first: dict[tuple, Value] = {}
-    for node in list(graph.nodes):
+    for node in graph.visit():
         if node.op not in ("silu", "gelu") or len(node.inputs) != 1 or node.output in graph.outputs:
             continue
         key = (node.op, node.inputs[0], node.options.get("approximate"))

@@ -39,7 +39,7 @@ def fuse_convolutions(graph: Graph) -> None:
             replaced[before] = [before, affines[before]]  # the norm goes if nobody reads it
         return first_input(before), affines[before].output
 
-    for node in graph.nodes:
+    for node in graph.visit():
         if node.op == "average":
             normed = affine_of(map_of(first_input(node)))
             node.remove()
@@ -112,7 +112,7 @@ def _sum(node: Node, graph: Graph, taken: set[Node]) -> tuple[Node, Value | None
             continue
         seen = layout if residual is not None else _layout(value, node)
         number, other = factor_of(user), other_operand(user, value)
-        if user in taken or seen is None:
+        if user in taken or seen is None or graph.stays_wide(user.output):
             break
         if number is not None:
             factor *= number

@@ -51,8 +51,8 @@ class _Parts(NamedTuple):
 def fuse_linear_attention(graph: Graph) -> None:
     """Makes one node of each linear attention, with keys and values of a memory that are constants."""
     replaced: dict[Node, list[Node]] = {}
-    for node in graph.nodes:
-        if node.op != "product" or len(node.inputs) != 2:
+    for node in graph.visit():
+        if node.op != "product" or len(node.inputs) != 2 or graph.stays_wide(node.output):
             continue
         parts = _parts(node, 0) or _parts(node, 1)
         if parts is not None:

@@ -23,11 +23,13 @@ class _Norm(NamedTuple):
 def fuse_norms(graph: Graph) -> None:
     replaced: dict[Node, list[Node]] = {}
     known = set(graph.nodes)
-    for node in graph.nodes:
+    for node in graph.visit():
         affine = [value for value in node.inputs[1:] if value is not None]
         if node.op != "group_norm" or node.output.ndim != 4 or any(v.constant is None for v in affine):
             continue
         norm = _parsed(node, graph)
+        if graph.stays_wide(norm.output):
+            continue
         options = {"groups": node.options["groups"], "eps": node.options["eps"], "silu": norm.silu}
         replaced |= {old: [] for old in norm.nodes}
         for old in norm.nodes:

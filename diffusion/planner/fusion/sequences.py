@@ -20,7 +20,7 @@ def widen_sequences(graph: Graph, ops: Sequence[str] = _WIDENED) -> None:
     ops: of the nodes.
     """
     nodes: list[Node] = []
-    for node in graph.nodes:
+    for node in graph.visit():
         nodes += (_widened(node, graph) if node.op in ops else None) or [node]
     graph.nodes = nodes
 

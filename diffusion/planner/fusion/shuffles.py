@@ -16,7 +16,7 @@ def order_squares(graph: Graph) -> None:
     `pixel_unshuffle`. In the order of memory, pixel by pixel, this copies rows of numbers, not single ones.
     """
     replaced: dict[Node, list[Node]] = {}
-    for node in graph.nodes:
+    for node in graph.visit():
         if node.op != "conv" or (node.options["stride"], node.options["padding"]) != (1, 0):
             continue
         x, weight, *bias = node.inputs

@@ -12,7 +12,7 @@ from .inputs import CONVOLUTION_INPUTS, named
 def join_siblings(graph: Graph) -> None:
     """Makes one convolution of several linear maps of the same pixels, such as queries, keys and values."""
     groups: dict[tuple, list[Node]] = {}
-    for node in graph.nodes:
+    for node in graph.visit():
         if node.op != "convolution" or node.options["kernel"] != 1 or node.output in graph.outputs:
             continue
         inputs = named(node)
@@ -22,6 +22,7 @@ def join_siblings(graph: Graph) -> None:
             groups.setdefault((inputs["x"], inputs["affine"], *layout), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
+            graph.visited = nodes[0]
             _join(graph, nodes)
 
 

@@ -19,7 +19,7 @@ from .inputs import other_operand
 
 
 def simplify(graph: Graph) -> None:
-    for node in list(graph.nodes):
+    for node in graph.visit():
         for rewrite in (_linear_of_product, _with_bias, _resampling):
             new = rewrite(graph, node)
             if new is not None:
@@ -66,6 +66,8 @@ def _with_bias(graph: Graph, node: Node) -> Node | None:
         if made is None or made.op not in ("conv", "linear", "conv1d") or constant is None:
             continue
         if value.users != [node] or value in graph.outputs or value.shape != node.output.shape:
+            continue
+        if value.dtype != node.output.dtype:
             continue
         channel = value.ndim - 1 if made.op == "linear" else 1
         added = _of_channels(constant, value.shape[channel], value.ndim - 1 - channel)

@@ -12,7 +12,7 @@ def shorten_views(graph: Graph) -> None:
     Copies on the way can then cancel each other out: see `graph.strided_view`.
     """
     graph.drop_unused()
-    for node in graph.nodes:
+    for node in graph.visit():
         if node.op != "view":
             continue
         source = next(node.reads())
