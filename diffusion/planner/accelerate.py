@@ -1,5 +1,6 @@
 """accelerate: any network of PyTorch, planned at its first call with inputs of a shape."""
 
+import copyreg
 import functools
 import inspect
 import threading
@@ -26,6 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 
 PRECISIONS = ("exact", "fast")
 MAX_PLANS = 8  # of a thread; each holds the feature maps of one shape of input
+MAX_REASONS = 64  # against plans of other shapes or numbers
 _CPU = torch.device("cpu")
 
 
@@ -65,9 +67,13 @@ def accelerate(module: M, *, precision: str = "exact", release_weights: bool = F
     if "forward" in vars(module):
         raise ValueError(f"accelerate needs the forward of {type(module).__name__}, and it was replaced")
     released = ReleasedWeights(module) if release_weights else None
-    forward = AcceleratedForward(module, precision, released=released)
-    vars(module).update(forward=forward, report=forward.report)  # of this module, not of its class
+    _put(AcceleratedForward(module, precision, released=released), module)
+    copyreg.dispatch_table.setdefault(type(module), _reduced)
     return module
+
+
+def _put(forward: "AcceleratedForward", module: nn.Module) -> None:
+    vars(module).update(forward=forward, report=forward.report)  # of this module, not of its class
 
 
 def restore(module: M) -> M:
@@ -77,16 +83,32 @@ def restore(module: M) -> M:
     return module
 
 
+def _reduced(module: nn.Module) -> str | tuple[Any, ...]:
+    """What `copy` and `pickle` make a copy from. A copy that is accelerated runs itself, not the original."""
+    reduced = module.__reduce_ex__(4)
+    forward = vars(module).get("forward")
+    if not isinstance(forward, AcceleratedForward) or isinstance(reduced, str):
+        return reduced
+    make, args, state, *more = reduced
+    if not isinstance(state, dict):
+        return reduced
+    state = {name: value for name, value in state.items() if name not in ("forward", "report")}
+    return _accelerated_copy, (forward.precision, make, args), state, *more
+
+
+def _accelerated_copy(precision: str, make: Callable[..., nn.Module], args: tuple) -> nn.Module:
+    """A module that `copy` or `pickle` gives its state next."""
+    module = make(*args)
+    _put(AcceleratedForward(module, precision), module)
+    return module
+
+
 class _Planned(NamedTuple):
     """A plan, and how its outputs become what the module returns."""
 
     plan: Plan | EagerPlan
     leaves: list[Any]  # a Value for each tensor
     structure: Any
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 class AcceleratedForward:
@@ -130,16 +152,15 @@ class AcceleratedForward:
             self._last = reason
             return plain()
         with torch.inference_mode(False), torch.no_grad():
+            numbers = [self._numbers_vary and type(leaf) in (int, float) for leaf in leaves]
             given = [
-                torch.tensor(leaf, device=device)
-                if self._numbers_vary and type(leaf) in (int, float)
-                else leaf
-                for leaf in leaves
+                torch.tensor(leaf, device=device) if is_number else leaf
+                for leaf, is_number in zip(leaves, numbers, strict=True)
             ]
-            planned = self._planned(given, structure, device)
-            if planned is None and not all(map(_is, given, leaves)):
+            planned = self._planned(given, numbers, structure, device)
+            if planned is None and any(numbers):
                 given = leaves  # the network needs the numbers themselves
-                planned = self._planned(given, structure, device)
+                planned = self._planned(given, [False] * len(leaves), structure, device)
             if planned is None:
                 return plain()
             tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
@@ -185,11 +206,15 @@ class AcceleratedForward:
 
     # ---- Plans.
 
-    def _planned(self, leaves: list[Any], structure: Any, device: torch.device) -> _Planned | None:
-        """The plan for a call, or None with the reason in `_last`."""
+    def _planned(
+        self, leaves: list[Any], numbers: list[bool], structure: Any, device: torch.device
+    ) -> _Planned | None:
+        """The plan for a call, or None with the reason in `_last`. numbers: the leaves that stand for one."""
         key = (structure, tuple(map(_key_of, leaves)), _native.simd_in_use())
         with self._lock:
-            if self._state is None or not self._state.holds():
+            known = key in vars(self._thread_local).get("plans", ()) or key in self._reasons
+            # Another plan packs weights anew, so that all must still be those of the plans before.
+            if self._state is None or not self._state.holds(whole=not known):
                 self._forget()
                 self._state = ModuleState(self._module, compares_numbers=self._released is None)
             thread_local, hooked = self._thread_local, self._state.hooked()
@@ -202,9 +227,11 @@ class AcceleratedForward:
         plans: OrderedDict[tuple, _Planned] = vars(thread_local).setdefault("plans", OrderedDict())
         if key not in plans:
             try:
-                made = self._plan(leaves, structure, device)
+                made = self._plan(leaves, numbers, structure, device)
             except Untraceable as error:
                 self._reasons[key] = self._last = str(error)
+                while len(self._reasons) > MAX_REASONS:
+                    self._reasons.popitem(last=False)
                 return None
             if self._released is not None:
                 self._released.leave_memory()
@@ -216,7 +243,7 @@ class AcceleratedForward:
         vars(thread_local)["last"] = plans[key]
         return plans[key]
 
-    def _plan(self, leaves: list[Any], structure: Any, device: torch.device) -> _Planned:
+    def _plan(self, leaves: list[Any], numbers: list[bool], structure: Any, device: torch.device) -> _Planned:
         from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # takes 0.5 s
 
         module = self._module
@@ -244,6 +271,13 @@ class AcceleratedForward:
                 altered = self._state is not None and self._state.put_back()
             if altered:
                 raise Untraceable("it changes its attributes as it runs")
+            tensors = (
+                number for number, leaf in zip(numbers, leaves, strict=True) if isinstance(leaf, Tensor)
+            )
+            if _returns_a_number(graph, list(tensors)):
+                raise Untraceable("it returns a number that it computes from numbers alone")
+            if self._state is not None:
+                self._state.watch(graph.constants())
             plan = self._made(graph, dtype, device)
         except Untraceable:
             raise
@@ -276,6 +310,15 @@ class AcceleratedForward:
 
 def _key_of(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def _returns_a_number(graph: Graph, numbers: list[bool]) -> bool:
+    """Whether an output depends on numbers alone. numbers: for each input of the graph, whether it is one."""
+    alone = {value for value, is_number in zip(graph.inputs, numbers, strict=True) if is_number}
+    for node in graph.nodes:
+        if node.inputs and alone.issuperset(node.reads()):
+            alone.update(node.outputs)
+    return not alone.isdisjoint(graph.outputs)
 
 
 def _plan_dtype(tensors: list[Tensor], precision: str, device: torch.device) -> torch.dtype:

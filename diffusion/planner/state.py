@@ -3,7 +3,7 @@
 import copy
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,31 +16,20 @@ PARTS = 256  # calls of `ModuleState.holds` in which every number is compared
 _version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
-class ModuleState:
-    """A module's submodules, attributes, parameters and buffers at one time, for a later comparison.
+class TensorState:
+    """The addresses, layouts and versions of tensors at one time, and a digest of their numbers.
 
-    compares_numbers: whether changes that raise no version are looked for, which reads the weights.
+    compares_numbers: whether changes that raise no version are looked for, which reads the memory.
     """
 
-    def __init__(self, module: nn.Module, compares_numbers: bool = True):
-        self.modules = list(module.modules())
-        self._types = list(map(type, self.modules))
-        self._attributes = [vars(m) for m in self.modules]
-        self._values = [dict(attributes) for attributes in self._attributes]
-        contained = [value for values in self._values for value in values.values()]
-        self._containers = [value for value in contained if isinstance(value, dict | list | set)]
-        self._contents = [copy.copy(container) for container in self._containers]
-        self._owners = [owner for m in self.modules for owner in (m._parameters, m._buffers) if owner]
-        self._owned = [tensor for owner in self._owners for tensor in owner.values()]
-        self._identities = list(map(id, self._owned))
-        self._tensors = [tensor for tensor in self._owned if tensor is not None]
+    def __init__(self, tensors: Sequence[Tensor], compares_numbers: bool):
+        self._tensors = list(tensors)
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._places = self._current_places()
         compared = self._tensors if compares_numbers else []
         # Memory is kept as long as the digest reads it.
         self._memory = [tensor.detach() for tensor in compared if tensor.device.type == "cpu"]
         self._numbers = digest_of(self._memory) if compares_numbers else None
-        self._part = 0
 
     def _current_places(self) -> list[Any]:
         """The address and layout of each tensor, and the version, which operators that write to it raise."""
@@ -48,6 +37,78 @@ class ModuleState:
         places += map(Tensor.stride, self._tensors)
         places += map(_version_of, self._versioned)
         return places
+
+    def holds(self, part: int | None) -> bool:
+        """Whether nothing has changed. part: of the numbers, which of PARTS is compared; None for all."""
+        if self._places != self._current_places():
+            return False
+        if self._numbers is None:
+            return True
+        return self._numbers.holds() if part is None else self._numbers.holds(part, PARTS)
+
+
+class ModuleState:
+    """A module's submodules, attributes and tensors at one time, for a later comparison.
+
+    The tensors are parameters, buffers, and those among other attributes and their lists and dictionaries.
+    Modules in such lists count as submodules.
+
+    compares_numbers: whether changes that raise no version are looked for, which reads the weights.
+    """
+
+    def __init__(self, module: nn.Module, compares_numbers: bool = True):
+        self._compares_numbers = compares_numbers
+        self.modules: list[nn.Module] = []
+        self._containers: list[Any] = []
+        self._plain: list[tuple[Any, Hashable, Tensor]] = []  # tensors among attributes: where, and which
+        self._find(module)
+        self._types = list(map(type, self.modules))
+        self._attributes = [vars(m) for m in self.modules]
+        self._values = [dict(attributes) for attributes in self._attributes]
+        self._contents = [copy.copy(container) for container in self._containers]
+        self._owners = [owner for m in self.modules for owner in (m._parameters, m._buffers) if owner]
+        self._owned = [tensor for owner in self._owners for tensor in owner.values()]
+        self._identities = list(map(id, self._owned))
+        tensors = [tensor for tensor in self._owned if tensor is not None]
+        self._seen = {id(tensor) for tensor in tensors}
+        self._tensors = [TensorState(tensors, compares_numbers)]
+        self._part = 0
+        self.watch(tensor for *_, tensor in self._plain)
+
+    def _find(self, module: nn.Module) -> None:
+        """Collects a module's modules, and the containers and tensors among their attributes."""
+        known: set[int] = set()
+
+        def add_module(found: nn.Module) -> None:
+            for each in found.modules():
+                if id(each) not in known:
+                    known.add(id(each))
+                    self.modules.append(each)
+                    add_items(vars(each), vars(each).items(), isinstance)
+
+        def add_items(owner: Any, items: Iterable[tuple[Any, Any]], is_one: Callable[..., bool]) -> None:
+            for key, value in items:
+                if isinstance(value, nn.Module):
+                    if all(each is not module for each in value.modules()):  # it is not around this one
+                        add_module(value)
+                elif isinstance(value, Tensor):
+                    self._plain.append((owner, key, value))
+                elif is_one(value, (dict, list, set, tuple)) and id(value) not in known:
+                    known.add(id(value))
+                    if not isinstance(value, tuple):
+                        self._containers.append(value)
+                    if key not in ("_parameters", "_buffers", "_modules"):
+                        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+                        add_items(value, pairs, lambda inner, types: type(inner) in types)
+
+        add_module(module)
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Looks for changes of these tensors, too, such as those that a function of the module holds."""
+        new = {id(tensor): tensor for tensor in tensors if id(tensor) not in self._seen}
+        if new:
+            self._seen |= set(new)
+            self._tensors.append(TensorState(list(new.values()), self._compares_numbers))
 
     def holds(self, whole: bool = False) -> bool:
         """Whether nothing has changed.
@@ -58,18 +119,18 @@ class ModuleState:
         """
         same = self._types == list(map(type, self.modules)) and self._has_attributes()
         owned = itertools.chain.from_iterable(owner.values() for owner in self._owners)
-        if not same or self._identities != list(map(id, owned)) or self._places != self._current_places():
+        if not same or self._identities != list(map(id, owned)):
             return False
-        if self._numbers is None:
-            return True
         self._part = (self._part + 1) % PARTS
-        return self._numbers.holds() if whole else self._numbers.holds(self._part, PARTS)
+        part = None if whole else self._part
+        return all(tensors.holds(part) for tensors in self._tensors)
 
     def _has_attributes(self) -> bool:
         try:
-            return self._attributes == self._values and self._containers == self._contents
-        except RuntimeError:  # comparing two tensors with == has no single answer
+            same = self._attributes == self._values and self._containers == self._contents
+        except (RuntimeError, ValueError):  # comparing two tensors or arrays with == has no single answer
             return False
+        return same and all(_item(owner, key) is tensor for owner, key, tensor in self._plain)
 
     def put_back(self) -> bool:
         """Gives the modules the attributes that they had, and returns whether any had changed."""
@@ -92,6 +153,10 @@ class ModuleState:
             if module._forward_hooks or module._forward_pre_hooks:
                 return type(module).__name__
         return None
+
+
+def _item(owner: Any, key: Any) -> Any:
+    return None if isinstance(owner, set) else owner[key]
 
 
 def digest_of(tensors: Iterable[Tensor]) -> Any:

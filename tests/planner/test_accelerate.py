@@ -261,6 +261,38 @@ def test_changes_are_noticed(change):
     assert (actual - before).abs().max() > 1e-3
 
 
+def pickled(protocol):
+    return lambda network: pickle.loads(pickle.dumps(network, protocol))
+
+
+class Times(nn.Module):
+    """A module with a number of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.factor = nn.Conv2d(8, 8, 1), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.factor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, pickled(2), pickled(pickle.HIGHEST_PROTOCOL)])
+def test_a_copy_runs_itself(clone):
+    network, plain, x = diffusion.accelerate(Times().eval()), Times().eval(), torch.randn(1, 8, 4, 4)
+    expected = network(x)
+    other = clone(network)
+    assert type(other) is Times
+    other.factor = 2.0
+    torch.testing.assert_close(other(x), 2 * expected)
+    assert "planned, exact" in other.report()
+    torch.testing.assert_close(network(x), expected)
+    diffusion.restore(other)
+    assert not hasattr(other, "report")
+    assert "planned, exact" in network.report()
+    assert not hasattr(clone(plain), "report")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_are_accelerated(clone):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffusion
+from diffusion.planner import accelerate as planner_accelerate
 from diffusion.planner import weights as planner_weights
 from helpers.native import requires_native
 
@@ -230,3 +231,69 @@ def test_what_a_module_keeps_is_its_own():
         assert type(module.position) is Tensor
         assert [type(value) for value in module.seen] == [Tensor] * count
     assert "changes its attributes" in module.report()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("holder", ["an attribute", "a list", "a closure"])
+@pytest.mark.parametrize("by", [Tensor.mul_, lambda tensor, n: tensor.data.mul_(n)])
+def test_tensors_of_all_kinds_are_followed(holder, by):
+    held = torch.linspace(1, 2, 8).view(8, 1, 1)
+    reads = {
+        "an attribute": lambda m: m.scale,
+        "a list": lambda m: m.scales[0],
+        "a closure": lambda m: held,
+    }[holder]
+    module = Function(lambda m, x: m.conv(x * reads(m)), conv=conv(8, 8, 1), scale=held, scales=[held]).eval()
+    x = torch.randn(1, 8, 4, 4)
+    diffusion.accelerate(module)
+    before = module(x)
+    by(held, 2)
+    actual = module(x)
+    assert "planned, exact" in module.report()
+    torch.testing.assert_close(actual, module.conv(x * held))
+    assert not torch.equal(actual, before)
+
+
+@torch.no_grad()
+def test_numbers_stay_numbers():
+    """Those that a network returns as it got them, or computes from them; others are given as tensors."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(8, 8, 1)
+
+        def forward(self, x, t):
+            return self.conv(x) * t, t, t + 1, {"constant": 3}
+
+    module, x = Counts().eval(), torch.randn(1, 8, 4, 4)
+    expected = [module(x, t) for t in (5, 0.5)]
+    diffusion.accelerate(module)
+    for wanted, t in zip(expected, (5, 0.5), strict=True):
+        result = module(x, t)
+        assert "planned, exact" in module.report()
+        torch.testing.assert_close(result[0], wanted[0])
+        assert result[1:] == wanted[1:]
+        assert list(map(type, result[1:])) == [type(t), type(t), dict]
+
+
+@torch.no_grad()
+def test_reasons_do_not_add_up():
+    module = Function(lambda m, x: m.conv(x) if x.sum() else x, conv=conv(8, 8, 1)).eval()
+    diffusion.accelerate(module)
+    for size in range(1, planner_accelerate.MAX_REASONS + 4):
+        module(torch.zeros(1, 8, 1, size))
+    assert len(module.forward._reasons) == planner_accelerate.MAX_REASONS
+    assert "it reads the values" in module.report()
+
+
+@torch.no_grad()
+def test_an_unseen_change_is_in_no_new_plan():
+    """A few numbers written through `.data` may stay unseen by a call, but not by one that packs weights."""
+    module = nn.Sequential(conv(64, 64, 3, padding=1)).eval()
+    diffusion.accelerate(module)
+    small, large = torch.randn(1, 64, 2, 2), torch.randn(1, 64, 32, 32)
+    module(small)
+    module[0].weight.data[37, 21, 1, 1] += 1
+    for x in (large, small):
+        torch.testing.assert_close(module(x), module[0](x), rtol=1e-4, atol=1e-4)

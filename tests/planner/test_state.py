@@ -15,6 +15,8 @@ def make() -> nn.Module:
         nn.Conv2d(8, 70, 3), nn.BatchNorm2d(70), nn.Linear(300, 5, bias=False), nn.Linear(1, 1)
     )
     module[2].weight = nn.Parameter(torch.randn(300, 5).t())
+    module.scale, module.tables = torch.ones(4), {"fine": [torch.zeros(3), torch.ones(1)]}
+    module.hidden = [nn.Linear(2, 2)]  # which is no submodule
     return module.eval()
 
 
@@ -51,7 +53,28 @@ def without_a_bias(module):
     module[3].bias = None
 
 
+def plain_in_place(module):
+    module.scale[2] = 5
+
+
+def plain_replaced(module):
+    module.scale = module.scale.clone()
+
+
+def plain_replaced_by_an_equal_number(module):
+    module.tables["fine"][1] = torch.ones(1)
+
+
+def nested_in_place(module):
+    module.tables["fine"][0].add_(1)
+
+
+def hidden(module):
+    module.hidden[0].bias = nn.Parameter(torch.ones(2))
+
+
 CHANGES = [in_place, replaced, by_data, turned, another_attribute, another_module, hooked, without_a_bias]
+CHANGES += [plain_in_place, plain_replaced, plain_replaced_by_an_equal_number, nested_in_place, hidden]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -75,7 +98,8 @@ def test_changes_without_the_library(change, monkeypatch):
 
 
 def every_number(module):
-    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    tensors = (*module.parameters(), *module.buffers(), module.scale, module.tables["fine"][0])
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 @requires_native
@@ -128,6 +152,26 @@ def test_nan_is_equal_to_itself():
     module = make()
     module[0].weight.data.fill_(float("nan"))
     assert ModuleState(module).holds(whole=True)
+
+
+def test_tensors_that_are_watched():
+    module, held = make(), torch.zeros(3)
+    seen = ModuleState(module)
+    seen.watch([held, module[0].weight])
+    assert seen.holds()
+    held[1] = 1
+    assert not seen.holds()
+
+
+def test_a_module_within_a_list_that_is_around_it():
+    """What changes in the whole is no change of a part that knows it."""
+    whole = make()
+    whole[3].whole = [whole]
+    seen = ModuleState(whole[3])
+    whole.scale.add_(1)
+    assert seen.holds()
+    whole[3].weight.data.add_(1)
+    assert not seen.holds(whole=True)
 
 
 @requires_native
