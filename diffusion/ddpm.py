@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any, Literal, NoReturn, overload
 
@@ -33,7 +33,7 @@ from .process.schedule import NoiseSchedule
 from .process.value_range import SIGNED, change_range, check_range
 from .samplers import SAMPLERS, StepTable, check_options, options_of
 from .samplers.thresholding import thresholded_step
-from .storage import checkpoint
+from .storage import checkpoint, hub
 from .storage.image_types import as_output, check_output
 from .storage.images import to_uint8
 from .utils.device import check_backend, check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
@@ -451,6 +451,40 @@ class DDPM(nn.Module):
         config = {"schedule": self.schedule.to_config(), **self.conventions()}
         config["metadata"] = self.metadata | metadata
         checkpoint.write(folder, self.unet, config, dtype)
+
+    def card(
+        self, name: str = "my-model", *, results: Iterable[hub.Result] = (), license: str | None = None
+    ) -> str:
+        """A model card: the text of a README.md with the hub's metadata, the model's facts and results.
+
+        name: of the repository, such as "owner/name". results: files that `diffusion evaluate --out` wrote,
+        or their contents; each appears with its protocol. license: an identifier of the hub, such as "mit".
+        ValueError for a file that is no such result, or without huggingface_hub (the extra `hub`).
+        """
+        return hub.model_card(self, name, results=results, license=license)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        results: Iterable[hub.Result] = (),
+        license: str | None = None,
+        card: str | None = None,
+        commit_message: str = "Upload model",
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Uploads the model folder to the hub, where `load("hf:owner/name")` finds it; returns its address.
+
+        name: of the repository, "owner/name", which is made if it does not exist. private: whether it then
+        is. token: of the hub; by default that of `hf auth login`. results, license: as for `card`, whose text
+        becomes README.md; card: another text for that file. dtype: as for `save`.
+
+        ValueError, in one line, for whatever the hub refuses, or without huggingface_hub (the extra `hub`).
+        """
+        text = self.card(name, results=results, license=license) if card is None else card
+        return hub.push(self, name, text, private=private, token=token, message=commit_message, dtype=dtype)
 
     def conventions(self) -> dict[str, Any]:
         """The arguments of `DDPM` that this model was made with, beyond the network and the schedule."""
