@@ -38,21 +38,22 @@ def _missing() -> str | None:
 
 
 class InternalOp(NamedTuple):
-    """An operator in C++ that only the package calls, and only where it can run; it has no other backend.
+    """An operator that only the package calls, and only where it can run; it has no other backend.
 
-    caller: what calls it. missing: the reason why it cannot run here, or None.
+    caller: what calls it. missing: the reason why it cannot run here, or None. backend: "cpp" or "cuda".
     """
 
     name: str
     caller: str = "planned networks"
     missing: Callable[[], str | None] = _missing
+    backend: str = "cpp"
 
     def explain(self) -> str:
         """One line if it runs here, or two with the reason why it does not; as `kernels.explain`."""
         reason = self.missing()
         if reason is None:
-            return f"{self.name}: cpp, called by {self.caller}"
-        return f"{self.name}: not called by {self.caller}\n  not cpp: {reason}"
+            return f"{self.name}: {self.backend}, called by {self.caller}"
+        return f"{self.name}: not called by {self.caller}\n  not {self.backend}: {reason}"
 
 
 class Subject(NamedTuple):

@@ -12,6 +12,7 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
+from diffusion.kernels.ops.biased_sum.library import biased_sum_
 
 device = sys.argv[1]
 backend = "cuda" if device == "cuda" else "auto"
@@ -43,6 +44,12 @@ for dtype in (torch.float32, torch.bfloat16):
         counter, ids = step_counter(0, device=device), torch.arange(batch).to(device)
         options = {"model_output_uncond": both[1], "unet_input": torch.empty_like(out), "backend": backend}
         reverse_step_(x, both[0], table, counter, sample_ids=ids, **options)
+    for channels in (16, 5):
+        x, residual = (normal(2, channels, 3, 4, dtype=dtype, last=True).detach() for _ in range(2))
+        wide = normal(2, 24, 6, 8, dtype=dtype, last=True).detach()
+        bias = normal(channels, dtype=dtype).detach()
+        biased_sum_(x, bias, residual, wide[:, :channels], wide[:, -channels:], scale=2)
+        biased_sum_(x, None, residual, x, residual)
 philox_normal((3, 3, 17, 9), seed=7, device=device, backend=backend)
 if device == "cuda":
     torch.cuda.synchronize()

@@ -23,6 +23,7 @@ from ..utils.device import DTYPES, float32_products
 from ..utils.memory import free_memory
 from .buffers import BufferSpec, SamplerBuffers
 from .cpu_plan import PlannedUNet, unsupported
+from .folded_unet import FoldedUNet, unfoldable
 
 Forward = Callable[..., Tensor]
 
@@ -95,7 +96,7 @@ class Denoiser:
 def make_denoiser(
     unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool = False
 ) -> Denoiser:
-    """The Denoiser of a UNet: planned for the CPU (`cpu_plan`) where that is possible, else its modules.
+    """The Denoiser of a UNet: planned for the CPU (`cpu_plan`), folded for a GPU (`folded_unet`), or modules.
 
     tf32: a CUDA device multiplies float32 as TF32, which is faster; else as float32.
 
@@ -134,7 +135,12 @@ def _own_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, bac
     """The Denoiser of an unaltered UNet."""
     assert isinstance(unet, UNet)
     size, null_label = sum(unet.embedding_sizes), unet.config.null_label
-    if _not_planned(unet, device, dtype, backend) is None:
+    fused = _not_fused(unet, device, dtype, backend) is None
+    if fused and device.type == "cuda":
+        folded = FoldedUNet(_with_weights_in_channels_last(copy.deepcopy(unet).to(device, dtype).eval()))
+        split = SplitUNet(folded.embed, folded.denoise, size)
+        return Denoiser(split, null_label, device, dtype, backend)
+    if fused:
         planned = PlannedUNet(unet, dtype)
         split = SplitUNet(unet.embed, planned.denoise, size, planned.recordable)
         return Denoiser(split, null_label, device, dtype, backend)
@@ -166,7 +172,7 @@ def explain(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: 
     """How a UNet samples, "fused" or "modules", and the reasons against a faster way, a line each."""
     reason = altered(unet)
     if reason is None:
-        reason = _not_planned(unet, device, dtype, backend)
+        reason = _not_fused(unet, device, dtype, backend)
         return "unet: fused" if reason is None else f"unet: modules\n  not fused: {reason}"
     lines = ["unet: modules, called whole", f"  not fused: {reason}"]
     if device.type == "cuda":
@@ -174,12 +180,14 @@ def explain(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: 
     return "\n".join(lines)
 
 
-def _not_planned(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
-    """The reason why an unaltered UNet runs as its modules, or None if it is planned for the CPU."""
-    if backend not in ("auto", "cpp"):
+def _not_fused(unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
+    """The reason why an unaltered UNet runs as its modules; None if it is planned, or folded on a GPU."""
+    if backend not in ("auto", "cuda" if device.type == "cuda" else "cpp"):
         return f"the backend is {backend!r}"
+    if device.type == "cuda":
+        return unfoldable(unet, dtype)
     if device.type != "cpu":
-        return f"it runs on {device}, not on the CPU"
+        return f"it runs on {device}"
     return unsupported(unet, dtype)
 
 

@@ -230,11 +230,14 @@ class Attention(nn.Module):
 
     def _forward(self, x: torch.Tensor, backend: str) -> torch.Tensor:
         h = x if self.norm is None else run(self.norm, x, backend=backend)
-        qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 inner]; no copy where x is channels_last
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        h = self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
-        h = x + h.transpose(1, 2).reshape(x.shape)
+        h = x + self.attend(h, backend).transpose(1, 2).reshape(x.shape)
         return h if self.divisor == 1 else h / self.divisor
+
+    def attend(self, h: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        """The module's output [B, H * W, C] for normalised features h [B, C, H, W], without the residual."""
+        qkv = self.qkv(h.flatten(2).transpose(1, 2))  # [B, H * W, 3 inner]; no copy where h is channels_last
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attention(q, k, v, backend=backend).transpose(1, 2).flatten(2))
 
 
 class Level(nn.Module):

@@ -32,6 +32,7 @@ def on_fake_cuda() -> Iterator[FakeTensorMode]:
         (_native, "CUDA_MISSING", None),
         (attention, "_shared_memory", lambda index: 227 << 10),
         (_triton, "_too_old", lambda index: None),
+        (torch.nn.Module, "to", lambda module, *args: module),  # a module cannot swap its fake weights
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -39,10 +40,15 @@ def on_fake_cuda() -> Iterator[FakeTensorMode]:
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def fake_unet(config: UNetConfig = TINY) -> UNet:
+def fake_unet(config: UNetConfig = TINY, dtype: torch.dtype = torch.float32) -> UNet:
     """A new UNet on the device; to be called within `on_fake_cuda`."""
-    with torch.device(CUDA):
-        return UNet(config).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(CUDA):
+            return UNet(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def fake_denoiser(

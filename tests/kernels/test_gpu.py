@@ -16,6 +16,7 @@ from diffusion.kernels import (
     step_counter,
 )
 from diffusion.kernels.ops.attention.cases import CASES as ATTENTION_CASES
+from diffusion.kernels.ops.biased_sum.library import biased_sum_
 from diffusion.kernels.ops.group_norm_silu.cases import CASES as NORM_CASES
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
@@ -112,6 +113,24 @@ def test_normals(backend):
     z = philox_normal(shape, sample_ids=ids.cuda(), device="cuda", backend=backend, **arguments).cpu()
     ulp = torch.nextafter(expected.abs(), torch.tensor(math.inf)) - expected.abs()
     assert ((z - expected).abs() <= 2 * ulp).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_biased_sum(scale, dtype):
+    generator = torch.Generator().manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    x, residual = (
+        torch.randn(3, 16, 5, 7, generator=generator).to(dtype).contiguous(**last) for _ in range(2)
+    )
+    bias = torch.randn(16, generator=generator).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        wide = torch.zeros(3, 40, 5 * scale, 7 * scale, dtype=dtype, device=device).contiguous(**last)
+        given = (x.to(device), bias.to(device), residual.to(device))
+        biased_sum_(*given, wide[:, :16], wide[:, -16:], scale=scale)
+        results.append(wide.cpu())
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
