@@ -1,4 +1,5 @@
-// fused_diffusion::reverse_step on CUDA: one pass, one thread for each noise block of four elements.
+// fused_diffusion::reverse_step on CUDA: one pass, one thread for each noise block of four elements; of RGB images in
+// channels_last, as a UNet puts them out, one thread for the three blocks of four pixels, whose 12 numbers lie together.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/launch.h"
@@ -35,11 +36,19 @@ __device__ __forceinline__ void store_four(float* to, const float (&from)[4]) { 
 // Four consecutive elements of sample `sample`, from `first` on, of which the first `count` exist. Called with a
 // layout, the offset of element i.
 struct FourElements {
-  int64_t sample, first, count, channels, positions;
+  int64_t sample, count, positions, channel, position;  // channel and position: of the first element
+
+  __device__ FourElements(const StepArguments& args, int64_t sample, int64_t first)
+      : sample(sample),
+        count(args.channels * args.positions - first),
+        positions(args.positions),
+        channel(first / positions),
+        position(first - channel * positions) {}
 
   __device__ int64_t operator()(const ImageLayout& layout, int i) const {
-    const int64_t element = first + i;
-    return sample * layout.sample + element / positions * layout.channel + element % positions * layout.position;
+    int64_t c = channel, p = position + i;
+    while (p >= positions) p -= positions, ++c;  // a division would take a hundred instructions
+    return sample * layout.sample + c * layout.channel + p * layout.position;
   }
 };
 
@@ -71,56 +80,86 @@ struct VectorAccess {
   bool images, output, input;
 };
 
-template <class T>
-__device__ __forceinline__ void step_block(const StepArguments& args, const StepCoefficients& row, uint64_t seed,
-                                           uint32_t stream, int64_t sample, int64_t block,
-                                           const VectorAccess& vectors) {
-  const int64_t elements = args.channels * args.positions, first = 4 * block, count = elements - first;
-  const int64_t at = sample * elements + first;
-  const FourElements four{sample, first, count, args.channels, args.positions};
-  const T* cond = static_cast<const T*>(args.cond);
-  float x[4], out[4], x0[4], next[4];
-  load4(x, args.x + at, count, vectors.images);
-  load_output(out, cond, four, args.output, vectors.output);
-  if (args.uncond != nullptr) {
-    float uncond[4];
-    load_output(uncond, static_cast<const T*>(args.uncond), four, args.output, vectors.output);
-    for (int i = 0; i < 4; ++i) out[i] = guide(out[i], uncond[i], row);
+// What all threads of a step have in common.
+struct StepState {
+  StepCoefficients row;
+  int64_t step;
+  uint64_t seed;
+  uint32_t stream;
+
+  __device__ explicit StepState(const StepArguments& args)
+      : step(*static_cast<volatile int64_t*>(args.counter)), seed(static_cast<uint64_t>(args.counter[1])) {
+    row = load_row(args.table, args.rows, step);
+    stream = static_cast<uint32_t>(args.counter[2] + step);
   }
+};
+
+// The step of four consecutive elements, number `block` of their sample, from the model's guided output and v of a
+// learned variance. at: where they are in x. Writes all but the UNet's input.
+__device__ __forceinline__ void step_four(float (&next)[4], const float (&out)[4], const float (&v)[4],
+                                          const StepArguments& args, const StepState& state, int64_t sample,
+                                          int64_t block, int64_t at, int64_t count, bool vector) {
+  const StepCoefficients& row = state.row;
+  float x[4], x0[4];
+  load4(x, args.x + at, count, vector);
   for (int i = 0; i < 4; ++i) {
     x0[i] = predict_x0(x[i], out[i], row);
     next[i] = drift(x[i], x0[i], out[i], row);
   }
   if (row.coef_x0_prev != 0.0f) {
     float x0_prev[4] = {__builtin_nanf(""), __builtin_nanf(""), __builtin_nanf(""), __builtin_nanf("")};
-    if (args.x0_prev != nullptr) load4(x0_prev, args.x0_prev + at, count, vectors.images);
+    if (args.x0_prev != nullptr) load4(x0_prev, args.x0_prev + at, count, vector);
     for (int i = 0; i < 4; ++i) next[i] += row.coef_x0_prev * x0_prev[i];
   }
   if (row.sigma != 0.0f) {
     float z[4];
     if (args.noise != nullptr) {
-      load4(z, args.noise + at, count, vectors.images);
+      load4(z, args.noise + at, count, vector);
     } else {
-      normal_block(z, static_cast<uint32_t>(block), stream, static_cast<uint64_t>(args.sample_ids[sample]), seed);
+      const uint64_t id = static_cast<uint64_t>(args.sample_ids[sample]);
+      normal_block(z, static_cast<uint32_t>(block), state.stream, id, state.seed);
     }
-    if (args.learned_variance) {
-      float v[4];
-      load_output(v, cond + args.channels * args.output.channel, four, args.output, vectors.output);
-      for (int i = 0; i < 4; ++i) next[i] += learned_sigma<HardwareFma>(v[i], row) * z[i];
-    } else {
-      for (int i = 0; i < 4; ++i) next[i] += row.sigma * z[i];
+    for (int i = 0; i < 4; ++i) {
+      next[i] += (args.learned_variance ? learned_sigma<HardwareFma>(v[i], row) : row.sigma) * z[i];
     }
   }
-  store4(args.x_next + at, next, count, vectors.images);
-  if (args.x0 != nullptr) store4(args.x0 + at, x0, count, vectors.images);
-  if (args.unet_input == nullptr) return;
+  store4(args.x_next + at, next, count, vector);
+  if (args.x0 != nullptr) store4(args.x0 + at, x0, count, vector);
+}
+
+// Calls write(a null pointer of the type of the UNet's input).
+template <class Write>
+__device__ __forceinline__ void with_input_type(const StepArguments& args, const Write& write) {
   if (args.input_type == Type::float32) {
-    store_input(static_cast<float*>(args.unet_input), next, four, args, vectors.input);
+    write(static_cast<float*>(nullptr));
   } else if (args.input_type == Type::bfloat16) {
-    store_input(static_cast<BFloat16*>(args.unet_input), next, four, args, vectors.input);
+    write(static_cast<BFloat16*>(nullptr));
   } else {
-    store_input(static_cast<Half*>(args.unet_input), next, four, args, vectors.input);
+    write(static_cast<Half*>(nullptr));
   }
+}
+
+template <class T>
+__device__ __forceinline__ void step_block(const StepArguments& args, const StepState& state, int64_t sample,
+                                           int64_t block, const VectorAccess& vectors) {
+  const FourElements four(args, sample, 4 * block);
+  const T* cond = static_cast<const T*>(args.cond);
+  float out[4], v[4] = {}, next[4];
+  load_output(out, cond, four, args.output, vectors.output);
+  if (args.uncond != nullptr) {
+    float uncond[4];
+    load_output(uncond, static_cast<const T*>(args.uncond), four, args.output, vectors.output);
+    for (int i = 0; i < 4; ++i) out[i] = guide(out[i], uncond[i], state.row);
+  }
+  if (args.learned_variance) {
+    load_output(v, cond + args.channels * args.output.channel, four, args.output, vectors.output);
+  }
+  const int64_t at = sample * args.channels * args.positions + 4 * block;
+  step_four(next, out, v, args, state, sample, block, at, four.count, vectors.images);
+  if (args.unet_input == nullptr) return;
+  with_input_type(args, [&](auto* type) {
+    store_input(static_cast<decltype(type)>(args.unet_input), next, four, args, vectors.input);
+  });
 }
 
 // The last block to arrive increments the step, when all blocks have read it.
@@ -134,21 +173,64 @@ __device__ __forceinline__ void advance(int64_t* counter, int64_t step) {
   }
 }
 
-// The row and the seed are read from device memory, so that one captured CUDA graph serves every step and image.
-template <class T>
-__global__ void __launch_bounds__(kThreads) reverse_step_kernel(const StepArguments args, VectorAccess vectors) {
-  const int64_t step = *static_cast<volatile int64_t*>(args.counter);
-  const StepCoefficients row = load_row(args.table, args.rows, step);
-  const uint64_t seed = static_cast<uint64_t>(args.counter[1]);
-  const uint32_t stream = static_cast<uint32_t>(args.counter[2] + step);
-  const int64_t blocks = (args.channels * args.positions + 3) / 4;
+// Calls take(sample, i) for each of `count` parts of every sample, and ends the step.
+template <class Take>
+__device__ __forceinline__ void each_part(const StepArguments& args, int64_t step, int64_t count, const Take& take) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t sample = blockIdx.y; sample < args.batch; sample += gridDim.y) {
-    for (int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; b < blocks; b += stride) {
-      step_block<T>(args, row, seed, stream, sample, b, vectors);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {
+      take(sample, i);
     }
   }
   if (args.in_place) advance(args.counter, step);
+}
+
+// The row and the seed are read from device memory, so that one captured CUDA graph serves every step and image.
+template <class T>
+__global__ void __launch_bounds__(kThreads) reverse_step_kernel(const StepArguments args, VectorAccess vectors) {
+  const StepState state(args);
+  const int64_t blocks = (args.channels * args.positions + 3) / 4;
+  each_part(args, state.step, blocks, [&](int64_t sample, int64_t block) {
+    step_block<T>(args, state, sample, block, vectors);
+  });
+}
+
+// The same for RGB images whose pixels' channels lie together. kOut: channels of the model's output, 3 or 6. A thread
+// reads four pixels of it in whole accesses of 4 numbers.
+template <class T, int kOut>
+__global__ void __launch_bounds__(kThreads) reverse_step_rgb_kernel(const StepArguments args) {
+  const StepState state(args);
+  const int64_t blocks = args.positions / 4;  // of a channel
+  each_part(args, state.step, blocks, [&](int64_t sample, int64_t block) {
+    const int64_t pixel = sample * args.positions + 4 * block;
+    float cond[kOut][4], uncond[kOut][4], written[3][4];  // consecutive in memory
+    for (int k = 0; k < kOut; ++k) load_four(cond[k], static_cast<const T*>(args.cond) + pixel * kOut + 4 * k);
+    if (args.uncond != nullptr) {
+      for (int k = 0; k < kOut; ++k) load_four(uncond[k], static_cast<const T*>(args.uncond) + pixel * kOut + 4 * k);
+    }
+#pragma unroll
+    for (int c = 0; c < 3; ++c) {
+      float out[4], v[4] = {}, next[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = i * kOut + c;
+        out[i] = cond[at / 4][at % 4];
+        if (args.uncond != nullptr) out[i] = guide(out[i], uncond[at / 4][at % 4], state.row);
+        if (kOut == 6) v[i] = cond[(at + 3) / 4 % kOut][(at + 3) % 4];
+      }
+      const int64_t at = 3 * sample * args.positions + c * args.positions + 4 * block;
+      step_four(next, out, v, args, state, sample, c * blocks + block, at, 4, true);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) written[(3 * i + c) / 4][(3 * i + c) % 4] = next[i];
+    }
+    if (args.unet_input == nullptr) return;
+    with_input_type(args, [&](auto* type) {
+      auto* to = static_cast<decltype(type)>(args.unet_input) + 3 * pixel;
+      for (int64_t replica = 0; replica < args.replicas; ++replica, to += args.batch * args.input.sample) {
+        for (int k = 0; k < 3; ++k) store_four(to + 4 * k, written[k]);
+      }
+    });
+  });
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -157,6 +239,12 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 bool in_fours(const ImageLayout& layout, const StepArguments& args) {
   return layout.position == 1 && layout.sample % 4 == 0 && layout.channel % 4 == 0 &&
          (layout.channel == args.positions || args.positions % 4 == 0);
+}
+
+// Whether the images have three channels, and a map's `channels` ones of each pixel lie together.
+bool together(const ImageLayout& layout, const StepArguments& args, int64_t channels) {
+  return args.channels == 3 && layout.channel == 1 && layout.position == channels &&
+         layout.sample == args.positions * channels;
 }
 
 struct CudaReverseStep {
@@ -169,14 +257,32 @@ struct CudaReverseStep {
                                    aligned(args.x0_prev) && aligned(args.noise),
                                fours && in_fours(args.output, args) && aligned(args.cond) && aligned(args.uncond),
                                fours && in_fours(args.input, args) && aligned(args.unet_input)};
-    // An empty batch still increments the counter.
-    const dim3 grid = grid_for(std::max<int64_t>(args.batch, 1), std::max<int64_t>((elements + 3) / 4, 1));
+    const bool aligned_maps = aligned(args.cond) && aligned(args.uncond) && aligned(args.unet_input);
+    const bool rgb = args.positions % 4 == 0 && vectors.images && aligned_maps &&
+                     together(args.output, args, args.learned_variance ? 6 : 3) &&
+                     (args.unet_input == nullptr || together(args.input, args, 3));
     if (args.output_type == Type::float32) {
-      launch(reverse_step_kernel<float>, grid, kThreads, 0, stream, args, vectors);
+      run<float>(args, vectors, rgb);
     } else if (args.output_type == Type::bfloat16) {
-      launch(reverse_step_kernel<BFloat16>, grid, kThreads, 0, stream, args, vectors);
+      run<BFloat16>(args, vectors, rgb);
     } else {
-      launch(reverse_step_kernel<Half>, grid, kThreads, 0, stream, args, vectors);
+      run<Half>(args, vectors, rgb);
+    }
+  }
+
+  template <class T>
+  void run(const StepArguments& args, const VectorAccess& vectors, bool rgb) const {
+    // An empty batch still increments the counter.
+    const int64_t batch = std::max<int64_t>(args.batch, 1), elements = args.channels * args.positions;
+    if (!rgb) {
+      const dim3 grid = grid_for(batch, std::max<int64_t>((elements + 3) / 4, 1));
+      return launch(reverse_step_kernel<T>, grid, kThreads, 0, stream, args, vectors);
+    }
+    const dim3 grid = grid_for(batch, std::max<int64_t>(args.positions / 4, 1));
+    if (args.learned_variance) {
+      launch(reverse_step_rgb_kernel<T, 6>, grid, kThreads, 0, stream, args);
+    } else {
+      launch(reverse_step_rgb_kernel<T, 3>, grid, kThreads, 0, stream, args);
     }
   }
 };
