@@ -2,7 +2,7 @@
 
 import mmap
 import tempfile
-from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,16 @@ ALIGNMENT = 64  # bytes, of a weight in the file
 class ReleasedWeights:
     """The parameters of a module on the CPU as a mapped file, which takes disk space instead of memory.
 
-    The parameters stay what they are: they can be read, written, saved and copied. Those that share their
-    memory stay where they are. The file is in the folder of `tempfile.gettempdir()`, and it is gone with the
-    last tensor that reads it.
+    The parameters stay what they are: they can be read, written, saved and copied. Those that share memory
+    with another parameter or buffer stay where they are. The file is in the folder of
+    `tempfile.gettempdir()`, and it is gone with the last tensor that reads it.
     OSError: the disk is full.
     """
 
     def __init__(self, module: nn.Module):
-        storages = Counter(p.untyped_storage().data_ptr() for p in module.parameters())
-        alone = [
-            p
-            for p in module.parameters()
-            if p.device.type == "cpu" and p.numel() and storages[p.untyped_storage().data_ptr()] == 1
-        ]
+        shared = _overlapping([*module.parameters(), *module.buffers()])
+        parameters = (p for p in module.parameters() if p.device.type == "cpu" and p.numel())
+        alone = [parameter for parameter in parameters if id(parameter) not in shared]
         starts, size = [], 0
         for parameter in alone:
             starts.append(size)
@@ -51,6 +48,20 @@ class ReleasedWeights:
         """Takes the pages that were read out of this process's memory; the next read brings them back."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _overlapping(tensors: Iterable[Tensor]) -> set[int]:
+    """The ids of the tensors on the CPU whose storages have bytes in common with another one's."""
+    storages = [(t.untyped_storage(), id(t)) for t in tensors if t.device.type == "cpu"]
+    spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes(), identity) for s, identity in storages)
+    found: set[int] = set()
+    reach, widest = 0, 0  # the highest end so far, and the tensor that it is of
+    for start, end, identity in spans:
+        if start < reach:
+            found |= {identity, widest}
+        if end > reach:
+            reach, widest = end, identity
+    return found
 
 
 def _mapped(file: mmap.mmap, start: int, like: Tensor) -> Tensor:

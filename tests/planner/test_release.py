@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,23 @@ def test_shared_weights_stay_shared():
     with torch.no_grad():
         module[0].weight.zero_()
     assert not module[1].weight.any()
+
+
+def test_weights_that_overlap_stay_shared():
+    """Also where PyTorch has two storages for the same memory, as of two arrays of NumPy, or a buffer's."""
+    numbers = np.ones(24, dtype=np.float32)
+    module = nn.Module()
+    module.first, module.second, module.third = (
+        nn.Parameter(torch.from_numpy(numbers[start : start + 8])) for start in (0, 4, 16)
+    )
+    module.register_buffer("fourth", torch.from_numpy(numbers[20:]))
+    module.alone = nn.Parameter(torch.ones(16))
+    assert ReleasedWeights(module).bytes == module.alone.nbytes
+    with torch.no_grad():
+        module.first.zero_()
+        module.third.zero_()
+    assert module.second.tolist() == [0] * 4 + [1] * 4
+    assert not module.fourth.any()
 
 
 @requires_native
