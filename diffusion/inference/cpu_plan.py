@@ -12,7 +12,9 @@ from ..kernels.ops.convolution.packing import PackedWeight, Packing
 from ..kernels.ops.reverse_step.library import copy_dense_
 from ..models.structure import configured
 from ..models.unet import UNet
+from ..planner.buffers import Pool
 from ..planner.plan import Plan
+from ..planner.state import TensorState
 from ..planner.trace import trace
 from ..planner.weights import Weights
 from ..utils.device import DTYPES
@@ -23,7 +25,8 @@ class PlannedUNet:
 
     dtype: of the feature maps, float32, bfloat16 or float16. In bfloat16, processors that multiply in it do
     so; elsewhere the arithmetic is in float32. The result of an image does not depend on its batch.
-    ValueError: `unsupported` gives a reason.
+    ValueError: `unsupported` gives a reason. RuntimeError: `denoise` plans for a new size, and the weights of
+    the UNet changed meanwhile.
 
     The UNet must not be altered (`models.structure.altered`), since the plan follows its configuration.
     """
@@ -33,8 +36,10 @@ class PlannedUNet:
         if reason is not None:
             raise ValueError(f"this UNet cannot be planned for the CPU: {reason}")
         self.unet = unet
-        self.weights = Weights(list(unet.parameters()), dtype)
-        self._thread_local = threading.local()  # the plan of each thread, with its buffers
+        parameters: list[Tensor] = list(unet.parameters())
+        self._state = TensorState(parameters, compares_numbers=True)
+        self.weights = Weights(parameters, dtype)
+        self._thread_local = threading.local()  # the plans of each thread, with their buffers
 
     def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
         """As `UNet.denoise`. The result is a buffer, which the thread's next call overwrites.
@@ -56,19 +61,35 @@ class PlannedUNet:
         return plan.recordable and all(map(_alike, (x, embedding), plan.inputs))
 
     def _planned(self, shape: torch.Size) -> Plan:
-        """This thread's plan for x of a shape."""
-        plan: Plan | None = getattr(self._thread_local, "plan", None)
-        if plan is None or plan.inputs[0].shape != shape:
-            self._thread_local.plan = plan = None  # frees the buffers of another size first
+        """This thread's plan for x of a shape.
+
+        Steps with and without guidance take turns, so that there are two plans, in the same memory. Recorded
+        calls keep their plan's memory, too.
+        """
+        plans: dict[torch.Size, Plan] = vars(self._thread_local).setdefault("plans", {})
+        if shape not in plans:
+            if not all(_takes_turns(shape, other) for other in plans):
+                self.release()  # frees the buffers of other sizes first
+                plans = vars(self._thread_local).setdefault("plans", {})
             with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
-                self._thread_local.plan = plan = self._plan(shape)
-        return plan
+                plans[shape] = self._plan(shape, vars(self._thread_local).setdefault("pool", Pool()))
+        self._thread_local.last = plans[shape]
+        return plans[shape]
+
+    def release(self) -> None:
+        """Frees the buffers of this thread's plans; the packed weights stay."""
+        vars(self._thread_local).clear()
+
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that this thread's plans share."""
+        pool: Pool | None = getattr(self._thread_local, "pool", None)
+        return 0 if pool is None else pool.bytes
 
     def calls(self) -> list[tuple[str, Callable[[], None]]]:
         """The calls of the last evaluation, in order: see `planner.plan.Plan.calls`."""
-        return self._thread_local.plan.calls()
+        return self._thread_local.last.calls()
 
-    def _plan(self, shape: torch.Size) -> Plan:
+    def _plan(self, shape: torch.Size, pool: Pool) -> Plan:
         unet = configured(self.unet.config)  # without data, since tracing needs none
         assert isinstance(unet, UNet)
         own = dict(self.unet.named_parameters(remove_duplicate=False))
@@ -78,7 +99,15 @@ class PlannedUNet:
             name: torch.empty(size, dtype=torch.float32, device="meta") for name, size in sizes.items()
         }
         graph, _ = trace(unet.denoise, arguments, constants)
-        return Plan(graph, self.weights)
+        plan = Plan(graph, self.weights, pool)
+        if not self._state.holds(None):  # another plan may have the weights of before
+            raise RuntimeError("the UNet's weights changed while images were sampled; sample them again")
+        return plan
+
+
+def _takes_turns(a: torch.Size, b: torch.Size) -> bool:
+    """Whether these are the sizes of a batch's steps with and without guidance, or the other way round."""
+    return a[1:] == b[1:] and (a[0] == 2 * b[0] or b[0] == 2 * a[0])
 
 
 def _alike(value: Tensor, buffer: Tensor) -> bool:

@@ -30,6 +30,7 @@ Forward = Callable[..., Tensor]
 MAX_DENOISERS = 2  # those of "exact" and "fast"
 # Free memory that another network needs, in sizes of its float32 weights; packed, they take 1 to 4.
 PACKED_SIZE = 8
+MAX_IDLE_SHARE = 1 / 16  # of the free memory, for the feature maps of a network that is not the last one used
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class SplitUNet:
 
     embedding_size: E, where `embed` returns [B, E].
     recordable: whether `denoise` of these arguments consists of calls that can be recorded.
+    release: frees the feature maps that this thread keeps between calls. buffer_bytes: their size.
     """
 
     embed: Callable[[Tensor, Tensor | None], Tensor]
     denoise: Callable[[Tensor, Tensor], Tensor]
     embedding_size: int
     recordable: Callable[[Tensor, Tensor], bool] = lambda x, embedding: False
+    release: Callable[[], None] = lambda: None
+    buffer_bytes: Callable[[], int] = lambda: 0
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         return self.denoise(x, self.embed(timesteps, labels))
@@ -73,6 +77,14 @@ class Denoiser:
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         """As UNet.forward."""
         return self.unet(x, timesteps, labels)
+
+    def release_if_large(self) -> None:
+        """Frees the buffers of this thread from its last batch, if they are large for an idle network."""
+        if isinstance(self.unet, SplitUNet) and self.unet.buffer_bytes():
+            free = free_memory(self.device)
+            if free is not None and self.unet.buffer_bytes() > MAX_IDLE_SHARE * free:
+                self._thread_local.cached = None  # its captured steps keep the feature maps, too
+                self.unet.release()
 
     @contextmanager
     def buffers(self, spec: BufferSpec) -> Iterator[SamplerBuffers]:
@@ -142,7 +154,8 @@ def _own_denoiser(unet: nn.Module, device: torch.device, dtype: torch.dtype, bac
         return Denoiser(split, null_label, device, dtype, backend)
     if fused:
         planned = PlannedUNet(unet, dtype)
-        split = SplitUNet(unet.embed, planned.denoise, size, planned.recordable)
+        held = planned.release, planned.buffer_bytes
+        split = SplitUNet(unet.embed, planned.denoise, size, planned.recordable, *held)
         return Denoiser(split, null_label, device, dtype, backend)
     if _training(unet) or any((p.device, p.dtype) != (device, dtype) for p in unet.parameters()):
         unet = copy.deepcopy(unet).to(device, dtype).eval()
@@ -307,6 +320,9 @@ class DenoiserCache:
             if kept is not None and key in kept[1]:
                 snapshot, denoisers = kept
                 found = denoisers[key]
+                for other in denoisers.values():
+                    if other is not found:
+                        other.release_if_large()
                 self._kept = snapshot, {k: d for k, d in denoisers.items() if k != key} | {key: found}
                 return found
             is_altered = altered(unet) is not None
@@ -316,6 +332,8 @@ class DenoiserCache:
             # The snapshot comes before the copy of the weights, as another thread may change the UNet.
             snapshot = Snapshot(unet) if kept is None else kept[0]
             others = {} if kept is None else dict(list(kept[1].items())[1 - MAX_DENOISERS :])
+            for other in others.values():
+                other.release_if_large()
             if others and _is_short_of_memory(unet, device):
                 others = {}
             kept = self._kept = snapshot, others  # frees the memory of those that are dropped

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
+from .buffers import Pool
 from .eager_plan import EagerPlan
 from .graph import FLOATS, Graph, Value
 from .plan import Plan
@@ -26,7 +27,7 @@ from .weights import Weights
 M = TypeVar("M", bound=nn.Module)
 
 PRECISIONS = ("exact", "fast")
-MAX_PLANS = 8  # of a thread; each holds the feature maps of one shape of input
+MAX_PLANS = 8  # of a thread, each for inputs of one shape
 MAX_REASONS = 64  # against plans of other shapes or numbers
 _CPU = torch.device("cpu")
 
@@ -294,7 +295,8 @@ class AcceleratedForward:
             return EagerPlan(graph, device, autocast=self.precision == "fast")
         if self._weights is None or self._weights.simd != _native.simd_in_use():
             self._weights = Weights(list(self._module.parameters()), dtype)
-        return Plan(graph, self._weights)
+        pool = vars(self._thread_local).setdefault("pool", Pool())  # the thread runs one plan at a time
+        return Plan(graph, self._weights, pool)
 
     def report(self, calls: bool = False) -> str:
         """The plan of this thread's last call: what is fused and what not, or the reason against a plan.

@@ -16,7 +16,7 @@ from ..kernels.ops.convolution.library import (
 from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
 from ..kernels.ops.linear_attention.library import linear_attention_
-from .buffers import shaped
+from .buffers import Pool, shaped
 from .calls import Template
 from .fusion import named
 from .graph import FLOATS, Graph, Node, Value, strided_view
@@ -36,13 +36,20 @@ class Layout:
     placement: where the values live.
     """
 
-    def __init__(self, graph: Graph, weights: Weights):
+    def __init__(self, graph: Graph, weights: Weights, pool: Pool):
         self.graph, self._weights = graph, weights
-        self.placement = Placement(graph, weights)
+        self.placement = Placement(graph, weights, pool)
         self.calls: list[CallOf] = []
         self.origins: list[Node | None] = []
         self._laid_out: Node | None = None
         self.unfused: list[Node] = []
+        try:
+            self._lay_out()
+        finally:
+            self.placement.release_all()
+
+    def _lay_out(self) -> None:
+        graph = self.graph
         self.inputs = [self.placement.input(value) for value in graph.inputs]
         for i, node in enumerate(graph.visit()):
             lay_out = getattr(self, f"_lay_out_{node.op}", self._lay_out_call)

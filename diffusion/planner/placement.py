@@ -20,12 +20,12 @@ _WRITES_RANGES = ("convolution", "norm", "channel_norm", "double", "average", "s
 class Placement:
     """The tensors of a graph's values, in memory that serves again where nothing reads it any more.
 
-    pool: the memory.
+    pool: the memory, perhaps also of other plans that never run at the same time.
     """
 
-    def __init__(self, graph: Graph, weights: Weights):
+    def __init__(self, graph: Graph, weights: Weights, pool: Pool):
         self._graph, self._weights = graph, weights
-        self.pool = Pool()
+        self.pool = pool
         self._tensors: dict[Value, Tensor] = {}
         self._blocks: dict[Value, Tensor] = {}  # of the values that own one
         self._dtypes: dict[Value, torch.dtype] = {}
@@ -37,6 +37,12 @@ class Placement:
         for owner in self._ends.get(position, ()):
             if owner in self._blocks:
                 self.pool.give_back(self._blocks.pop(owner))
+
+    def release_all(self) -> None:
+        """Gives back all memory, for other plans; this one writes what it reads, the inputs aside."""
+        for block in self._blocks.values():
+            self.pool.give_back(block)
+        self._blocks.clear()
 
     def _find_homes(self) -> dict[Value, tuple[Value, int | None]]:
         """The value in whose memory another one is written, and from which channel on.

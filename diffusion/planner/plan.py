@@ -14,6 +14,7 @@ from ..kernels.ops.group_norm_silu.library import group_norm_affine_
 from ..kernels.ops.layer_norm.library import layer_norm_
 from ..kernels.ops.linear_attention.library import linear_attention_
 from . import report
+from .buffers import Pool
 from .faults import without_faults
 from .fusion import fuse
 from .graph import Graph, Node
@@ -35,17 +36,20 @@ class Plan:
     """The calls of a traced graph, bound to their buffers. The graph is fused, in place.
 
     inputs, outputs: the buffers, in the order of the graph's. `run` reads the former and writes the latter.
+    pool: of the buffers other than inputs. Plans of one pool must not run at the same time, and a run
+    overwrites the outputs of the others.
     """
 
-    def __init__(self, graph: Graph, weights: Weights):
+    def __init__(self, graph: Graph, weights: Weights, pool: Pool | None = None):
         self.graph, self._weights = graph, weights
+        self._pool = Pool() if pool is None else pool
         graph.dtype = None if weights.narrows else weights.dtype
         self.layout, self._bound = without_faults(graph, self._make)
         self.inputs, self.outputs = self.layout.inputs, self.layout.outputs
 
     def _make(self) -> tuple[Layout, list[Callable[[], None]]]:
         fuse(self.graph)
-        layout = Layout(self.graph, self._weights)
+        layout = Layout(self.graph, self._weights, self._pool)
         return layout, _bound(layout.calls, layout.origins, self.graph)
 
     @property

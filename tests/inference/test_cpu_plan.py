@@ -14,6 +14,7 @@ from diffusion.inference import denoiser
 from diffusion.inference.cpu_plan import PlannedUNet, unsupported
 from diffusion.inference.denoiser import DenoiserCache
 from diffusion.kernels import _native
+from diffusion.kernels._recorded_calls import recording
 from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
 from diffusion.planner import weights
@@ -184,6 +185,68 @@ def test_the_cache_drops_denoisers_where_memory_is_short(monkeypatch):
     denoiser_of(cache, unet, torch.bfloat16)
     gc.collect()
     assert first() is None
+
+
+@torch.no_grad()
+def test_an_idle_network_frees_feature_maps_that_are_large(monkeypatch):
+    """They are large beside the free memory. Its packed weights stay."""
+    unet, cpu, cache = randomized(TINY), torch.device("cpu"), DenoiserCache()
+    x, t = inputs(unet.config)
+
+    def bytes_after(dtype):
+        found = cache.get(unet, cpu, dtype, "auto")
+        found(x.to(dtype), t, None)
+        return found, found.unet.buffer_bytes()
+
+    monkeypatch.setattr(denoiser, "free_memory", lambda device: 2**30)
+    exact, size = bytes_after(torch.float32)
+    fast, _ = bytes_after(torch.bfloat16)
+    assert exact.unet.buffer_bytes() == size > 0
+    monkeypatch.setattr(denoiser, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(denoiser, "_is_short_of_memory", lambda unet, device: False)
+    monkeypatch.setattr(denoiser, "MAX_IDLE_SHARE", size / 2**23)
+    assert bytes_after(torch.float32) == (exact, size)
+    assert fast.unet.buffer_bytes() == 0
+    assert bytes_after(torch.bfloat16)[0] is fast
+    assert exact.unet.buffer_bytes() == 0
+
+
+@torch.no_grad()
+def test_steps_with_and_without_guidance_share_memory(monkeypatch):
+    """Their plans, and recorded calls of them, use the same buffers by turns; others take their place."""
+    unet = randomized(TINY)
+    x, t = inputs(unet.config)
+    x, embedding = x.repeat(2, 1, 1, 1), unet.embed(t.repeat(2), None)
+    planned = PlannedUNet(unet, torch.float32)
+    expected = planned.denoise(x, embedding).clone()
+    size, made = planned.buffer_bytes(), []
+    plan = PlannedUNet._plan
+    monkeypatch.setattr(PlannedUNet, "_plan", lambda self, *args: made.append(args) or plan(self, *args))
+    half, of_half = x[:2].contiguous(memory_format=torch.channels_last), embedding[:2].contiguous()
+    assert planned.recordable(half, of_half)
+    with recording() as calls:
+        out = planned.denoise(half, of_half)
+    for _ in range(2):
+        assert torch.equal(planned.denoise(x, embedding), expected)
+        calls.run()
+        assert torch.equal(out, expected[:2])
+    assert len(made) == 1
+    assert planned.buffer_bytes() <= 1.1 * size
+    planned.denoise(x[:3], embedding[:3])
+    assert list(planned._thread_local.plans) == [x[:3].shape]
+    assert planned.buffer_bytes() <= size
+
+
+@torch.no_grad()
+def test_weights_that_change_before_another_size_is_planned():
+    unet = randomized(TINY)
+    x, t = inputs(unet.config)
+    planned = PlannedUNet(unet, torch.float32)
+    planned.denoise(x, unet.embed(t, None))
+    next(unet.parameters()).data.view(-1)[3] += 1
+    planned.denoise(x, unet.embed(t, None))  # of the weights as they were
+    with pytest.raises(RuntimeError, match="the UNet's weights changed while images were sampled"):
+        planned.denoise(x[:1], unet.embed(t[:1], None))
 
 
 @pytest.mark.parametrize("first", [True, False])
