@@ -3,17 +3,25 @@
 import argparse
 import contextlib
 import inspect
+import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..data import NAMED_SETS
+from ..data.image_folder import survey
 from ..ddpm import DDPM, load
+from ..models.config import UNetConfig
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
-from ..training.loop import train
+from ..training.fitting import HELD_OUT_SHARE, MAX_HELD_OUT, SMALL
+from ..training.loop import STATE, train
+from ..training.outlook import disk_use, outlook
 from ..training.recipe import RECIPES, Recipe, changed, load_recipe
+from ..training.state import read_state
 from ..training.trainer import Trainer
 from ..utils.device import check_dtype, torch_multiplies_bfloat16
 from ..utils.errors import first_line
@@ -21,7 +29,7 @@ from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
 from .options import choose_device
-from .training_data import load_data
+from .training_data import load_data, recipe_for_data
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 # The arguments of `train` that are options, with their defaults there, and what happens at each interval.
@@ -32,6 +40,12 @@ INTERVALS = {
     "log_every": "rows of log.csv",
 }
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}
+# The options that are neither None nor a list where they are not given.
+DEFAULTS: dict[str, Any] = {"autocast": "auto", "channels_last": True}
+DEFAULTS |= {name: inspect.signature(train).parameters[name].default for name in INTERVALS}
+# The options that a run keeps in its state; --resume goes on with those that are not given again.
+PATHS = ("data", "data_dir", "validation_data", "cache")
+KEPT = (*PATHS, *DEFAULTS, "resize", "hold_out", "micro_batch", "checkpointing", "compile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,17 +63,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--validation-data",
         metavar="PATH",
-        help=f"folder or zip for the validation loss (default: the test split of {' or '.join(NAMED_SETS)})",
+        help=f"folder or zip for the held-out loss (default: the test split of {' or '.join(NAMED_SETS)})",
+    )
+    add(
+        "--hold-out",
+        type=int,
+        metavar="N",
+        help="number of images of a folder or zip to keep for the held-out loss instead of training on them "
+        f"(default: one of {HELD_OUT_SHARE}, at most {MAX_HELD_OUT}; 0 with --validation-data)",
     )
     add("--cache", metavar="DIR", help="folder for a file of decoded images, read instead of decoding again")
     add(
         "--resize",
         action="store_true",
-        help="crop each image of a folder or zip to a central square, scaled to the model's size",
+        help="crop each image of a folder or zip to a central square, scaled to the model's size (default "
+        "without --recipe, where the images differ from the model's size)",
     )
     add(
         "--recipe",
-        help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: the data set's)",
+        help=f"{', '.join(RECIPES)}, or a JSON file as --show prints it (default: the data set's, or "
+        f"{' or '.join(SMALL)} by the size of the images)",
     )
     add(
         "--init",
@@ -74,13 +97,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--set",
         nargs="+",
-        default=[],
         metavar="FIELD=VALUE",
         help="other fields of the recipe, such as unet.channels=64 loss_weighting=min_snr",
     )
     add("--show", action="store_true", help="print the recipe and stop")
     add("--out", metavar="RUN", help="folder for the model, log, samples and checkpoint")
-    add("--resume", action="store_true", help="continue from the checkpoint in RUN")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from the checkpoint in RUN; options that are not given are those of the run",
+    )
     add(
         "--accept-changes",
         action="store_true",
@@ -90,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--autocast",
         choices=("auto", *AUTOCAST),
-        default="auto",
         help="dtype of forward and backward; auto: bfloat16 where the device multiplies it in hardware",
     )
     add(
@@ -108,23 +133,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="use the memory format channels_last (default: yes)",
     )
     for name, things in INTERVALS.items():
-        steps = inspect.signature(train).parameters[name].default
         add(
             f"--{name.replace('_', '-')}",
             type=int,
-            default=steps,
             metavar="STEPS",
-            help=f"steps between {things} (default: {steps})",
+            help=f"steps between {things} (default: {DEFAULTS[name]})",
         )
+    parser.set_defaults(**dict.fromkeys(KEPT))  # `run` fills what is not given
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.resume:
+        _recall(args)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.data is None:
         args.data = args.recipe.partition("-")[0] if args.recipe in RECIPES else "mnist"
+        args.data = args.data if args.data in NAMED_SETS else None
     init = None if args.init is None else load(args.init)
     recipe = choose_recipe(args, init)
     if args.show:
@@ -135,6 +164,8 @@ def run(args: argparse.Namespace) -> None:
         whole_number(f"--{name.replace('_', '-')}", steps, 1)
     if not args.out:
         raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
+    if args.data is None:
+        raise ValueError("--data is missing: a folder or zip of images")
     if args.accept_changes and not args.resume:
         raise ValueError("--accept-changes is for --resume")
     if args.data in NAMED_SETS and not args.data_dir:
@@ -142,25 +173,29 @@ def run(args: argparse.Namespace) -> None:
     ranks = current_ranks()
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
-    recipe, data, validation, found = load_data(args, recipe)
-    if ranks.rank == 0:
-        print(found, flush=True)
+    data = load_data(args, recipe, progress=ranks.rank == 0)
+    recipe = data.recipe
     with process_group(ranks, device), _suggest_options(device):
         trainer = Trainer(
             recipe,
             data.images,
             data.labels,
-            validation,
+            data.validation,
             device,
             autocast=autocast,
             micro_batch=args.micro_batch,
             channels_last=args.channels_last,
-            activation_checkpointing=args.checkpointing,
-            compile=args.compile,
+            activation_checkpointing=bool(args.checkpointing),
+            compile=bool(args.compile),
             ranks=ranks,
             init=None if args.resume else init,
+            command=_kept(args),
         )
-        start = trainer.step
+        start = read_state(Path(args.out) / STATE)["step"] if args.resume else 0
+        use = disk_use(trainer, args.out, start)
+        if ranks.rank == 0:
+            print(f"{data.found}; {outlook(trainer, args.recipe, start)}", flush=True)
+            print(use, flush=True)
         train(
             trainer,
             args.out,
@@ -194,22 +229,48 @@ def _suggest_options(device: torch.device) -> Iterator[None]:
         raise
 
 
+def _recall(args: argparse.Namespace) -> None:
+    """Fills the options of KEPT that are not given with those of the run that is resumed."""
+    if not args.out:
+        raise ValueError("--out is missing: the folder of the run to resume")
+    kept = read_state(Path(args.out) / STATE)["command"]
+    for name in KEPT:
+        if getattr(args, name) is None and name in kept:
+            setattr(args, name, kept[name])
+
+
+def _kept(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of KEPT that are given, which a run keeps. Paths do not depend on the working folder."""
+    kept = {name: value for name in KEPT if (value := getattr(args, name)) is not None}
+    for name in PATHS:
+        if name in kept and kept[name] not in NAMED_SETS:
+            kept[name] = os.path.abspath(kept[name])
+    return kept
+
+
 def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
-    """The recipe with the changes of the options. init: the model of --init."""
-    name = args.recipe or (args.data if args.data in NAMED_SETS and args.data in RECIPES else None)
-    if name is None:
-        raise ValueError(
-            f"--recipe is missing: {args.data} has none of its own; "
-            f"choose from: {', '.join(RECIPES)}, or a file"
-        )
-    recipe = load_recipe(name)
-    if init is not None:
-        recipe = recipe_for(init, recipe)
-    recipe = changed(recipe, args.set)
+    """The recipe with the changes of the options. init: the model of --init.
+
+    A resumed run keeps its recipe, unless another than those for images of any size is named. Without a name
+    the data choose the recipe, and then `args.recipe` and `args.resize` say how.
+    """
+    chosen = False
+    if args.resume and args.recipe in (None, *SMALL):
+        recipe = read_state(Path(args.out) / STATE)["recipe"]
+    else:
+        if args.recipe is None and args.data in NAMED_SETS and args.data in RECIPES:
+            args.recipe = args.data
+        chosen = args.recipe is None
+        recipe = recipe_for_data(args) if args.recipe is None else load_recipe(args.recipe)
+        if init is not None:
+            recipe = recipe_for(init, recipe)
+    recipe = changed(recipe, args.set or [])
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     recipe = replace(recipe, **given)
     if args.unconditional:
         recipe = replace(recipe, unet=recipe.unet | {"num_classes": None})
+    if chosen and args.data not in NAMED_SETS:
+        args.resize = survey(args.data).size != UNetConfig.from_dict(recipe.unet).image_shape
     return recipe
 
 

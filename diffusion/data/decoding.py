@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from ..storage.atomic import remove_leftovers, replacing
 from ..storage.locks import locked
 from ..storage.reading import name_of, open_regular
+from ..utils.memory import amount
 from .image_files import FORMATS, ImageFiles
 
 MAX_PIXELS = 2**26  # pixels of one image
@@ -35,10 +37,26 @@ _TURNS: dict[object, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 IMAGES_PER_UPDATE = 256  # images decoded per progress update
+MAX_SURVEYED = 1000  # images whose sizes are read before a size is chosen
 
 
 def channels_of_files(source: ImageFiles) -> int:
     return 3 if any(_is_colour(source, name) for name in source.names) else 1
+
+
+def sizes_of_files(source: ImageFiles) -> list[tuple[int, int]]:
+    """Height and width of up to MAX_SURVEYED images, evenly spaced: files are often sorted by class."""
+    count = min(MAX_SURVEYED, len(source.names))
+    images = (open_image(source, source.names[k * len(source.names) // count]) for k in range(count))
+    return [(image.height, image.width) for image in images]
+
+
+def middle_square(image: Image.Image, size: int) -> Image.Image:
+    """The square in the middle of an image, scaled (Lanczos) to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _is_colour(source: ImageFiles, name: str) -> bool:
@@ -100,13 +118,10 @@ class Decoder:
             raise ValueError(
                 f"images of one size are needed, but {self.source.path}/{name} is {image.width} x "
                 f"{image.height}, and {self.source.names[0]} is {self.width} x {self.height}; make them of "
-                "one size, or train with --resize"
+                "one size, or add --resize"
             )
         if self.size is not None:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
+            image = middle_square(image, self.size)
         pixels = np.asarray(image)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -156,6 +171,8 @@ def decode_into_cache(source: ImageFiles, decoder: Decoder, folder: Path, progre
         with contextlib.suppress(OSError, ValueError, EOFError):  # another process may just have made it
             return _mapped(path, decoder.shape)
         remove_leftovers(folder, path.name)
+        if progress:
+            tqdm.write(f"{path}: {amount(decoder.bytes)} on disk for the decoded images", sys.stderr)
         with replacing(path) as (temporary,):
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, decoder.shape)
             _reserve(temporary)

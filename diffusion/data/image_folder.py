@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..utils.memory import check_fits
-from .decoding import Decoder, channels_of_files, decode_into_cache
+from .decoding import Decoder, channels_of_files, decode_into_cache, sizes_of_files
 from .image_files import LABELS_FILE, ImageFiles, open_files
-from .image_set import ImageSet
+from .image_set import ImageSet, Survey
 
 
 def read_images(
@@ -57,10 +57,15 @@ def read_images(
     return ImageSet(torch.from_numpy(images), labels, classes, str(path))
 
 
-def channels_of(path: str | os.PathLike) -> int:
-    """1 if all images of a folder or zip are grey, otherwise 3. ValueError as from `read_images`."""
+def survey(path: str | os.PathLike) -> Survey:
+    """Number, channels and sizes of the images of a folder or zip, without decoding them.
+
+    Of many images, the sizes are those of a part. ValueError as from `read_images`.
+    """
     with open_files(Path(path)) as source:
-        return channels_of_files(source)
+        labels, _ = _labels(source)
+        sizes, channels = sizes_of_files(source), channels_of_files(source)
+    return Survey.of(len(source.names), channels, sizes, labels is not None)
 
 
 def _labels(source: ImageFiles) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils.errors import one_line
-from ..utils.memory import check_fits, total_memory
+from ..utils.memory import amount, check_fits, total_memory
 
 MAX_JSON_BYTES = 2**26
 MAX_PACKED_PICKLE = 2**24  # bytes; a small file can unpack to a pickle that takes minutes to read
@@ -274,7 +274,7 @@ def _open(path: str | os.PathLike, max_bytes: float | None) -> tuple[int, int]:
         most = total_memory(_CPU) if max_bytes is None else max_bytes
         if most is not None and status.st_size > most:
             raise ValueError(
-                f"cannot read {path}: it is larger than {_amount(most)}, at {_amount(status.st_size)}"
+                f"cannot read {path}: it is larger than {amount(most)}, at {amount(status.st_size)}"
             )
     except BaseException:
         os.close(handle)
@@ -302,11 +302,3 @@ def _digest(file: io.BufferedReader) -> str:
     while size := file.readinto(chunk):
         digest.update(chunk[:size])
     return digest.hexdigest()
-
-
-def _amount(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.0f} GiB"

@@ -47,6 +47,7 @@ def save_state(trainer: Trainer, path: Path) -> None:
         "losses": [loss.item() for loss in trainer.log_line.losses],
         "norms": [norm.item() for norm in trainer.log_line.norms],
         "scaler": trainer.scaler.state_dict(),
+        "command": trainer.command,
     }
     text = json.dumps(about)
     with replacing(path) as (temporary,):
@@ -152,6 +153,7 @@ def read_state(path: Path) -> dict:
             # The gradient of a scaled loss may overflow; such a step was left out.
             "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
             "scaler": scaler,
+            "command": dict(about.get("command", {})),  # states of before the release 0.2 have none
         }
     except (
         SafetensorError,

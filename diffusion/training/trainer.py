@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.image_set import SomeImages
 from ..ddpm import DDPM
 from ..models.unet import UNet, UNetConfig
 from ..process.objective import drop_labels, lognormal_timesteps, random_timesteps
@@ -28,6 +29,7 @@ from .fine_tuning import start_from
 from .log_line import LogLine
 from .optimizers import Optimizer
 from .recipe import Recipe
+from .seeds import seed_of
 
 # Defaults for sampling the models trained here. "trailing" starts at the last timestep, where x_t is pure
 # noise; this matters with few steps (Lin et al. 2023, arXiv 2305.08891, section 3.3).
@@ -42,13 +44,15 @@ class Trainer:
     """A training run: the model, its averages, the optimiser, and the step they have reached.
 
     recipe: the numbers that define the training.
-    images: uint8 [N, C, H, W]. labels: int64 [N], or None for an unconditional model.
+    images: uint8 [N, C, H, W], a tensor or some images of one. labels: int64 [N], or None for an
+        unconditional model.
     validation: images and labels for the validation loss, or None for none.
     device: of the computation; images and labels stay on the CPU.
     ranks: the share of each batch that this process works on. Several ranks take their steps within
         `distributed.shared_gradients`, as `train` does.
     init: a model whose weights the run starts from. It has the recipe's architecture except for the number of
         classes; see `fine_tuning.recipe_for`.
+    command: JSON values that the state keeps, such as the options of the command line that made the run.
 
     After step n = 0, 1, ... an average with decay d becomes d' average + (1 - d') weights, with
     d' = min(d, (1 + n) / (10 + n)), so that it soon forgets the untrained weights.
@@ -67,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        images: torch.Tensor,
+        images: torch.Tensor | SomeImages,
         labels: torch.Tensor | None,
         validation: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         device: str | torch.device = "cpu",
@@ -79,6 +83,7 @@ class Trainer:
         compile: bool = False,
         ranks: Ranks | None = None,
         init: DDPM | None = None,
+        command: dict[str, Any] | None = None,
     ):
         self.ranks = ranks or Ranks()
         config = UNetConfig.from_dict(recipe.unet)
@@ -122,6 +127,7 @@ class Trainer:
         if recipe.timestep_sampling == "lognormal":
             self.timesteps = lognormal_timesteps(schedule, recipe.noise_mean, recipe.noise_std)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+        self.command = dict(command or {})
         self.step = 0
         self.seconds = 0.0
         self.log_line = LogLine()
@@ -135,7 +141,9 @@ class Trainer:
     @functools.cached_property
     def data_digest(self) -> str:
         """SHA-256 of the images and labels that are trained on, in hexadecimal."""
-        digest = hashlib.sha256(self.images.contiguous().numpy().data)
+        images = self.images
+        pixels = images.digest() if isinstance(images, SomeImages) else images.contiguous().numpy().data
+        digest = hashlib.sha256(pixels)
         digest.update(b"" if self.labels is None else self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -159,7 +167,7 @@ class Trainer:
             # the batch.
             share = len(x[part]) * self.ranks.world_size / recipe.batch_size
             with self._without_sync(start != starts[-1]):
-                loss = share * self._loss(
+                loss = share * self.loss(
                     x[part], None if labels is None else labels[part], t[part], noise[part]
                 )
                 self.scaler.scale(loss).backward()
@@ -214,9 +222,10 @@ class Trainer:
         dtype = self.autocast or torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.autocast is not None)
 
-    def _loss(
+    def loss(
         self, x: torch.Tensor, labels: torch.Tensor | None, t: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
+        """The recipe's loss, a scalar, in the precision of the steps; arguments as those of `DDPM.loss`."""
         with self._precision():
             return self.model.loss(x, labels, t=t, noise=noise, network=self.network, **self._weighting())
 
@@ -269,21 +278,15 @@ class Trainer:
         return self._order[1][position * size : (position + 1) * size]
 
 
-def seed_of(seed: int, purpose: str, index: int) -> int:
-    """A 63-bit seed for one purpose and step of a run, independent of the seeds of all others."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def _check_data(
     config: UNetConfig,
-    images: torch.Tensor,
+    images: torch.Tensor | SomeImages,
     labels: torch.Tensor | None,
     batch_size: int,
     what: str = "images",
 ) -> None:
     shape = (config.in_channels, *config.image_shape)
-    if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1:] != shape:
+    if len(images.shape) != 4 or images.dtype != torch.uint8 or images.shape[1:] != shape:
         wanted = ", ".join(map(str, shape))
         raise ValueError(
             f"{what} must be uint8 [N, {wanted}] for this recipe, not {images.dtype} {list(images.shape)}"

@@ -37,6 +37,15 @@ def check_fits(what: str, size: int, device: torch.device) -> None:
         raise ValueError(f"{what} take {size / 2**30:,.0f} GiB, and {device} has {total / 2**30:,.0f} GiB")
 
 
+def amount(size: float) -> str:
+    """A number of bytes in words, such as "12 MiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.0f} GiB"
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep large blocks that the process frees, instead of returning them to the system.
 

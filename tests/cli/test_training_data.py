@@ -62,22 +62,22 @@ def test_a_recipe_of_the_package_takes_classes_and_channels_from_the_data(colour
     found = loaded(colour, "--recipe", "mnist")
     taken = {"num_classes": 3, "in_channels": 3, "out_channels": 3}
     assert found.recipe.unet == recipe.unet | taken
-    assert found.images.images.shape == (12, 3, 28, 28)
-    assert found.images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.images.shape == (12, 3, 28, 28)
+    assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert found.found == (
         f"{colour}: 12 images, 28 x 28, 3 channels (the recipe had 1), 3 classes (the recipe had 10): "
         "cat, dog, eel"
     )
     found = loaded(grey, "--recipe", "cifar10", "--resize")
     assert found.recipe.unet.items() >= {"num_classes": 3, "in_channels": 1, "out_channels": 1}.items()
-    assert found.images.images.shape[1] == 1
+    assert found.images.shape[1] == 1
     assert ", 1 channel (the recipe had 3), 3 classes" in found.found
 
 
 def test_pixels_are_those_of_the_files(colour):
     found = loaded(colour, "--recipe", "mnist")
     pixels = np.asarray(Image.open(colour / "dog" / "1.png"))
-    assert np.array_equal(found.images.images[5].permute(1, 2, 0), pixels)
+    assert np.array_equal(found.images[5].permute(1, 2, 0), pixels)
 
 
 def channels_of(found: TrainingData) -> tuple[int, int]:
@@ -108,16 +108,16 @@ def test_colour_is_dropped_where_it_is_asked_for_and_never_else(colour, tmp_path
     ):
         loaded(colour, "--recipe", recipe)
     asked = loaded(colour, "--recipe", recipe, "--set", "unet.in_channels=1")
-    assert asked.images.images.shape == (12, 1, 28, 28)
+    assert asked.images.shape == (12, 1, 28, 28)
     assert "1 channel (colour is dropped, as --set asks)" in asked.found
     kept = loaded(colour, "--recipe", recipe, "--set", "unet.in_channels=3", "unet.out_channels=3")
-    assert kept.images.images.shape == (12, 3, 28, 28)
+    assert kept.images.shape == (12, 3, 28, 28)
 
 
 def test_grey_images_are_repeated_for_a_network_of_colour(grey, tmp_path):
     recipe = own_recipe(tmp_path / "own.json", sample_size=28, in_channels=3, out_channels=3, num_classes=3)
     found = loaded(grey, "--recipe", recipe)
-    assert found.images.images.shape == (12, 3, 28, 28)
+    assert found.images.shape == (12, 3, 28, 28)
     assert f"3 channels (grey, repeated for {recipe})" in found.found
 
 
@@ -133,7 +133,7 @@ def test_a_recipe_without_labels_stays_one(colour):
     for words in (("--recipe", "mnist-unconditional"), ("--recipe", "mnist", "--unconditional")):
         found = loaded(colour, *words)
         assert found.recipe.unet.get("num_classes") is None
-        assert found.images.labels is None
+        assert found.labels is None
         assert found.found.endswith("3 channels (the recipe had 1), labels are not used")
 
 
@@ -151,7 +151,7 @@ def test_another_size_is_told_and_scaled_where_it_is_asked_for(tmp_path):
     folder = make_images(tmp_path / "large", size=40)
     with pytest.raises(ValueError, match=r"40 x 40, and the recipe is for 28 x 28: add --resize.* or --set"):
         loaded(folder, "--recipe", "mnist")
-    assert "28 x 28 (scaled)" in loaded(folder, "--recipe", "mnist", "--resize").found
+    assert "28 x 28 (the middle square, scaled)" in loaded(folder, "--recipe", "mnist", "--resize").found
     assert "40 x 40," in loaded(folder, "--recipe", "mnist", "--set", "unet.sample_size=40").found
 
 
@@ -213,7 +213,8 @@ def test_the_command_says_what_it_found_and_resumes_what_it_began(tmp_path, caps
     words = ["train", "--data", str(folder), "--recipe", str(recipe), "--out", str(out)]
     main(words)
     line = capsys.readouterr().out.splitlines()[0]
-    assert line == f"{folder}: 12 images, 8 x 8, 3 channels, 3 classes: cat, dog, eel"
+    found = f"{folder}: 12 images, 8 x 8, 3 channels, 3 classes: cat, dog, eel; "
+    assert re.fullmatch(re.escape(found) + r"recipe .*own\.json: [\d,]+ parameters, 2 steps of 4 .*", line)
     model = diffusion.load(out)
     assert (model.num_classes, model.unet.config.in_channels) == (3, 3)
     # The run keeps its classes and channels when the data lose some, which has to be accepted.
@@ -223,7 +224,7 @@ def test_the_command_says_what_it_found_and_resumes_what_it_began(tmp_path, caps
     main([*words, "--resume", "--accept-changes", "--steps", "3"])
     assert diffusion.load(out).metadata["training"]["step"] == 3
     line = capsys.readouterr().out.splitlines()[0]
-    assert line == f"{folder}: 8 images, 8 x 8, 3 channels, 3 classes: cat, dog; no images of 2"
+    assert line.startswith(f"{folder}: 8 images, 8 x 8, 3 channels, 3 classes: cat, dog; no images of 2; ")
 
 
 @pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
@@ -241,7 +242,7 @@ def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkey
         "unet.attention_levels=[]",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.cli.training_data._with_classes", lambda recipe, *rest: recipe)
+        patch.setattr("diffusion.cli.training_data.with_classes", lambda recipe, *rest: recipe)
         main(words)
     assert diffusion.load(out).num_classes == 10
     main([*words, "--resume"])
@@ -264,9 +265,6 @@ def test_a_named_set_is_one_entry(tmp_path, monkeypatch):
     words = ["train", "--data", "svhn", "--out", str(tmp_path / "run"), "--steps", "1", "--batch-size", "4"]
     words += ["--set", "unet.sample_size=8", "unet.channels=32", "unet.channel_mult=[1,2]"]
     words += ["unet.attention_levels=[]", "unet.num_res_blocks=1"]
-    with pytest.raises(SystemExit):  # there is no recipe of this name, so one must be named
-        main([*words, "--data-dir", str(tmp_path)])
-    assert asked == []
     main([*words, "--data-dir", str(tmp_path), "--recipe", "mnist"])
     assert asked == [(str(tmp_path), "train", False), (str(tmp_path), "test", False)]
     model = diffusion.load(tmp_path / "run")

@@ -15,7 +15,8 @@ from helpers.paths import ROOT
 
 
 def test_the_recipes_of_the_package():
-    assert RECIPES == ("cifar10", "cifar10-ddpm", "cifar10-unconditional", "mnist", "mnist-unconditional")
+    names = ["cifar10", "cifar10-ddpm", "cifar10-unconditional", "mnist", "mnist-unconditional"]
+    assert list(RECIPES) == [*names, "small-32", "small-64"]
     for name in RECIPES:
         recipe = load_recipe(name)
         assert recipe.unet.get("num_classes") == (None if "unconditional" in name else 10)

@@ -1,0 +1,124 @@
+"""Recipes that fit data: the network for images of any size, and the channels and classes of the data."""
+
+from dataclasses import replace
+
+import torch
+
+from ..data import NAMED_SETS, ImageSet
+from ..data.image_set import Survey
+from ..models.config import UNetConfig
+from .recipe import Recipe, load_recipe
+from .seeds import seed_of
+
+# The recipes for images of any size: the largest side of the images that each keeps as they are.
+SMALL = {"small-32": 40, "small-64": 64}
+HELD_OUT_SHARE, MAX_HELD_OUT = 20, 1000  # one image of twenty is held out, and at most so many
+MAX_NAMED = 10  # classes named in a message
+
+
+def small_recipe(found: Survey) -> tuple[str, Recipe]:
+    """The name of the recipe of SMALL for these images, and the recipe with their size, channels and labels.
+
+    "small-32" serves images whose shorter sides have a median of at most 40 pixels, "small-64" all others.
+    Images of one size that the network can halve, with sides of at most 40 or 64 pixels, keep their size.
+    All others become squares of 32 or 64 pixels, or less where the images are smaller. Grey images are not
+    mirrored, because they are often letters or digits.
+    """
+    name = next(name for name, side in SMALL.items() if found.side <= side or name == "small-64")
+    recipe = load_recipe(name)
+    config = UNetConfig.from_dict(recipe.unet)
+    multiple = config.patch_size * 2 ** (len(config.channel_mult) - 1)
+    size = found.size
+    if size is None or max(size) > SMALL[name] or any(side % multiple for side in size):
+        square = min(config.image_shape[0], found.side // multiple * multiple)
+        size = (max(multiple, square),) * 2
+    unet = recipe.unet | {"sample_size": size[0] if size[0] == size[1] else size}
+    if not found.labelled:
+        unet = unet | {"num_classes": None}
+    recipe, _ = with_channels(replace(recipe, unet=unet), found.channels, {}, name)
+    return name, replace(recipe, horizontal_flip=found.channels == 3)
+
+
+def with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) -> tuple[Recipe, str]:
+    """The recipe for images with `own` channels, and a remark on the change for the user.
+
+    fixed: the fields of the network that the user wrote, each with the option or file that holds it. data: a
+    name of NAMED_SETS, or of another set. ValueError if colour would be lost, unless "--set" asks for it.
+    """
+    config = UNetConfig.from_dict(recipe.unet)
+    wanted, where = config.in_channels, fixed.get("in_channels") or fixed.get("out_channels")
+    if wanted == own:
+        return recipe, ""
+    if where is None:
+        outputs = own * config.out_channels // wanted
+        unet = recipe.unet | {"in_channels": own, "out_channels": outputs}
+        return replace(recipe, unet=unet), f" (the recipe had {wanted})"
+    if data in NAMED_SETS:  # these are never converted
+        raise ValueError(f"{data} has {own} channels, but unet.in_channels is {wanted} in {where}")
+    if own > wanted and where != "--set":
+        raise ValueError(
+            f"{data} holds colour, which {where} would lose: unet.in_channels is {wanted}; keep it by --set "
+            f"unet.in_channels={own} unet.out_channels={own * config.out_channels // wanted}, or drop it by "
+            f"--set unet.in_channels={wanted}"
+        )
+    return (
+        recipe,
+        f" (colour is dropped, as {where} asks)" if own > wanted else f" (grey, repeated for {where})",
+    )
+
+
+def with_classes(recipe: Recipe, data: ImageSet, fixed: dict[str, str]) -> Recipe:
+    """The conditional recipe with as many classes as the data have; ValueError if the user wrote others.
+
+    fixed: as that of `with_channels`.
+    """
+    if data.labels is None:
+        raise ValueError(
+            f"a class-conditional model needs labels, which {data.name} does not have: give one folder a "
+            "class, or a dataset.json, or add --unconditional"
+        )
+    count, wanted = count_classes(data), recipe.unet["num_classes"]
+    if count != wanted and "num_classes" in fixed:
+        names = f" ({listed(data.classes)})" if data.classes else ""
+        raise ValueError(
+            f"{data.name} has {count} classes{names}, but unet.num_classes is {wanted} in "
+            f"{fixed['num_classes']}; the labels of the images must be those of the model: --set "
+            f"unet.num_classes={count}"
+        )
+    return replace(recipe, unet=recipe.unet | {"num_classes": count})
+
+
+def count_classes(data: ImageSet) -> int:
+    """The number of classes: of their names, or up to the largest label. ValueError without labels."""
+    return len(data.classes) if data.classes else int(data.known_labels().max()) + 1
+
+
+def labels_by_name(data: ImageSet, classes: tuple[str, ...] | None, owner: str) -> torch.Tensor | None:
+    """The labels of the data in another order of classes: `classes`, which are those of `owner`.
+
+    ValueError for a class that `owner` lacks.
+    """
+    if data.labels is None or data.classes is None or classes is None or data.classes == classes:
+        return data.labels
+    unknown = [name for name in data.classes if name not in classes]
+    if unknown:
+        raise ValueError(f"{data.name} has a class {unknown[0]}, which {owner} lacks")
+    return torch.tensor([classes.index(name) for name in data.classes], device="cpu")[data.labels]
+
+
+def split(count: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices int64 of the images to train on and of those held out, drawn by the seed; both in order."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "held out", 0))
+    order = torch.randperm(count, generator=generator, device="cpu")
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def listed(names: tuple[str, ...] | list[str]) -> str:
+    """Up to MAX_NAMED names in one line."""
+    shown = [one_line_name(name) for name in names[:MAX_NAMED]]
+    return ", ".join([*shown, "..."] if len(names) > MAX_NAMED else shown)
+
+
+def one_line_name(name: str) -> str:
+    """A file name in one line, with bytes that are not UTF-8 escaped."""
+    return " ".join(name.encode("utf-8", "backslashreplace").decode().split())

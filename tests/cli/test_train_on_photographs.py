@@ -1,0 +1,174 @@
+"""`diffusion train --data FOLDER --out RUN`: all else comes from the images."""
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusion
+from diffusion.cli import main
+from diffusion.data.image_set import Survey
+from diffusion.models.config import UNetConfig
+from diffusion.training.fitting import small_recipe, split
+from diffusion.training.outlook import disk_use, duration
+from diffusion.training.recipe import load_recipe
+from helpers.training import make_trainer, run
+
+# A network of a few thousand parameters in place of a recipe's, for the same data.
+TINY = ["unet.channels=8", "unet.channel_mult=[1,1,1]", "unet.num_res_blocks=1", "unet.attention_levels=[]"]
+TINY += ["unet.norm_groups=4", "unet.time_embed_dim=16", "batch_size=4", "warmup_steps=0"]
+
+
+def make_photographs(folder, sizes, classes=("cat", "golden retriever"), mode="RGB") -> Path:
+    """Images of these heights and widths in turn, as many of each class."""
+    pixels = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for k, size in enumerate(sizes):
+            shape = (*size, 3) if mode == "RGB" else size
+            Image.fromarray(pixels.integers(0, 256, shape, np.uint8)).save(folder / name / f"{k}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "name", "expected"),
+    [
+        ((28, 28), 28, "small-32", 28),
+        ((32, 32), 32, "small-32", 32),
+        ((24, 40), 24, "small-32", (24, 40)),
+        ((30, 30), 30, "small-32", 28),  # 30 cannot be halved twice
+        ((32, 64), 32, "small-32", 32),  # too wide
+        ((5, 5), 5, "small-32", 4),
+        (None, 37, "small-32", 32),
+        ((48, 64), 48, "small-64", (48, 64)),
+        ((64, 64), 64, "small-64", 64),
+        (None, 50, "small-64", 48),
+        (None, 900, "small-64", 64),
+        ((178, 218), 178, "small-64", 64),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_recipe_follows_from_the_images(size, side, name, expected, channels):
+    found, recipe = small_recipe(Survey(100, channels, size, side, labelled=channels == 3))
+    own = load_recipe(name)
+    assert found == name
+    assert recipe.horizontal_flip == (channels == 3)
+    taken = {"sample_size": expected, "in_channels": channels, "out_channels": channels}
+    taken["num_classes"] = 10 if channels == 3 else None
+    assert recipe.unet == own.unet | taken | {"sample_size": recipe.unet["sample_size"]}
+    assert UNetConfig.from_dict(recipe.unet).image_shape == (
+        expected if isinstance(expected, tuple) else (expected, expected)
+    )
+    assert recipe.steps == own.steps
+
+
+@pytest.mark.parametrize("name", ["small-32", "small-64"])
+def test_the_work_of_the_small_recipes(name):
+    """PyTorch's count for an image is 0.5 to 1.5 GFLOP, and the whole run less than that of cifar10."""
+    recipe = load_recipe(name)
+    config = UNetConfig.from_dict(recipe.unet)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet = diffusion.UNet(config)
+        label = torch.zeros(1, dtype=torch.int64)
+        unet(torch.zeros(1, config.in_channels, *config.image_shape), label, label)
+    flops = counter.get_total_flops()
+    assert 0.5e9 < flops < 1.5e9
+    assert 3 * flops * recipe.steps * recipe.batch_size < 0.5 * 1e16
+
+
+def test_a_folder_of_photographs_is_all_that_is_needed(tmp_path, capsys):
+    folder = make_photographs(tmp_path / "pets", [(70, 90), (90, 80), (64, 66)] * 4)
+    out = tmp_path / "run"
+    main(["train", "--data", str(folder), "--out", str(out), "--steps", "1", "--set", *TINY])
+    line, disk, *_ = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"{folder}: 24 images (1 held out), 64 x 64 (the middle square, scaled), 3 channels, 2 classes: cat, "
+        "golden retriever; recipe small-64: "
+    )
+    assert re.search(r"[\d,]+ parameters, 1 steps of 4 images, about \d+ seconds? on cpu$", line)
+    assert re.fullmatch(rf"{out}: up to \d+ [KM]iB on disk, of [\d,]+ GiB free", disk)
+    model = diffusion.load(out)
+    assert model.num_classes == 2
+    assert model.unet.config.image_shape == (64, 64)
+    assert (out / "log.csv").read_text().splitlines()[1].split(",")[2]  # a loss of the image held out
+
+
+def test_without_labels_the_model_has_none(tmp_path, capsys):
+    folder = make_photographs(tmp_path / "set", [(12, 12)] * 6, classes=("all",), mode="L")
+    for path in (folder / "all").iterdir():
+        path.rename(folder / path.name)
+    (folder / "all").rmdir()
+    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "1", "--set"]
+    main([*words, *(change for change in TINY if not change.startswith("batch"))])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert (
+        "6 images, 12 x 12, 1 channel, no labels, batches of 6 (the recipe had 128); recipe small-32" in line
+    )
+    assert diffusion.load(tmp_path / "run").num_classes is None
+
+
+def test_images_held_out_are_not_trained_on():
+    kept, held_out = split(100, 7, seed=0)
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(100))
+    assert len(held_out) == 7
+    assert torch.equal(split(100, 7, seed=0)[1], held_out)
+    assert not torch.equal(split(100, 7, seed=1)[1], held_out)
+
+
+def header(path: Path) -> int:
+    """Bytes of a safetensors file before its tensors."""
+    return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
+
+
+def test_the_disk_use_told_is_that_of_the_files(tmp_path, monkeypatch):
+    trainer, asked = make_trainer(), []
+    monkeypatch.setattr("diffusion.training.outlook.amount", lambda size: asked.append(size) or str(size))
+    disk_use(trainer, tmp_path / "run")
+    run(tmp_path / "run", trainer)
+    state, model = tmp_path / "run" / "state.safetensors", tmp_path / "run" / "model.safetensors"
+    tensors = [path.stat().st_size - header(path) for path in (state, model)]
+    counters = 4 * len(list(trainer.model.unet.parameters()))  # Adam's step, a number for each parameter
+    assert asked[0] == 2 * (tensors[0] - counters) + 2 * tensors[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        with pytest.raises(ValueError, match=r"needs up to .* and its disk has 0 free"):
+            disk_use(trainer, tmp_path / "run")
+
+
+def test_times_in_words():
+    times = (0.2, 1, 60, 100, 5340, 33480, 864000)
+    told = ["1 second", "1 second", "60 seconds", "2 minutes", "89 minutes", "9.3 hours", "10 days"]
+    assert [duration(time) for time in times] == told
+
+
+def test_resume_and_out_are_enough(tmp_path, capsys, monkeypatch):
+    """The run goes on with the options that it began with, from another folder too, on the same images."""
+    make_photographs(tmp_path / "pets", [(70, 90), (90, 80)] * 12)
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--data", "pets", "--out", "run", "--save-every", "2", "--micro-batch", "2"]
+    main([*words, "--steps", "2", "--set", *TINY])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = ["train", "--resume", "--out", "../run", "--accept-changes", "--steps", "3"]
+    main(resumed)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "2 classes" in line)
+    assert "48 images (2 held out), 64 x 64 (the middle square, scaled)" in first
+    assert second.partition(": ")[2].startswith("48 images (2 held out), 64 x 64 (the middle square, scaled)")
+    assert "1 steps of 4 images" in second
+    assert diffusion.load("../run").metadata["training"]["step"] == 3
+    with pytest.raises(SystemExit):
+        main(["train", "--resume"])
+    assert "--out is missing: the folder of the run to resume" in capsys.readouterr().err
+
+
+def test_show_prints_the_recipe_that_the_images_choose(tmp_path, capsys):
+    folder = make_photographs(tmp_path / "pets", [(20, 20)] * 2)
+    main(["train", "--data", str(folder), "--show"])
+    assert json.loads(capsys.readouterr().out)["unet"]["sample_size"] == 20
