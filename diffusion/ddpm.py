@@ -20,6 +20,7 @@ from .inference.arguments import check_batch_size, check_functions, check_one_ho
 from .inference.batches import Interrupted, sample_in_batches
 from .inference.buffers import Batch, Noise, drawn_first
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
+from .models.class_names import check_names, numbered
 from .models.description import described
 from .models.edm import edm_loss
 from .models.network import Network
@@ -73,6 +74,7 @@ class DDPM(nn.Module):
     normalize: images are diffused in [-1, 1], to which value_range is mapped; False diffuses them in
         value_range itself.
     clip_output: the sampled images are clipped to value_range at the end.
+    class_names: the names of the labels 0, 1, ..., which `sample` takes as labels; None for none.
     metadata: JSON values that `save` writes to config.json as well.
     """
 
@@ -92,6 +94,7 @@ class DDPM(nn.Module):
         value_range: tuple[float, float] = SIGNED,
         normalize: bool = True,
         clip_output: bool = False,
+        class_names: Sequence[str] | None = None,
         metadata: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -123,6 +126,7 @@ class DDPM(nn.Module):
         self.value_range = check_range("value_range", value_range)
         self.normalize = switch("normalize", normalize)
         self.clip_output = switch("clip_output", clip_output)
+        self.class_names = None if class_names is None else check_names(class_names, self.num_classes)
         self.metadata = dict(typed("metadata", {} if metadata is None else metadata, dict))
         self._denoisers = DenoiserCache()
 
@@ -267,7 +271,7 @@ class DDPM(nn.Module):
     @overload
     def sample(
         self,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         *,
         num_samples: int | None = None,
         guidance_scale: float | None = None,
@@ -300,7 +304,7 @@ class DDPM(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        labels: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         *,
         num_samples: int | None = None,
         guidance_scale: float | None = None,
@@ -325,8 +329,8 @@ class DDPM(nn.Module):
     ) -> Any:
         """Samples images, float32 [N, C, H, W] on the model's device, in its value_range unless clip is None.
 
-        labels: a class for each image, or None for none. A single label is repeated. A network whose labels
-            are vectors takes float [N, E].
+        labels: a class for each image, its number or its name among `class_names`; None for none. A single
+            label is repeated. A network whose labels are vectors takes float [N, E].
         num_samples: N; by default the number of labels or that of the noise, or 1.
         guidance_scale: of classifier-free guidance, diffusers' convention: 1 is the conditional prediction,
             0 the unconditional; the w of Ho & Salimans 2022 (arXiv 2207.12598) is guidance_scale - 1. None
@@ -500,6 +504,7 @@ class DDPM(nn.Module):
             "value_range": self.value_range,
             "normalize": self.normalize,
             "clip_output": self.clip_output,
+            "class_names": self.class_names,
             "metadata": self.metadata,
         }
 
@@ -511,6 +516,7 @@ class DDPM(nn.Module):
             if self.num_classes is None:
                 raise ValueError("labels are given, but this model is unconditional")
             check_one_hot(labels, self.num_classes)
+            labels = numbered(labels, self.class_names, self.num_classes)
             labels = whole_numbers("labels", labels, 0, self.num_classes - 1)
         if labels is None and self.null_label is None and self.num_classes is not None:
             raise ValueError("this model was trained without a null label, so it needs labels")

@@ -8,6 +8,7 @@ import torch
 from ..ddpm import DDPM
 from ..samplers import FULL_CHAIN, own_options
 from ..utils.device import resolve_device
+from ..utils.errors import printable
 from ..utils.ranks import Ranks
 from ..utils.validation import whole_number
 
@@ -97,20 +98,30 @@ def choose_labels(model: DDPM, words: list[str] | None, num: int | None) -> tupl
     if words is None:
         labels = None if model.num_classes is None else list(range(model.num_classes))
     else:
-        labels = None if words == ["none"] else parse_labels(words)
+        labels = None if words == ["none"] else parse_labels(words, model.class_names)
     if labels is None:
         return None, num or 20
     num = num or len(labels) * (4 if words is None else 1)
     return [labels[i % len(labels)] for i in range(num)], num
 
 
-def parse_labels(words: list[str]) -> list[int]:
-    """["0-3", "7"] or ["0-3,7"] to [0, 1, 2, 3, 7]; ValueError for anything else."""
+def parse_labels(words: list[str], names: tuple[str, ...] | None = None) -> list[int]:
+    """["0-3", "7"] or ["0-3,7"] to [0, 1, 2, 3, 7], and a name of a class to its number.
+
+    names: those of the model's classes, before which a number or a range is not looked for. ValueError for
+    anything else.
+    """
+    numbers = {name: label for label, name in enumerate(names or ())}
     labels: list[int] = []
-    for word in " ".join(words).replace(",", " ").split():
+    parts = [[word] if word in numbers else word.replace(",", " ").split() for word in words]
+    for word in (word for part in parts for word in part):
+        if word in numbers:
+            labels.append(numbers[word])
+            continue
         first, dash, last = word.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"unknown label {word!r}; write numbers and ranges, such as 0-9 or 3 1 4")
+            known = "" if names is None else f", or names: {printable(', '.join(names))}"
+            raise ValueError(f"unknown label {word!r}; write numbers and ranges, such as 0-9 or 3 1 4{known}")
         low, high = int(first), int(last or first)
         if high < low or high - low > 100_000:
             raise ValueError(f"the range of labels {word!r} goes backwards or is too long")

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="mnist", help="a bundled name, a folder, or hf:owner/name (default: %(default)s)")
     add(
-        "--labels", nargs="+", metavar="LABEL", help="class labels, such as 0-9, 3 1 4 or none (default: all)"
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="class labels, such as 0-9, 3 1 4, cat dog, or none (default: all)",
     )
     add("--num", type=int, help="number of images; the labels repeat in turn (default: 4 for each class)")
     add(
@@ -101,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="width of an image's pixel in the grid, in pixels (default: %(default)s)",
     )
+    add("--captions", action="store_true", help="write the name or number of its class below each image")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -118,6 +122,9 @@ def run(args: argparse.Namespace) -> None:
     if not sharded and suffix != ".npz":
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
+    captions = _captions(model, labels) if args.captions else None
+    if captions is not None and (sharded or suffix not in PICTURES):
+        raise ValueError(f"--captions is for a grid ({', '.join(PICTURES)}), and --out is {out}")
     guidance = choose_guidance(model, args.guidance_scale, labels is not None)
     sampler, steps = choose_sampler(model, args.sampler, args.steps)
     names = ("spacing", *own_options(), "guidance_interval", "clip")
@@ -167,11 +174,20 @@ def run(args: argparse.Namespace) -> None:
     elif suffix == ".npz":
         save_npz(to_uint8(images, model.value_range), out, labels and labels[: len(images)], seed=args.seed)
     else:
-        save_grid(images, out, columns=args.columns, scale=args.scale, value_range=model.value_range)
+        layout: dict[str, Any] = {"columns": args.columns, "scale": args.scale}
+        captions = captions and captions[: len(images)]
+        save_grid(images, out, **layout, value_range=model.value_range, captions=captions)
     how = f"{sampler}, {steps or model.schedule.max_steps} steps"
     print(f"{out}: {len(images)} images in {seconds:.1f} s ({how})")
     if interrupted is not None:
         raise interrupted
+
+
+def _captions(model: DDPM, labels: list[int] | None) -> list[str]:
+    """The name of each label, or its number where the classes have no names."""
+    if labels is None:
+        raise ValueError("--captions needs labels to write below the images: give --labels")
+    return [str(label) if model.class_names is None else model.class_names[label] for label in labels]
 
 
 def is_folder(out: str) -> bool:

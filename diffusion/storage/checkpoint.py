@@ -44,6 +44,7 @@ OPTIONAL = (
     "value_range",
     "normalize",
     "clip_output",
+    "class_names",
     "metadata",
 )
 DIGEST = "weights_sha256"

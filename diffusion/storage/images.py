@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ..process.value_range import SIGNED, change_range, check_range
+from ..utils.errors import printable
 from ..utils.validation import number, shown, whole_number, whole_numbers
 from .atomic import replacing
 from .image_types import as_tensor
 
 MAX_PIXELS = 2**28  # pixels of a picture
+CAPTION = 14  # rows of pixels below an image in which its caption is written, in Pillow's own font
 PICTURES: dict[str, dict[str, Any]] = {  # how Pillow writes the files of these names
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -44,7 +46,13 @@ def to_uint8(x: torch.Tensor, value_range: tuple[float, float] = SIGNED) -> torc
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 2, scale: int = 1) -> None:
+def check_grid(
+    shape: Sequence[int],
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int = 1,
+    captions: Sequence[str] | None = None,
+) -> None:
     """ValueError if `make_grid` would refuse images of this shape [N, C, H, W]."""
     scale, padding = whole_number("scale", scale, 1), whole_number("padding", padding, 0)
     if columns is not None:
@@ -54,16 +62,21 @@ def check_grid(shape: Sequence[int], columns: int | None = None, padding: int = 
     channels = shape[1]
     if channels not in (1, 3):
         raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
-    height, width = _canvas(shape, columns, padding, scale)
+    if captions is not None and (isinstance(captions, str) or len(captions) != shape[0]):
+        raise ValueError(f"captions must be {shape[0]} texts, one for each image, not {shown(captions)}")
+    height, width = _canvas(shape, columns, padding, scale, CAPTION if captions is not None else 0)
     if height * width > MAX_PIXELS:
         raise ValueError(f"a picture of {width:,} x {height:,} pixels is too large")
 
 
-def _canvas(shape: Sequence[int], columns: int | None, padding: int, scale: int) -> tuple[int, int]:
+def _canvas(
+    shape: Sequence[int], columns: int | None, padding: int, scale: int, caption: int
+) -> tuple[int, int]:
     count, _, height, width = shape
     columns = min(columns or 10, count)
     rows = math.ceil(count / columns)
-    return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding
+    height = height * scale + caption + padding
+    return rows * height + padding, columns * (width * scale + padding) + padding
 
 
 def make_grid(
@@ -72,27 +85,47 @@ def make_grid(
     padding: int = 2,
     scale: int = 1,
     value_range: tuple[float, float] = SIGNED,
+    captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draws images, C = 1 or 3, row by row on a black ground.
 
     x: a tensor [N, C, H, W], an array [N, C, H, W] or [N, H, W, C], of floats in value_range or of uint8 in
     0..255, or a list of such images or of PIL images, of one size. columns: images in a row, by default
     ten, or all if there are fewer. padding: pixels between images and around them. scale: each pixel is drawn
-    as scale x scale pixels. ValueError for other images, or numbers below their least value.
+    as scale x scale pixels. captions: a text for each image, drawn below it in CAPTION rows of pixels, and
+    cut where it is wider than the image. ValueError for other images, or numbers below their least value.
     """
     x = as_tensor(x)
-    check_grid(x.shape, columns, padding, scale)
+    check_grid(x.shape, columns, padding, scale, captions)
     count, channels, height, width = x.shape
     columns = min(columns or 10, count)
     pixels = to_uint8(x, value_range).permute(0, 2, 3, 1).cpu().numpy()
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = height * scale, width * scale
-    canvas = np.zeros((*_canvas(x.shape, columns, padding, scale), channels), np.uint8)
-    for index, image in enumerate(pixels):
-        top = padding + index // columns * (height + padding)
-        left = padding + index % columns * (width + padding)
+    caption = 0 if captions is None else CAPTION
+    canvas = np.zeros((*_canvas(x.shape, columns, padding, scale, caption), channels), np.uint8)
+    corners = [
+        (padding + row * (height + caption + padding), padding + column * (width + padding))
+        for row, column in (divmod(index, columns) for index in range(count))
+    ]
+    for image, (top, left) in zip(pixels, corners, strict=True):
         canvas[top : top + height, left : left + width] = image
-    return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+    for text, (top, left) in zip(captions or (), corners, strict=False):
+        _write(picture, text, (left, top + height), width)
+    return picture
+
+
+def _write(picture: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:
+    """Writes a text into the CAPTION rows below an image, in its middle, cut to its width."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    text = printable(str(text))
+    if draw.textlength(text, font) > width:
+        while text and draw.textlength(f"{text}..", font) > width:
+            text = text[:-1]
+        text = f"{text}.." if text else ""
+    left = corner[0] + (width - draw.textlength(text, font)) / 2
+    draw.text((left, corner[1]), text, fill="white", font=font)
 
 
 def picture_format(path: str | os.PathLike) -> dict[str, Any]:
@@ -110,14 +143,16 @@ def save_grid(
     padding: int = 2,
     scale: int = 1,
     value_range: tuple[float, float] = SIGNED,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Writes images as one picture, drawn by `make_grid`: PNG, JPEG or WebP, by the ending of its name.
 
     x: a tensor [N, C, H, W], an array [N, C, H, W] or [N, H, W, C], of floats in value_range or of uint8 in
     0..255, or a list of such images or of PIL images, of one size. C is 1 or 3. JPEG has quality 95, and WebP
-    is lossless. ValueError for other images, another ending, or if the file cannot be written.
+    is lossless. columns, padding, scale, captions: see `make_grid`. ValueError for other images, another
+    ending, or if the file cannot be written.
     """
-    grid = make_grid(x, columns, padding, scale, value_range)
+    grid = make_grid(x, columns, padding, scale, value_range, captions)
     with replacing(path) as (temporary,):
         grid.save(temporary, **picture_format(path))
 
