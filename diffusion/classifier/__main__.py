@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--data-dir",
         help=f"torchvision's folder of {' or '.join(NAMED_SETS)}: DIR, if the files are in DIR/MNIST/raw",
     )
+    add(
+        "--resize",
+        type=int,
+        metavar="SIZE",
+        help="crop each image of a folder or zip to a central square, scaled to SIZE x SIZE pixels",
+    )
     add("--out", required=True, help="folder to write")
     add(
         "--architecture",
@@ -89,6 +95,8 @@ def _config(options: argparse.Namespace, channels: int, size: int, classes: int)
 
 def _load(options: argparse.Namespace) -> list[ImageSet]:
     """The training images and the test images, both labelled with the same classes."""
+    if options.data in NAMED_SETS and options.resize is not None:
+        raise ValueError(f"--resize is for a folder or zip of images, and --data is {options.data}")
     if options.data in NAMED_SETS:
         sets = [
             load_dataset(options.data, split=split, data_dir=options.data_dir) for split in ("train", "test")
@@ -96,8 +104,12 @@ def _load(options: argparse.Namespace) -> list[ImageSet]:
     elif options.test_data is None:
         raise ValueError("--test-data is missing: images to test with, which are not trained on")
     else:
-        train = load_dataset(options.data, progress=True)
-        sets = [train, load_dataset(options.test_data, channels=train.images.shape[1], progress=True)]
+        train = load_dataset(options.data, size=options.resize, progress=True)
+        channels = train.images.shape[1]
+        sets = [
+            train,
+            load_dataset(options.test_data, channels=channels, size=options.resize, progress=True),
+        ]
     for images in sets:
         images.known_labels()  # ValueError without labels
     if sets[0].images.shape[1:] != sets[1].images.shape[1:] or sets[0].classes != sets[1].classes:

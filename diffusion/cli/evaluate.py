@@ -5,6 +5,7 @@ Without further options: class accuracy with guidance and Fréchet distance with
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "classifier": None,
     "reference": None,
     "split": "train",
+    "resize": False,
     "samples": None,
     "metrics": list(METRICS),
     "features": "inception",
@@ -53,11 +55,11 @@ DEFAULTS: dict[str, Any] = {
 }
 COMPUTATION = ("batch_size", "device", "precision", "dtype", "backend")
 SAMPLING = ("model", "num", "guidance_scale", "sampler", "steps", "seed", *COMPUTATION)
-COMPARISON = ("data_dir", "reference", "split", "metrics", "features")
+COMPARISON = ("data_dir", "reference", "split", "resize", "metrics", "features")
 # The options of DEFAULTS that each measure uses; every other one is refused.
 USED = {
     "--sweep": ("model", "num", "seed", "classifier", *COMPUTATION),
-    "--bits-per-dim": ("model", "num", "seed", "data_dir", "reference", "split", "device"),
+    "--bits-per-dim": ("model", "num", "seed", "data_dir", "reference", "split", "resize", "device"),
     "--samples": ("samples", *COMPARISON),
     "--reference": (*SAMPLING, *COMPARISON),
     "accuracy": (*SAMPLING, "data_dir", "classifier"),
@@ -92,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images to compare with: {', '.join(NAMED_SETS)}, a folder, zip or .npz",
     )
     add("--split", help=f"train or test, of {' or '.join(NAMED_SETS)} (default: {DEFAULTS['split']})")
+    add(
+        "--resize",
+        action="store_true",
+        help="crop each image of the reference's folder or zip to a central square, scaled to the samples' "
+        "size, as `diffusion train --resize` does",
+    )
     add("--samples", metavar="IMAGES", help="images to compare with the reference, instead of a model's")
     add(
         "--metrics",
@@ -185,12 +193,13 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     if not args.reference:
         raise ValueError("--reference is missing: the images to compare --samples with")
     features = load_features(args.features)
-    reference = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
     protocol: dict[str, Any] = {}
     if args.samples:
         samples = load_images(args.samples, split=args.split, data_dir=args.data_dir, progress=True)
+        reference = _reference(args, samples.images.shape[1:])
     else:
         model = _model(args)
+        reference = _reference(args, (model.unet.config.in_channels, *model.unet.config.image_shape))
         labels, num = choose_labels(model, None, args.num)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         options = _sampling(args, model)
@@ -205,11 +214,22 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     return compare(samples, reference, features, tuple(args.metrics), protocol=protocol, progress=True)
 
 
+def _reference(args: argparse.Namespace, shape: Sequence[int]) -> ImageSet:
+    """The images of --reference; with --resize, of the shape [C, H, W] of the samples."""
+    options: dict[str, Any] = {}
+    if args.resize:
+        if shape[1] != shape[2]:
+            raise ValueError(f"--resize makes square images, and the samples are {shape[1]} x {shape[2]}")
+        options = {"channels": shape[0], "size": shape[1]}
+    found = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True, **options)
+    return found._replace(name=f"{found.name} (the middle square, scaled)") if args.resize else found
+
+
 def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not args.reference:
         raise ValueError("--reference is missing: the images to compute bits per dimension of")
     model = _model(args)
-    images = load_images(args.reference, split=args.split, data_dir=args.data_dir, progress=True)
+    images = _reference(args, (model.unet.config.in_channels, *model.unet.config.image_shape))
     labels = images.labels[: args.num] if images.labels is not None and model.num_classes else None
     result = bits_per_dimension(model, images.images[: args.num], labels, seed=args.seed, progress=True)
     result |= {"model": args.model, "reference": images.name, "seed": args.seed, "variance": model.variance}

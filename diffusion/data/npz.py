@@ -10,7 +10,7 @@ import torch
 from ..storage.reading import is_folder, open_regular, read_json, reading_archive
 from ..storage.shard_files import run_digest, was_altered
 from ..utils.validation import whole_numbers
-from . import load_dataset
+from . import NAMED_SETS, load_dataset
 from .image_set import ImageSet
 
 MAX_BYTES = 2**36  # bytes of one array
@@ -25,24 +25,31 @@ def load_images(
     *,
     split: str = "train",
     data_dir: str | os.PathLike | None = None,
+    channels: int | None = None,
+    size: int | None = None,
     progress: bool = False,
 ) -> ImageSet:
     """Images uint8 [N, C, H, W] from a .npz file, a folder of shard-*.npz, or `data.load_dataset`.
 
     A .npz holds `images` uint8 [N, H, W, C] and perhaps `labels` [N], integers from 0 on, as
     `images.save_npz` writes them, or `arr_0` and perhaps `arr_1`, as guided-diffusion's scripts do. split,
-    data_dir, progress: see `data.load_dataset`. ValueError, naming the file, for anything else, for fewer
-    than two images, and for a folder that `shards.sample_shards` has not finished.
+    data_dir, channels, size, progress: see `data.load_dataset`. ValueError, naming the file, for anything
+    else, for fewer than two images, for a folder that `shards.sample_shards` has not finished, and for a size
+    with images that are no folder or zip.
     """
     path = Path(source)
     shards = sorted(path.glob("shard-*.npz")) if is_folder(path) else []
+    if size is not None and (shards or path.suffix.lower() == ".npz" or str(source) in NAMED_SETS):
+        raise ValueError(f"--resize is for a folder or zip of images, and --reference is {source}")
     if shards:
         found = _joined([_read(shard) for shard in shards], path)
         _check_run(path, shards, len(found.images))
     elif path.suffix.lower() == ".npz":
         found = _read(path)
     else:
-        found = load_dataset(source, split=split, data_dir=data_dir, progress=progress)
+        found = load_dataset(
+            source, split=split, data_dir=data_dir, channels=channels, size=size, progress=progress
+        )
     if len(found.images) < 2:
         raise ValueError(f"{source} holds {len(found.images)} images; a distance needs at least 2")
     return found

@@ -376,11 +376,11 @@ def test_an_option_without_effect_is_refused(measure, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    of_pairs, of_model = "reference split metrics features data-dir", "model num seed device"
+    of_pairs, of_model = "reference split resize metrics features data-dir", "model num seed device"
     sampling = f"{of_model} guidance-scale sampler steps batch-size precision dtype backend"
     used = {
         "--sweep": f"{of_model} batch-size precision dtype backend classifier",
-        "--bits-per-dim": f"{of_model} reference split data-dir",
+        "--bits-per-dim": f"{of_model} reference split resize data-dir",
         "--samples": f"{of_pairs} samples",
         "--reference": f"{of_pairs} {sampling} samples",  # with both, --samples decides
         "": f"{sampling} data-dir classifier reference samples",  # the last two choose another measure
@@ -391,7 +391,7 @@ def test_an_option_without_effect_is_refused(measure, capsys, tmp_path, monkeypa
             continue
         value = "1" if option in ("--num", "--guidance-scale", "--steps", "--seed", "--batch-size") else "fid"
         with pytest.raises(SystemExit) as caught:
-            main(["evaluate", *measure, option, value])
+            main(["evaluate", *measure, option, *([] if option == "--resize" else [value])])
         assert caught.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         where = f"with {measure[0]}" if measure else "without --reference"
