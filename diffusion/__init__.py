@@ -23,11 +23,16 @@ if TYPE_CHECKING:  # `__getattr__` imports each name when it is first used
     from .process.schedule import NoiseSchedule
     from .samplers import StepTable
     from .storage.images import save_gif, save_grid
+    from .training.from_data import train
+    from .training.recipe import Recipe
+    from .training.trainer import Trainer
 
 __all__ = [
     "DDPM",
     "NoiseSchedule",
+    "Recipe",
     "StepTable",
+    "Trainer",
     "UNet",
     "UNetConfig",
     "accelerate",
@@ -41,13 +46,16 @@ __all__ = [
     "to_diffusers",
     "to_exported_program",
     "to_onnx",
+    "train",
 ]
 
 # The module that defines each public name that is no module itself.
 _MODULES = {
     "DDPM": "ddpm",
     "NoiseSchedule": "process.schedule",
+    "Recipe": "training.recipe",
     "StepTable": "samplers",
+    "Trainer": "training.trainer",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",
     "accelerate": "planner.accelerate",
@@ -59,6 +67,7 @@ _MODULES = {
     "to_diffusers": "exporters.diffusers",
     "to_exported_program": "exporters.program",
     "to_onnx": "exporters.onnx",
+    "train": "training.from_data",
 }
 
 

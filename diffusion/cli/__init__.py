@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not words or not {"-h", "--help", "--version"}.isdisjoint(words):
         make_parser(recorded_help.read()).parse_args(words)  # prints, and ends the process
     from ..kernels._native import check_environment
+    from ..training.signals import Stopped
     from ..utils.memory import is_out_of_memory
     from .commands import COMMANDS
 
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings(), _cleaning_up(parsed.command):
             warnings.showwarning = _show_warning
             COMMANDS[parsed.command].run(parsed)
+    except Stopped as error:
+        print(f"\nstopped at step {error.step}; go on with --resume", file=sys.stderr)
+        sys.exit(130)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

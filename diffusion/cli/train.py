@@ -14,6 +14,8 @@ import torch
 from ..data import NAMED_SETS
 from ..data.image_folder import survey
 from ..ddpm import DDPM, load
+from ..evaluation.features import load_features
+from ..evaluation.held_out import HeldOutDistance
 from ..models.config import UNetConfig
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
@@ -29,13 +31,14 @@ from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
 from .options import choose_device
-from .training_data import load_data, recipe_for_data
+from .training_data import TrainingData, load_data, recipe_for_data
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 # The arguments of `train` that are options, with their defaults there, and what happens at each interval.
 INTERVALS = {
     "save_every": "checkpoints",
     "sample_every": "sample grids",
+    "measure_every": "distances of samples to the held-out images",
     "validate_every": "validations",
     "log_every": "rows of log.csv",
 }
@@ -45,7 +48,9 @@ DEFAULTS: dict[str, Any] = {"autocast": "auto", "channels_last": True}
 DEFAULTS |= {name: inspect.signature(train).parameters[name].default for name in INTERVALS}
 # The options that a run keeps in its state; --resume goes on with those that are not given again.
 PATHS = ("data", "data_dir", "validation_data", "cache")
-KEPT = (*PATHS, *DEFAULTS, "resize", "hold_out", "micro_batch", "checkpointing", "compile")
+KEPT = (*PATHS, *DEFAULTS, "resize", "hold_out", "micro_batch", "checkpointing", "compile", "features")
+KEPT = (*KEPT, "tensorboard")
+MIN_MEASURED = 50  # images held out, of which a distance is measured by default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +134,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="recompute activations in the backward pass, for less memory",
     )
+    add(
+        "--features",
+        metavar="NAME",
+        help="measure the distance of samples to the held-out images in these features: inception, "
+        "efficientnet-lite0, classifier (of digits), the folder of a classifier, or none (default: "
+        f"efficientnet-lite0, where it is installed and {MIN_MEASURED} images of a folder are held out)",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log and the grids for TensorBoard, into RUN/tensorboard",
+    )
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add(
         "--channels-last",
@@ -174,6 +191,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
     data = load_data(args, recipe, progress=ranks.rank == 0)
+    measure = choose_measure(args, data)
     recipe = data.recipe
     with process_group(ranks, device), _suggest_options(device):
         trainer = Trainer(
@@ -189,6 +207,7 @@ def run(args: argparse.Namespace) -> None:
             compile=bool(args.compile),
             ranks=ranks,
             init=None if args.resume else init,
+            class_names=data.classes,
             command=_kept(args),
         )
         start = read_state(Path(args.out) / STATE)["step"] if args.resume else 0
@@ -201,6 +220,8 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             resume=args.resume,
             accept_changes=args.accept_changes,
+            measure=measure,
+            tensorboard=bool(args.tensorboard),
             **intervals,
         )
     if ranks.rank == 0:
@@ -272,6 +293,26 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
     if chosen and args.data not in NAMED_SETS:
         args.resize = survey(args.data).size != UNetConfig.from_dict(recipe.unet).image_shape
     return recipe
+
+
+def choose_measure(args: argparse.Namespace, data: TrainingData) -> HeldOutDistance | None:
+    """The distance to the held-out images in the features of the options, or None for none.
+
+    Without the option, it is measured in EfficientNet-Lite0's, for a recipe of any size, where these are
+    installed and enough images are held out.
+    """
+    if args.features == "none" or (args.features is None and args.recipe not in SMALL):
+        return None
+    if args.features is None:
+        if data.validation is None or len(data.validation[0]) < MIN_MEASURED:
+            return None
+        try:
+            return HeldOutDistance(*data.validation, load_features("efficientnet-lite0"))
+        except ValueError:  # it is not installed
+            return None
+    if data.validation is None:
+        raise ValueError("--features needs held-out images: add --hold-out N or --validation-data")
+    return HeldOutDistance(*data.validation, load_features(args.features))
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:

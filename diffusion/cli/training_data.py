@@ -87,6 +87,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
     if data is None:
         data = load_dataset(args.data, **options)
     _check_size(data, config, bool(named))
+    if args.resume:
+        data = _named_as_in_the_run(args, data)
     validation = None
     if args.validation_data:
         validation = load_dataset(args.validation_data, **options)
@@ -156,13 +158,23 @@ def _of_the_run(args: argparse.Namespace, recipe: Recipe, fixed: dict[str, str])
     return replace(recipe, unet=recipe.unet | unwritten)
 
 
+def _named_as_in_the_run(args: argparse.Namespace, data: ImageSet) -> ImageSet:
+    """The data with the class names and labels of the resumed run, where it has names."""
+    state = read_state(Path(args.out) / STATE)
+    names, count = state["class_names"], state["recipe"].unet.get("num_classes")
+    if names is None:
+        return data if len(data.classes or ()) == count else data._replace(classes=None)
+    return data._replace(classes=names, labels=labels_by_name(data, names, f"the run in {args.out}"))
+
+
 def _about_classes(data: ImageSet, count: int, wanted: int | None, recipe: str | None) -> str:
     """Number and names of the trained classes, and those without images."""
     had = "" if count == wanted or recipe in SMALL else f" (the recipe had {wanted})"
     names = f": {listed(data.classes)}" if data.classes else ""
     seen = set() if data.labels is None else set(data.labels.tolist())
-    missing = [str(label) for label in range(count) if label not in seen] if len(seen) < count else []
-    without = f"; no images of {listed(missing)}" if missing else ""
+    missing = [label for label in range(count) if label not in seen] if len(seen) < count else []
+    missing_names = [data.classes[label] if data.classes else str(label) for label in missing]
+    without = f"; no images of {listed(missing_names)}" if missing else ""
     return f", {count} class{'' if count == 1 else 'es'}{had}{names}{without}"
 
 

@@ -129,12 +129,17 @@ class Decoder:
         """An image decoded, turned upright as viewers show it, in 8 bits and `channels` channels."""
         image = open_image(self.source, name)
         try:
-            image.load()
-            turn = _turn(image)
-            image = _eight_bits(image).convert("L" if self.channels == 1 else "RGB")
-            return image if turn is None else image.transpose(turn)
+            return upright(image).convert("L" if self.channels == 1 else "RGB")
         except Exception as error:
             raise _undecodable(self.source, name, error) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned upright as viewers show it, in 8 bits; ValueError for floating-point pixels."""
+    image.load()
+    turn = _turn(image)
+    image = _eight_bits(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -1,6 +1,7 @@
 """Recipes that fit data: the network for images of any size, and the channels and classes of the data."""
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -67,7 +68,18 @@ def with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) ->
     )
 
 
-def with_classes(recipe: Recipe, data: ImageSet, fixed: dict[str, str]) -> Recipe:
+class Labelled(Protocol):
+    """A set of images with a name, and perhaps with labels and names of its classes."""
+
+    @property
+    def labels(self) -> torch.Tensor | None: ...
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+    @property
+    def name(self) -> str: ...
+
+
+def with_classes(recipe: Recipe, data: Labelled, fixed: dict[str, str]) -> Recipe:
     """The conditional recipe with as many classes as the data have; ValueError if the user wrote others.
 
     fixed: as that of `with_channels`.
@@ -77,7 +89,8 @@ def with_classes(recipe: Recipe, data: ImageSet, fixed: dict[str, str]) -> Recip
             f"a class-conditional model needs labels, which {data.name} does not have: give one folder a "
             "class, or a dataset.json, or add --unconditional"
         )
-    count, wanted = count_classes(data), recipe.unet["num_classes"]
+    count = len(data.classes) if data.classes else int(data.labels.max()) + 1
+    wanted = recipe.unet["num_classes"]
     if count != wanted and "num_classes" in fixed:
         names = f" ({listed(data.classes)})" if data.classes else ""
         raise ValueError(
@@ -86,11 +99,6 @@ def with_classes(recipe: Recipe, data: ImageSet, fixed: dict[str, str]) -> Recip
             f"unet.num_classes={count}"
         )
     return replace(recipe, unet=recipe.unet | {"num_classes": count})
-
-
-def count_classes(data: ImageSet) -> int:
-    """The number of classes: of their names, or up to the largest label. ValueError without labels."""
-    return len(data.classes) if data.classes else int(data.known_labels().max()) + 1
 
 
 def labels_by_name(data: ImageSet, classes: tuple[str, ...] | None, owner: str) -> torch.Tensor | None:

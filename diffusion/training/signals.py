@@ -6,6 +6,14 @@ import threading
 from collections.abc import Iterator
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a run, which is saved. step: the last one taken."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; go on with resume=True")
+        self.step = step
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Gives a list to which the numbers of signals are appended as they come, instead of ending the process.

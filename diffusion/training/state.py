@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..models.class_names import check_names
 from ..models.config import UNetConfig
 from ..storage.atomic import replacing
 from ..storage.reading import add_tensors, load_weights, name_of, open_regular, read_safetensors
@@ -47,6 +48,7 @@ def save_state(trainer: Trainer, path: Path) -> None:
         "losses": [loss.item() for loss in trainer.log_line.losses],
         "norms": [norm.item() for norm in trainer.log_line.norms],
         "scaler": trainer.scaler.state_dict(),
+        "class_names": trainer.model.class_names,
         "command": trainer.command,
     }
     text = json.dumps(about)
@@ -77,9 +79,13 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
     differing = [key for key in recipe if former[key] != recipe[key]]
     refused = [key for key in differing if not accept_changes or key in FIXED]
     if refused:
-        raise ValueError(f"{path} is of another recipe: it differs in {', '.join(refused)}")
+        fixed = any(key in FIXED for key in refused)
+        way = "choose another folder by --out" if fixed else "--accept-changes (accept_changes=True) takes it"
+        raise ValueError(f"{path} is of another recipe: it differs in {', '.join(refused)}; {way}")
     if about["data"] != trainer.data_digest and not accept_changes:
-        raise ValueError(f"{path} is of a run on other images or labels")
+        raise ValueError(
+            f"{path} is of a run on other images or labels; --accept-changes (accept_changes=True) takes them"
+        )
     groups: dict[str, dict[str, torch.Tensor]] = {}
     tensors = read_safetensors(path)
     _check_digest(path, tensors)
@@ -135,11 +141,11 @@ def read_state(path: Path) -> dict:
     ValueError if the file is missing or damaged, or is not a training state.
     """
     if not os.path.lexists(path):
-        raise ValueError(f"there is no run to resume: {path} is missing")
+        raise ValueError(f"there is no run to resume: {path} is missing; begin one without --resume")
     try:
         about = json.loads(_metadata(path)["training"])
         recipe, first = recipe_from(dict(about["recipe"])), about["first_loss"]
-        step = whole_number("step", about["step"], 0, recipe.steps)
+        step, names = whole_number("step", about["step"], 0, recipe.steps), about.get("class_names")
         scaler, losses, norms = dict(about["scaler"]), list(about["losses"]), list(about["norms"])
         if not len(losses) == len(norms) <= step:
             raise ValueError(f"it holds {len(losses)} losses and {len(norms)} norms of {step} steps")
@@ -153,7 +159,9 @@ def read_state(path: Path) -> dict:
             # The gradient of a scaled loss may overflow; such a step was left out.
             "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
             "scaler": scaler,
-            "command": dict(about.get("command", {})),  # states of before the release 0.2 have none
+            # Older states have neither.
+            "class_names": names and check_names(names, recipe.unet.get("num_classes")),
+            "command": dict(about.get("command", {})),
         }
     except (
         SafetensorError,

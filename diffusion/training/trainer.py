@@ -9,12 +9,14 @@ ranks trains on the same images, timesteps and noise.
 import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.datasets import DatasetImages
 from ..data.image_set import SomeImages
 from ..ddpm import DDPM
 from ..models.unet import UNet, UNetConfig
@@ -24,8 +26,9 @@ from ..samplers import SAMPLERS, options_of
 from ..storage.images import to_float
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
-from ..utils.validation import whole_number
+from ..utils.validation import whole_number, whole_numbers
 from .fine_tuning import start_from
+from .images import check_data, images_as_tensor
 from .log_line import LogLine
 from .optimizers import Optimizer
 from .recipe import Recipe
@@ -44,14 +47,18 @@ class Trainer:
     """A training run: the model, its averages, the optimiser, and the step they have reached.
 
     recipe: the numbers that define the training.
-    images: uint8 [N, C, H, W], a tensor or some images of one. labels: int64 [N], or None for an
-        unconditional model.
+    images: uint8 [N, C, H, W]: a tensor, an array, some images of a tensor (`data.image_set.SomeImages`), or
+        those of a data set (`data.datasets.DatasetImages`), which are decoded as the steps need them. An
+        array may also be [N, H, W, C] or [N, H, W]. labels: whole numbers [N], or None for an unconditional
+        model.
     validation: images and labels for the validation loss, or None for none.
     device: of the computation; images and labels stay on the CPU.
     ranks: the share of each batch that this process works on. Several ranks take their steps within
         `distributed.shared_gradients`, as `train` does.
     init: a model whose weights the run starts from. It has the recipe's architecture except for the number of
         classes; see `fine_tuning.recipe_for`.
+    class_names: of the labels 0, 1, ..., which the model keeps; None for none.
+    workers: processes that decode the images of a data set ahead of the steps; 0 decodes between them.
     command: JSON values that the state keeps, such as the options of the command line that made the run.
 
     After step n = 0, 1, ... an average with decay d becomes d' average + (1 - d') weights, with
@@ -71,8 +78,8 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        images: torch.Tensor | SomeImages,
-        labels: torch.Tensor | None,
+        images: torch.Tensor | np.ndarray | SomeImages | DatasetImages,
+        labels: torch.Tensor | np.ndarray | Sequence[int] | None,
         validation: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         device: str | torch.device = "cpu",
         *,
@@ -83,11 +90,17 @@ class Trainer:
         compile: bool = False,
         ranks: Ranks | None = None,
         init: DDPM | None = None,
+        class_names: Sequence[str] | None = None,
+        workers: int = 0,
         command: dict[str, Any] | None = None,
     ):
         self.ranks = ranks or Ranks()
         config = UNetConfig.from_dict(recipe.unet)
-        _check_data(config, images, labels, recipe.batch_size)
+        if not isinstance(images, SomeImages | DatasetImages):
+            images = images_as_tensor(images)
+        if labels is not None:
+            labels = whole_numbers("labels", labels)
+        check_data(config, images, labels, recipe.batch_size)
         if recipe.batch_size < self.ranks.world_size:
             raise ValueError(
                 f"a batch of {recipe.batch_size} cannot be shared by {self.ranks.world_size} ranks"
@@ -95,7 +108,8 @@ class Trainer:
         if micro_batch is not None:
             micro_batch = whole_number("micro_batch", micro_batch, 1)
         if validation is not None:
-            _check_data(config, *validation, 1, "validation images")
+            validation = images_as_tensor(validation[0]), validation[1]
+            check_data(config, *validation, 1, "validation images")
         self.recipe, self.images, self.labels, self.validation = recipe, images, labels, validation
         self.device, self.autocast, self.micro_batch = torch.device(device), autocast, micro_batch
         if self.device.type == "cpu":
@@ -115,6 +129,7 @@ class Trainer:
             schedule,
             prediction_type=recipe.prediction_type,
             sampler_options=SAMPLER_OPTIONS,
+            class_names=class_names,
         )
         self.model.to(self.device, memory_format=self.format)  # type: ignore[call-overload] # torch's stub lacks it
         self.averages = {decay: self.model.copy() for decay in (recipe.ema_decay, *recipe.more_ema_decays)}
@@ -127,6 +142,8 @@ class Trainer:
         if recipe.timestep_sampling == "lognormal":
             self.timesteps = lognormal_timesteps(schedule, recipe.noise_mean, recipe.noise_std)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+        self.workers = whole_number("workers", workers, 0)
+        self._reader: tuple[int, Iterator[torch.Tensor]] | None = None  # the step of its next batch
         self.command = dict(command or {})
         self.step = 0
         self.seconds = 0.0
@@ -142,8 +159,10 @@ class Trainer:
     def data_digest(self) -> str:
         """SHA-256 of the images and labels that are trained on, in hexadecimal."""
         images = self.images
-        pixels = images.digest() if isinstance(images, SomeImages) else images.contiguous().numpy().data
-        digest = hashlib.sha256(pixels)
+        if isinstance(images, torch.Tensor):
+            digest = hashlib.sha256(images.contiguous().numpy().data)
+        else:
+            digest = hashlib.sha256(images.digest())
         digest.update(b"" if self.labels is None else self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -259,11 +278,23 @@ class Trainer:
         flipped = torch.rand(size, device=device) < 0.5 if recipe.horizontal_flip else None
         bounds = [size * rank // self.ranks.world_size for rank in (self.ranks.rank, self.ranks.rank + 1)]
         part = slice(*bounds)
-        x = self._to_device(self.images[index[part]])
+        x = self._to_device(self._pixels(index, part))
         if flipped is not None:
             x = torch.where(flipped[part].reshape(-1, 1, 1, 1), x.flip(-1), x)
         noise = noise[part].contiguous(memory_format=self.format)
         return x, None if labels is None else labels[part], t[part], noise
+
+    def _pixels(self, index: torch.Tensor, part: slice) -> torch.Tensor:
+        """A part of the present step's images, uint8; those of a data set come from its workers."""
+        if not isinstance(self.images, DatasetImages):
+            return self.images[index[part]]
+        if self._reader is None or self._reader[0] != self.step:
+            steps = range(self.step, self.recipe.steps)
+            order = (self.batch_indices(step)[part].tolist() for step in steps)
+            self._reader = self.step, self.images.batches(order, self.workers)
+        reader = self._reader[1]
+        self._reader = self.step + 1, reader
+        return next(reader)
 
     def _to_device(self, images: torch.Tensor) -> torch.Tensor:
         return to_float(images.to(self.device)).contiguous(memory_format=self.format)
@@ -276,35 +307,3 @@ class Trainer:
             generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "epoch", epoch))
             self._order = epoch, torch.randperm(len(self.images), generator=generator, device="cpu")
         return self._order[1][position * size : (position + 1) * size]
-
-
-def _check_data(
-    config: UNetConfig,
-    images: torch.Tensor | SomeImages,
-    labels: torch.Tensor | None,
-    batch_size: int,
-    what: str = "images",
-) -> None:
-    shape = (config.in_channels, *config.image_shape)
-    if len(images.shape) != 4 or images.dtype != torch.uint8 or images.shape[1:] != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(
-            f"{what} must be uint8 [N, {wanted}] for this recipe, not {images.dtype} {list(images.shape)}"
-        )
-    if len(images) < batch_size:
-        raise ValueError(f"{len(images)} {what} do not fill one batch of {batch_size}")
-    if (labels is None) != (config.num_classes is None):
-        raise ValueError(
-            f"{what} have labels, but the model is unconditional"
-            if config.num_classes is None
-            else f"a class-conditional model needs labels, which the {what} do not have"
-        )
-    if labels is None or config.num_classes is None:
-        return
-    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
-    if not 0 <= labels.min() <= labels.max() < config.num_classes:
-        raise ValueError(
-            f"the labels of the {what} reach from {labels.min()} to {labels.max()}, but must be in "
-            f"0..{config.num_classes - 1} for a model of {config.num_classes} classes"
-        )

@@ -13,8 +13,9 @@ sys.path.append(str(ROOT))  # last, so that the package is the one that is insta
 
 from benchmarks import training_curve
 from benchmarks.recipes import gflop_per_image
-from diffusion.training.log_file import HEADER
+from diffusion.training.log_file import COLUMNS
 
+HEADER = ",".join(COLUMNS) + "\n"
 ROWS = "10,0.5,,0.002,1,3\n20,0.25,0.3,0.002,1,6\n"
 
 

@@ -1,8 +1,10 @@
 """`diffusion train --data FOLDER --out RUN`: all else comes from the images."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import struct
 from pathlib import Path
 
@@ -13,17 +15,25 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
+from diffusion.classifier.__main__ import main as train_a_classifier
 from diffusion.cli import main
 from diffusion.data.image_set import Survey
 from diffusion.models.config import UNetConfig
 from diffusion.training.fitting import small_recipe, split
 from diffusion.training.outlook import disk_use, duration
 from diffusion.training.recipe import load_recipe
+from diffusion.training.trainer import Trainer
 from helpers.training import make_trainer, run
 
 # A network of a few thousand parameters in place of a recipe's, for the same data.
 TINY = ["unet.channels=8", "unet.channel_mult=[1,1,1]", "unet.num_res_blocks=1", "unet.attention_levels=[]"]
 TINY += ["unet.norm_groups=4", "unet.time_embed_dim=16", "batch_size=4", "warmup_steps=0"]
+
+
+@pytest.fixture(autouse=True)
+def no_grids(monkeypatch):
+    """Grids take longer than the runs here."""
+    monkeypatch.setattr("diffusion.training.run.save_samples", lambda *arguments: True)
 
 
 def make_photographs(folder, sizes, classes=("cat", "golden retriever"), mode="RGB") -> Path:
@@ -172,3 +182,83 @@ def test_show_prints_the_recipe_that_the_images_choose(tmp_path, capsys):
     folder = make_photographs(tmp_path / "pets", [(20, 20)] * 2)
     main(["train", "--data", str(folder), "--show"])
     assert json.loads(capsys.readouterr().out)["unet"]["sample_size"] == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_how_to_go_on(number, tmp_path, capsys, monkeypatch):
+    """The bar counts steps, as the options do."""
+    folder = make_photographs(tmp_path / "pets", [(8, 8)] * 4)
+    step = Trainer.train_step
+
+    def told(self):
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", told)
+    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--log-every", "1"]
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--steps", "5", "--set", *TINY])
+    assert caught.value.code == 130
+    told_text = capsys.readouterr().err
+    assert told_text.splitlines()[-1] == "stopped at step 3; go on with --resume"
+    assert re.search(r"3/5 \[.* steps.*images/s", told_text)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    for more, way in (([], "go on with --resume"), (["--resume", "--steps", "9"], "--accept-changes")):
+        with pytest.raises(SystemExit):
+            main([*words, "--set", *TINY, *more])
+        assert way in capsys.readouterr().err.splitlines()[-1]
+    main(["train", "--resume", "--out", str(tmp_path / "run")])
+    assert diffusion.load(tmp_path / "run").metadata["training"]["step"] == 5
+
+
+def test_the_images_trained_on_are_the_reference(tmp_path, capsys, monkeypatch):
+    """`evaluate --resize` reads them as training did: the square in the middle, in the model's channels."""
+    folder = make_photographs(tmp_path / "pets", [(40, 70), (66, 50)] * 2)
+    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "1", "--set", *TINY]
+    main([*words, "unet.sample_size=16"])
+    seen = []
+
+    def compared(samples, reference, features, metrics, **options):
+        seen.append((samples, reference))
+        return {"metrics": {"fid": 0.0}, "protocol": {}}
+
+    monkeypatch.setattr("diffusion.cli.evaluate.compare", compared)
+    words = ["evaluate", "--model", str(tmp_path / "run"), "--reference", str(folder), "--num", "4"]
+    words += ["--features", "classifier", "--steps", "1"]
+    main([*words, "--resize"])
+    ((samples, reference),) = seen
+    assert samples.images.shape == (4, 3, 16, 16)
+    assert reference.name == f"{folder} (the middle square, scaled)"
+    for index, path in enumerate(sorted(folder.glob("*/*.png"))):
+        with Image.open(path) as image:
+            side = min(image.size)
+            box = [(length - side) // 2 for length in image.size]
+            square = image.crop((*box, box[0] + side, box[1] + side))
+            expected = np.asarray(square.resize((16, 16), Image.Resampling.LANCZOS))
+        assert np.array_equal(reference.images[index].permute(1, 2, 0), expected)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("make them of one size, or add --resize")
+    with pytest.raises(SystemExit):
+        main([*words[:4], str(tmp_path / "a.npz"), *words[5:], "--resize"])
+    assert "--resize is for a folder or zip of images" in capsys.readouterr().err
+
+
+def test_the_classifier_reads_images_of_any_size(tmp_path, monkeypatch, capsys):
+    folder = make_photographs(tmp_path / "pets", [(40, 70), (66, 50)])
+    seen = []
+
+    def trained(images, labels, **options):
+        seen.append(images)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("diffusion.classifier.__main__.train_classifier", trained)
+    words = ["--data", str(folder), "--test-data", str(folder), "--out", str(tmp_path / "classifier")]
+    with pytest.raises(SystemExit):
+        train_a_classifier([*words, "--sample-size", "4", "--resize", "16"])
+    assert capsys.readouterr().err.endswith("enough\n")
+    assert seen[0].shape == (4, 3, 16, 16)
+    with pytest.raises(SystemExit):
+        train_a_classifier(["--data", "mnist", "--out", str(tmp_path / "classifier"), "--resize", "16"])
+    assert "--resize is for a folder or zip of images, and --data is mnist" in capsys.readouterr().err

@@ -224,14 +224,17 @@ def test_the_command_says_what_it_found_and_resumes_what_it_began(tmp_path, caps
     main([*words, "--resume", "--accept-changes", "--steps", "3"])
     assert diffusion.load(out).metadata["training"]["step"] == 3
     line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith(f"{folder}: 8 images, 8 x 8, 3 channels, 3 classes: cat, dog; no images of 2; ")
+    assert line.startswith(
+        f"{folder}: 8 images, 8 x 8, 3 channels, 3 classes: cat, dog, eel; no images of eel"
+    )
 
 
 @pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
 def test_a_run_that_began_with_labels_that_no_image_has_resumes(tmp_path, monkeypatch):
     """An older release took ten classes for data of three; the state keeps them."""
     folder, out = make_images(tmp_path / "images", mode="L"), tmp_path / "run"
-    monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
+    label_by_list(folder, [0, 1, 2])
+    monkeypatch.setattr("diffusion.training.run.save_samples", lambda *arguments: True)
     words = ["train", "--data", str(folder), "--recipe", "mnist", "--out", str(out), "--batch-size", "4"]
     words += [
         "--steps",

@@ -23,8 +23,6 @@ PUBLIC = {
     "diffusion": [name for name in diffusion.__all__ if name not in ("kernels", "steps")],
     "diffusion.kernels": diffusion.kernels.__all__,
     "diffusion.steps": [*SAMPLERS, "SpacingWarning"],
-    "diffusion.training.recipe": ["Recipe"],
-    "diffusion.training.trainer": ["Trainer"],
     "diffusion.training.loop": ["train"],
 }
 NAMES = [f"{module}.{name}" for module, names in PUBLIC.items() for name in names]

@@ -422,13 +422,13 @@ def test_recipes_of_nonsense(change, expected):
 def test_data_that_do_not_fit():
     images, labels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
     for bad_images, bad_labels, expected in (
-        (images.float(), labels, "uint8"),
-        (images.expand(20, 3, 8, 8), labels, "uint8"),
+        (images.float(), labels, r"uint8 in 0\.\.255, not float32"),
+        (images.expand(20, 3, 8, 8), labels, r"\[N, 1, 8, 8\] for this recipe, not \[20, 3, 8, 8\]"),
         (images[:4], labels[:4], "one batch"),
         (images, None, "needs labels"),
         (images, labels[:5], "int64"),
         (images, labels + 3, r"from 3 to 3, but must be in 0\.\.2 for a model of 3 classes"),
-        (images[..., :6], labels, r"uint8 \[N, 1, 8, 8\]"),
+        (images[..., :6], labels, r"must be \[N, 1, 8, 8\]"),
     ):
         with pytest.raises(ValueError, match=expected):
             Trainer(RECIPE, bad_images, bad_labels)
@@ -454,7 +454,7 @@ class TestMnist:
         monkeypatch.setattr("diffusion.training.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
         words = ["train", "--data", "mnist", "--data-dir", str(DATA), "--out", str(tmp_path / "run")]
         words += ["--steps", "4", "--batch-size", "4", "--save-every", "2"]
-        monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
+        monkeypatch.setattr("diffusion.training.run.save_samples", lambda *arguments: True)
         main(words)
         output = capsys.readouterr()
         assert "4 steps in" in output.out
@@ -475,7 +475,7 @@ class TestMnist:
 
     def test_an_unconditional_model(self, tmp_path, monkeypatch):
         monkeypatch.setattr("diffusion.training.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
-        monkeypatch.setattr("diffusion.training.loop._save_samples", lambda *arguments: True)
+        monkeypatch.setattr("diffusion.training.run.save_samples", lambda *arguments: True)
         out = tmp_path / "run"
         main(["train", "--data-dir", str(DATA), "--out", str(out), "--steps", "2", "--unconditional"])
         assert diffusion.load(out).num_classes is None
