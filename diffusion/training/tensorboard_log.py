@@ -35,7 +35,3 @@ class TensorBoardLog:
             pixels = np.asarray(picture.convert("RGB"))
         self.writer.add_image("samples", pixels, step, dataformats="HWC")
         self.writer.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.writer.close()
