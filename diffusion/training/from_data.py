@@ -97,6 +97,11 @@ def train(
     found, name, recipe, about_size = _read(data, labels, recipe, workers, stream, progress)
     recipe = replace(recipe, **changes)
     names = class_names if class_names is not None else found.classes
+    unused = found.labels is not None and recipe.unet.get("num_classes") is None
+    if unused and labels is not None:
+        raise ValueError(
+            "there are labels, and the recipe has no classes: give its unet num_classes, or no labels"
+        )
     if recipe.unet.get("num_classes") is None:
         found, names = found._replace(labels=None), None
     few = min(MAX_HELD_OUT, len(found.images) // HELD_OUT_SHARE)
@@ -127,6 +132,7 @@ def train(
     )
     if progress:
         classes = f"{recipe.unet['num_classes']} classes" if numbers is not None else "no labels"
+        classes = "labels are not used" if unused else classes
         named = f": {listed(tuple(names))}" if names else ""
         height, width = found.images.shape[2:]
         held = f" ({held_out:,} held out)" if held_out else ""

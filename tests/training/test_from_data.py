@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 import diffusion
-from diffusion.data.datasets import DatasetImages, survey_dataset
+from diffusion.data.datasets import DatasetImages, read_dataset, survey_dataset
 from diffusion.storage.image_types import as_tensor
 from diffusion.training.fitting import split
 from helpers.training import PLAIN, make_trainer
@@ -118,6 +118,18 @@ def test_a_streamed_run_resumes_as_if_it_had_not_stopped(expected, tmp_path):
         diffusion.train(other, tmp_path / "run", resume=True, **options)
 
 
+def test_data_that_do_not_fit_into_memory_are_streamed(monkeypatch):
+    def size(found):
+        return 3, (8, 8)
+
+    for free, kind in ((4 * 24 * 3 * 64, torch.Tensor), (4 * 24 * 3 * 64 - 4, DatasetImages)):
+        monkeypatch.setattr("diffusion.data.datasets.free_memory", lambda device, free=free: free)
+        found = read_dataset(Pairs(), size)
+        assert isinstance(found.images, kind)
+        assert found.labels.tolist() == LABELS
+        assert torch.equal(found.images[torch.tensor([3, 1])], as_tensor(some_pixels()[[3, 1]]))
+
+
 def test_the_images_choose_the_recipe(tmp_path, capsys):
     """Of photographs of any size: the middle squares, of 64 pixels, in small-64, which is made tiny here."""
     sizes = [(70, 90), (99, 80), (65, 64)]
@@ -159,6 +171,10 @@ def test_a_folder(tmp_path):
         ({"data": Pairs(), "labels": LABELS}, "labels are for a tensor or an array"),
         ({"data": [], "labels": None}, "the data set is empty"),
         ({"data": [(torch.zeros(3, 8, 8), 0)], "labels": None}, r"float32 \[8, 8, 3\].* leave out ToTensor"),
+        (
+            {"recipe": diffusion.Recipe(unet=UNET | {"num_classes": None}, **OPTIONS)},
+            "there are labels, and the recipe has no classes",
+        ),
         ({"autocast": "bf16"}, "autocast must be 'auto', a torch.dtype or None, not 'bf16'"),
     ],
 )
