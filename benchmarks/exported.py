@@ -10,10 +10,15 @@ Evaluate = Callable[..., Tensor]  # the network's inputs -> its output
 
 
 def export(network: nn.Module, inputs: Sequence[Tensor], path: Path) -> None:
-    """Writes a network, whose output is one tensor, for inputs of these shapes; weights of over 2 GB go into
-    a second file beside it."""
+    """Writes a network, whose output is one tensor, for inputs of these shapes; its weights go into a second
+    file, `path` with ".data" after it."""
+    import onnx_ir
+
     with torch.no_grad():
-        torch.onnx.export(network.eval(), tuple(inputs), path, dynamo=True, verbose=False)
+        program = torch.onnx.export(network.eval(), tuple(inputs), dynamo=True, verbose=False)
+    assert program is not None
+    # Short tensors stay in the first file, since ONNX Runtime wants to read the sizes of a Split there.
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1 << 14)
 
 
 def openvino(path: Path, precision: str) -> Evaluate:

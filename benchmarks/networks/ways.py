@@ -82,6 +82,11 @@ def _accelerated(task: Task, network: Network, precision: str) -> Evaluate:
     except ImportError:
         raise ImportError("this version of diffusion has no accelerate") from None
     module, evaluate = accelerate(sharing(network()), precision=precision), task.model.evaluate
+    with torch.no_grad():
+        evaluate(module, *task.inputs())
+    report = module.report()
+    if "not planned" in report:
+        raise RuntimeError(report.splitlines()[-1].strip())
     return lambda *inputs: evaluate(module, *inputs).float()
 
 

@@ -13,6 +13,8 @@ from ..storage.atomic import check_writable, replacing
 from ..utils.errors import first_line
 from .program import to_exported_program
 
+# Bytes of a tensor that goes into the second file. ONNX Runtime reads the sizes of a Split in the first.
+MIN_WEIGHT = 2**14
 MAX_FILE = 2**31 - 2**24  # bytes; a protocol buffer holds less than 2 GiB, here with room for the graph
 
 
@@ -39,6 +41,8 @@ def to_onnx(model: DDPM, path: str | os.PathLike) -> None:
         raise ValueError(
             'ONNX files need onnx and onnxscript: pip install "fused-diffusion[onnx]"'
         ) from error
+    import onnx_ir  # which onnxscript needs
+
     program = to_exported_program(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the inputs share one batch size is meant
@@ -55,6 +59,9 @@ def to_onnx(model: DDPM, path: str | os.PathLike) -> None:
     assert exported is not None
     with replacing(*targets) as temporary, tempfile.TemporaryDirectory(dir=temporary[0].parent) as folder:
         # The file of the graph holds the name of the file of weights, so both are written by their own names.
-        exported.save(Path(folder, path.name), external_data=len(targets) > 1)
+        data = f"{path.name}.data" if len(targets) > 1 else None
+        onnx_ir.save(
+            exported.model, Path(folder, path.name), external_data=data, size_threshold_bytes=MIN_WEIGHT
+        )
         for target, file in zip(targets, temporary, strict=True):
             os.replace(Path(folder, target.name), file)

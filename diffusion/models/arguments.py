@@ -63,7 +63,7 @@ def check_labels(config: NetworkConfig, labels: object, shape: Sequence[int]) ->
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(labels):
         labels = torch._C._functorch.get_unwrapped(labels)  # vmap passes one label; this is the batch
-    if labels.device.type != "cpu":
+    if labels.device.type != "cpu" or isinstance(labels, torch._subclasses.FakeTensor):
         return
     assert config.num_classes is not None
     last, null = config.num_classes - 1 + config.has_null_label, config.null_label

@@ -171,8 +171,11 @@ def plain_number(value: object) -> object:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether Python can read a tensor's values: not under torch.compile or torch.func, nor on "meta"."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    """Whether Python can read a tensor's values: not under torch.compile or torch.func, nor on "meta".
+
+    A FakeTensor, by which a network is traced, has no values either.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
 

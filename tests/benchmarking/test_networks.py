@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.native import requires_native
 from helpers.paths import ROOT
 
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
@@ -52,6 +53,13 @@ def test_ways_that_agree_are_timed(task, monkeypatch):
     assert rows["module"] == {"difference": 0.0, "seconds": 0.25}
     assert 0 < rows["module, bf16"]["difference"] < 0.1
     assert rows["module, bf16"]["seconds"] == 0.25
+
+
+@requires_native
+def test_every_network_is_planned(task, monkeypatch):
+    monkeypatch.setattr(timing, "medians", lambda runs, *_: dict.fromkeys(runs, 0.5))
+    rows = comparison.compare(task, ["exact", "fast"], 1, 0.0, 1)
+    assert {name: row.get("reason") for name, row in rows.items()} == {"exact": None, "fast": None}
 
 
 def test_ways_that_disagree_or_fail_are_not_timed(monkeypatch, tmp_path):
