@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..data import NAMED_SETS
-from ..data.image_folder import survey
 from ..ddpm import DDPM, load
 from ..evaluation.features import load_features
 from ..evaluation.held_out import HeldOutDistance
@@ -31,7 +30,7 @@ from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
 from .options import choose_device
-from .training_data import TrainingData, load_data, recipe_for_data
+from .training_data import TrainingData, load_data, recipe_for_data, surveyed
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 # The arguments of `train` that are options, with their defaults there, and what happens at each interval.
@@ -291,7 +290,7 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
     if args.unconditional:
         recipe = replace(recipe, unet=recipe.unet | {"num_classes": None})
     if chosen and args.data not in NAMED_SETS:
-        args.resize = survey(args.data).size != UNetConfig.from_dict(recipe.unet).image_shape
+        args.resize = surveyed(args).size != UNetConfig.from_dict(recipe.unet).image_shape
     return recipe
 
 

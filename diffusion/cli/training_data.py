@@ -45,13 +45,20 @@ class TrainingData(NamedTuple):
     found: str
 
 
+def surveyed(args: argparse.Namespace) -> Survey:
+    """The survey of the folder or zip that the options name, kept with the options: it reads many files."""
+    if getattr(args, "survey", None) is None:
+        args.survey = survey(args.data)
+    return args.survey
+
+
 def recipe_for_data(args: argparse.Namespace) -> Recipe:
     """The recipe of `fitting.SMALL` for the images that the options name, which becomes `args.recipe`."""
     if args.data in NAMED_SETS:
         channels, *size = NAMED_SETS[args.data].shape
         found = Survey.of(0, channels, [(size[0], size[1])], labelled=True)
     else:
-        found = survey(args.data)
+        found = surveyed(args)
     args.recipe, recipe = small_recipe(found)
     return recipe
 
@@ -75,7 +82,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
     if args.resume:
         recipe, about_channels = _of_the_run(args, recipe, fixed), ""
     else:
-        own = survey(args.data).channels if data is None else data.images.shape[1]
+        own = surveyed(args).channels if data is None else data.images.shape[1]
         recipe, about_channels = with_channels(recipe, own, fixed, args.data)
     config = UNetConfig.from_dict(recipe.unet)
     options = {"channels": config.in_channels, "cache": args.cache, "progress": progress}

@@ -113,8 +113,8 @@ def compare(
     by_fidelity = any(METRICS[name].by_fidelity for name in metrics)
     if by_fidelity:
         import_fidelity()
-    ours, logits = features.of(_in_channels(samples, features), progress)
-    theirs, _ = features.of(_in_channels(reference, features), progress)
+    ours, logits = features.of(features.in_channels(samples.images), progress)
+    theirs, _ = features.of(features.in_channels(reference.images), progress)
     found: dict[str, float] = {}
     for name, metric in METRICS.items():
         if name in metrics:
@@ -144,12 +144,6 @@ def format_result(result: dict[str, Any]) -> str:
     width = max(map(len, result["metrics"]))
     lines = [f"{name:{width}s}  {value:.5g}" for name, value in result["metrics"].items()]
     return "\n".join([*lines, *(f"  {name}: {value}" for name, value in result["protocol"].items())])
-
-
-def _in_channels(images: ImageSet, features: Features) -> torch.Tensor:
-    """The images; grey ones are repeated for a network of colour images."""
-    colour = features.shape is not None and features.shape[0] == 3
-    return images.images.expand(-1, 3, -1, -1) if colour and images.images.shape[1] == 1 else images.images
 
 
 def _versions(fidelity: bool) -> str:

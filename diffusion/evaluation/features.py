@@ -38,10 +38,19 @@ class Features:
         """Whether distances in these features may be called FID and KID."""
         return self.name.startswith("inception")
 
-    def of(self, images: torch.Tensor, progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, F] and logits [N, K] of images uint8 [N, C, H, W]; ValueError for another shape."""
+    def check(self, images: torch.Tensor) -> None:
+        """ValueError unless the network takes images of this shape."""
         if self.shape is not None and tuple(images.shape[1:]) != self.shape:
             raise ValueError(f"{self.name} takes images {list(self.shape)}, not {list(images.shape[1:])}")
+
+    def in_channels(self, images: torch.Tensor) -> torch.Tensor:
+        """The images; grey ones are repeated for a network of colour images."""
+        colour = self.shape is not None and self.shape[0] == 3
+        return images.expand(-1, 3, -1, -1) if colour and images.shape[1] == 1 else images
+
+    def of(self, images: torch.Tensor, progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [N, F] and logits [N, K] of images uint8 [N, C, H, W]; ValueError for another shape."""
+        self.check(images)
         parts = []
         with tqdm(total=len(images), unit=" images", desc=self.name, disable=not progress) as bar:
             for part in images.split(self.batch):

@@ -18,13 +18,15 @@ class HeldOutDistance:
     images: uint8 [N, C, H, W], at least two. labels: int64 [N], or None for an unconditional model. features:
     in which both are compared. As many samples as images, at most MAX_SAMPLES, are drawn with the labels of
     the images, without guidance, by DPM-Solver++ with STEPS steps, from the same noise each time. With so few
-    samples the distance is larger than with many: compare it with others of the same run.
+    samples the distance is larger than with many: compare it with others of the same run. ValueError for
+    images that the features do not take.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor | None, features: Features):
         if len(images) < 2:
             raise ValueError(f"a distance needs at least 2 held-out images, not {len(images)}")
         self.images, self.labels, self.features = images, labels, features
+        features.check(features.in_channels(images[:1]))
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, model: DDPM, callback: Callback | None = None) -> float:
@@ -47,6 +49,4 @@ class HeldOutDistance:
         return frechet_distance(*moments(self._features(samples)), *self.reference)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        colour = self.features.shape is not None and self.features.shape[0] == 3
-        grey = images.shape[1] == 1
-        return self.features.of(images.expand(-1, 3, -1, -1) if colour and grey else images)[0]
+        return self.features.of(self.features.in_channels(images))[0]

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ def test_the_distance_is_that_of_the_formula(tmp_path, no_grids):
     assert found[-1][1] == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="at least 2 held-out images, not 1"):
         HeldOutDistance(images[:1], labels[:1], FEATURES)
+    with pytest.raises(ValueError, match=r"six takes images \[1, 28, 28\], not \[1, 8, 8\]"):
+        HeldOutDistance(images, labels, replace(FEATURES, shape=(1, 28, 28)))
 
 
 def test_a_signal_ends_a_measure_and_resuming_repeats_it(tmp_path, no_grids):
