@@ -578,7 +578,7 @@ class DDPM(nn.Module):
         "unet: fused", or "unet: modules", the UNet's own code, for example on another device than the CPU, or
         for an altered UNet. An altered UNet gives what its modules compute, only slower. Errors as `sample`.
         """
-        return explain(self.unet, *self._where(device, dtype, precision), backend)
+        return explain(self.unet, *self._where(device, dtype, precision), check_backend(backend))
 
     def _denoiser(
         self,

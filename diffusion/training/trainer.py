@@ -24,6 +24,7 @@ from ..process.objective import drop_labels, lognormal_timesteps, random_timeste
 from ..process.schedule import NoiseSchedule
 from ..samplers import SAMPLERS, options_of
 from ..storage.images import to_float
+from ..utils.device import resolve_device
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
 from ..utils.validation import whole_number, whole_numbers
@@ -111,7 +112,7 @@ class Trainer:
             validation = images_as_tensor(validation[0]), validation[1]
             check_data(config, *validation, 1, "validation images")
         self.recipe, self.images, self.labels, self.validation = recipe, images, labels, validation
-        self.device, self.autocast, self.micro_batch = torch.device(device), autocast, micro_batch
+        self.device, self.autocast, self.micro_batch = resolve_device(device), autocast, micro_batch
         if self.device.type == "cpu":
             keep_freed_memory()
         held = 3 + 1 + len(recipe.more_ema_decays)  # weights, gradients, at least one moment, averages

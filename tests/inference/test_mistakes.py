@@ -129,3 +129,7 @@ def test_one_batch_in_place_of_the_frames_of_a_gif(tmp_path):
     diffusion.save_gif([X[:, :1]], tmp_path / "a.gif")
     diffusion.save_gif(X[:, :1][:, None], tmp_path / "b.gif")
     assert not (tmp_path / "c.gif").exists()
+
+
+def test_a_device_as_backend_of_an_explanation(model):
+    assert "unknown backend 'gpu'" in error(ValueError, model.explain, backend="gpu")

@@ -275,3 +275,8 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     left.write_bytes(b"half")
     run(tmp_path, make_trainer(replace(PLAIN, steps=2)), resume=True)
     assert not left.exists()
+
+
+def test_a_gpu_by_another_name():
+    with pytest.raises(ValueError, match=r"there is no device 'gpu'; this machine has: cpu.*'cuda'"):
+        make_trainer(device="gpu")
