@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     if ranks.rank == 0:
         shared = f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
         minutes = trainer.seconds / 60
-        rate = (trainer.step - start) * recipe.batch_size / max(trainer.seconds, 1e-9)
+        rate = trainer.step * recipe.batch_size / max(trainer.seconds, 1e-9)
         print(
             f"{args.out}: {recipe.steps} steps in {minutes:.1f} minutes on {device}{shared}, "
             f"{rate:.1f} images/s, {rate / ranks.world_size:.1f} per rank"

@@ -168,7 +168,10 @@ def test_resume_and_out_are_enough(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     resumed = ["train", "--resume", "--out", "../run", "--accept-changes", "--steps", "3"]
     main(resumed)
-    first, second = (line for line in capsys.readouterr().out.splitlines() if "2 classes" in line)
+    told_text = capsys.readouterr().out
+    minutes, rate = map(float, re.findall(r"3 steps in ([\d.]+) minutes .* ([\d.]+) images/s", told_text)[0])
+    assert (minutes - 0.05) * 60 * (rate - 0.05) <= 3 * 4 <= (minutes + 0.05) * 60 * (rate + 0.05)
+    first, second = (line for line in told_text.splitlines() if "2 classes" in line)
     assert "48 images (2 held out), 64 x 64 (the middle square, scaled)" in first
     assert second.partition(": ")[2].startswith("48 images (2 held out), 64 x 64 (the middle square, scaled)")
     assert "1 steps of 4 images" in second
