@@ -56,6 +56,10 @@ class Node:
         (value,) = self.outputs
         return value
 
+    def own_options(self) -> dict[str, Any]:
+        """The options without the call, for a node with another one."""
+        return {name: value for name, value in self.options.items() if name != "call"}
+
     def replace_input(self, old: Value, new: Value) -> None:
         new.users += [self] * sum(value is old for value in self.inputs)
         self.inputs = [new if value is old else value for value in self.inputs]

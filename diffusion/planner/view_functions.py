@@ -36,6 +36,48 @@ class Reshape:
 
 
 @dataclass(frozen=True)
+class Range:
+    """A range of a tensor along one dimension."""
+
+    dimension: int
+    start: int
+    size: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dimension, self.start, self.size)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A tensor in the order `order` of its dimensions, the first ones of which are images and heads.
+
+    images: N, where one dimension counts images and heads; else None.
+    """
+
+    order: tuple[int, ...]
+    images: int | None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.permute(self.order)
+        if self.images is None:
+            return tensor
+        return tensor.reshape(self.images, tensor.shape[0] // self.images, *tensor.shape[1:])
+
+
+@dataclass(frozen=True)
+class MergedHeads:
+    """The reverse of Heads, for its result in the order `order`."""
+
+    order: tuple[int, ...]
+    images: int | None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.images is not None:
+            tensor = tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])
+        return tensor.permute(self.order)
+
+
+@dataclass(frozen=True)
 class Pick:
     """One of the tensors that a call on a tensor returns."""
 

@@ -11,41 +11,11 @@ from torch.utils import _pytree as pytree
 
 from ..calls import Slot, Template
 from ..graph import FLOATS, Graph, Node, Value
-from ..view_functions import Chain
+from ..view_functions import Chain, Heads, MergedHeads, Range
 from .inputs import factor_of
 from .simplify import constant_value
 
 View = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """A tensor in the order `order` of its dimensions, as [N, heads, S, D].
-
-    images: N, where the first of them counts heads, too; else None.
-    """
-
-    order: tuple[int, ...]
-    images: int | None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.permute(self.order)
-        if self.images is None:
-            return tensor
-        return tensor.reshape(self.images, tensor.shape[0] // self.images, *tensor.shape[1:])
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """The reverse of _Heads."""
-
-    order: tuple[int, ...]
-    images: int | None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if self.images is not None:
-            tensor = tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])
-        return tensor.permute(self.order)
 
 
 class _Letters(NamedTuple):
@@ -109,7 +79,7 @@ def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
         if len(letters.batch) == 1 and images is None:
             count, together = next(iter(source.shape), 1), value.shape[of.index(letters.batch)]
             images = together if count == 0 or together % count else count
-        heads = _Heads(tuple(of.index(letter) for letter in letters.batch + inside), images)
+        heads = Heads(tuple(of.index(letter) for letter in letters.batch + inside), images)
         view = Value(heads(torch.empty(value.shape, dtype=value.dtype, device="meta")))
         nodes.append(Node("view", [source], [view], apply=Chain((*applies, heads))))
         scales.append(factor)
@@ -125,7 +95,7 @@ def _attention(softmax: Node, graph: Graph) -> dict[Node, list[Node]]:
     leaves = [*map(Slot, range(3)), scale]
     template = Template(F.scaled_dot_product_attention, leaves, structure, [out.dtype] * 3)
     inside = letters.batch + letters.query + letters.channel
-    merged = _Merged(tuple(inside.index(letter) for letter in letters.out), images)
+    merged = MergedHeads(tuple(inside.index(letter) for letter in letters.out), images)
     last.remove()
     nodes.append(Node("attention", [q, k, v], [out], call=template, scale=scale))
     nodes.append(Node("view", [out], [last.output], apply=merged))
@@ -193,17 +163,15 @@ def _origin(value: Value) -> tuple[Value, list[View], float]:
 # ---- Queries, keys and values of one convolution, whose numbers of a head do not lie side by side.
 
 
-class _Range(NamedTuple):
-    """Some channels of a map [N, C, H, W] or of rows [N, S, C], as [N, heads, S, D]."""
+@dataclass(frozen=True)
+class _Split:
+    """Rows [N, S, heads D], or the map [N, heads D, H, W], as [N, heads, S, D]."""
 
-    start: int
     heads: int
-    width: int
 
     def __call__(self, tensor: Tensor) -> Tensor:
         rows = tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor
-        part = rows.narrow(2, self.start, self.heads * self.width)
-        return part.unflatten(2, (self.heads, self.width)).transpose(1, 2)
+        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 def _order_heads(attention: Node, graph: Graph) -> None:
@@ -236,7 +204,7 @@ def _order_heads(attention: Node, graph: Graph) -> None:
     start = 0
     for view, part in zip(views, orders, strict=True):
         assert view is not None
-        view.options["apply"] = _Range(start, *part.shape)
+        view.options["apply"] = Chain((Range(channel, start, part.numel()), _Split(part.shape[0])))
         start += part.numel()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..graph import FLOATS, Graph, Node, Value, shares_memory
+from .following import Joined, join_following
 from .inputs import CHANNEL_NORM_INPUTS, first_input, other_operand
 from .norms import vector_of
 
@@ -24,35 +25,9 @@ class _Core(NamedTuple):
     bias: Tensor | None = None
 
 
-class _ChannelNorm(NamedTuple):
-    """A norm with all that follows it up to `output`."""
-
-    nodes: list[Node]
-    inputs: tuple[Value | None, ...]  # CHANNEL_NORM_INPUTS
-    silu: bool
-    output: Value
-
-
 def fuse_channel_norms(graph: Graph) -> None:
     """Makes one node of each norm over channels, with its weight, modulation, SiLU and a sum after it."""
-    replaced: dict[Node, list[Node]] = {}
-    known = set(graph.nodes)
-    for node in graph.visit():
-        core = None if node in replaced or len(node.outputs) != 1 else _core(node)
-        if core is None or core.x.dtype not in FLOATS or 0 in core.x.shape:
-            continue
-        norm = _parsed(node, core, graph)
-        if graph.stays_wide(norm.output):
-            continue
-        options = {"eps": core.eps, "rms": core.rms, "silu": norm.silu, "rows": not _is_map(core)}
-        replaced |= {old: [] for old in norm.nodes}
-        for old in norm.nodes:
-            old.remove()
-        fused = Node("channel_norm", norm.inputs, [norm.output], names=CHANNEL_NORM_INPUTS, **options)
-        views = [value.node for value in fused.reads() if value.node is not None and value.node.op == "view"]
-        replaced[norm.nodes[-1]] = [*(view for view in views if view not in known), fused]
-        known.update(views)
-    graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
+    join_following(graph, "channel_norm", CHANNEL_NORM_INPUTS, lambda node: _joined(node, graph))
     graph.drop_unused()
 
 
@@ -145,7 +120,11 @@ def _is_square(node: Node | None, x: Value) -> bool:
 # ---- What follows it.
 
 
-def _parsed(node: Node, core: _Core, graph: Graph) -> _ChannelNorm:
+def _joined(node: Node, graph: Graph) -> Joined | None:
+    """The norm that ends at this node, with what follows it; None for another node."""
+    core = _core(node) if len(node.outputs) == 1 else None
+    if core is None or core.x.dtype not in FLOATS or 0 in core.x.shape:
+        return None
     weight = torch.full((core.x.shape[core.channel],), core.factor, dtype=torch.float32, device="cpu")
     if core.weight is not None:
         weight = weight * core.weight
@@ -190,7 +169,8 @@ def _parsed(node: Node, core: _Core, graph: Graph) -> _ChannelNorm:
         nodes.append(user)
         output = user.output
     values = [None if t is None else Value(t, "of a norm", constant=t) for t in (weight, bias)]
-    return _ChannelNorm(nodes, (core.x, *values, scale, shift, residual), silu, output)
+    options = {"eps": core.eps, "rms": core.rms, "silu": silu, "rows": not _is_map(core)}
+    return Joined(nodes, (core.x, *values, scale, shift, residual), output, options)
 
 
 def _channel_constant(value: Value | None, core: _Core) -> Tensor | None:

@@ -9,32 +9,9 @@ import torch
 from torch import Tensor
 
 from ..graph import FLOATS, Graph, Node, Value, shares_memory
+from ..view_functions import Heads, MergedHeads
 from .attention import unscaled
 from .simplify import constant_value
-
-
-class _Order(NamedTuple):
-    """A tensor with its dimensions in another order, as [N, heads, channels, positions].
-
-    single: whether there is one dimension for images and heads, which becomes that of images.
-    """
-
-    order: tuple[int, ...]
-    single: bool
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.permute(self.order)
-        return tensor.unsqueeze(1) if self.single else tensor
-
-
-class _Merged(NamedTuple):
-    """The reverse of _Order."""
-
-    order: tuple[int, ...]
-    single: bool
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return (tensor.squeeze(1) if self.single else tensor).permute(self.order)
 
 
 class _Parts(NamedTuple):
@@ -152,10 +129,11 @@ def _one_size(factors: tuple[Value, ...], letters: tuple[str, ...], batch: str) 
 
 
 def _fused(last: Node, parts: _Parts) -> list[Node]:
-    single = len(parts.batch) == 1
     values = list(parts.factors)
+    # One dimension for images and heads becomes that of images.
+    images = values[0].shape[parts.letters[0].index(parts.batch)] if len(parts.batch) == 1 else None
     orders = [
-        _Order(tuple(of.index(letter) for letter in parts.batch + inside), single)
+        Heads(tuple(of.index(letter) for letter in parts.batch + inside), images)
         for of, inside in zip(parts.letters, parts.insides, strict=True)
     ]
     memory = _memory(values[1], values[2], orders[1], orders[2])
@@ -170,7 +148,7 @@ def _fused(last: Node, parts: _Parts) -> list[Node]:
     shape = (*inputs[0].shape[:2], inputs[2].shape[2], inputs[0].shape[3])
     out = Value(torch.empty(shape, dtype=last.output.dtype, device="meta"))
     inside = parts.batch + parts.insides[2][0] + parts.insides[0][1]
-    merged = _Merged(tuple(inside.index(letter) for letter in parts.out), single)
+    merged = MergedHeads(tuple(inside.index(letter) for letter in parts.out), images)
     last.remove()
     nodes.append(Node("linear_attention", [*inputs, *(memory or ())[2:]], [out], scale=parts.scale))
     nodes.append(Node("view", [out], [last.output], apply=merged))
@@ -195,13 +173,13 @@ def _joined(value: Value, dimension: int) -> _Joined | None:
     return None
 
 
-def _memory(k: Value, v: Value, of_k: _Order, of_v: _Order) -> tuple[Value, Value, Value, Value] | None:
+def _memory(k: Value, v: Value, of_k: Heads, of_v: Heads) -> tuple[Value, Value, Value, Value] | None:
     """Keys and values without those of a memory, and those, [heads, channels, tokens]; or None.
 
     The memory is the same for all images.
     """
     keys, values = _joined(k, of_k.order[-1]), _joined(v, of_v.order[-1])
-    if keys is None or values is None or keys.first != values.first or of_k.single:
+    if keys is None or values is None or keys.first != values.first or of_k.images is not None:
         return None
     constants = [order(part.constant) for part, order in ((keys, of_k), (values, of_v))]
     if constants[0].shape[-1] != constants[1].shape[-1]:

@@ -1,47 +1,26 @@
 """Joins a group normalisation with its modulation and SiLU."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..graph import FLOATS, Graph, Node, Value, map_of, shares_memory
 from ..view_functions import Chain, Reshape
+from .following import Joined, join_following
 from .inputs import NORM_INPUTS, other_operand
 
 
-class _Norm(NamedTuple):
-    """A group normalisation with all that follows it up to `output`."""
-
-    nodes: list[Node]
-    inputs: tuple[Value | None, ...]  # NORM_INPUTS
-    silu: bool
-    output: Value
-
-
 def fuse_norms(graph: Graph) -> None:
-    replaced: dict[Node, list[Node]] = {}
-    known = set(graph.nodes)
-    for node in graph.visit():
-        affine = [value for value in node.inputs[1:] if value is not None]
-        if node.op != "group_norm" or node.output.ndim != 4 or any(v.constant is None for v in affine):
-            continue
-        norm = _parsed(node, graph)
-        if graph.stays_wide(norm.output):
-            continue
-        options = {"groups": node.options["groups"], "eps": node.options["eps"], "silu": norm.silu}
-        replaced |= {old: [] for old in norm.nodes}
-        for old in norm.nodes:
-            old.remove()
-        fused = Node("norm", norm.inputs, [norm.output], names=NORM_INPUTS, **options)
-        views = [value.node for value in fused.reads() if value.node is not None and value.node.op == "view"]
-        replaced[norm.nodes[-1]] = [*(view for view in views if view not in known), fused]
-        known.update(views)
-    graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
+    join_following(graph, "norm", NORM_INPUTS, lambda node: _joined(node, graph))
 
 
-def _parsed(node: Node, graph: Graph) -> _Norm:
+def _joined(node: Node, graph: Graph) -> Joined | None:
+    """A group normalisation of a map, with its modulation and SiLU; None for another node."""
+    if node.op != "group_norm" or node.output.ndim != 4:
+        return None
+    if any(value is not None and value.constant is None for value in node.inputs[1:]):
+        return None
     x, *affine = node.inputs
     weight, bias = (*affine, None, None)[:2]
     assert x is not None
@@ -72,7 +51,8 @@ def _parsed(node: Node, graph: Graph) -> _Norm:
             break
         nodes.append(user)
         output = user.output
-    return _Norm(nodes, (x, weight, bias, add, scale, shift), silu, output)
+    options = {"groups": node.options["groups"], "eps": node.options["eps"], "silu": silu}
+    return Joined(nodes, (x, weight, bias, add, scale, shift), output, options)
 
 
 def _map_and_vector(node: Node) -> tuple[Value, Value] | None:

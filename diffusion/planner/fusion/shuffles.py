@@ -29,11 +29,10 @@ def order_squares(graph: Graph) -> None:
         squares = Value(torch.empty(x.shape, dtype=x.dtype, device="meta"))
         ordered = constant_value(weight.constant.detach()[:, order], weight.name)
         inputs = [squares, ordered, *(value for value in bias if value is not None)]
-        options = {name: value for name, value in node.options.items() if name != "call"}
         node.remove()
         replaced[node] = [
             Node("squares", [source], [squares], side=source.shape[2] // x.shape[2]),
-            function_node("conv", F.conv2d, inputs, node.output, **options),
+            function_node("conv", F.conv2d, inputs, node.output, **node.own_options()),
         ]
     graph.nodes = [new for node in graph.nodes for new in replaced.get(node, [node])]
     graph.drop_unused()

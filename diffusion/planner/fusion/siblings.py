@@ -1,11 +1,9 @@
 """Joins linear maps of the same input, such as queries, keys and values, into one."""
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
 from ..graph import Graph, Node, Value
+from ..view_functions import Range
 from .inputs import CONVOLUTION_INPUTS, named
 
 
@@ -53,17 +51,6 @@ def _join(graph: Graph, nodes: list[Node]) -> None:
     new = [Node("convolution", values, [joined], names=CONVOLUTION_INPUTS, **options)]
     start = 0
     for node, size in zip(nodes, sizes, strict=True):
-        new.append(Node("view", [joined], [node.output], apply=_Range(channel, start, size)))
+        new.append(Node("view", [joined], [node.output], apply=Range(channel, start, size)))
         start += size
     graph.nodes[position:position] = new
-
-
-class _Range(NamedTuple):
-    """A range of a tensor along one dimension."""
-
-    dimension: int
-    start: int
-    size: int
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.narrow(self.dimension, self.start, self.size)

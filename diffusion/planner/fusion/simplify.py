@@ -96,7 +96,7 @@ def _of_channels(value: Value, channels: int, after: int) -> Tensor | None:
 
 def _rewritten(made: Node, inputs: list[Value], output: Value) -> Node:
     """The convolution or linear map with other inputs and another output."""
-    options = {name: value for name, value in made.options.items() if name != "call"}
+    options = made.own_options()
     if made.op == "conv":
         arguments = (options["stride"], options["padding"])
         return function_node("conv", F.conv2d, inputs, output, arguments, **options)
