@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import diffusion
 from diffusion.planner import weights as planner_weights
-from helpers.conditional import conditional, of_conditional
+from helpers.diffusers_unets import conditional, of_conditional, of_unet2d, unet2d
 from helpers.native import requires_native
 
 diffusers = pytest.importorskip("diffusers")
@@ -24,30 +24,15 @@ def fast_kernels(monkeypatch):
     monkeypatch.setattr(planner_weights, "SMALL_NETWORK", 0)
 
 
-def unet2d(**options) -> nn.Module:
+def padded(mode: str) -> nn.Module:
+    """Convolutions whose paddings are no zeros."""
     torch.manual_seed(0)
-    blocks = {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (16, 32),
-    }
-    options = {"sample_size": 16, "layers_per_block": 1, "norm_num_groups": 8} | blocks | options
-    return diffusers.UNet2DModel(**options).eval()
-
-
-def of_unet2d(batch: int, size: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    return {
-        "sample": torch.randn(batch, 3, *size, generator=generator),
-        "timestep": torch.arange(batch) * 100 + 7,
-    }
-
-
-def circular() -> nn.Module:
-    network = unet2d()
+    first, second = (nn.Conv2d(c, 16, 3, padding=1, padding_mode=mode) for c in (3, 16))
+    network = unet2d(in_channels=16)
+    network.conv_in = nn.Sequential(first, nn.SiLU(), second)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.padding_mode = "circular"
+        if isinstance(module, nn.Conv2d) and mode == "circular":
+            module.padding_mode = mode
     return network
 
 
@@ -69,7 +54,8 @@ NETWORKS = {
         ),
         of_unet2d,
     ),
-    "circular": (circular, of_unet2d),
+    "circular": (lambda: padded("circular"), of_unet2d),
+    "reflect": (lambda: padded("reflect"), of_unet2d),
     "dropout": (lambda: unet2d(dropout=0.5), of_unet2d),
     "labels": (lambda: unet2d(num_class_embeds=3), of_labelled),
     "conditional": (conditional, of_conditional),

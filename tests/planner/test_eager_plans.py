@@ -12,30 +12,9 @@ from diffusion import kernels
 from diffusion.planner.accelerate import AcceleratedForward
 from diffusion.planner.eager_plan import EagerPlan
 from diffusion.planner.trace import trace
-from helpers.conditional import conditional, of_conditional
+from helpers.diffusers_unets import conditional, of_conditional, of_unet2d, unet2d
 
 diffusers = pytest.importorskip("diffusers")
-
-
-def unet2d(**options) -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=16,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        **options,
-    ).eval()
-
-
-def of_unet2d(batch: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    return {
-        "sample": torch.randn(batch, 3, 16, 16, generator=generator),
-        "timestep": torch.arange(batch) * 100 + 7,
-    }
 
 
 NETWORKS = {

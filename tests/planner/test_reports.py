@@ -8,31 +8,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
-from helpers.conditional import conditional, of_conditional
+from helpers.diffusers_unets import conditional, of_conditional, of_unet2d, unet2d
 from helpers.native import requires_native
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = requires_native
 
 
-def unet2d() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=32,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        layers_per_block=1,
-    ).eval()
+def wide() -> torch.nn.Module:
+    return unet2d(sample_size=32, block_out_channels=(32, 64))
 
 
-def of_unet2d(batch: int) -> dict[str, torch.Tensor]:
-    return {"sample": torch.randn(batch, 3, 32, 32), "timestep": torch.arange(batch)}
+def of_wide(batch: int) -> dict[str, torch.Tensor]:
+    return of_unet2d(batch, (32, 32))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("make", "inputs"), [(unet2d, of_unet2d), (conditional, of_conditional)])
+@pytest.mark.parametrize(("make", "inputs"), [(wide, of_wide), (conditional, of_conditional)])
 def test_flops_are_those_that_pytorch_counts(make, inputs):
     network, given = make(), inputs(2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no fused one
@@ -48,8 +40,8 @@ def test_flops_are_those_that_pytorch_counts(make, inputs):
 
 @torch.no_grad()
 def test_a_table_has_a_line_for_each_call():
-    network = diffusion.accelerate(unet2d())
-    network(**of_unet2d(1))
+    network = diffusion.accelerate(wide())
+    network(**of_wide(1))
     summary, table = network.report(), network.report(calls=True)
     assert table.startswith(summary)
     calls = int(re.search(r"(\d+) calls", summary).group(1))
@@ -60,11 +52,11 @@ def test_a_table_has_a_line_for_each_call():
 
 @torch.no_grad()
 def test_memory_is_that_of_the_plan():
-    network = diffusion.accelerate(unet2d())
-    network(**of_unet2d(1))
+    network = diffusion.accelerate(wide())
+    network(**of_wide(1))
     packed = float(re.search(r"([\d.]+) MB of packed weights", network.report()).group(1)) * 1e6
     originals = sum(parameter.nbytes for parameter in network.parameters())
     assert originals <= packed <= 4 * originals
-    network(**of_unet2d(2))  # another shape reads the same weights
+    network(**of_wide(2))  # another shape reads the same weights
     again = float(re.search(r"([\d.]+) MB of packed weights", network.report()).group(1)) * 1e6
     assert again <= 1.5 * packed

@@ -10,7 +10,7 @@ import diffusion
 from diffusion.kernels.ops.attention.library import attention_
 from diffusion.kernels.ops.layer_norm.library import layer_norm_
 from diffusion.planner import weights as planner_weights
-from helpers.conditional import conditional, of_conditional
+from helpers.diffusers_unets import conditional, of_conditional
 from helpers.native import requires_native
 
 diffusers = pytest.importorskip("diffusers")

@@ -1,11 +1,35 @@
-"""Small networks of diffusers with cross-attention, and their inputs."""
+"""Small networks of diffusers for the planner, with random weights, and their inputs."""
 
 import torch
 from torch import Tensor, nn
 
 
+def unet2d(**options) -> nn.Module:
+    """A UNet2DModel in eval mode."""
+    import diffusers
+
+    torch.manual_seed(0)
+    small = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+    }
+    return diffusers.UNet2DModel(**small | options).eval()
+
+
+def of_unet2d(batch: int, size: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "sample": torch.randn(batch, 3, *size, generator=generator),
+        "timestep": torch.arange(batch) * 100 + 7,
+    }
+
+
 def conditional(**options) -> nn.Module:
-    """A UNet2DConditionModel with random weights, in eval mode."""
+    """A UNet2DConditionModel in eval mode."""
     import diffusers
 
     torch.manual_seed(0)
