@@ -46,7 +46,7 @@ for dtype in (torch.float32, torch.bfloat16):
         reverse_step_(x, both[0], table, counter, sample_ids=ids, **options)
     for channels in (16, 5):
         x, residual = (normal(2, channels, 3, 4, dtype=dtype, last=True).detach() for _ in range(2))
-        wide = normal(2, 24, 6, 8, dtype=dtype, last=True).detach()
+        wide = normal(2, 40, 6, 8, dtype=dtype, last=True).detach()
         bias = normal(channels, dtype=dtype).detach()
         biased_sum_(x, bias, residual, wide[:, :channels], wide[:, -channels:], scale=2)
         biased_sum_(x, None, residual, x, residual)

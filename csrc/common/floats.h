@@ -17,9 +17,15 @@ FD_HD float to_float(float value) { return value; }
 FD_HD float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 FD_HD float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
   const uint32_t magnitude = value.bits & 0x7FFFu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
   return bit_cast<float>((magnitude < 0x7C00u ? finite : magnitude << 13 | 0x7F800000u) | sign);
+#endif
 }
 
 // A float32 rounded to bfloat16, as its 16 bits. For one number, Bits is uint32_t; for a vector, a vector of uint32_t.
@@ -45,8 +51,18 @@ FD_HD Bits half_bits(Float value) {
 
 FD_HD void from_float(float value, float& to) { to = value; }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // the same in one instruction, but that NaN has other bits
+__device__ __forceinline__ void from_float(float value, BFloat16& to) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
+}
+
+__device__ __forceinline__ void from_float(float value, Half& to) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
+}
+#else
 FD_HD void from_float(float value, BFloat16& to) { to.bits = static_cast<uint16_t>(bfloat16_bits<uint32_t>(value)); }
 
 FD_HD void from_float(float value, Half& to) { to.bits = static_cast<uint16_t>(half_bits<uint32_t>(value)); }
+#endif
 
 }  // namespace fused_diffusion

@@ -79,5 +79,12 @@ __device__ __forceinline__ float approximate_exp2(float x) {
   return power;
 }
 
+// 1 / x with an error of one unit in the last place.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+}
+
 }  // namespace fused_diffusion
 #endif

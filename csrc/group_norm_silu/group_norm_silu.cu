@@ -23,15 +23,15 @@ struct NormShared {
   size_t bytes;
 
   // packs: of the tile; width: channels, padded to whole packs; room: as in Threads.
-  FD_HD NormShared(const void* memory, int groups, int width, int room, int64_t packs) {
-    SharedAllocator allocator{reinterpret_cast<uintptr_t>(memory)};
+  FD_HD NormShared(unsigned char* memory, int groups, int width, int room, int64_t packs) {
+    SharedAllocator allocator{memory};
     warps = allocator.take<double>(kMaxThreads / kWarp);
     sums = allocator.take<double>(groups);
     moments = allocator.take<Moments>(groups);
     for (float*& array : partial) array = allocator.take<float>(static_cast<int64_t>(width) * room);
     for (float** array : {&add, &centre, &gain, &offset}) *array = allocator.take<float>(width);
     tile = allocator.take<T>(packs * kPack<T>);
-    bytes = allocator.at - reinterpret_cast<uintptr_t>(memory);
+    bytes = static_cast<size_t>(allocator.at - memory);
   }
 };
 
@@ -164,13 +164,14 @@ __device__ __forceinline__ void normalise(const NormTile<T, kChannelsLast>& tile
       for (int k = 0; k < kBatch; ++k) {
         const int i = first + k;
         if (i >= line.count) break;
+        float values[kPack<T>];
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) {
           const int map = j % Tiles::kChannels;
           const float z = HardwareFma::fma(to_float(packs[k].items[j]) - centre[map], gain[map], offset[map]);
-          from_float(kSilu ? quotient<T>(z, one_plus_exp<T>(z)) : z, packs[k].items[j]);
+          values[j] = kSilu ? quotient<T>(z, one_plus_exp<T>(z)) : z;
         }
-        store(y + line.at_of(i), packs[k], line.items_of(i), vector);
+        store(y + line.at_of(i), rounded<T>(values), line.items_of(i), vector);
       }
     }
   });

@@ -21,8 +21,8 @@ struct NormGradientShared {
   size_t bytes;
 
   // packs: of each tile; width: channels, padded to whole packs; room: as in Threads.
-  FD_HD NormGradientShared(const void* memory, int groups, int width, int room, int64_t packs) {
-    SharedAllocator allocator{reinterpret_cast<uintptr_t>(memory)};
+  FD_HD NormGradientShared(unsigned char* memory, int groups, int width, int room, int64_t packs) {
+    SharedAllocator allocator{memory};
     warps = allocator.take<double>(kMaxThreads / kWarp);
     of_groups = allocator.take<double>(3 * static_cast<int64_t>(groups));
     sums = allocator.take<double>(kSums * static_cast<int64_t>(width));
@@ -31,7 +31,7 @@ struct NormGradientShared {
       *array = allocator.take<float>(width);
     x = allocator.take<T>(packs * kPack<T>);
     grad = allocator.take<T>(packs * kPack<T>);
-    bytes = allocator.at - reinterpret_cast<uintptr_t>(memory);
+    bytes = static_cast<size_t>(allocator.at - memory);
   }
 };
 

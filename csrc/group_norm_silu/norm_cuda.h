@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/tensor_core.h"
 #include "group_norm_silu/args.h"
 
 namespace fused_diffusion {
@@ -246,17 +247,33 @@ __device__ __forceinline__ Affine affine(const NormArguments& args, int64_t n, i
 // a / b; the sigmoid 1 / (1 + e^-z) is quotient(1, one_plus_exp(z)). Both are approximate where T has 16 bits.
 template <class T>
 __device__ __forceinline__ float quotient(float a, float b) {
-  return sizeof(T) == 4 ? a / b : __fdividef(a, b);
+  return sizeof(T) == 4 ? a / b : a * approximate_reciprocal(b);
 }
 
 template <class T>
 __device__ __forceinline__ float one_plus_exp(float z) {
-  return 1.0f + (sizeof(T) == 4 ? expf(-z) : __expf(-z));
+  return 1.0f + (sizeof(T) == 4 ? expf(-z) : approximate_exp2(z * -1.44269504f));
 }
 
-// Hands out memory from its front, in multiples of 16 bytes. Begun at address 0, it only counts bytes.
+// The numbers of a pack, rounded to T.
+template <class T>
+__device__ __forceinline__ Pack<T> rounded(const float (&values)[kPack<T>]) {
+  Bytes16 bytes;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (sizeof(T) == 2) {
+      bytes.words[k] = round_pair(values[2 * k], values[2 * k + 1], T{});
+    } else {
+      bytes.words[k] = bit_cast<uint32_t>(values[k]);
+    }
+  }
+  return bit_cast<Pack<T>>(bytes);
+}
+
+// Hands out memory from its front, in multiples of 16 bytes. Begun at a null pointer, it only counts bytes. A pointer, so
+// that accesses are known to be of shared memory.
 struct SharedAllocator {
-  uintptr_t at;
+  unsigned char* at;
 
   template <class T>
   FD_HD T* take(int64_t count) {

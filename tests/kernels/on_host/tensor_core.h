@@ -139,4 +139,6 @@ uint32_t round_pair(float low, float high, T) {
 
 inline float approximate_exp2(float x) { return exp2f(x); }
 
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+
 }  // namespace fused_diffusion

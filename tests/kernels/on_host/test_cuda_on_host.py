@@ -57,6 +57,31 @@ def test_reverse_step(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 3, 5), (4, 4, 4), (1, 6, 6)], ids=str)
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+def test_both_layouts_of_the_output_give_the_same_bits(guided, learned, shape, dtype):
+    generator, batch = torch.Generator().manual_seed(0), 2
+    channels, *size = shape
+    outputs = torch.randn(2 * batch, channels * (1 + learned), *size, generator=generator).to(dtype)
+    x, before = (torch.randn(batch, *shape, generator=generator) for _ in range(2))
+    row = EPSILON._replace(
+        guidance_scale=2.5, coef_x0_prev=-0.1, sigma=0.3, log_var_min=-3.0, log_var_max=-1.0
+    )
+    table, ids = torch.tensor([row], dtype=torch.float64), torch.tensor([5, 2**40])
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        cond, uncond = outputs.contiguous(memory_format=layout).chunk(2)
+        state, x0, counter = x.clone(), before.clone(), step_counter(7)
+        unet_input = torch.full((2 * batch, *shape), math.nan, dtype=dtype).contiguous(memory_format=layout)
+        given = (state, cond, uncond if guided else None, x0, None, table, counter, ids, unet_input)
+        OPS.on_host_reverse_step_(*given)
+        results.append((state, x0, unet_input.contiguous(), counter))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_reverse_step_in_place(channels_last, dtype):
     """A chain of steps that follows the counter, and the UNet's next input."""
