@@ -61,7 +61,7 @@ class FoldedUNet:
     def __init__(self, unet: UNet):
         self._unet = unet.requires_grad_(False)
         self._out_biases = {block: _out_bias(block) for block in _blocks(unet)}
-        self._filters = {level: _filter(level.resample) for level in unet.down}
+        self._filters = {level: _filter(level.resample) for level in unet.down if level.resample is not None}
         parts = unet.embedding_projection.bias.float().split(unet.embedding_sizes)
         folded = [
             part if block.scale_shift else part + _bias(block.conv1).float()
@@ -210,10 +210,10 @@ def _out_bias(block: ResBlock) -> Tensor:
     return bias if block.skip is None else (bias.float() + _bias(block.skip).float()).to(bias.dtype)
 
 
-def _filter(resample: ResBlock | Downsample | Upsample | None) -> tuple[Tensor, Tensor]:
+def _filter(resample: ResBlock | Downsample | Upsample) -> tuple[Tensor, Tensor]:
     """The weight and the bias of a downsampling; a filter of 4 x 4 also pads on the right and below."""
-    if not isinstance(resample, Downsample) or resample.conv is None:
-        return torch.empty(0), torch.empty(0)
+    assert isinstance(resample, Downsample)
+    assert resample.conv is not None
     weight, bias = resample.conv.weight.detach(), _bias(resample.conv)
     if not resample.asymmetric:
         return weight, bias
