@@ -80,11 +80,11 @@ def test_one_thread_at_a_time_changes_the_settings():
 
 
 def test_a_switch_of_precision_makes_another_denoiser(monkeypatch):
-    monkeypatch.setattr("diffusion.inference.denoiser._make_denoiser", lambda *args: args)
+    monkeypatch.setattr("diffusion.inference.denoiser._make_denoiser", lambda *args: mock.MagicMock())
     monkeypatch.setattr("diffusion.inference.denoiser._is_short_of_memory", lambda *args: False)
     unet, cache = make_model().unet, DenoiserCache()
     exact, rounded = (cache.get(unet, CUDA, torch.float32, "auto", tf32=tf32) for tf32 in (False, True))
-    assert exact != rounded
+    assert exact is not rounded
     assert cache.get(unet, CUDA, torch.float32, "auto") is exact
 
 
