@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `__getattr__` imports each name when it is first used
     from .exporters.program import to_exported_program
     from .models.unet import UNet, UNetConfig
     from .planner.accelerate import accelerate, restore
+    from .process.interpolation import slerp
     from .process.schedule import NoiseSchedule
     from .samplers import StepTable
     from .storage.images import save_gif, save_grid
@@ -42,6 +43,7 @@ __all__ = [
     "restore",
     "save_gif",
     "save_grid",
+    "slerp",
     "steps",
     "to_diffusers",
     "to_exported_program",
@@ -64,6 +66,7 @@ _MODULES = {
     "restore": "planner.accelerate",
     "save_gif": "storage.images",
     "save_grid": "storage.images",
+    "slerp": "process.interpolation",
     "to_diffusers": "exporters.diffusers",
     "to_exported_program": "exporters.program",
     "to_onnx": "exporters.onnx",

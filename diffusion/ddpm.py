@@ -18,8 +18,9 @@ from .importers.diffusers_words import refuse_call, refuse_keywords, refuse_sche
 from .inference import loop
 from .inference.arguments import check_batch_size, check_functions, check_one_hot
 from .inference.batches import Interrupted, sample_in_batches
-from .inference.buffers import Batch, Noise, drawn_first
+from .inference.buffers import Batch, Noise
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
+from .inference.start import Start
 from .models.class_names import check_names, numbered
 from .models.description import described
 from .models.edm import edm_loss
@@ -33,8 +34,10 @@ from .process.prediction import check_prediction_type
 from .process.schedule import NoiseSchedule
 from .process.value_range import SIGNED, change_range, check_range
 from .samplers import SAMPLERS, StepTable, check_options, options_of
+from .samplers.inversion import inverse
 from .samplers.thresholding import thresholded_step
 from .storage import checkpoint, hub
+from .storage.given_images import given_images, given_mask
 from .storage.image_types import as_output, check_output
 from .storage.images import to_uint8
 from .utils.device import check_backend, check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
@@ -42,6 +45,7 @@ from .utils.memory import check_fits
 from .utils.plain_pytorch import tell_of_plain_pytorch
 from .utils.validation import (
     choice,
+    known_names,
     number,
     readable,
     refuse,
@@ -53,6 +57,8 @@ from .utils.validation import (
 
 THRESHOLD = ("dynamic_threshold", "dynamic_threshold_max")
 PRECISIONS = ("exact", "tf32", "fast")
+# Options of ddim that an inversion decides itself.
+NOT_INVERTED = {"eta", "clip", "strength", "guidance_scale", "prediction_type", "noise_in_last_step"}
 MAX_PIXEL = 10  # magnitude in an image to train on: standardised images pass, those of 0..255 do not
 
 
@@ -280,7 +286,12 @@ class DDPM(nn.Module):
         seed: int = 0,
         sample_ids: Sequence[int] | torch.Tensor | None = None,
         batch_size: int | None = None,
-        noise: Noise | None = None,
+        noise: Noise | torch.Tensor | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        resamples: int = 10,
+        jump_length: int = 1,
         backend: str = "auto",
         precision: str = "exact",
         dtype: str | torch.dtype | None = None,
@@ -313,7 +324,12 @@ class DDPM(nn.Module):
         seed: int = 0,
         sample_ids: Sequence[int] | torch.Tensor | None = None,
         batch_size: int | None = None,
-        noise: Noise | None = None,
+        noise: Noise | torch.Tensor | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        resamples: int = 10,
+        jump_length: int = 1,
         backend: str = "auto",
         precision: str = "exact",
         dtype: str | torch.dtype | None = None,
@@ -342,8 +358,17 @@ class DDPM(nn.Module):
         batch_size: number of images made at a time, by default as many as the device evaluates best and has
             free memory for. It is halved while memory does not suffice.
         noise: a function k -> [N, C, H, W] instead of the package's noise: k = 0 gives the initial noise, and
-            k = i + 1 that of step i. It is called for each batch, so it must depend on k alone. H and W need
-            not be the model's.
+            k = i + 1 that of step i. It is called for each batch, so it must depend on k alone. Or a tensor
+            [N, C, H, W], the initial noise alone. H and W need not be the model's.
+        image: images to change, one or N: a tensor or array [N, C, H, W] in the model's value_range, or uint8
+            in 0..255, or PIL images, whose middle is scaled to the model's size. They get noise, and the last
+            steps take it away (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+        strength: share of the steps that are taken, in (0, 1]: how much of the images changes. By default
+            0.8; with a mask 1, and sampling then starts from noise alone.
+        mask: paints the images anew where it is 1 and keeps them where it is 0, by RePaint (Lugmayr et al.
+            2022, arXiv 2201.09865, algorithm 1): bool, 0..1 or uint8, [H, W] or [N, 1, H, W], or PIL images.
+        resamples: with a mask, how often each step is taken, U in RePaint, so that both parts fit together.
+        jump_length: with a mask, the number of steps that are repeated together, j in RePaint.
         backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
         precision: "exact" computes in the model's own dtype, the widest if there are several; "tf32" lets a
             CUDA device round the factors of float32 products to TF32, and is "exact" elsewhere; "fast"
@@ -353,8 +378,8 @@ class DDPM(nn.Module):
         device: where to compute, by default where the model is.
         progress: show a bar with images/s.
         callback: called as callback(i, x, x0) after step i of a batch, with values of the model's
-            diffused_range. Changes that it makes to the network
-            take effect with the next call at the earliest.
+            diffused_range. A tensor that it returns takes the place of x. Changes that it makes to the
+            network take effect with the next call at the earliest.
         guidance_rescale: phi of Lin et al. 2023 (arXiv 2305.08891, eq. 16), 0 for none; by default the
             model's own.
         guidance_parallel: share, 0 to 1, that is kept of the part of the guidance's update that is parallel
@@ -375,16 +400,12 @@ class DDPM(nn.Module):
         seed = whole_number("seed", seed, 0, 2**64 - 1)
         check_output(output, config_of(self.unet).in_channels)
         refuse_keywords("sample", sampler_options)
-        batch_size = check_batch_size(batch_size, labels, num_samples, sample_ids, noise)
+        batch_size = check_batch_size(batch_size, labels, num_samples, sample_ids, noise, image)
         check_functions(noise, callback)
         check_backend(backend)
-        image_shape = None
-        if noise is not None:
-            noise, found = drawn_first(noise, config_of(self.unet))
-            if found is not None:
-                image_shape = found[1:]
-                if num_samples is None and sample_ids is None:
-                    num_samples = found[0]
+        start = self._start(noise, image, mask, strength, resamples, jump_length)
+        if num_samples is None and sample_ids is None:
+            num_samples = start.count
         vectors = None
         if config_of(self.unet).label_size is not None:
             vectors, labels = self._vectors(labels)
@@ -397,27 +418,48 @@ class DDPM(nn.Module):
         threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
         if threshold is not None:
             sampler_options.setdefault("clip", None)
+        if start.strength < 1:
+            sampler_options["strength"] = start.strength
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
-        denoiser = self._denoiser(device, dtype, precision, backend)
+        images = self._run(
+            table,
+            start.request(labels, ids, seed),
+            vectors,
+            (device, dtype, precision, backend),
+            batch_size,
+            image_shape=start.shape,
+            guidance_rescale=number("guidance_rescale", rescale, 0, 1),
+            guidance_parallel=number("guidance_parallel", parallel, 0, 1),
+            threshold=threshold,
+            callback=callback,
+            progress=progress,
+            rows=start.rows(table),
+        )
+        images = self._returned(images)
+        return images if output == "tensor" else as_output(to_uint8(images, self.value_range), output)
+
+    def _run(
+        self,
+        table: StepTable,
+        request: Batch,
+        vectors: torch.Tensor | None,
+        where: tuple[Any, Any, str, str],
+        batch_size: int | None,
+        **how: Any,
+    ) -> torch.Tensor:
+        """The images of a request, in the range that is diffused.
+
+        vectors: those that the labels are the numbers of, if any. where: device, dtype, precision and
+        backend. how: further arguments of `sample_in_batches`. ValueError for images that are not finite.
+        """
+        denoiser = self._denoiser(*where)
         if vectors is not None:
             denoiser = with_vectors(denoiser, vectors)
         _check_backend(denoiser)
-        if backend != "reference":
+        if where[3] != "reference":
             tell_of_plain_pytorch(denoiser.device)
         try:
-            images = sample_in_batches(
-                denoiser,
-                table,
-                Batch(labels, ids, seed, noise),
-                config_of(self.unet),
-                batch_size,
-                image_shape=image_shape,
-                guidance_rescale=number("guidance_rescale", rescale, 0, 1),
-                guidance_parallel=number("guidance_parallel", parallel, 0, 1),
-                threshold=threshold,
-                callback=callback,
-                progress=progress,
-            )
+            images = sample_in_batches(denoiser, table, request, config_of(self.unet), batch_size, **how)
         except Interrupted as error:
             raise Interrupted(self._returned(error.images)) from None
         except RuntimeError as error:
@@ -427,8 +469,68 @@ class DDPM(nn.Module):
             raise
         if not images.isfinite().all():
             raise ValueError(f"the UNet gave NaN or infinite values in {str(denoiser.dtype)[6:]}")
-        images = self._returned(images)
-        return images if output == "tensor" else as_output(to_uint8(images, self.value_range), output)
+        return images
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Any,
+        labels: int | Sequence[int] | torch.Tensor | None = None,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        iterations: int = 5,
+        batch_size: int | None = None,
+        backend: str = "auto",
+        precision: str = "exact",
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        **sampler_options: Any,
+    ) -> torch.Tensor:
+        """The noise from which DDIM makes these images, float32 [N, C, H, W] on the model's device.
+
+            noise = model.invert(images, labels, steps=50)
+            again = model.sample(labels, noise=noise, sampler="ddim", steps=50, clip=None)
+
+        DDIM inversion (Song et al. 2021, arXiv 2010.02502, section 4.3), with the iterations of
+        `samplers.inversion.inverse`. Another label in `sample` gives an image of this label that has what the
+        noise holds of the images, such as their pose.
+
+        images: as `image` of `sample`, N of them. labels, guidance_scale, steps: as those of `sample`, which
+        must get the same to reproduce the images; they reproduce less well under guidance.
+        iterations: evaluations of the network in each step; 1 is the usual inversion, whose samples are
+            similar to the images, and more come closer to them.
+        sampler_options: of ddim, such as `spacing`. The others are those of `sample`.
+
+        ValueError as from `sample`, and for a model that predicts the sample or has noise levels.
+        """
+        config, vectors = config_of(self.unet), None
+        if isinstance(self.schedule, NoiseLevels) or config.self_condition:
+            kind = "a network that gets its last x_0" if config.self_condition else "continuous noise levels"
+            raise ValueError(f"a model of {kind} cannot be inverted: ddim does not serve it")
+        known_names("option of invert", sampler_options, set(options_of("ddim")) - NOT_INVERTED)
+        x0 = change_range(
+            given_images("images", images, config, self.value_range), self.value_range, self.diffused_range
+        )
+        if config.label_size is not None:
+            vectors, labels = self._vectors(labels)
+        labels, ids = self._images(labels, len(x0), None)
+        guidance = self._guidance(guidance_scale, labels)
+        own = {"clip": None, "eta": 0.0, "guidance_scale": guidance}
+        table = inverse(self.steps("ddim", steps, **own, **sampler_options), iterations)
+        request = Batch(labels, ids, 0, initial=x0)
+        where = (device, dtype, precision, backend)
+        shape = (x0.shape[2], x0.shape[3])
+        return self._run(table, request, vectors, where, batch_size, image_shape=shape, progress=progress)
+
+    def _start(self, noise: Any, image: Any, mask: Any, *how: Any) -> Start:
+        """The `Start` for these arguments of `sample`."""
+        config = config_of(self.unet)
+        if image is not None:
+            image = given_images("image", image, config, self.value_range)
+            image = change_range(image, self.value_range, self.diffused_range)
+        return Start(config, noise, image, None if mask is None else given_mask(mask, config), *how)
 
     def _returned(self, images: torch.Tensor) -> torch.Tensor:
         """Images of the sampling loop, in the range in which `sample` returns them."""

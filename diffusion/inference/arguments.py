@@ -9,15 +9,13 @@ from ..utils.validation import refuse, shown, whole_number
 
 
 def check_functions(noise: Any, callback: Any) -> None:
-    """ValueError unless each is a function or None."""
-    if isinstance(noise, torch.Tensor | np.ndarray):
-        raise ValueError(
-            f"noise must be a function, not {shown(noise)}; for a tensor x as the initial noise: "
-            "noise=lambda k: x if k == 0 else torch.randn_like(x)"
-        )
-    for name, function in (("noise", noise), ("callback", callback)):
-        if function is not None and not callable(function):
-            refuse(name, "a function, or None", function)
+    """ValueError unless each is a function or None, or the noise is a tensor."""
+    if isinstance(noise, np.ndarray):
+        raise ValueError(f"noise must be a tensor, not {shown(noise)}; take torch.from_numpy(noise).float()")
+    if noise is not None and not isinstance(noise, torch.Tensor) and not callable(noise):
+        refuse("noise", "a function, a tensor [N, C, H, W], or None", noise)
+    if callback is not None and not callable(callback):
+        refuse("callback", "a function, or None", callback)
 
 
 def check_batch_size(batch_size: Any, labels: Any, *others: Any) -> int | None:

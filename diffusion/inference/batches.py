@@ -41,15 +41,17 @@ def sample_in_batches(
     threshold: loop.Threshold | None = None,
     callback: loop.Callback | None = None,
     progress: bool = False,
+    rows: list[int] | None = None,
 ) -> torch.Tensor:
     """`loop.run` for all images of a request, float32 [N, C, H, W] on the denoiser's device.
 
-    request: labels and sample ids [N], on any device, and noise [N, C, H, W].
+    request: labels and sample ids [N], on any device, and noise, images and mask of N.
     config: of the network.
     image_shape: height and width of the images, by default the configuration's.
     batch_size: images made at a time; by default all with a request's own noise, else `affordable_batch`. It
         is halved while memory does not suffice.
     progress: show a bar with images/s.
+    rows: see `loop.run`.
 
     ValueError where the memory does not suffice for one image. Ctrl-C raises `Interrupted`.
     """
@@ -62,7 +64,7 @@ def sample_in_batches(
     images = torch.empty(count, *shape, device=denoiser.device, dtype=torch.float32)
     start = 0
     try:
-        with _Progress(count, len(table), progress) as bar:
+        with _Progress(count, len(table if rows is None else rows), progress) as bar:
             while start < count:
                 part = slice(start, min(start + size, count))
                 try:
@@ -76,6 +78,7 @@ def sample_in_batches(
                         threshold=threshold,
                         callback=callback,
                         progress=bar.step_of(part.stop - start) if progress else None,
+                        rows=rows,
                     )
                     start = part.stop
                 except (MemoryError, RuntimeError) as error:
@@ -112,11 +115,19 @@ def affordable_batch(denoiser: Denoiser, config: NetworkConfig, guided: bool) ->
 
 def _part_of(request: Batch, part: slice, shape: tuple[int, ...], device: torch.device) -> Batch:
     """The images `part` of a request, as a batch."""
+
+    def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[part].to(device)
+
     return Batch(
         labels=None if request.labels is None else request.labels[part].cpu(),
         sample_ids=request.sample_ids[part],
         seed=request.seed,
         noise=None if request.noise is None else _rows(request, part, shape),
+        initial=of(request.initial),
+        image=of(request.image),
+        mask=of(request.mask),
+        from_noise=request.from_noise,
     )
 
 

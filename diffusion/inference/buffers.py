@@ -26,16 +26,24 @@ Noise = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one batch: the label of each, and the source of its noise.
+    """The images of one batch: the label of each, the source of its noise, and what it starts from.
 
     labels: int64 [B], best on the CPU, or None to sample without labels. sample_ids: int64 [B]. noise: k ->
     float32 [B, C, H, W], or None for the package's counter-based noise of (seed, sample id, k).
+    initial: float32 [B, C, H, W], the initial noise instead of that of k = 0.
+    image: float32 [B, C, H, W] in the range that is diffused: the first step starts from it with noise.
+    mask: float32 [B, 1, H, W], 1 where an image is painted anew, 0 where it is known. from_noise: the first
+    step starts from noise alone, and the image serves the mask only.
     """
 
     labels: torch.Tensor | None
     sample_ids: torch.Tensor
     seed: int
-    noise: Noise | None
+    noise: Noise | None = None
+    initial: torch.Tensor | None = None
+    image: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    from_noise: bool = False
 
 
 class Step(NamedTuple):
@@ -124,6 +132,7 @@ class SamplerBuffers:
             device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         )
+        self.embedded: int | None = None  # the first step whose timestep `embeddings` holds
         self._embedding = self.embeddings.new_zeros(2 * batch, embedding_size)  # of this step
         self.captured: dict[Step, Callable[[int], None] | None] = {}
         self.graph_pool: Any = None
@@ -142,25 +151,33 @@ class SamplerBuffers:
         self.sample_ids.copy_(batch.sample_ids)
         if self.x0 is not None:
             self.x0.zero_()
+        self.embedded = None
         timesteps = table.table[:, TIMESTEP].float()
         self.whole_timesteps = bool((timesteps == timesteps.round()).all())
         self.timesteps = timesteps.to(self.x.device)
         self._load_labels(batch.labels, guided, null_label)
-        if batch.noise is not None:
-            self.x.copy_(checked_noise(batch.noise, 0, self.x.shape))
+        noise = self.draw(batch, 0, backend) if batch.initial is None else batch.initial
+        if batch.image is None or batch.from_noise:
+            self.set_x(noise * table.initial_scale if table.initial_scale != 1 else noise)
         else:
-            self.x.copy_(
-                kernels.philox_normal(
-                    self.x.shape,
-                    seed=batch.seed,
-                    sample_ids=self.sample_ids,
-                    stream=0,
-                    device=self.x.device,
-                    backend=backend,
-                )
-            )
-        if table.initial_scale != 1:
-            self.x.mul_(table.initial_scale)
+            self.set_x(table.alphas[0].item() * batch.image + table.sigmas[0].item() * noise.to(self.x))
+
+    def draw(self, batch: Batch, k: int, backend: str) -> torch.Tensor:
+        """The noise number k of a batch, [B, C, H, W]. backend: of the kernel that draws it."""
+        if batch.noise is not None:
+            return checked_noise(batch.noise, k, self.x.shape)
+        return kernels.philox_normal(
+            self.x.shape,
+            seed=batch.seed,
+            sample_ids=self.sample_ids,
+            stream=k,
+            device=self.x.device,
+            backend=backend,
+        )
+
+    def set_x(self, x: torch.Tensor) -> None:
+        """Sets x, and the input that the next step's UNet gets."""
+        self.x.copy_(x)
         self.unet_input.unflatten(0, (2, self.batch_size)).copy_(self.x)
 
     def _load_labels(self, labels: torch.Tensor | None, guided: bool, null_label: int | None) -> None:

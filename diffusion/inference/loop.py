@@ -20,12 +20,14 @@ from ..kernels._native import CPP_MISSING
 from ..samplers.guidance import project_guidance, rescale_guidance
 from ..samplers.table import StepTable
 from ..samplers.thresholding import Threshold
-from .buffers import Batch, BufferSpec, SamplerBuffers, Step, checked_noise
+from ..utils.validation import check_dense
+from .buffers import Batch, BufferSpec, SamplerBuffers, Step
 from .captured_steps import Capture, choose_capture
 from .denoiser import Denoiser, SplitUNet
 from .recall import Recall
+from .repaint import Repaint
 
-Callback = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 def run(
@@ -39,6 +41,7 @@ def run(
     threshold: Threshold | None = None,
     callback: Callback | None = None,
     progress: Callable[[], None] | None = None,
+    rows: list[int] | None = None,
 ) -> Tensor:
     """Samples one batch: float32 [B, C, H, W] on the denoiser's device, for image_shape (C, H, W).
 
@@ -48,8 +51,10 @@ def run(
     guidance_rescale: phi of `rescale_guidance`; 0 for none.
     guidance_parallel: share of `project_guidance`; 1 for all.
     threshold: takes the place of a step's clipping, as `thresholding.thresholded_step`.
-    callback: callback(i, x, x0) follows step i, with copies of x_{t-1} and of the predicted x_0.
+    callback: callback(i, x, x0) follows step i, with copies of x_{t-1} and of the predicted x_0. A tensor
+        that it returns takes the place of x_{t-1}.
     progress: progress() follows each step. On a CUDA device the host runs ahead of it.
+    rows: for a batch with a mask, those of the table that run, by `repaint.repaint_rows`.
     """
     steps = plan_steps(table, batch, guidance_rescale, guidance_parallel, threshold)
     guided = any(step.guided for step in steps)
@@ -76,25 +81,33 @@ def run(
                 "a network that gets its last x_0 cannot be sampled by a solver that keeps more than one; "
                 "choose solver_order 1 or 2 and algorithm 'dpmsolver++'"
             )
-        alone = not (recall is callback is progress is None)  # Python code follows each step
-        i = 0
-        while i < len(steps):
+        repaint = None if rows is None else Repaint(table, batch, rows, buffers, recall)
+        rows = list(range(len(steps))) if rows is None else rows
+        alone = not (recall is callback is progress is repaint is None)  # Python code follows each step
+        k = 0
+        while k < len(rows):
+            i = rows[k]
             step = steps[i]
             embed_timesteps(denoiser, buffers, i)
+            if repaint is not None:
+                repaint.before(k)
             if recall is not None:
                 recall.before(i)
             if step.injects_noise:
-                assert batch.noise is not None
                 assert buffers.noise is not None
-                buffers.noise.copy_(checked_noise(batch.noise, i + 1, buffers.x.shape))
+                buffers.noise.copy_(buffers.draw(batch, k + 1, denoiser.backend))
             count = 1 if alone or step.injects_noise else equal_steps(steps, i, buffers.steps_embedded)
             take_steps(denoiser, buffers, step, count, capture)
-            i += count
+            k += count
             if recall is not None:
-                recall.after(i - 1)
+                recall.after(i)
+            if repaint is not None:
+                repaint.after(k - 1, denoiser.backend)
             if callback is not None:
                 assert buffers.x0 is not None
-                callback(i - 1, buffers.x.clone(), buffers.x0.clone())
+                changed = callback(i, buffers.x.clone(), buffers.x0.clone())
+                if changed is not None:
+                    buffers.set_x(check_dense("x that the callback returns", changed, buffers.x.shape))
             if progress is not None:
                 progress()
         return buffers.x.clone()
@@ -248,8 +261,10 @@ def embed_timesteps(denoiser: Denoiser, buffers: SamplerBuffers, i: int) -> None
     Each label is embedded on its own, so that no image depends on the others of its batch.
     """
     together = buffers.steps_embedded
-    if i % together == 0 and isinstance(denoiser.unet, SplitUNet):
-        timesteps = buffers.timesteps[i : i + together].to(denoiser.device)
+    first = i - i % together
+    if buffers.embedded != first and isinstance(denoiser.unet, SplitUNet):
+        buffers.embedded = first
+        timesteps = buffers.timesteps[first : first + together].to(denoiser.device)
         for position, label in enumerate(buffers.distinct_labels):
             labels = None if label is None else torch.full_like(timesteps, label, dtype=torch.int64)
             embedding = denoiser.unet.embed(timesteps, labels)  # [steps, E]

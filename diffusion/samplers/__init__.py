@@ -15,6 +15,8 @@ prediction_type: "epsilon", "sample" (x_0) or "v_prediction".
 spacing: see `timesteps.spaced_timesteps`.
 clip: x_0 is clipped to [-clip, clip]; None or inf leaves it.
 guidance_scale, guidance_interval: see `guidance.guidance_scales`.
+strength: share of the steps that are taken, in (0, 1], rounded down: the last ones. Less than 1 is for images
+    that get the noise of the first step taken (SDEdit, Meng et al. 2022, arXiv 2108.01073).
 
 They raise ValueError for values outside these, and for epsilon prediction where the first timestep visited
 has zero SNR, since x_0 is undetermined there. A `SpacingWarning`, once per process, tells of a start too far
@@ -36,9 +38,16 @@ from .dpm_solver import dpmpp_2m as dpmpp_2m
 from .heun import heun as heun
 from .table import StepTable
 from .timesteps import SpacingWarning
+from .unipc import unipc as unipc
 
-SAMPLERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp_2m, "heun": heun}
-SHARED_OPTIONS = ("prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval")
+SAMPLERS: dict[str, Callable[..., StepTable]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm++": dpmpp_2m,
+    "heun": heun,
+    "unipc": unipc,
+}
+SHARED_OPTIONS = ("prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval", "strength")
 FULL_CHAIN = ("ddpm",)  # the command line takes all T steps of these by default, and few of the others
 
 __all__ = ["SAMPLERS", "SpacingWarning", "StepTable"]

@@ -8,7 +8,7 @@ from ..process.bound import VARIANCES
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, switch
 from .options import EPSILON_AT_ZERO_SNR, NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
-from .table import StepTable, make_table, next_alphas_cumprod, tiny_signal
+from .table import StepTable, first_step, make_table, next_alphas_cumprod, tiny_signal
 from .timesteps import visited_timesteps
 
 
@@ -21,6 +21,7 @@ def ddpm(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    strength: float = 1.0,
     variance: Annotated[str, ", ".join(VARIANCES)] = "fixed_small",
     steps_offset: Annotated[int, STEPS_OFFSET] = 0,
     set_alpha_to_one: Annotated[bool, SET_ALPHA_TO_ONE] = True,
@@ -46,7 +47,7 @@ def ddpm(
     choice("variance", variance, VARIANCES)
     switch("set_alpha_to_one", set_alpha_to_one)
     switch("noise_in_last_step", noise_in_last_step)
-    timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
+    timesteps = visited_timesteps(schedule, steps, spacing, strength, steps_offset=steps_offset)
     signal = schedule.alphas_cumprod.to(schedule.dtype)
     current = tiny_signal(signal[timesteps], epsilon_at_zero_snr)
     following = next_alphas_cumprod(current, 1.0 if set_alpha_to_one else signal[0].item())
@@ -76,4 +77,5 @@ def ddpm(
         },
         learned_variance=variance == "learned_range",
         noise_in_last_step=noise_in_last_step,
+        start=first_step(len(timesteps), strength),
     )

@@ -8,7 +8,7 @@ from ..process.prediction import epsilon_coefficients
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import number, switch
 from .options import EPSILON_AT_ZERO_SNR, NOISE_IN_LAST_STEP, SET_ALPHA_TO_ONE, STEPS_OFFSET
-from .table import StepTable, make_table, next_alphas_cumprod, tiny_signal
+from .table import StepTable, first_step, make_table, next_alphas_cumprod, tiny_signal
 from .timesteps import visited_timesteps
 
 
@@ -21,6 +21,7 @@ def ddim(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    strength: float = 1.0,
     eta: Annotated[float, "noise, from 0 (deterministic) to 1 (as much as ddpm)"] = 0.0,
     use_clipped_model_output: Annotated[bool, "compute the predicted noise from the clipped image"] = False,
     steps_offset: Annotated[int, STEPS_OFFSET] = 0,
@@ -56,7 +57,7 @@ def ddim(
     switch("use_clipped_model_output", use_clipped_model_output)
     switch("set_alpha_to_one", set_alpha_to_one)
     switch("noise_in_last_step", noise_in_last_step)
-    timesteps = visited_timesteps(schedule, steps, spacing, steps_offset=steps_offset)
+    timesteps = visited_timesteps(schedule, steps, spacing, strength, steps_offset=steps_offset)
     signal = schedule.alphas_cumprod.to(schedule.dtype)
     current = tiny_signal(signal[timesteps], epsilon_at_zero_snr)
     final = 1.0 if set_alpha_to_one else signal[0].item()
@@ -92,4 +93,5 @@ def ddim(
         guidance_interval,
         columns,
         noise_in_last_step=noise_in_last_step,
+        start=first_step(len(timesteps), strength),
     )

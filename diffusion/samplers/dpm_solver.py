@@ -5,17 +5,24 @@ from typing import Annotated
 
 import torch
 
-from ..process.prediction import check_x0_determined
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, refuse, switch, whole_number
-from .options import EPSILON_AT_ZERO_SNR, NOISE_IN_LAST_STEP, STEPS_OFFSET
-from .sigmas import SIGMAS, ZERO_SNR, spaced_sigmas
-from .table import History, StepTable, make_table, next_alphas_cumprod
+from .options import (
+    EPSILON_AT_ZERO_SNR,
+    FINAL_SIGMAS,
+    FINAL_SIGMAS_TYPE,
+    NOISE_IN_LAST_STEP,
+    SOLVER_ORDER,
+    SOLVER_TYPE,
+    STEPS_OFFSET,
+)
+from .sigmas import SIGMAS, spaced_sigmas
+from .solver import finite_levels, log_snr_half
+from .table import History, StepTable, first_step, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver")
 SOLVER_TYPES = ("midpoint", "heun")
-FINAL_SIGMAS = ("zero", "sigma_min")
 FEW_STEPS = 15  # lower_order_final applies to fewer
 
 
@@ -28,14 +35,13 @@ def dpmpp_2m(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    strength: float = 1.0,
     sde: Annotated[bool, "use the stochastic form"] = False,
     algorithm: Annotated[str, f"{', '.join(ALGORITHMS)}: integrates the image, or the noise"] = "dpmsolver++",
-    solver_order: Annotated[int, "order of the solver, 1 to 3"] = 2,
-    solver_type: Annotated[str, f"form of the second order: {', '.join(SOLVER_TYPES)}"] = "midpoint",
+    solver_order: Annotated[int, SOLVER_ORDER] = 2,
+    solver_type: Annotated[str, SOLVER_TYPE] = "midpoint",
     sigmas: Annotated[str, f"spacing of the noise levels: {', '.join(SIGMAS)}"] = "timesteps",
-    final_sigmas_type: Annotated[
-        str, f"noise that the last step leads to: {', '.join(FINAL_SIGMAS)}"
-    ] = "zero",
+    final_sigmas_type: Annotated[str, FINAL_SIGMAS_TYPE] = "zero",
     lower_order_final: Annotated[bool, "lower the order of the last steps, where there are under 15"] = True,
     euler_at_final: Annotated[bool, "take a last step of first order"] = False,
     lambda_min_clipped: Annotated[float, "start where log(alpha / sigma) is at least this"] = -math.inf,
@@ -93,22 +99,20 @@ def dpmpp_2m(
     if sigmas == "timesteps":
         noisiest = _noisiest(schedule, lambda_min_clipped)
         timesteps = visited_timesteps(
-            schedule, steps, spacing, skip_zero=True, steps_offset=steps_offset, noisiest=noisiest
+            schedule, steps, spacing, strength, skip_zero=True, steps_offset=steps_offset, noisiest=noisiest
         )
-        current = schedule.alphas_cumprod[timesteps]
-        if not epsilon_at_zero_snr:
-            check_x0_determined(prediction_type, current)
-        # The solver runs in lambda = log(alpha / sigma), so zero SNR stands for less SNR than any other.
+        start = first_step(len(timesteps), strength)
+        current = finite_levels(schedule, timesteps, prediction_type, start, epsilon_at_zero_snr)
         least_noisy = schedule.alphas_cumprod[0].item()
-        current = torch.where(current > 0, current, (next_alphas_cumprod(current) / 2).clamp(max=ZERO_SNR))
     else:
         timesteps, current, least_noisy = spaced_sigmas(schedule, steps, sigmas)
+        start = first_step(len(timesteps), strength)
     following = next_alphas_cumprod(current, least_noisy if ends_in_noise else 1.0)
-    h = _log_snr_half(following) - _log_snr_half(current)
+    h = log_snr_half(following) - log_snr_half(current)
     # e^-h, from the signals, because h is inf where the last step leads to an image without noise
     decay = ((1 - following) / following * current / (1 - current)).sqrt()
     lowered = lower_order_final and len(timesteps) < FEW_STEPS
-    orders = _orders(order, len(timesteps), lowered, lowered or euler_at_final or not ends_in_noise)
+    orders = _orders(order, len(timesteps), start, lowered, lowered or euler_at_final or not ends_in_noise)
     terms, sigma = _terms(h, decay, orders, of_noise, sde, solver_type)
     scale = -(1 - following).sqrt() if of_noise else following.sqrt()
     weights = scale[:, None] * _multistep(h, orders, terms)
@@ -140,12 +144,13 @@ def dpmpp_2m(
         },
         noise_in_last_step=noise_in_last_step,
         history=history,
+        start=start,
     )
 
 
-def _orders(order: int, steps: int, lowered: bool, euler_at_final: bool) -> torch.Tensor:
-    """The order of each step, int64 [steps]: the first have no earlier steps to use."""
-    orders = torch.arange(1, steps + 1, device="cpu").clamp(max=order)
+def _orders(order: int, steps: int, start: int, lowered: bool, euler_at_final: bool) -> torch.Tensor:
+    """The order of each step, int64 [steps]: those from `start` on have no earlier steps than that to use."""
+    orders = torch.arange(1 - start, steps + 1 - start, device="cpu").clamp(1, order)
     if lowered:
         orders[-2:] = orders[-2:].clamp(max=2)
     if euler_at_final:
@@ -159,14 +164,10 @@ def _noisiest(schedule: NoiseSchedule, lambda_min: float) -> int | None:
         return None
     if not isinstance(lambda_min, int | float) or math.isnan(lambda_min):
         refuse("lambda_min_clipped", "a number, or -inf", lambda_min)
-    inside = (_log_snr_half(schedule.alphas_cumprod) >= lambda_min).sum().item()
+    inside = (log_snr_half(schedule.alphas_cumprod) >= lambda_min).sum().item()
     if inside == 0:
         raise ValueError(f"lambda_min_clipped {lambda_min} leaves no timestep; choose a smaller number")
     return int(inside) - 1
-
-
-def _log_snr_half(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    return 0.5 * torch.log(alphas_cumprod / (1 - alphas_cumprod))
 
 
 def _terms(

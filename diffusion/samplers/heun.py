@@ -12,7 +12,7 @@ from ..process.noise_levels import NoiseLevels
 from ..process.prediction import check_x0_determined
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import number, refuse, whole_number
-from .table import StepTable, make_table, next_alphas_cumprod
+from .table import StepTable, first_step, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
 
 STEPS = 18  # of a process without timesteps, as in the paper's code
@@ -28,6 +28,7 @@ def heun(
     clip: float | None = 1.0,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    strength: float = 1.0,
     sigma_min: Annotated[float, "EDM's lowest noise level above 0"] = 0.002,
     sigma_max: Annotated[float, "EDM's noise level of the start"] = 80.0,
     rho: Annotated[float, "exponent of the spacing of EDM's noise levels"] = 7.0,
@@ -67,7 +68,7 @@ def heun(
         for name, value in (spaced | churn | {"s_noise": s_noise}).items():
             if value != signature(heun).parameters[name].default:
                 raise ValueError(f"{name} is of continuous noise levels (EDM), and this model has timesteps")
-        return _over_timesteps(schedule, steps, prediction_type, spacing, **shared)
+        return _over_timesteps(schedule, steps, prediction_type, spacing, strength, **shared)
     if spacing != "leading":
         raise ValueError("spacing is of timesteps, and this model has continuous noise levels; choose rho")
     if prediction_type != "sample":
@@ -82,8 +83,10 @@ def heun(
     # The correction at s1 is followed by the noise that the next step begins with.
     rows["sigma"] = _interleaved(torch.zeros_like(added), added[1:])
     timesteps = _interleaved(raised, current[1:])
-    table = make_table(timesteps, torch.ones_like(timesteps), prediction_type, columns=rows, **shared)
-    return replace(table, initial_scale=start)
+    first = 2 * first_step(len(current), strength)
+    signal = torch.ones_like(timesteps)
+    table = make_table(timesteps, signal, prediction_type, columns=rows, start=first, **shared)
+    return replace(table, initial_scale=start, sigmas=timesteps[first:])
 
 
 def edm_levels(process: NoiseLevels, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
@@ -107,18 +110,24 @@ def _raised(process: NoiseLevels, levels: Tensor, s_churn: float, s_min: float, 
 
 
 def _over_timesteps(
-    schedule: NoiseSchedule, steps: int | None, prediction_type: str, spacing: str, **shared: Any
+    schedule: NoiseSchedule,
+    steps: int | None,
+    prediction_type: str,
+    spacing: str,
+    strength: float,
+    **shared: Any,
 ) -> StepTable:
-    timesteps = visited_timesteps(schedule, steps, spacing)
+    timesteps = visited_timesteps(schedule, steps, spacing, strength)
+    start = first_step(len(timesteps), strength)
     current = schedule.alphas_cumprod[timesteps]
-    check_x0_determined(prediction_type, current)
+    check_x0_determined(prediction_type, current[start:])
     # The noise level of zero SNR is infinite; see `dpm_solver`.
     finite = torch.where(current > 0, current, (next_alphas_cumprod(current) / 2).clamp(max=2**-24))
     following = next_alphas_cumprod(finite)
     levels, next_levels = (((1 - a) / a).sqrt() for a in (finite, following))
     rows: dict[str, Any] = _rows(levels, next_levels, finite.sqrt(), following.sqrt())
     visited, alphas_cumprod = _interleaved(timesteps, timesteps[1:]), _interleaved(current, current[1:])
-    return make_table(visited, alphas_cumprod, prediction_type, columns=rows, **shared)
+    return make_table(visited, alphas_cumprod, prediction_type, columns=rows, start=2 * start, **shared)
 
 
 def _rows(level: Tensor, next_level: Tensor, alpha: Tensor, next_alpha: Tensor) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ class History:
     """The predictions that the steps of a solver take from earlier steps, beyond a row's coef_x0_prev.
 
     Step i keeps m_i = from_x[i] * x + from_x0[i] * x0, with the x that it starts from and its x0. In its row,
-    coef_x0_prev is 1 and x0_prev is weights[i, 0] * m_{i-1} + weights[i, 1] * m_{i-2}, or both are 0.
+    coef_x0_prev is 1 and x0_prev is the sum of weights[i, k] * m_{i-1-k} over k, or both are 0.
 
-    from_x, from_x0: float64 [n]. weights: float64 [n, 2].
+    from_x, from_x0: float64 [n]. weights: float64 [n, K], for a solver that recalls K evaluations.
     """
 
     from_x: torch.Tensor
@@ -37,12 +37,15 @@ class StepTable:
     """The steps of a sampler.
 
     table: float64 [n, 12], the `StepCoefficients` of each step, in order.
+    alphas, sigmas: float64 [n], of the image alphas * x_0 + sigmas * z that each step starts from.
     learned_variance: the variance of each step is the model's (its output has 2C channels).
     history: for solvers whose steps use more than the x_0 of the step before; None for all others.
     initial_scale: standard deviation of the initial noise.
     """
 
     table: torch.Tensor
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
     learned_variance: bool = False
     history: History | None = None
     initial_scale: float = 1.0
@@ -118,15 +121,17 @@ def make_table(
     learned_variance: bool = False,
     noise_in_last_step: bool = False,
     history: History | None = None,
+    start: int = 0,
 ) -> StepTable:
-    """The table for timesteps [n] and alphas_cumprod [n] there.
+    """The table for timesteps [n] and alphas_cumprod [n] there, or its rows from `start` on.
 
     columns: the fields of `StepCoefficients` that the sampler sets, each [n]; those left out are 0. sigma of
     the last step becomes 0, unless noise_in_last_step is true and this step starts above timestep 0. The
     other arguments are those of all samplers.
     """
     clip = math.inf if clip is None else number("clip", clip, 0, infinite=True)
-    columns = {**columns, "timestep": timesteps}
+    timesteps, alphas_cumprod = timesteps[start:], alphas_cumprod[start:]
+    columns = {name: column[start:] for name, column in columns.items()} | {"timestep": timesteps}
     columns["guidance_scale"] = guidance_scales(timesteps, guidance_scale, guidance_interval)
     columns["x0_from_x"], columns["x0_from_output"] = x0_coefficients(prediction_type, alphas_cumprod)
     columns["clip_x0"] = torch.full_like(alphas_cumprod, clip)
@@ -135,7 +140,21 @@ def make_table(
         table[:, StepCoefficients._fields.index(name)] = column
     if not noise_in_last_step or timesteps[-1] == 0:
         table[-1, StepCoefficients._fields.index("sigma")] = 0
-    return StepTable(table, learned_variance, history)
+    if history is not None:
+        history = History(history.from_x[start:], history.from_x0[start:], history.weights[start:])
+    alphas, sigmas = alphas_cumprod.double().sqrt(), (1 - alphas_cumprod.double()).sqrt()
+    return StepTable(table, alphas, sigmas, learned_variance, history)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step, of `steps`, at which an image gets its noise so that the share `strength` of them is taken.
+
+    Rounded down, as in diffusers. ValueError for a strength outside (0, 1], or so small that no step remains.
+    """
+    taken = int(steps * number("strength", strength, above=0, most=1) + 1e-9)  # 0.29 of 100 steps are 29
+    if taken == 0:
+        raise ValueError(f"strength {strength:g} of {steps} steps leaves none; give at least {1 / steps:.2g}")
+    return steps - taken
 
 
 def tiny_signal(alphas_cumprod: torch.Tensor, epsilon_at_zero_snr: bool) -> torch.Tensor:

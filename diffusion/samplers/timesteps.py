@@ -144,13 +144,15 @@ class SpacingWarning(UserWarning):
 _warned = False
 
 
-def visited_timesteps(schedule: NoiseSchedule, steps: int | None, spacing: str, **how: Any) -> torch.Tensor:
-    """`spaced_timesteps`; warns of a start too far below T - 1."""
+def visited_timesteps(
+    schedule: NoiseSchedule, steps: int | None, spacing: str, strength: float, **how: Any
+) -> torch.Tensor:
+    """`spaced_timesteps`; warns of a start too far below T - 1, unless images are given for it."""
     global _warned
     timesteps = spaced_timesteps(schedule.T, steps, spacing, **how)
     first = int(timesteps[0])
     signal, at_end = schedule.alphas_cumprod[[first, -1]].sqrt().tolist()
-    if not _warned and signal - at_end > MAX_SIGNAL:
+    if not _warned and signal - at_end > MAX_SIGNAL and strength == 1:
         _warned = True
         warnings.warn(
             f"spacing {spacing!r} with steps={len(timesteps)} starts at timestep {first} of "

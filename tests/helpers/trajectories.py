@@ -62,7 +62,7 @@ def run_table(table: StepTable, model, noise: list[torch.Tensor], thresholding=N
             x, x0 = reverse_step(x, output, row, x0_prev=x0_prev, noise=noise[i + 1], backend="reference")
         if table.history:
             m = table.history.from_x[i].item() * start + table.history.from_x0[i].item() * x0
-            kept = [m, *kept[:1]]
+            kept = [m, *kept][: table.history.weights.shape[1]]
         trajectory.append(x)
     return trajectory
 

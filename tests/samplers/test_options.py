@@ -59,8 +59,8 @@ def test_which_options_a_sampler_has():
     solver_only = {"sde", "algorithm", "solver_order", "solver_type", "sigmas", "final_sigmas_type"}
     solver_only |= {"lower_order_final", "euler_at_final", "lambda_min_clipped"}
     edm = {"sigma_min", "sigma_max", "rho", "s_churn", "s_min", "s_max", "s_noise"}
-    assert {*own_options()} == {"variance"} | ddim_only | solver_only | ends | edm
-    shared = {"prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval"}
+    assert {*own_options()} == {"variance", "predict_x0"} | ddim_only | solver_only | ends | edm
+    shared = {"prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval", "strength"}
     assert {*options_of("ddim")} == shared | ddim_only | ends
     assert {*options_of("ddpm")} == shared | {"variance"} | ends
 
