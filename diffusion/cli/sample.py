@@ -25,6 +25,13 @@ from .options import (
     choose_labels,
     choose_sampler,
 )
+from .own_images import (
+    add_start_options,
+    check_start_options,
+    interpolated,
+    save_interpolated,
+    start_arguments,
+)
 
 GIF_FRAMES = 50  # largest number of frames, spread evenly over the steps
 
@@ -84,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dynamic-threshold-max", type=float, metavar="LIMIT", help="largest such quantile (default: inf)")
     add("--clip", type=float, metavar="LIMIT", help="clip x_0 to [-LIMIT, LIMIT] (default: the model's)")
+    add_start_options(parser)
     add("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     add_computation_options(parser)
     add(
@@ -116,9 +124,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot tell the format of {out}; end its name in {endings}, or in /")
     if not sharded and ranks.world_size > 1:
         raise ValueError(f"{ranks.world_size} ranks write into a folder; end the name {out} in /")
+    check_start_options(args, suffix, sharded)
     check_writable(out / "run.json" if sharded else out)
     model = load(args.model, choose_device(args.device, ranks))
+    start = start_arguments(args, model)
+    if start:
+        args.labels = args.labels or ["none"]
     labels, num = choose_labels(model, args.labels, args.num)
+    if start and args.num is None:
+        num = max(len(start["image"]), len(labels or []))
     if not sharded and suffix != ".npz":
         config = model.unet.config
         check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
@@ -142,27 +156,36 @@ def run(args: argparse.Namespace) -> None:
         "precision": args.precision,
         "dtype": args.dtype,
     }
+    began = time.perf_counter()
+    if args.interpolate is not None:
+        del options["seed"]
+        x = interpolated(model, labels, num, args.interpolate, args.seed, options)
+        save_interpolated(x, out, model, args.columns, args.scale)
+        print(f"{out}: {len(x)} frames of {num} images in {time.perf_counter() - began:.1f} s")
+        return
     if sharded:
         done = sample_shards(
             model, out, num, labels, shard_size=args.shard_size, ranks=ranks, progress=True, **options
         )
         print("\n".join(report(out, done, ranks)))
         return
-    frames = _Frames(_evaluations(model, options)) if suffix == ".gif" else None
-    start, interrupted = time.perf_counter(), None
+    steps_taken = options | {"strength": start["strength"]} if "strength" in start else options
+    frames = _Frames(_evaluations(model, steps_taken)) if suffix == ".gif" else None
+    interrupted = None
     try:
         images = model.sample(
             labels,
             num_samples=num,
             progress=True,
             callback=frames,
+            **start,
             **options,
         )
     except Interrupted as error:
         if not len(error.images):
             raise
         images, interrupted = error.images, error
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     if frames is not None:
         save_gif(
             frames.batches(len(images)),

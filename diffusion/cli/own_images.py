@@ -1,0 +1,124 @@
+"""Options of `diffusion sample` for images to start from, and for animations between two noises."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from .. import kernels
+from ..ddpm import DDPM
+from ..inference.start import STRENGTH
+from ..process.interpolation import slerp
+from ..storage.images import save_gif, save_grid
+from ..utils.validation import whole_number
+
+START_OPTIONS = ("strength", "mask", "resamples", "jump_length")  # of --image
+
+
+def add_start_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options about what sampling starts from."""
+    add = parser.add_argument
+    add(
+        "--image",
+        nargs="+",
+        metavar="FILE",
+        help="images to change; their middle is scaled to the model's size (default labels: none)",
+    )
+    add("--strength", type=float, help="with --image: share of the steps that are taken (default: 0.8)")
+    add("--mask", metavar="FILE", help="with --image: paint anew where this picture is white, by RePaint")
+    add("--resamples", type=int, help="with --mask: how often each step is taken (default: 10)")
+    add("--jump-length", type=int, help="with --mask: steps that are repeated together (default: 1)")
+    add(
+        "--interpolate",
+        type=int,
+        metavar="FRAMES",
+        help="a .gif from the noise of --seed to that of the next seed and back, or a picture with a row of "
+        "FRAMES for each image",
+    )
+
+
+def check_start_options(args: argparse.Namespace, suffix: str, sharded: bool) -> None:
+    """ValueError, naming the option, where these options do not fit each other or the output."""
+    for name in START_OPTIONS:
+        if getattr(args, name) is not None and args.image is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --image")
+    for name in ("resamples", "jump_length"):
+        if getattr(args, name) is not None and args.mask is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --mask")
+    if sharded and (args.image or args.interpolate is not None):
+        raise ValueError(
+            "--image and --interpolate write into one file; end the name of --out in .png or .gif"
+        )
+    if args.mask is not None and suffix == ".gif":
+        raise ValueError("--mask repeats steps, of which no .gif is made; end the name of --out in .png")
+    if args.interpolate is None:
+        return
+    whole_number("--interpolate", args.interpolate, 2, 1000)
+    if args.image is not None:
+        raise ValueError("--interpolate goes between noises, and --image is none; leave out one of them")
+    if suffix == ".npz":
+        raise ValueError("--interpolate makes a .gif or a picture; end the name of --out in .gif or .png")
+
+
+def start_arguments(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
+    """The arguments of `DDPM.sample` that these options give; says how pictures are scaled."""
+    if args.image is None:
+        return {}
+    found: dict[str, Any] = {"image": [_picture(path, model) for path in args.image]}
+    if args.mask is not None:
+        found["mask"] = _picture(args.mask, model)
+    else:
+        found["strength"] = STRENGTH
+    given = {name: getattr(args, name) for name in ("strength", "resamples", "jump_length")}
+    return found | {name: value for name, value in given.items() if value is not None}
+
+
+def _picture(path: str, model: DDPM) -> Image.Image:
+    """A picture, upright. ValueError naming the file if it is no image."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "it is no image that can be read"
+        raise ValueError(f"cannot read {path}: {reason}") from error
+    height, width = model.unet.config.image_shape
+    if picture.size != (width, height):
+        print(
+            f"{path}: the middle of {picture.width} x {picture.height} pixels, scaled to {width} x {height}"
+        )
+    return picture
+
+
+def interpolated(
+    model: DDPM, labels: list[int] | None, num: int, frames: int, seed: int, options: dict[str, Any]
+) -> torch.Tensor:
+    """Samples on the way from the noise of `seed` to that of seed + 1, [frames, num, C, H, W].
+
+    labels: of the num images, or None. options: further arguments of `DDPM.sample`.
+    """
+    config = model.unet.config
+    shape = (num, config.in_channels, *config.image_shape)
+    ends = [kernels.philox_normal(shape, seed=number % 2**64, stream=0) for number in (seed, seed + 1)]
+    shares = [frame / (frames - 1) for frame in range(frames)]
+    x = model.sample(
+        None if labels is None else labels * frames,
+        noise=slerp(*ends, shares).flatten(0, 1),
+        sample_ids=list(range(num)) * frames,  # the noise of a step is that of the image
+        seed=seed,
+        progress=True,
+        **options,
+    )
+    return x.unflatten(0, (frames, num))
+
+
+def save_interpolated(x: torch.Tensor, out: Path, model: DDPM, columns: int | None, scale: int) -> None:
+    """Writes [frames, N, C, H, W] as a .gif there and back, or as a picture with a row for each image."""
+    how: dict[str, Any] = {"scale": scale, "value_range": model.value_range}
+    if out.suffix.lower() == ".gif":
+        frames = [*x, *x[1:-1].flip(0)]
+        save_gif(frames, out, columns=columns, duration=0.08, hold=0.08, **how)
+    else:
+        save_grid(x.transpose(0, 1).flatten(0, 1), out, columns=len(x), **how)
