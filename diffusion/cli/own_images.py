@@ -105,7 +105,7 @@ def interpolated(
     shares = [frame / (frames - 1) for frame in range(frames)]
     x = model.sample(
         None if labels is None else labels * frames,
-        noise=slerp(*ends, shares).flatten(0, 1),
+        noise=slerp(ends[0], ends[1], shares).flatten(0, 1),
         sample_ids=list(range(num)) * frames,  # the noise of a step is that of the image
         seed=seed,
         progress=True,

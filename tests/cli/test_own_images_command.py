@@ -1,0 +1,89 @@
+"""`diffusion sample` from images, with masks, and between two noises."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffusion
+from diffusion import kernels
+from diffusion.cli import main
+from helpers.models import make_model
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """A model of 8 x 8 pixels, and a picture and a mask of twice as many."""
+    monkeypatch.chdir(tmp_path)
+    make_model(10, channels=1).save("digits")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save("a.png")
+    Image.fromarray((np.arange(16)[:, None] >= 8).repeat(16, 1)).save("mask.png")
+
+
+def run(*words):
+    main(["sample", "--model", "digits", "--sampler", "ddim", "--steps", "4", *map(str, words)])
+
+
+def grey(path: str) -> np.ndarray:
+    return np.load(path)["images"].transpose(0, 3, 1, 2)
+
+
+def expected(model, labels, **options) -> np.ndarray:
+    x = model.sample(labels, sampler="ddim", steps=4, **options)
+    return ((x.double() + 1) * 127.5).numpy()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_and_masks_are_those_of_python(masked, capsys):
+    words = ["--mask", "mask.png", "--resamples", 2] if masked else ["--strength", 0.5]
+    run("--image", "a.png", "--labels", 3, 1, "--guidance-scale", 1, *words, "--out", "b.npz")
+    options = {"image": Image.open("a.png"), "guidance_scale": 1}
+    options |= {"mask": Image.open("mask.png"), "resamples": 2} if masked else {"strength": 0.5}
+    difference = grey("b.npz") - expected(diffusion.load("digits"), [3, 1], **options).clip(0, 255)
+    assert abs(difference).max() < 0.51
+    assert "a.png: the middle of 16 x 16 pixels, scaled to 8 x 8" in capsys.readouterr().out
+
+
+def test_an_animation_of_an_image():
+    run("--image", "a.png", "a.png", "--out", "b.gif")
+    assert Image.open("b.gif").n_frames == 3  # int(0.8 * 4) steps
+
+
+def test_between_two_noises():
+    run("--labels", 3, 1, "--guidance-scale", 1, "--seed", 5, "--interpolate", 3, "--out", "b.gif")
+    assert Image.open("b.gif").n_frames == 4  # there and back
+    words = ["--labels", 3, 1, "--guidance-scale", 1, "--seed", 5, "--interpolate", 3, "--scale", 1]
+    run(*words, "--out", "b.png")
+    picture = np.asarray(Image.open("b.png"))
+    assert picture.shape == (2 * 10 + 2, 3 * 10 + 2)
+    a, b = (kernels.philox_normal((2, 1, 8, 8), seed=seed) for seed in (5, 6))
+    for frame, share in enumerate((0, 0.5, 1)):
+        x = expected(diffusion.load("digits"), [3, 1], noise=diffusion.slerp(a, b, share), guidance_scale=1)
+        for row in range(2):
+            tile = picture[2 + 10 * row : 10 + 10 * row, 2 + 10 * frame : 10 + 10 * frame]
+            assert abs(tile - x[row, 0].clip(0, 255)).max() < 0.51
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--strength", 0.5], "--strength needs --image"),
+        (["--mask", "mask.png"], "--mask needs --image"),
+        (["--image", "a.png", "--resamples", 3], "--resamples needs --mask"),
+        (["--image", "b.png"], "cannot read b.png: no such file"),
+        (["--image", "digits/config.json"], "cannot read digits/config.json: it is no image"),
+        (["--image", "a.png", "--mask", "mask.png", "--out", "c.gif"], "no .gif is made"),
+        (["--image", "a.png", "--out", "folder/"], "write into one file"),
+        (["--interpolate", 1], "--interpolate must be a whole number in 2..1000"),
+        (["--interpolate", 3, "--image", "a.png"], "leave out one of them"),
+        (["--interpolate", 3, "--out", "c.npz"], "makes a .gif or a picture"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
