@@ -303,8 +303,14 @@ class DDPM(nn.Module):
         dynamic_threshold: float | None = None,
         dynamic_threshold_max: float = math.inf,
         output: Literal["tensor"] = "tensor",
+        return_x0: Literal[False] = False,
         **sampler_options: Any,
     ) -> torch.Tensor: ...
+
+    @overload
+    def sample(
+        self, labels: Any = None, *, return_x0: Literal[True], **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     @overload
     def sample(self, labels: Any = None, *, output: Literal["numpy"], **arguments: Any) -> np.ndarray: ...
@@ -341,6 +347,7 @@ class DDPM(nn.Module):
         dynamic_threshold: float | None = None,
         dynamic_threshold_max: float = math.inf,
         output: str = "tensor",
+        return_x0: bool = False,
         **sampler_options: Any,
     ) -> Any:
         """Samples images, float32 [N, C, H, W] on the model's device, in its value_range unless clip is None.
@@ -390,6 +397,8 @@ class DDPM(nn.Module):
             sampler or a `clip` is given.
         dynamic_threshold_max: upper bound of that threshold, at least 1.
         output: "tensor"; "numpy", an array uint8 [N, H, W, C] in 0..255; or "pil", a list of N images of PIL.
+        return_x0: return (images, x0s), where x0s are the predicted images of each step, float32
+            [steps, N, C, H, W]; output must be "tensor".
         sampler_options: the keyword arguments of the sampler in `diffusion.steps`, such as `spacing`, `clip`,
             `guidance_interval`, and `eta` for ddim.
 
@@ -421,6 +430,19 @@ class DDPM(nn.Module):
         if start.strength < 1:
             sampler_options["strength"] = start.strength
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
+        x0s = None
+        if switch("return_x0", return_x0):
+            if output != "tensor":
+                raise ValueError("return_x0 needs output='tensor'")
+            self.check_count(len(table) * len(ids), "num_samples of all steps")
+            shape = (config_of(self.unet).in_channels, *(start.shape or config_of(self.unet).image_shape))
+            x0s = torch.zeros(
+                len(table),
+                len(ids),
+                *shape,
+                dtype=torch.float32,
+                device=self._where(device, dtype, precision)[0],
+            )
         images = self._run(
             table,
             start.request(labels, ids, seed),
@@ -434,8 +456,11 @@ class DDPM(nn.Module):
             callback=callback,
             progress=progress,
             rows=start.rows(table),
+            x0s=x0s,
         )
         images = self._returned(images)
+        if x0s is not None:
+            return images, self._returned(x0s)
         return images if output == "tensor" else as_output(to_uint8(images, self.value_range), output)
 
     def _run(

@@ -42,6 +42,7 @@ def sample_in_batches(
     callback: loop.Callback | None = None,
     progress: bool = False,
     rows: list[int] | None = None,
+    x0s: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`loop.run` for all images of a request, float32 [N, C, H, W] on the denoiser's device.
 
@@ -52,6 +53,7 @@ def sample_in_batches(
         is halved while memory does not suffice.
     progress: show a bar with images/s.
     rows: see `loop.run`.
+    x0s: float32 [steps, N, C, H, W], overwritten with the predicted x_0 of each step; None for none.
 
     ValueError where the memory does not suffice for one image. Ctrl-C raises `Interrupted`.
     """
@@ -76,7 +78,7 @@ def sample_in_batches(
                         guidance_rescale=guidance_rescale,
                         guidance_parallel=guidance_parallel,
                         threshold=threshold,
-                        callback=callback,
+                        callback=callback if x0s is None else _recording(x0s[:, part], callback),
                         progress=bar.step_of(part.stop - start) if progress else None,
                         rows=rows,
                     )
@@ -93,6 +95,16 @@ def sample_in_batches(
     except KeyboardInterrupt:
         raise Interrupted(images[:start]) from None
     return images
+
+
+def _recording(x0s: torch.Tensor, callback: loop.Callback | None) -> loop.Callback:
+    """A callback that writes each x_0 into x0s [steps, B, C, H, W], and then calls another one."""
+
+    def record(i: int, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor | None:
+        x0s[i] = x0
+        return None if callback is None else callback(i, x, x0)
+
+    return record
 
 
 def affordable_batch(denoiser: Denoiser, config: NetworkConfig, guided: bool) -> int:

@@ -35,3 +35,19 @@ def test_outputs_that_are_none(model):  # of two channels
     with pytest.raises(ValueError, match="'pil' needs images of 1 or 3 channels, not 2; take 'numpy'"):
         model.sample(steps=1, output="pil")
     assert model.sample(steps=1, output="numpy").shape == (1, 8, 8, 2)
+
+
+@pytest.mark.parametrize("value_range", [(-1, 1), (0, 1)])
+def test_the_predicted_images_of_every_step(value_range):
+    model, seen = make_model(value_range=value_range), []
+    options = {"num_samples": 3, "steps": 4, "sampler": "ddim", "batch_size": 2}
+    x, x0s = model.sample(**options, return_x0=True, callback=lambda i, x, x0: seen.append((i, x0)))
+    assert torch.equal(x, model.sample(**options))
+    assert x0s.shape == (4, 3, 2, 8, 8)
+    low, high = value_range
+    for i, step in enumerate(x0s):
+        expected = torch.cat([x0 for k, x0 in seen if k == i])
+        torch.testing.assert_close(step, (expected + 1) / 2 * (high - low) + low)
+    torch.testing.assert_close(x0s[-1], x)
+    with pytest.raises(ValueError, match="return_x0 needs output='tensor'"):
+        model.sample(steps=1, output="numpy", return_x0=True)
