@@ -27,7 +27,7 @@ def own_scheduler(model: DDPM) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """
     name, steps, given = model.chosen_sampler()
     if name not in _SCHEDULERS or not isinstance(model.schedule, NoiseSchedule):
-        raise ValueError(f"the sampler {name} cannot be exported: diffusers has no scheduler that equals it")
+        raise ValueError(f"the sampler {name} cannot be exported: no pipeline of diffusers has it")
     values = {option: parameter.default for option, parameter in options_of(name).items()}
     values |= {"clip": model.clip, "variance": model.variance} | given
     own = model.sampler or {}

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..models.config import UNetConfig
 from ..models.registry import build_on_meta
 from ..models.unet import UNet
 from ..process.schedule import NoiseSchedule
@@ -65,7 +66,8 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
         flags = {"null_label": own["null_label"]} | flags
     unet, found = _unet(layout, flags)
     path, config, about = _scheduler_config(layout, unet, flags)
-    scheduler = located(path, check_fit, unet, config, layout.pipeline)
+    pipeline = layout.pipeline if is_unchosen(flags.get("schedule")) else None
+    scheduler = located(path, check_fit, unet, config, pipeline)
     schedule, conventions = scheduler.schedule, scheduler.conventions
     if "conventions" in own and "schedule" not in flags:  # exact, where a scheduler's file is rounded
         index = layout.folder / "model_index.json"
@@ -98,14 +100,20 @@ def unet_options(flags: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def assumed_classes(config: UNetConfig, flags: dict[str, Any]) -> dict[str, Any]:
+    """The number of classes, where neither a flag nor the configuration of diffusers gives it."""
+    if config.label_embedding == "timestep" and "num_classes" not in flags:
+        return {"num_classes": config.num_classes}
+    return {}
+
+
 def _unet(layout: Layout, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
     """The UNet of a layout, and what was assumed of it."""
     path = layout.unet / "config.json"
     config = located(path, unet_config, read_json(path), **unet_options(flags))
     weights, tensors, variant = read_weights(layout, flags.get("variant"))
     assumed: dict[str, Any] = {} if variant is None or "variant" in flags else {"variant": variant}
-    if config.label_embedding == "timestep" and "num_classes" not in flags:
-        assumed["num_classes"] = config.num_classes
+    assumed |= assumed_classes(config, flags)
     unet = located(path, build_on_meta, config)
     assert isinstance(unet, UNet)
     converted = convert_weights(config, tensors, str(weights), null_label=flags.get("null_label"))
@@ -128,6 +136,11 @@ def _scheduler_config(
     return layout.scheduler, {"_class_name": "DDPMScheduler"} | read_json(layout.scheduler), {}
 
 
+def is_unchosen(schedule: Any) -> bool:
+    """Whether a flag `schedule` leaves the scheduler's class to the pipeline: none, or betas only."""
+    return schedule is None or (isinstance(schedule, str) and schedule in _NAMED_SCHEDULES)
+
+
 def _check_named(flags: dict[str, Any], named: bool) -> None:
     """ValueError for flags that belong to a schedule by name where there is none."""
     for name in ("num_train_timesteps", "prediction_type"):
@@ -144,6 +157,11 @@ def read_schedule(flags: dict[str, Any], unet: UNet) -> tuple[Path, dict[str, An
     """
     given = flags["schedule"]
     named = isinstance(given, str) and given in _NAMED_SCHEDULES
+    if isinstance(given, dict) and "_class_name" not in given:
+        raise ValueError(
+            "a scheduler's configuration needs its _class_name, which scheduler.config of a new scheduler "
+            "does not hold; give the scheduler itself"
+        )
     _check_named(flags, named)
     if named:
         assumed = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}

@@ -10,7 +10,7 @@ from ..models.registry import build_on_meta
 from ..models.unet import UNet
 from ..storage.reading import load_weights
 from ..utils.validation import known_names, shown
-from .diffusers import FLAGS, check_fit, read_schedule, unet_options
+from .diffusers import FLAGS, assumed_classes, check_fit, is_unchosen, read_schedule, unet_options
 from .diffusers_files import check_components, located
 from .diffusers_unet import convert_weights, unet_config
 from .imported import Imported
@@ -28,24 +28,28 @@ def read_object(model: Any, scheduler: Any = None, flags: dict[str, Any] | None 
     """
     flags = dict(flags or {})
     known_names("flag", flags, [name for name in FLAGS if name not in PLACES])
-    unet, pipeline, kind = model, None, Path(type(model).__name__)
+    unet = model = _uncompiled(model)
+    pipeline, kind = None, Path(type(model).__name__)
+    given = flags.pop("schedule", None)
+    scheduler = given if scheduler is None else scheduler
     if isinstance(getattr(model, "components", None), dict) and "scheduler" in model.components:
         check_components(kind, {name: _kind(part) for name, part in model.components.items()})
-        unet, pipeline = model.components.get("unet"), type(model).__name__
+        unet = _uncompiled(model.components.get("unet"))
+        pipeline = type(model).__name__ if is_unchosen(scheduler) else None
         scheduler = model.components["scheduler"] if scheduler is None else scheduler
     if not isinstance(unet, torch.nn.Module) or not hasattr(unet, "to_json_string"):
         raise TypeError(
             "a model is loaded by the name of a bundled one, a file, a folder or hf:owner/name, or from a "
             f"pipeline or UNet2DModel of diffusers, not from {shown(model)}"
         )
-    schedule = flags.pop("schedule", None) if scheduler is None else scheduler_config(scheduler)
-    if schedule is None:
+    if scheduler is None:
         raise ValueError(f"{kind} holds no noise schedule; give scheduler=, a scheduler of diffusers")
-    network = _unet(unet, kind, flags)
+    schedule = scheduler_config(scheduler)
+    network, assumed = _unet(unet, kind, flags)
     own = {name: flags[name] for name in ("num_train_timesteps", "prediction_type") if name in flags}
-    path, config, assumed = read_schedule(own | {"schedule": schedule}, network)
+    path, config, about = read_schedule(own | {"schedule": schedule}, network)
     found = located(path, check_fit, network, config, pipeline)
-    return Imported(network, found.schedule, found.conventions, assumed, found.note)
+    return Imported(network, found.schedule, found.conventions, assumed | about, found.note)
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any] | str:
@@ -67,11 +71,17 @@ def _kind(part: Any) -> list[str] | None:
     return None if part is None else [type(part).__module__.partition(".")[0], type(part).__name__]
 
 
-def _unet(unet: Any, kind: Path, flags: dict[str, Any]) -> UNet:
+def _uncompiled(module: Any) -> Any:
+    """The module that torch.compile has wrapped, or the same object."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _unet(unet: Any, kind: Path, flags: dict[str, Any]) -> tuple[UNet, dict[str, Any]]:
+    """The network, and what was assumed of it."""
     config = located(kind, unet_config, json.loads(unet.to_json_string()), **unet_options(flags))
     network = located(kind, build_on_meta, config)
     assert isinstance(network, UNet)
     tensors = {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in unet.state_dict().items()}
     converted = convert_weights(config, tensors, str(kind), null_label=flags.get("null_label"))
     load_weights(network, converted, kind)
-    return network
+    return network, assumed_classes(config, flags)

@@ -68,19 +68,29 @@ def read_scheduler(config: dict[str, Any], pipeline: str | None = None) -> Sched
     schedule = _schedule(config)
     read = EXACT.get(name) or NEAREST[name]
     sampler = {"name": "", "steps": None} | read(config)
-    if name in EXACT and config.get("thresholding"):
+    if name in EXACT and config.get("thresholding") and sampler.get("predict_x0", True):
         sampler["dynamic_threshold"] = config.get("dynamic_thresholding_ratio", 0.995)
         sampler["dynamic_threshold_max"] = config.get("sample_max_value", 1.0)
     zero_snr = config.get("rescale_betas_zero_snr") and "epsilon_at_zero_snr" in options_of(sampler["name"])
     if zero_snr and prediction == "epsilon":
         sampler["epsilon_at_zero_snr"] = True
     sampler["steps"] = _steps(schedule.T, sampler, pipeline)
-    note = ""
-    if name in NEAREST:
+    note, unlike = "", name if name in NEAREST else _unlike(name, config)
+    if unlike:
         note = (
-            f"{name} is no sampler of this package; {_words(sampler)} is the nearest, and its images differ"
+            f"{unlike} is no sampler of this package; {_words(sampler)} is the nearest, and its images differ"
         )
     return Scheduler(schedule, {**conventions, "sampler": sampler}, note)
+
+
+def _unlike(name: str, config: dict[str, Any]) -> str:
+    """A scheduler with those of its options that its sampler here does not have; "" where there are none."""
+    found = [
+        f"{option} {config.get(option, values[0])}"
+        for option, values in SAME.get(name, {}).items()
+        if config.get(option, values[0]) not in values[1:]
+    ]
+    return f"{name} with {', '.join(found)}" if found else ""
 
 
 def _words(sampler: dict[str, Any]) -> str:
@@ -108,12 +118,13 @@ def _steps(T: int, sampler: dict[str, Any], pipeline: str | None) -> int:
         steps = T if sampler["name"] == "ddpm" else FEW_STEPS
     else:
         steps = PIPELINE_STEPS.get(pipeline, FEW_STEPS)
-    even = sampler["name"] == "dpm++" and (sampler["spacing"] != "trailing" or "sigmas" in sampler)
+    skips_zero = sampler["name"] in ("dpm++", "unipc")
+    even = skips_zero and (sampler["spacing"] != "trailing" or "sigmas" in sampler)
     offset = sampler.get("steps_offset", 0)
     if steps >= T and (even or offset):
         steps = FEW_STEPS
     steps = min(steps, T)
-    points = steps + (sampler["name"] == "dpm++")  # a solver leaves out the one at 0
+    points = steps + skips_zero  # a solver leaves out the one at 0
     while offset and steps > 1 and (points > T or (points - 1) * (T // points) + offset >= T):
         steps, points = steps - 1, points - 1
     return steps
@@ -153,9 +164,30 @@ def _dpm_solver(config: dict[str, Any]) -> dict[str, Any]:
         "lambda_min_clipped": config.get("lambda_min_clipped", -float("inf")),
         "noise_in_last_step": algorithm.startswith("sde-"),
     }
-    defaults = SAMPLERS["dpm++"].__kwdefaults__ or {}
-    changed = {key: value for key, value in options.items() if value != defaults[key]}
-    return {"name": "dpm++", **_grid(config, "linspace"), **changed}
+    return {"name": "dpm++", **_grid(config, "linspace"), **_changed("dpm++", options)}
+
+
+def _unipc(config: dict[str, Any]) -> dict[str, Any]:
+    solver_type = config.get("solver_type", "bh2")
+    known("solver_type", solver_type, ("bh1", "bh2", "midpoint", "heun", "logrho"))
+    options = {
+        "solver_order": config.get("solver_order", 2),
+        "solver_type": solver_type if solver_type == "bh1" else "bh2",  # as diffusers takes the others
+        "predict_x0": config.get("predict_x0", True),
+        "final_sigmas_type": config.get("final_sigmas_type", "zero"),
+        "lower_order_final": config.get("lower_order_final", True),
+    }
+    return {"name": "unipc", **_grid(config, "linspace"), **_changed("unipc", options)}
+
+
+def _heun(config: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "heun", "spacing": _grid(config, "linspace")["spacing"]}
+
+
+def _changed(sampler: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not the sampler's defaults."""
+    defaults = SAMPLERS[sampler].__kwdefaults__ or {}
+    return {key: value for key, value in options.items() if value != defaults[key]}
 
 
 EXACT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -164,6 +196,18 @@ EXACT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
     "DPMSolverMultistepScheduler": _dpm_solver,
+    "HeunDiscreteScheduler": _heun,
+    "UniPCMultistepScheduler": _unipc,
+}
+_NO_SIGMAS = {key: (False, False, None) for key in SIGMAS}
+# Options of schedulers in EXACT whose other values its sampler does not have: the default, and those it has.
+SAME: dict[str, dict[str, tuple[Any, ...]]] = {
+    "HeunDiscreteScheduler": {
+        "timestep_spacing": ("linspace", "leading", "trailing"),
+        "steps_offset": (0, 0),
+        **_NO_SIGMAS,
+    },
+    "UniPCMultistepScheduler": {"disable_corrector": ([], [], None), "solver_p": (None, None), **_NO_SIGMAS},
 }
 
 
@@ -175,12 +219,10 @@ def _nearest(name: str, default_spacing: str, **options: Any) -> Callable[[dict[
 NEAREST: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "EulerDiscreteScheduler": _nearest("ddim", "linspace"),  # Euler's method in sigma is DDIM
     "EulerAncestralDiscreteScheduler": _nearest("ddpm", "linspace"),
-    "HeunDiscreteScheduler": _nearest("heun", "linspace"),
     "KDPM2DiscreteScheduler": _nearest("dpm++", "linspace"),
     "KDPM2AncestralDiscreteScheduler": _nearest("dpm++", "linspace", sde=True),
     "LMSDiscreteScheduler": _nearest("dpm++", "linspace"),
     "DEISMultistepScheduler": _nearest("dpm++", "linspace"),
-    "UniPCMultistepScheduler": _nearest("dpm++", "linspace"),
     "PNDMScheduler": _nearest("dpm++", "leading"),
     "DPMSolverSinglestepScheduler": _nearest("dpm++", "linspace"),
     "DPMSolverSDEScheduler": _nearest("dpm++", "linspace", sde=True),

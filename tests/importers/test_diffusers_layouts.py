@@ -255,7 +255,10 @@ def test_a_schedule_for_a_learned_variance(tmp_path):
     [
         ({"schedule": "quadratic"}, "unknown schedule 'quadratic'.* schedules by name: linear, "),
         ({"schedule": 3}, "flag schedule must be a name"),
-        ({"schedule": {"beta_schedule": "cubic"}}, "schedule: beta_schedule 'cubic'"),
+        (
+            {"schedule": {"_class_name": "DDPMScheduler", "beta_schedule": "cubic"}},
+            "schedule: beta_schedule 'cubic'",
+        ),
         ({"num_train_timesteps": 5}, "num_train_timesteps belongs to a schedule that is given by its name"),
         ({"schedule": "linear", "num_train_timesteps": 0}, "schedule: T must be"),
         ({"schedule": "linear", "prediction_type": "flow"}, "schedule: prediction_type 'flow'"),

@@ -58,10 +58,26 @@ def test_a_unet_with_a_scheduler(unet, tmp_path):
     assert_same(model, diffusion.load(tmp_path, scheduler=scheduler))
     config = dict(scheduler.config) | {"_class_name": "DPMSolverMultistepScheduler"}
     assert_same(model, diffusion.load(unet, scheduler=config))
+    assert_same(model, diffusion.load(unet, flags={"schedule": config}))
     assert (model.prediction_type, model.sampler["name"]) == ("v_prediction", "dpm++")
-    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
-    other = diffusion.load(pipeline, scheduler=scheduler)
-    assert other.sampler == model.sampler | {"steps": other.sampler["steps"]}
+
+
+@pytest.mark.parametrize("kind", [diffusers.DDPMPipeline, diffusers.DDIMPipeline])
+def test_a_scheduler_that_is_given_replaces_the_pipelines(kind, unet, tmp_path):
+    """A DDIMPipeline replaces every scheduler by DDIM, but not one that is named in the call."""
+    pipeline, scheduler = kind(unet, diffusers.DDIMScheduler()), diffusers.DPMSolverMultistepScheduler()
+    pipeline.save_pretrained(tmp_path)
+    scheduler.save_pretrained(tmp_path / "other")
+    expected = diffusion.load(unet, scheduler=scheduler)
+    assert expected.sampler == {"name": "dpm++", "spacing": "linspace", "steps": 50}
+    file = str(tmp_path / "other" / "scheduler_config.json")
+    for place in (pipeline, tmp_path):
+        assert_same(diffusion.load(place, scheduler=scheduler), expected)
+        assert_same(diffusion.load(place, flags={"schedule": file}), expected)
+    for place in (pipeline, tmp_path):  # a name of betas leaves the sampler to the pipeline
+        with pytest.warns(UserWarning, match="assumed: num_train_timesteps=1000"):
+            model = diffusion.load(place, scheduler="linear")
+        assert model.sampler["name"] == ("ddim" if kind is diffusers.DDIMPipeline else "ddpm")
 
 
 def test_the_weights_are_a_copy_in_float32():
@@ -73,6 +89,25 @@ def test_the_weights_are_a_copy_in_float32():
         half.conv_in.weight.zero_()
     assert torch.equal(model.unet.input_conv.weight, before)
     assert not model.training
+
+
+def test_a_compiled_unet(unet):
+    compiled, scheduler = torch.compile(unet), diffusers.DDIMScheduler()
+    expected = diffusion.load(unet, scheduler=scheduler)
+    assert_same(diffusion.load(compiled, scheduler=scheduler), expected)
+    pipeline = diffusers.DDIMPipeline(unet, scheduler)
+    pipeline.unet = compiled
+    assert_same(diffusion.load(pipeline), expected)
+
+
+def test_the_assumed_number_of_classes_is_told(tmp_path):
+    unet = original(SMALL | {"class_embed_type": "timestep"})
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    pipeline.save_pretrained(tmp_path)
+    for place in (pipeline, tmp_path):
+        with pytest.warns(UserWarning, match="assumed: num_classes=1000$"):
+            assert diffusion.load(place).num_classes == 1000
+        assert diffusion.load(place, flags={"num_classes": 7}).num_classes == 7
 
 
 def test_a_class_conditional_unet_with_a_null_label():
@@ -101,6 +136,16 @@ WRONG = {
         lambda unet: diffusion.load(unet, scheduler=NoiseSchedule.linear()),
         TypeError,
         "scheduler must be a scheduler of diffusers or its configuration, not NoiseSchedule.linear",
+    ),
+    "a configuration without its class": (
+        lambda unet: diffusion.load(unet, scheduler=diffusers.DDIMScheduler().config),
+        ValueError,
+        "needs its _class_name, .*; give the scheduler itself",
+    ),
+    "such a flag": (
+        lambda unet: diffusion.load(unet, flags={"schedule": {"beta_schedule": "linear"}}),
+        ValueError,
+        "needs its _class_name",
     ),
     "another process": (
         lambda unet: diffusion.load(unet, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()),

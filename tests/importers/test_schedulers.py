@@ -50,7 +50,7 @@ def own_images(pipeline: Any, steps: int) -> torch.Tensor:
     x, taken = noise(0), 0
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         module = type(scheduler).__module__
-        patch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: noise(taken + 1))
+        patch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: noise(taken + 1), raising=False)
         for t in scheduler.timesteps:
             x = scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
             taken += 1
@@ -145,10 +145,24 @@ SOLVER = [
     *({"rescale_betas_zero_snr": True, "prediction_type": name} for name in ("epsilon", "v_prediction")),
     {"rescale_betas_zero_snr": True, "use_karras_sigmas": True, "prediction_type": "v_prediction"},
 ]
+UNIPC = [
+    {},
+    *({"timestep_spacing": spacing} for spacing in ("leading", "trailing")),
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    *({"solver_order": order} for order in (1, 3)),
+    {"solver_type": "midpoint"},
+    {"solver_type": "bh1", **NOISE},
+    {"predict_x0": False, **NOISE},
+    {"predict_x0": False, "thresholding": True, **NOISE},  # which then thresholds nothing
+    {"lower_order_final": False, **NOISE},
+    {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.2},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+]
 CASES = [
     *((diffusers.DDPMScheduler, config) for config in DDPM),
     *((diffusers.DDIMScheduler, config) for config in DDIM),
     *((diffusers.DPMSolverMultistepScheduler, config) for config in SOLVER),
+    *((diffusers.UniPCMultistepScheduler, config) for config in UNIPC),
     *(
         pytest.param(scheduler, config, marks=pytest.mark.exhaustive if config not in default else ())
         for scheduler, configs, default in (
@@ -195,7 +209,9 @@ def test_the_number_of_steps_is_the_pipelines(scheduler, pipeline, steps, networ
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("T", [3, 20, 30, 49, 50, 51, 60, 100])
 @pytest.mark.parametrize("offset", [1, 2, 7])
-@pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DPMSolverMultistep", "PNDM", "EulerDiscrete"])
+@pytest.mark.parametrize(
+    "kind", ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "PNDM", "EulerDiscrete"]
+)
 def test_an_offset_leaves_room_for_the_steps(kind, offset, T):
     config = {"_class_name": f"{kind}Scheduler", "num_train_timesteps": T, "beta_end": 0.2}
     config |= {"timestep_spacing": "leading", "steps_offset": min(offset, T // 3)}
@@ -249,15 +265,54 @@ def test_an_imported_sampler_is_saved_with_the_model(networks, tmp_path):
     assert torch.equal(*images)
 
 
+HEUN = [
+    {"timestep_spacing": "leading"},
+    {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    {"timestep_spacing": "trailing", "clip_sample": True, "clip_sample_range": 0.5},
+]
+
+
+@pytest.mark.parametrize("config", HEUN, ids=str)
+def test_heun_is_diffusers(config, networks):
+    """Its images are larger by sqrt(sigma^2 + 1) while it samples."""
+    scheduler = diffusers.HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02, **config)
+    model = diffusion.load(networks[3], scheduler=scheduler)  # a warning would be an error
+    for steps in (2, 7):
+        scheduler.set_timesteps(steps)
+        x = noise(0) * (scheduler.sigmas[0] ** 2 + 1).sqrt()
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                output = networks[3](scheduler.scale_model_input(x, t), t).sample
+                x = scheduler.step(output, t, x).prev_sample
+        found = model.sample(num_samples=2, noise=noise, steps=steps)
+        assert (found - x).abs().max() < 1e-4 * max(1.0, x.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "unlike"),
+    [
+        ("HeunDiscreteScheduler", {}, "timestep_spacing linspace"),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, "steps_offset 1"),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas True"),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, r"disable_corrector \[0\]"),
+    ],
+)
+def test_an_option_without_a_counterpart_is_told(kind, config, unlike, networks):
+    scheduler = getattr(diffusers, kind)(beta_end=0.03, **config)
+    with pytest.warns(
+        UserWarning, match=f"{kind} with {unlike} is no sampler of this package; .* is the near"
+    ):
+        model = diffusion.load(networks[3], scheduler=scheduler)
+    assert model.sample(num_samples=1, steps=3).isfinite().all()
+
+
 NEAREST = {
     "EulerDiscreteScheduler": "ddim",
     "EulerAncestralDiscreteScheduler": "ddpm",
-    "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "dpm++",
     "KDPM2AncestralDiscreteScheduler": "dpm++",
     "LMSDiscreteScheduler": "dpm++",
     "DEISMultistepScheduler": "dpm++",
-    "UniPCMultistepScheduler": "dpm++",
     "PNDMScheduler": "dpm++",
     "SASolverScheduler": "dpm++",
     "LCMScheduler": "ddim",

@@ -60,6 +60,8 @@ def test_a_scheduler_in_place_of_a_sampler(model):
     scheduler = type("DPMSolverMultistepScheduler", (), {})
     for given in (scheduler, scheduler()):
         assert "such as 'dpm++', not DPM" in error(ValueError, model.sample, sampler=given)
+    unipc = error(ValueError, model.sample, sampler="UniPCMultistepScheduler")
+    assert "such as 'unipc', not UniPCMultistepScheduler" in unipc
     nearest = error(ValueError, model.sample, sampler="EulerDiscreteScheduler")
     assert "'ddim', the nearest to it, not Euler" in nearest
 
