@@ -227,6 +227,9 @@ class AcceleratedForward:
             return None
         plans: OrderedDict[tuple, _Planned] = vars(thread_local).setdefault("plans", OrderedDict())
         if key not in plans:
+            if len(plans) >= MAX_PLANS:
+                plans.popitem(last=False)
+                vars(thread_local).pop("pool", None)  # what the plan had alone is freed with it
             try:
                 made = self._plan(leaves, numbers, structure, device)
             except Untraceable as error:
@@ -236,8 +239,6 @@ class AcceleratedForward:
                 return None
             if self._released is not None:
                 self._released.leave_memory()
-            while len(plans) >= MAX_PLANS:
-                plans.popitem(last=False)
             plans[key] = made
         plans.move_to_end(key)
         self._last = ""

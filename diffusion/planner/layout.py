@@ -285,8 +285,12 @@ class Layout:
         template: Template = node.options["call"]
         reads = zip(node.reads(), template.dtypes, strict=True)
         tensors = [self._operand(value, dtype, node) for value, dtype in reads]
+        stand_ins = [
+            zeros_in_place_of(tensor) if value.constant is None else tensor
+            for value, tensor in zip(node.reads(), tensors, strict=True)
+        ]
         with torch.no_grad():
-            results = template.run(tensors)
+            results = template.run(stand_ins)  # for the strides of the results
         outs = []
         for value, result in zip(node.outputs, results, strict=True):
             dense = result.numel() > 1 and torch.empty_like(result).stride() == result.stride()
@@ -310,6 +314,13 @@ class Layout:
         if value.constant is not None and value.dtype in FLOATS and dtypes == {self._weights.dtype}:
             return self._weights.copy(value, self._weights.dtype)
         return self.placement.tensor(value)
+
+
+def zeros_in_place_of(tensor: Tensor) -> Tensor:
+    """Zeros of its shape and strides, since a buffer may hold numbers that are no valid index."""
+    numbers = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    zeros = torch.zeros(numbers if tensor.numel() else 0, dtype=tensor.dtype, device="cpu")
+    return zeros.as_strided(tensor.shape, tensor.stride())
 
 
 # ---- Functions that calls consist of, beside the compiled operators.

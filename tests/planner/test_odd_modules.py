@@ -1,5 +1,8 @@
 """accelerate: modules that a planner could easily get wrong equal themselves, planned or not."""
 
+import copy
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -297,3 +300,36 @@ def test_an_unseen_change_is_in_no_new_plan():
     module[0].weight.data[37, 21, 1, 1] += 1
     for x in (large, small):
         torch.testing.assert_close(module(x), module[0](x), rtol=1e-4, atol=1e-4)
+
+
+def sorted_pixels(m, x):
+    y = m.conv(x).flatten(2)
+    return m.out(y.gather(2, y.argsort(2)).unflatten(2, x.shape[2:]))
+
+
+@torch.no_grad()
+def test_what_buffers_held_before_is_no_index():
+    """A plan is laid out over the memory of another one, whose numbers are no positions."""
+    network = Function(sorted_pixels, conv=nn.Conv2d(3, 8, 3, padding=1), out=nn.Conv2d(8, 3, 1))
+    plain = copy.deepcopy(network.eval())
+    diffusion.accelerate(network)
+    for batch, side in ((2, 16), (4, 16), (2, 24), (3, 20), (8, 8)):
+        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(side))
+        torch.testing.assert_close(network(x), plain(x), atol=1e-5, rtol=0)
+        assert "not planned" not in network.report()
+
+
+@torch.no_grad()
+def test_plans_that_are_dropped_free_their_memory():
+    network = Function(
+        lambda m, x: m.out(m.conv(x)), conv=nn.Conv2d(3, 8, 3, padding=1), out=nn.Conv2d(8, 3, 1)
+    )
+    diffusion.accelerate(network.eval())
+    seen = []
+    for side in range(8, 8 + 4 * planner_accelerate.MAX_PLANS):
+        network(torch.zeros(1, 3, side, side))
+        pool = network.forward._thread_local.pool
+        seen.append(weakref.ref(pool))
+    del pool
+    gc.collect()
+    assert sum(ref() is not None for ref in seen[: -planner_accelerate.MAX_PLANS - 1]) == 0
