@@ -1,6 +1,7 @@
 """DDPM: a network, its noise schedule and the conventions it was trained with."""
 
 import copy
+import inspect
 import math
 import os
 import warnings
@@ -14,7 +15,7 @@ from PIL.Image import Image
 from torch import nn
 
 from . import importers, kernels
-from .importers.diffusers_words import refuse_call, refuse_keywords, refuse_scheduler
+from .importers.diffusers_words import refuse_call, refuse_keywords, refuse_loading, refuse_scheduler
 from .inference import loop
 from .inference.arguments import check_batch_size, check_functions, check_one_hot
 from .inference.batches import Interrupted, sample_in_batches
@@ -534,7 +535,9 @@ class DDPM(nn.Module):
         if isinstance(self.schedule, NoiseLevels) or config.self_condition:
             kind = "a network that gets its last x_0" if config.self_condition else "continuous noise levels"
             raise ValueError(f"a model of {kind} cannot be inverted: ddim does not serve it")
-        known_names("option of invert", sampler_options, set(options_of("ddim")) - NOT_INVERTED)
+        options = set(options_of("ddim")) - NOT_INVERTED
+        refuse_keywords("invert", sampler_options, options | set(inspect.signature(self.invert).parameters))
+        known_names("option of invert", sampler_options, sorted(options))
         x0 = change_range(
             given_images("images", images, config, self.value_range), self.value_range, self.diffused_range
         )
@@ -739,6 +742,7 @@ def load(
     scheduler: Any = None,
     verify: bool = True,
     flags: dict[str, Any] | None = None,
+    **unknown: NoReturn,
 ) -> DDPM:
     """Loads a model: a bundled one such as "mnist", a model folder, "hf:owner/name", a foreign checkpoint, or
     a pipeline or UNet2DModel of diffusers in memory, whose weights are copied.
@@ -751,8 +755,9 @@ def load(
         `diffusion.importers`. A UserWarning names the values that are assumed for all others.
 
     ValueError if the model is missing or damaged, or the file or folder is not a model. TypeError for an
-    object that is none of these.
+    object that is none of these, or another keyword; one of diffusers gets what to write here.
     """
+    refuse_loading(unknown)
     if isinstance(name, str | os.PathLike):
         if scheduler is not None:
             flags = (flags or {}) | {"schedule": importers.scheduler_config(scheduler)}

@@ -1,8 +1,10 @@
 """The words of diffusers that people write out of habit, with those of this package."""
 
+import re
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
-from .diffusers_scheduler import EXACT, NEAREST
+from .diffusers_scheduler import EXACT, NEAREST, SIGMAS
 
 # Keyword arguments of diffusers' pipelines and schedulers, with what to do instead in `DDPM.sample`.
 KEYWORDS = {
@@ -14,30 +16,61 @@ KEYWORDS = {
     "clip_sample": "write clip=, a number or None",
     "clip_sample_range": "write clip=, a number or None",
     "dynamic_thresholding_ratio": "write dynamic_threshold=, such as 0.995",
-    "generator": "write seed=, a whole number, or noise=, a function of the step",
-    "height": "write noise=, whose noise(0) is [N, C, H, W]",
-    "latents": "write noise=, a function whose noise(0) is the initial noise",
+    "generator": "write seed=, a whole number, or noise=, a tensor",
+    "height": "write noise=, a tensor [N, C, H, W]",
+    "init_image": "write image=",
+    "jump_n_sample": "write resamples=, with mask=",
+    "latents": "write noise=, a tensor [N, C, H, W]",
+    "mask_image": "write mask=, 1 where the image is painted anew",
     "negative_prompt": "write labels=, a class for each image; this package has no models of text",
     "num_images_per_prompt": "write num_samples=, the number of images",
     "num_inference_steps": "write steps=, the number of steps",
+    "original_image": "write image=",
     "output_type": 'write output=, "tensor", "pil" or "numpy"',
     "prompt": "write labels=, a class for each image; this package has no models of text",
-    "return_dict": "leave it out: sample returns the images",
+    "return_dict": "leave it out: results are returned as they are",
     "scheduler": 'write sampler=, such as "ddim"',
     "thresholding": "write dynamic_threshold=, such as 0.995",
     "timestep_spacing": 'write spacing=, such as "trailing"',
     "timesteps": "write steps= and spacing=",
     "torch_dtype": "write dtype=, of the network",
-    "use_karras_sigmas": 'write sigmas="karras", with sampler="dpm++"',
-    "width": "write noise=, whose noise(0) is [N, C, H, W]",
+    **{option: f'write sigmas="{sigmas}", with sampler="dpm++"' for option, sigmas in SIGMAS.items()},
+    "variance_type": 'write variance=, with sampler="ddpm"',
+    "width": "write noise=, a tensor [N, C, H, W]",
+}
+# Keyword arguments of `from_pretrained`, with what to do instead in `load`.
+LOADING = {
+    "cache_dir": "set HF_HOME in the environment",
+    "device_map": "write device=",
+    "dtype": "a model is loaded in float32; give dtype= to sample",
+    "local_files_only": "set HF_HUB_OFFLINE=1 in the environment",
+    "torch_dtype": "a model is loaded in float32; give dtype= to sample",
+    "use_safetensors": "leave it out: both kinds of file are read, and nothing in them is executed",
+    "variant": 'write flags={"variant": "fp16"}',
 }
 
 
-def refuse_keywords(function: str, names: Any) -> None:
-    """TypeError for the first name that is a keyword of diffusers; it names this package's argument."""
+def refuse_keywords(
+    function: str,
+    names: Iterable[str],
+    arguments: Collection[str] | None = None,
+    keywords: dict[str, str] = KEYWORDS,
+) -> None:
+    """TypeError for the first name that is a keyword of diffusers; it names this package's argument.
+
+    arguments: those of the function, if not all that the advice names; other keywords are left to the caller.
+    """
     for name in names:
-        if name in KEYWORDS:
-            raise TypeError(f"{function}() has no argument {name!r}, which is diffusers'; {KEYWORDS[name]}")
+        advice = keywords.get(name)
+        if advice and (arguments is None or set(re.findall(r"(\w+)=", advice)) <= set(arguments)):
+            raise TypeError(f"{function}() has no argument {name!r}, which is diffusers'; {advice}")
+
+
+def refuse_loading(names: Iterable[str]) -> None:
+    """TypeError for every keyword that `load` does not have."""
+    refuse_keywords("load", names, keywords=LOADING)
+    for name in names:
+        raise TypeError(f"load() got an unexpected keyword argument {name!r}")
 
 
 def refuse_scheduler(sampler: Any) -> None:

@@ -41,6 +41,51 @@ def test_a_keyword_of_diffusers_names_an_argument_of_this_package(model, word):
     assert set(re.findall(r"(\w+)=", text)) <= known
 
 
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("latents", "write noise=, a tensor [N, C, H, W]"),
+        ("mask_image", "write mask=, 1 where the image is painted anew"),
+        ("original_image", "write image="),
+        ("jump_n_sample", "write resamples=, with mask="),
+        ("use_exponential_sigmas", 'write sigmas="exponential", with sampler="dpm++"'),
+    ],
+)
+def test_the_advice_for_a_keyword(model, word, advice):
+    assert error(TypeError, model.sample, **{word: 5}).endswith(f"which is diffusers'; {advice}")
+
+
+def test_keywords_of_diffusers_for_an_inversion(model):
+    text = error(TypeError, model.invert, X, **{"num_inference_steps": 5})
+    assert text == "invert() has no argument 'num_inference_steps', which is diffusers'; write steps=, " + (
+        "the number of steps"
+    )
+    for word in ("latents", "guess"):  # an inversion has no noise=
+        text = error(ValueError, model.invert, X, **{word: 5})
+        names = text.partition("choose from: ")[2].split(", ")
+        assert names == sorted(names)
+        assert "spacing" in names
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        (
+            "torch_dtype",
+            "load() has no argument 'torch_dtype', which is diffusers'; a model is loaded in float32; "
+            "give dtype= to sample",
+        ),
+        (
+            "variant",
+            'load() has no argument \'variant\', which is diffusers\'; write flags={"variant": "fp16"}',
+        ),
+        ("guess", "load() got an unexpected keyword argument 'guess'"),
+    ],
+)
+def test_keywords_for_loading(word, advice):
+    assert error(TypeError, diffusion.load, "mnist", **{word: "fp16"}) == advice
+
+
 def test_the_keywords_are_those_of_diffusers():
     """The arguments of its pipelines of pixels and classes, but for those that are ours, too."""
     pipelines = pytest.importorskip("diffusers")
