@@ -398,8 +398,9 @@ class DDPM(nn.Module):
             sampler or a `clip` is given.
         dynamic_threshold_max: upper bound of that threshold, at least 1.
         output: "tensor"; "numpy", an array uint8 [N, H, W, C] in 0..255; or "pil", a list of N images of PIL.
-        return_x0: return (images, x0s), where x0s are the predicted images of each step, float32
-            [steps, N, C, H, W]; output must be "tensor".
+        return_x0: return (images, x0s), where x0s are the predicted images of each row of the step table,
+            float32 [rows, N, C, H, W]: a row for each step, but 2 * steps - 1 for heun. output must be
+            "tensor".
         sampler_options: the keyword arguments of the sampler in `diffusion.steps`, such as `spacing`, `clip`,
             `guidance_interval`, and `eta` for ddim.
 

@@ -11,9 +11,11 @@ from PIL import Image
 import diffusion
 from diffusion.classifier import classify, load_classifier
 from diffusion.cli import main
+from diffusion.samplers import SAMPLERS
 from diffusion.storage.checkpoint import BUNDLED
 from diffusion.storage.images import to_uint8
 from diffusion.training.recipe import load_recipe
+from diffusion.training.trainer import SAMPLER_OPTIONS
 from helpers.paths import ROOT
 
 
@@ -29,6 +31,12 @@ def test_it_is_small_and_made_by_the_recipe(mnist):
     assert training["step"] == training["steps"] == recipe.steps
     for name in ("unet", "schedule", "prediction_type", "batch_size", "learning_rate", "ema_decay", "seed"):
         assert training[name] == getattr(recipe, name)
+    assert mnist.sampler_options == SAMPLER_OPTIONS  # those of all models that are trained here
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_starts_at_the_last_timestep(sampler, mnist):
+    assert mnist.steps(sampler, 5).timesteps[0] == 999
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in BUNDLED.glob("*/config.json")))

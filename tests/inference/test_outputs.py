@@ -49,5 +49,6 @@ def test_the_predicted_images_of_every_step(value_range):
         expected = torch.cat([x0 for k, x0 in seen if k == i])
         torch.testing.assert_close(step, (expected + 1) / 2 * (high - low) + low)
     torch.testing.assert_close(x0s[-1], x)
+    assert len(model.sample(steps=4, sampler="heun", return_x0=True)[1]) == len(model.steps("heun", 4)) == 7
     with pytest.raises(ValueError, match="return_x0 needs output='tensor'"):
         model.sample(steps=1, output="numpy", return_x0=True)

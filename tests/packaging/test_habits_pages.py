@@ -10,6 +10,7 @@ import torch
 
 import diffusion
 from diffusion.cli import recorded_help
+from diffusion.importers.diffusers_scheduler import EXACT
 from diffusion.importers.diffusers_words import KEYWORDS
 from diffusion.samplers import SAMPLERS, options_of
 from helpers.models import make_model
@@ -58,6 +59,14 @@ def test_the_arguments_of_diffusers_have_their_row():
     for left, _ in rows:
         for word in re.findall(r"`(\w+)`", left):
             assert word in KEYWORDS or word in known
+
+
+def test_the_schedulers_of_diffusers_have_their_row():
+    """All that are read as a sampler of this package, with that sampler."""
+    table = text_of(PAGES[0]).partition("## Schedulers")[2].partition("## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| `\"(.*?)\"`", table, re.MULTILINE)
+    found = {name: sampler for left, sampler in rows for name in re.findall(r"`(\w+)`", left)}
+    assert found == {name: read({})["name"] for name, read in EXACT.items()}
 
 
 @pytest.mark.parametrize("page", PAGES)
