@@ -133,7 +133,7 @@ def _scheduler_config(
             f"{layout.folder} has no scheduler_config.json, so its noise schedule is unknown; give the "
             f"flag schedule (--schedule): {', '.join(_NAMED_SCHEDULES)}, or a scheduler_config.json"
         )
-    return layout.scheduler, {"_class_name": "DDPMScheduler"} | read_json(layout.scheduler), {}
+    return layout.scheduler, _with_class(layout.scheduler, read_json(layout.scheduler)), {}
 
 
 def is_unchosen(schedule: Any) -> bool:
@@ -157,27 +157,33 @@ def read_schedule(flags: dict[str, Any], unet: UNet) -> tuple[Path, dict[str, An
     """
     given = flags["schedule"]
     named = isinstance(given, str) and given in _NAMED_SCHEDULES
-    if isinstance(given, dict) and "_class_name" not in given:
-        raise ValueError(
-            "a scheduler's configuration needs its _class_name, which scheduler.config of a new scheduler "
-            "does not hold; give the scheduler itself"
-        )
     _check_named(flags, named)
     if named:
         assumed = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
         config = {
+            "_class_name": "DDPMScheduler",
             "beta_schedule": _NAMED_SCHEDULES[given],
             "variance_type": "learned_range" if unet.config.learned_variance else "fixed_small",
             **{name: flags.get(name, value) for name, value in assumed.items()},
         }
         path, assumed = Path("schedule"), {k: v for k, v in assumed.items() if k not in flags}
     elif isinstance(given, dict):
-        path, config, assumed = Path("schedule"), given, {}
+        path, config, assumed = Path("schedule"), _with_class("schedule", given), {}
     else:
         path = Path(typed("flag schedule", given, str))
         path = path / "scheduler_config.json" if path.is_dir() else path
         if not path.exists():
             known = ", ".join(_NAMED_SCHEDULES)
             raise ValueError(f"unknown schedule {given!r}: no such file; schedules by name: {known}")
-        config, assumed = read_json(path), {}
-    return path, {"_class_name": "DDPMScheduler"} | config, assumed
+        config, assumed = _with_class(path, read_json(path)), {}
+    return path, config, assumed
+
+
+def _with_class(where: Path | str, config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration. ValueError, naming its file, where it lacks the scheduler's class."""
+    if "_class_name" not in config:
+        raise ValueError(
+            f"{where}: a scheduler's configuration needs its _class_name, which scheduler.config of a new "
+            "scheduler does not hold; give the scheduler itself, or the file that it saves"
+        )
+    return config

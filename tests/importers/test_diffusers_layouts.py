@@ -244,6 +244,20 @@ def test_schedules_from_files(tmp_path):
         assert (found.schedule.T, found.prediction_type) == (50, "v_prediction")
 
 
+def test_a_configuration_without_its_class(tmp_path):
+    """`scheduler.config` of diffusers has none, so that it could be any scheduler's."""
+    original(SMALL).save_pretrained(tmp_path / "unet")
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own" / "scheduler_config.json"
+    path.write_text(json.dumps(dict(diffusers.DDIMScheduler().config)))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / path.name).write_text(path.read_text())
+    for flags, named in (({"schedule": str(path)}, path), ({}, tmp_path / "scheduler" / path.name)):
+        with pytest.raises(ValueError, match="needs its _class_name, ") as error:
+            load(tmp_path, **flags)
+        assert str(error.value).startswith(f"{named}: ")
+
+
 def test_a_schedule_for_a_learned_variance(tmp_path):
     original(SMALL | {"out_channels": 6}).save_pretrained(tmp_path)
     found = load(tmp_path, **LINEAR)
