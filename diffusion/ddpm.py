@@ -121,10 +121,12 @@ class DDPM(nn.Module):
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
         for name, options in typed("sampler_options", self.sampler_options, dict).items():
             check_options(name, typed(f"sampler_options[{name!r}]", options, dict))
+            _refuse_strength(options)
             _check_values(name, options, self.schedule)
         self.sampler = copy.deepcopy(typed("sampler", sampler, dict | None))
         if self.sampler is not None:
             choice("sampler's name", self.sampler.get("name"), SAMPLERS)
+            _refuse_strength(self.sampler)
             _threshold(*self._own_threshold(None))
             self.steps()  # raises where the steps or an option do not fit the model
         self.guidance_scale = number("guidance_scale", guidance_scale)
@@ -291,8 +293,8 @@ class DDPM(nn.Module):
         image: Any = None,
         strength: float | None = None,
         mask: Any = None,
-        resamples: int = 10,
-        jump_length: int = 1,
+        resamples: int | None = None,
+        jump_length: int | None = None,
         backend: str = "auto",
         precision: str = "exact",
         dtype: str | torch.dtype | None = None,
@@ -335,8 +337,8 @@ class DDPM(nn.Module):
         image: Any = None,
         strength: float | None = None,
         mask: Any = None,
-        resamples: int = 10,
-        jump_length: int = 1,
+        resamples: int | None = None,
+        jump_length: int | None = None,
         backend: str = "auto",
         precision: str = "exact",
         dtype: str | torch.dtype | None = None,
@@ -375,8 +377,9 @@ class DDPM(nn.Module):
             0.8; with a mask 1, and sampling then starts from noise alone.
         mask: paints the images anew where it is 1 and keeps them where it is 0, by RePaint (Lugmayr et al.
             2022, arXiv 2201.09865, algorithm 1): bool, 0..1 or uint8, [H, W] or [N, 1, H, W], or PIL images.
-        resamples: with a mask, how often each step is taken, U in RePaint, so that both parts fit together.
-        jump_length: with a mask, the number of steps that are repeated together, j in RePaint.
+        resamples: with a mask, how often each step is taken, U in RePaint, so that both parts fit together;
+            by default 10.
+        jump_length: with a mask, the number of steps that are repeated together, j in RePaint; by default 1.
         backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
         precision: "exact" computes in the model's own dtype, the widest if there are several; "tf32" lets a
             CUDA device round the factors of float32 products to TF32, and is "exact" elsewhere; "fast"
@@ -422,14 +425,12 @@ class DDPM(nn.Module):
             vectors, labels = self._vectors(labels)
         labels, ids = self._images(labels, num_samples, sample_ids)
         guidance = self._guidance(guidance_scale, labels)
-        rescale = self.guidance_rescale if guidance_rescale is None else guidance_rescale
-        parallel = self.guidance_parallel if guidance_parallel is None else guidance_parallel
         if dynamic_threshold is None and "clip" not in sampler_options:
             dynamic_threshold, dynamic_threshold_max = self._own_threshold(sampler, dynamic_threshold_max)
         threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
         if threshold is not None:
             sampler_options.setdefault("clip", None)
-        if start.strength < 1:
+        if image is not None:
             sampler_options["strength"] = start.strength
         table = self.steps(sampler, steps, guidance_scale=guidance, **sampler_options)
         x0s = None
@@ -445,21 +446,24 @@ class DDPM(nn.Module):
                 dtype=torch.float32,
                 device=self._where(device, dtype, precision)[0],
             )
-        images = self._run(
-            table,
-            start.request(labels, ids, seed),
-            vectors,
-            (device, dtype, precision, backend),
-            batch_size,
-            image_shape=start.shape,
-            guidance_rescale=number("guidance_rescale", rescale, 0, 1),
-            guidance_parallel=number("guidance_parallel", parallel, 0, 1),
-            threshold=threshold,
-            callback=callback,
-            progress=progress,
-            rows=start.rows(table),
-            x0s=x0s,
-        )
+        try:
+            images = self._run(
+                table,
+                start.request(labels, ids, seed),
+                vectors,
+                (device, dtype, precision, backend),
+                batch_size,
+                image_shape=start.shape,
+                guidance_rescale=guidance_rescale,
+                guidance_parallel=guidance_parallel,
+                threshold=threshold,
+                callback=callback,
+                progress=progress,
+                rows=start.rows(table),
+                x0s=x0s,
+            )
+        except Interrupted as error:
+            raise Interrupted(self._returned(error.images)) from None
         images = self._returned(images)
         if x0s is not None:
             return images, self._returned(x0s)
@@ -472,13 +476,23 @@ class DDPM(nn.Module):
         vectors: torch.Tensor | None,
         where: tuple[Any, Any, str, str],
         batch_size: int | None,
+        *,
+        guidance_rescale: float | None,
+        guidance_parallel: float | None,
         **how: Any,
     ) -> torch.Tensor:
-        """The images of a request, in the range that is diffused.
+        """The images of a request, in the range that is diffused, also where Ctrl-C raises `Interrupted`.
 
         vectors: those that the labels are the numbers of, if any. where: device, dtype, precision and
-        backend. how: further arguments of `sample_in_batches`. ValueError for images that are not finite.
+        backend. guidance_rescale, guidance_parallel: None is the model's own. how: further arguments of
+        `sample_in_batches`. ValueError for images that are not finite.
         """
+        rescale = self.guidance_rescale if guidance_rescale is None else guidance_rescale
+        parallel = self.guidance_parallel if guidance_parallel is None else guidance_parallel
+        how |= {
+            "guidance_rescale": number("guidance_rescale", rescale, 0, 1),
+            "guidance_parallel": number("guidance_parallel", parallel, 0, 1),
+        }
         denoiser = self._denoiser(*where)
         if vectors is not None:
             denoiser = with_vectors(denoiser, vectors)
@@ -487,15 +501,15 @@ class DDPM(nn.Module):
             tell_of_plain_pytorch(denoiser.device)
         try:
             images = sample_in_batches(denoiser, table, request, config_of(self.unet), batch_size, **how)
-        except Interrupted as error:
-            raise Interrupted(self._returned(error.images)) from None
         except RuntimeError as error:
             mixed = mixed_dtypes(self.unet) if "type" in str(error) else None
             if mixed is not None:
                 raise ValueError(mixed) from error
             raise
         if not images.isfinite().all():
-            raise ValueError(f"the UNet gave NaN or infinite values in {str(denoiser.dtype)[6:]}")
+            # What noise and callbacks give is checked on the CPU alone.
+            source = "the UNet" if denoiser.device.type == "cpu" else "the UNet, a noise or a callback"
+            raise ValueError(f"{source} gave NaN or infinite values in {str(denoiser.dtype)[6:]}")
         return images
 
     @torch.no_grad()
@@ -513,29 +527,36 @@ class DDPM(nn.Module):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         progress: bool = False,
+        guidance_rescale: float | None = None,
+        guidance_parallel: float | None = None,
         **sampler_options: Any,
     ) -> torch.Tensor:
         """The noise from which DDIM makes these images, float32 [N, C, H, W] on the model's device.
 
-            noise = model.invert(images, labels, steps=50)
-            again = model.sample(labels, noise=noise, sampler="ddim", steps=50, clip=None)
+            how = {"steps": 50, "guidance_scale": 1}
+            noise = model.invert(images, labels, **how)
+            again = model.sample(labels, noise=noise, sampler="ddim", clip=None, eta=0, **how)
 
         DDIM inversion (Song et al. 2021, arXiv 2010.02502, section 4.3), with the iterations of
         `samplers.inversion.inverse`. Another label in `sample` gives an image of this label that has what the
         noise holds of the images, such as their pose.
 
-        images: as `image` of `sample`, N of them. labels, guidance_scale, steps: as those of `sample`, which
-        must get the same to reproduce the images; they reproduce less well under guidance.
+        images: as `image` of `sample`, N of them.
+        labels, steps, guidance_scale, guidance_rescale, guidance_parallel: as those of `sample`, which must
+            get the same to reproduce the images. With a guidance_scale above 1, single pixels may differ.
         iterations: evaluations of the network in each step; 1 is the usual inversion, whose samples are
             similar to the images, and more come closer to them.
         sampler_options: of ddim, such as `spacing`. The others are those of `sample`.
 
-        ValueError as from `sample`, and for a model that predicts the sample or has noise levels.
+        ValueError as from `sample`, and for a model that predicts the sample or has noise levels. Ctrl-C
+        raises `inference.batches.Interrupted`, which holds the finished noise.
         """
         config, vectors = config_of(self.unet), None
         if isinstance(self.schedule, NoiseLevels) or config.self_condition:
             kind = "a network that gets its last x_0" if config.self_condition else "continuous noise levels"
             raise ValueError(f"a model of {kind} cannot be inverted: ddim does not serve it")
+        batch_size = check_batch_size(batch_size, labels, images)
+        check_backend(backend)
         options = set(options_of("ddim")) - NOT_INVERTED
         refuse_keywords("invert", sampler_options, options | set(inspect.signature(self.invert).parameters))
         known_names("option of invert", sampler_options, sorted(options))
@@ -550,8 +571,17 @@ class DDPM(nn.Module):
         table = inverse(self.steps("ddim", steps, **own, **sampler_options), iterations)
         request = Batch(labels, ids, 0, initial=x0)
         where = (device, dtype, precision, backend)
-        shape = (x0.shape[2], x0.shape[3])
-        return self._run(table, request, vectors, where, batch_size, image_shape=shape, progress=progress)
+        return self._run(
+            table,
+            request,
+            vectors,
+            where,
+            batch_size,
+            image_shape=(x0.shape[2], x0.shape[3]),
+            guidance_rescale=guidance_rescale,
+            guidance_parallel=guidance_parallel,
+            progress=progress,
+        )
 
     def _start(self, noise: Any, image: Any, mask: Any, *how: Any) -> Start:
         """The `Start` for these arguments of `sample`."""
@@ -588,17 +618,12 @@ class DDPM(nn.Module):
         checkpoint.write(folder, self.unet, config, dtype)
 
     def card(
-        self,
-        name: str = "my-model",
-        *,
-        results: hub.Result | Iterable[hub.Result] = (),
-        license: str | None = None,
+        self, name: str = "my-model", *, results: Iterable[hub.Result] = (), license: str | None = None
     ) -> str:
         """A model card: the text of a README.md with the hub's metadata, the model's facts and results.
 
-        name: of the repository, such as "owner/name". results: a file that `diffusion evaluate --out` wrote,
-        or its contents, or several; each appears with its protocol. Paths appear without their folders.
-        license: an identifier of the hub, such as "mit".
+        name: of the repository, such as "owner/name". results: files that `diffusion evaluate --out` wrote,
+        or their contents; each appears with its protocol. license: an identifier of the hub, such as "mit".
         ValueError for a file that is no such result, or without huggingface_hub (the extra `hub`).
         """
         return hub.model_card(self, name, results=results, license=license)
@@ -609,7 +634,7 @@ class DDPM(nn.Module):
         *,
         private: bool | None = None,
         token: str | None = None,
-        results: hub.Result | Iterable[hub.Result] = (),
+        results: Iterable[hub.Result] = (),
         license: str | None = None,
         card: str | None = None,
         commit_message: str = "Upload model",
@@ -813,6 +838,12 @@ def _check_values(sampler: str, options: dict[str, Any], schedule: NoiseSchedule
             SAMPLERS[sampler](_any_schedule(), 10 if options.get("steps_offset") else None, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"sampler_options[{sampler!r}]: {error}") from None
+
+
+def _refuse_strength(options: dict[str, Any]) -> None:
+    """ValueError for an option that belongs to an image, where a model says how it samples from noise."""
+    if "strength" in options:
+        raise ValueError("strength is no option of a model; give it to sample, with an image")
 
 
 @cache

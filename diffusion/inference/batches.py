@@ -21,7 +21,7 @@ MAX_BATCH = 512  # on other devices
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while sampling. images: float32 [M, C, H, W], those of the finished batches."""
+    """Ctrl-C while sampling. images: float32 [M, C, H, W], those of the finished batches, or their noise."""
 
     def __init__(self, images: torch.Tensor):
         super().__init__("sampling was interrupted")

@@ -16,7 +16,7 @@ from ..models.network import NetworkConfig
 from ..planner.graph import channels_last_strides
 from ..samplers.table import StepTable
 from ..samplers.thresholding import THRESHOLDED, Threshold
-from ..utils.validation import check_dense
+from ..utils.validation import check_dense, check_finite
 
 STEPS_EMBEDDED = 64  # steps whose timesteps are embedded together
 TIMESTEP = kernels.StepCoefficients._fields.index("timestep")
@@ -236,8 +236,8 @@ def _thresholded(rows: torch.Tensor) -> torch.Tensor:
 
 
 def checked_noise(noise: Noise, k: int, shape: torch.Size) -> torch.Tensor:
-    """noise(k). ValueError unless it is a tensor of numbers of this shape."""
-    return check_dense(f"noise({k})", noise(k), shape)
+    """noise(k). ValueError unless it is a tensor of finite numbers of this shape."""
+    return check_finite(f"noise({k})", check_dense(f"noise({k})", noise(k), shape))
 
 
 def drawn_first(noise: Noise, config: NetworkConfig) -> tuple[Noise, tuple[int, int, int] | None]:

@@ -20,7 +20,7 @@ from ..kernels._native import CPP_MISSING
 from ..samplers.guidance import project_guidance, rescale_guidance
 from ..samplers.table import StepTable
 from ..samplers.thresholding import Threshold
-from ..utils.validation import check_dense
+from ..utils.validation import check_dense, check_finite
 from .buffers import Batch, BufferSpec, SamplerBuffers, Step
 from .captured_steps import Capture, choose_capture
 from .denoiser import Denoiser, SplitUNet
@@ -107,10 +107,19 @@ def run(
                 assert buffers.x0 is not None
                 changed = callback(i, buffers.x.clone(), buffers.x0.clone())
                 if changed is not None:
-                    buffers.set_x(check_dense("x that the callback returns", changed, buffers.x.shape))
+                    buffers.set_x(_returned_x(changed, buffers.x))
             if progress is not None:
                 progress()
         return buffers.x.clone()
+
+
+def _returned_x(changed: Tensor, x: Tensor) -> Tensor:
+    """The tensor that a callback returns. ValueError unless it is like x, and, on the CPU, finite if x is."""
+    name = "x that the callback returns"
+    changed = check_dense(name, changed, x.shape)
+    if x.device.type == "cpu" and x.isfinite().all():  # else the network is the cause
+        check_finite(name, changed)
+    return changed
 
 
 def plan_steps(

@@ -6,11 +6,13 @@ import torch
 
 from ..models.network import NetworkConfig
 from ..samplers.table import StepTable
-from ..utils.validation import check_dense, number, whole_number
+from ..utils.validation import check_dense, check_finite, number, whole_number
 from .buffers import Batch, Noise, drawn_first
 from .repaint import check_resampling, repaint_rows
 
 STRENGTH = 0.8  # of images without a mask
+RESAMPLES = 10  # with a mask, U of the paper
+JUMP_LENGTH = 1
 
 
 class Start:
@@ -33,8 +35,8 @@ class Start:
         images: torch.Tensor | None,
         mask: torch.Tensor | None,
         strength: float | None,
-        resamples: int,
-        jump_length: int,
+        resamples: int | None,
+        jump_length: int | None,
     ):
         if images is None and (mask is not None or strength is not None):
             raise ValueError(f"{'strength' if mask is None else 'mask'} needs an image")
@@ -44,8 +46,12 @@ class Start:
                 raise ValueError(f"mask must be of the image's size, and they are {' and '.join(sizes)}")
             if len(mask) not in (1, len(images)) and len(images) != 1:
                 raise ValueError(f"there are {len(mask)} masks for {len(images)} images")
-        self._resamples = whole_number("resamples", resamples, 1)
-        self._jump_length = whole_number("jump_length", jump_length, 1)
+        if mask is None and (resamples is not None or jump_length is not None):
+            raise ValueError(f"{'jump_length' if resamples is None else 'resamples'} needs a mask")
+        self._resamples = RESAMPLES if resamples is None else whole_number("resamples", resamples, 1)
+        self._jump_length = (
+            JUMP_LENGTH if jump_length is None else whole_number("jump_length", jump_length, 1)
+        )
         self._config, self._images, self._mask = config, images, mask
         self.strength = 1.0
         if images is not None:
@@ -72,7 +78,8 @@ class Start:
         count, request = len(sample_ids), Batch(labels, sample_ids, seed, self._noise)
         if self._initial is not None:
             shape = (count, self._config.in_channels, *(self.shape or self._config.image_shape))
-            request = replace(request, initial=check_dense("noise", self._initial, shape).detach().float())
+            initial = check_finite("noise", check_dense("noise", self._initial, shape))
+            request = replace(request, initial=initial.detach().float())
         if self._images is not None:
             image = _repeated("images", self._images, count)
             mask = None if self._mask is None else _repeated("masks", self._mask, count)

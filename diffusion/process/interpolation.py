@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from ..utils.validation import number, numbers
+from ..utils.validation import number, numbers, refuse, shown
 
 
-def slerp(a: torch.Tensor, b: torch.Tensor, share: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+def slerp(
+    a: torch.Tensor, b: torch.Tensor, share: float | Sequence[float] | np.ndarray | torch.Tensor
+) -> torch.Tensor:
     """Noise between two noises, on the arc between them, like a; for K shares, [K, ...].
 
     sin((1 - s) theta) / sin(theta) a + sin(s theta) / sin(theta) b for images that enclose the angle theta
@@ -19,17 +22,17 @@ def slerp(a: torch.Tensor, b: torch.Tensor, share: float | Sequence[float] | tor
     """
     for name, noise in (("a", a), ("b", b)):
         if not isinstance(noise, torch.Tensor) or not noise.is_floating_point() or noise.ndim < 2:
-            raise ValueError(f"{name} must be a floating-point tensor [N, ...], not {noise!r:.40}")
+            refuse(name, "a floating-point tensor [N, ...]", noise)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, and they have {list(a.shape)} and {list(b.shape)}")
-    single = not isinstance(share, torch.Tensor | Sequence) or getattr(share, "ndim", 1) == 0
+    single = not isinstance(share, torch.Tensor | np.ndarray | Sequence) or getattr(share, "ndim", 1) == 0
     shares = (
         torch.tensor([number("share", share)], dtype=torch.float64, device="cpu")
         if single
         else numbers("share", share)
     )
     if not ((shares >= 0) & (shares <= 1)).all():
-        raise ValueError(f"share must be in 0..1, not {share}")
+        raise ValueError(f"share must be in 0..1, not {shown(share)}")
     first, second = a.double().flatten(1), b.double().flatten(1)
     lengths = first.norm(dim=1) * second.norm(dim=1)
     cosine = ((first * second).sum(dim=1) / lengths.clamp(min=1e-300)).clamp(-1, 1)

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from ..models.network import NetworkConfig
-from ..utils.validation import readable
-from .image_types import CHANNELS, as_tensor, pixels_of
+from ..utils.validation import is_dense, readable, refuse
+from .image_types import CHANNELS, NUMBERS, as_tensor, in_mode, pixels_of, tensor_of
 
 
 def given_images(
@@ -15,13 +15,15 @@ def given_images(
     """Images as float32 [N, C, H, W] in value_range, for a network of this configuration.
 
     x: what `as_tensor` takes, or one image [C, H, W]; floats in value_range, or uint8 in 0..255. Of PIL
-    images, the middle square is scaled to the network's size, and the mode is made that of its channels.
-    name: of the argument. ValueError for images of another kind, range, size or number of channels.
+    images, the mode is made that of the network's channels, without transparency, and the middle square is
+    scaled to its size. name: of the argument.
+
+    ValueError for images of another kind, range, size or number of channels.
     """
     channels = config.in_channels
     images = _of_pictures(name, x, config, "L" if channels == 1 else "RGB")
     if images is None:
-        images = as_tensor(x if getattr(x, "ndim", 4) != 3 else [x])
+        images = as_tensor(x if getattr(x, "ndim", 4) != 3 else [x], name)
     if images.ndim != 4 or len(images) == 0 or images.shape[1] != channels:
         raise ValueError(f"{name} must be [N, {channels}, H, W] or PIL images, not {list(images.shape)}")
     _check_size(name, images, config)
@@ -46,24 +48,22 @@ def given_images(
 def given_mask(x: object, config: NetworkConfig) -> torch.Tensor:
     """A mask as float32 [N, 1, H, W] in 0..1: 1 where images are painted anew, 0 where they are known.
 
-    x: bool, uint8 in 0..255 or floats in 0..1, [H, W], [N, H, W] or [N, 1, H, W], or PIL images, which are
-    cut and scaled as those of `given_images`; pixels that are at least half white are 1. ValueError for
-    anything else.
+    x: bool, uint8 or floats in 0..1, [H, W], [N, H, W] or [N, 1, H, W], or PIL images, which are cut and
+    scaled as those of `given_images`. uint8 whose largest value is 1 is 0/1, and other uint8 is 0..255, of
+    which at least half white is 1. ValueError for anything else.
     """
     mask = _of_pictures("mask", x, config, "L")
     if mask is None:
-        if isinstance(x, np.ndarray):
-            x = torch.from_numpy(np.ascontiguousarray(x))
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(
-                f"mask must be a tensor or array [H, W] or [N, 1, H, W], or a PIL image, not {x!r:.40}"
-            )
+        if isinstance(x, np.ndarray) and x.dtype.kind in NUMBERS:
+            x = tensor_of(x)
+        if not isinstance(x, torch.Tensor) or x.dtype.is_complex or not is_dense(x):
+            refuse("mask", "a tensor or array [H, W] or [N, 1, H, W], or a PIL image", x)
         mask = x.reshape(-1, 1, *x.shape[-2:]) if x.ndim in (2, 3) else x
     if mask.ndim != 4 or len(mask) == 0 or mask.shape[1] != 1:
         raise ValueError(f"mask must be [H, W] or [N, 1, H, W], not {list(mask.shape)}")
     _check_size("mask", mask, config)
     if mask.dtype == torch.uint8:
-        mask = mask >= 128
+        mask = mask >= (1 if readable(mask) and mask.max() == 1 else 128)
     mask = mask.detach().float()
     if readable(mask) and not ((mask >= 0) & (mask <= 1)).all():
         raise ValueError("mask must be 0 where the image is known and 1 where it is painted anew")
@@ -88,6 +88,9 @@ def _of_pictures(name: str, x: object, config: NetworkConfig, mode: str) -> torc
         raise ValueError(
             f"{name} must be a tensor [N, {config.in_channels}, H, W]; PIL images have 1 or 3 channels"
         )
+    pictures = [in_mode(picture, mode) for picture in pictures]
+    if name == "mask" and max(picture.getextrema()[1] for picture in pictures) == 1:
+        pictures = [picture.point(lambda value: 255 * min(value, 1)) for picture in pictures]
     return as_tensor([pixels_of(_middle(picture, *config.image_shape), mode) for picture in pictures])
 
 
@@ -98,7 +101,5 @@ def _middle(picture: Image.Image, height: int, width: int) -> Image.Image:
     share = min(picture.width / width, picture.height / height)
     wide, high = round(share * width), round(share * height)
     left, top = (picture.width - wide) // 2, (picture.height - high) // 2
-    if picture.mode in ("1", "P", "PA"):  # these have no values between two pixels
-        picture = picture.convert("L" if picture.mode == "1" else "RGB")
     picture = picture.crop((left, top, left + wide, top + high))
     return picture.resize((width, height), Image.Resampling.LANCZOS)

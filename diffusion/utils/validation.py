@@ -110,7 +110,7 @@ def whole_numbers(
     if _as_python(values) is not None:
         values = [values]
     if isinstance(values, torch.Tensor):
-        if not _is_dense(values) or values.ndim != 1 or (len(values) and not _is_integer(values.dtype)):
+        if not is_dense(values) or values.ndim != 1 or (len(values) and not _is_integer(values.dtype)):
             refuse(name, expected, values)
         values = values.detach().cpu().long() if not len(values) else values.cpu().numpy()
     elif hasattr(values, "__array__"):
@@ -133,7 +133,7 @@ def whole_numbers(
 
 def numbers(name: str, values: Any) -> torch.Tensor:
     """Finite numbers as float64 [N] on the CPU, from a sequence, or an array or tensor [N]."""
-    if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 1 and _is_dense(values):
+    if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 1 and is_dense(values):
         values = values.tolist()
     if not isinstance(values, list | tuple):
         refuse(name, "a list of numbers", values)
@@ -150,7 +150,7 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     """Two numbers (low, high) with low <= high; high may be inf."""
     ends = value
     if isinstance(value, torch.Tensor | np.ndarray):
-        ends = list(value) if value.ndim == 1 and _is_dense(value) else None
+        ends = list(value) if value.ndim == 1 and is_dense(value) else None
     if isinstance(ends, list | tuple) and len(ends) == 2:
         low, high = (_as_python(end) for end in ends)
         if low is None or high is None:
@@ -256,7 +256,7 @@ def _as_python(value: object) -> int | float | None:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, torch.Tensor):
-        real = value.ndim == 0 and _is_dense(value)
+        real = value.ndim == 0 and is_dense(value)
         real = real and (_is_integer(value.dtype) or value.dtype.is_floating_point)
         return value.item() if real else None
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
@@ -265,7 +265,7 @@ def _as_python(value: object) -> int | float | None:
     return None
 
 
-def _is_dense(array: torch.Tensor | np.ndarray) -> bool:
+def is_dense(array: torch.Tensor | np.ndarray) -> bool:
     """Whether an array holds each of its elements: a sparse or nested tensor, or one on "meta", does not."""
     if isinstance(array, np.ndarray):
         return True
@@ -275,10 +275,20 @@ def _is_dense(array: torch.Tensor | np.ndarray) -> bool:
 def check_dense(name: str, value: object, shape: Sequence[int]) -> torch.Tensor:
     """The value if it is a dense tensor of real numbers in this shape; ValueError otherwise."""
     expected = f"a dense tensor {list(shape)} of real numbers"
-    if not isinstance(value, torch.Tensor) or not _is_dense(value):
+    if not isinstance(value, torch.Tensor) or not is_dense(value):
         refuse(name, expected, value)
     if value.dtype.is_complex or value.shape != tuple(shape):
         raise ValueError(f"{name} must be {expected}, not {str(value.dtype)[6:]} {list(value.shape)}")
+    return value
+
+
+def check_finite(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The value; ValueError where it is not finite in float32.
+
+    Only values on the CPU are read: on other devices reading would synchronise.
+    """
+    if value.device.type == "cpu" and readable(value) and not value.float().isfinite().all():
+        raise ValueError(f"{name} has NaN or infinite values")
     return value
 
 

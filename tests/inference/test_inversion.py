@@ -3,10 +3,12 @@
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 import diffusion
+from diffusion.inference.batches import Interrupted
 from helpers.models import make_model
 
 
@@ -52,6 +54,42 @@ def test_samples_of_the_noise_are_the_images(conditional, options, images):
     torch.testing.assert_close(again, images, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["own", "argument"])
+def test_guidance_of_every_kind_is_inverted(given, images):
+    """Samples of the noise are the images where inversion guides as sampling does."""
+    guidance = {"guidance_rescale": 0.7, "guidance_parallel": 0.25}
+    model = make_model(10, guidance_scale=2.0, **({} if given else guidance))
+    how = guidance if given else {}
+    noise = model.invert(images, [3, 7], steps=25, iterations=30, **how)
+    again = model.sample([3, 7], noise=noise, sampler="ddim", steps=25, clip=None, **how)
+    torch.testing.assert_close(again, images, rtol=1e-3, atol=1e-3)
+
+
+def test_the_recipe_holds_where_the_model_samples_with_noise(images):
+    model = make_model(sampler_options={"ddim": {"eta": 1.0}})
+    noise = model.invert(images, steps=25, iterations=30)
+    again = model.sample(noise=noise, sampler="ddim", steps=25, clip=None, eta=0)
+    torch.testing.assert_close(again, images, rtol=1e-3, atol=1e-3)
+
+
+def test_interrupted_inversion_has_the_noise_of_the_finished_images():
+    """Noise is neither clipped nor mapped to the range of images."""
+    model = make_model(value_range=(0, 1), clip_output=True)
+    images = torch.rand(2, 2, 8, 8)
+    options = {"steps": 4, "batch_size": 1}
+    whole, calls = model.invert(images, **options), []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) > 20:  # 4 steps of 5 iterations
+            raise KeyboardInterrupt
+
+    model.unet.register_forward_pre_hook(stop)
+    with pytest.raises(Interrupted) as caught:
+        model.invert(images, **options)
+    torch.testing.assert_close(caught.value.images, whole[:1], rtol=1e-4, atol=1e-4)
+
+
 def test_images_of_a_value_range():
     model = make_model(channels=1, value_range=(0, 1))
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
@@ -68,6 +106,11 @@ def test_images_of_a_value_range():
         ({}, {"iterations": 0}, "iterations must be a whole number in 1"),
         ({}, {"eta": 0.5}, "unknown option of invert 'eta'; choose from: "),
         ({}, {"clip": 1.0}, "unknown option of invert 'clip'"),
+        ({}, {"batch_size": 0}, "batch_size must be a whole number in 1"),
+        ({}, {"batch_size": 1.5}, "batch_size must be a whole number in 1"),
+        ({}, {"backend": "gpu"}, "unknown backend 'gpu'; choose from: "),
+        ({}, {"guidance_rescale": 2}, "guidance_rescale must be a number in "),
+        ({}, {"guidance_parallel": -1}, "guidance_parallel must be a number in "),
         ({}, {"labels": [3, 1]}, "labels are given, but this model is unconditional"),
         ({"prediction_type": "sample"}, {}, "a model that predicts the sample cannot be inverted"),
     ],
@@ -87,6 +130,7 @@ def test_slerp_keeps_length_and_angle():
     assert between.shape == (3, *a.shape)
     unit_a, unit_b = (x / x.flatten(1).norm(dim=1)[:, None, None, None] for x in (a, b))
     theta = torch.arccos((unit_a * unit_b).flatten(1).sum(1))
+    assert torch.equal(diffusion.slerp(a, b, np.array(shares)), between)
     for share, x in zip(shares, between, strict=True):
         torch.testing.assert_close(diffusion.slerp(a, b, share), x)
     for share, x in zip(shares, diffusion.slerp(unit_a, unit_b, torch.tensor(shares).double()), strict=True):
@@ -104,10 +148,13 @@ def test_slerp_keeps_length_and_angle():
     [
         ((torch.zeros(2, 3), torch.zeros(2, 4), 0.5), "must have one shape"),
         ((torch.zeros(2, 3), [1], 0.5), "b must be a floating-point tensor"),
+        ((torch.zeros(2, 30, dtype=torch.int64), torch.zeros(2, 30), 0.5), "a must be a floating-point"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), 1.5), r"share must be in 0..1, not 1.5"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), torch.arange(90.0)), "share must be in 0..1, not a tensor"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), "half"), "share must be"),
     ],
 )
 def test_no_noise_or_share(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         diffusion.slerp(*arguments)
+    assert "\n" not in str(error.value)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion import kernels
 from diffusion.inference.repaint import repaint_rows
+from diffusion.storage.given_images import given_images, given_mask
 from helpers.models import make_model
 
 T = 20
@@ -191,7 +192,13 @@ def test_every_kind_of_image_and_mask():
         (pixels[..., None].numpy(), half[None, None].numpy()),
         (Image.fromarray(pixels.numpy()), Image.fromarray(half.numpy())),
         ([Image.fromarray(pixels.numpy()).convert("RGB")], half.to(torch.uint8) * 255),
+        (pixels[None].numpy(), half.to(torch.uint8)),  # 0 and 1
+        (pixels[None, None].float().numpy().astype(">f8"), half.numpy().astype(np.uint8)),
+        (pixels[None, None].float().numpy().astype(np.longdouble), half.numpy().astype(">f4")),
+        (Image.fromarray(pixels.numpy()), Image.fromarray(half.numpy().astype(np.uint8))),
+        (Image.fromarray(pixels.numpy()), Image.fromarray(half.numpy().astype(np.uint8)).resize((16, 16), 0)),
     ]
+    kinds[6:8] = [(image / np.float64(255), mask) for image, mask in kinds[6:8]]
     expected = model.sample(image=kinds[0][0], mask=kinds[0][1], **options)
     torch.testing.assert_close(expected[0, 0, 4:], pixels[4:].float() / 255, rtol=1e-6, atol=1e-6)
     for image, mask in kinds[1:]:
@@ -202,6 +209,59 @@ def test_every_kind_of_image_and_mask():
     found = model.sample(image=wide, mask=half, **options)
     cut = wide.crop((8, 0, 24, 16)).resize((8, 8), Image.Resampling.LANCZOS)
     assert torch.equal(found, model.sample(image=cut, mask=half, **options))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+@pytest.mark.parametrize("size", [8, 16])
+def test_transparency_is_dropped_at_every_size(mode, size):
+    """As from images to train on: the colour below counts, whether the picture is scaled or not."""
+    picture = Image.new("RGBA", (size, size), (255, 255, 255, 0)).convert("LA" if mode == "LA" else "RGBA")
+    if mode in ("PA", "P"):
+        picture = Image.new(mode, (size, size))
+        picture.putpalette([255, 255, 255])
+        picture.info["transparency"] = 0
+    for channels in (1, 3):
+        config = make_model(channels=channels).unet.config
+        assert (given_images("image", picture, config, (-1, 1)) == 1).all()
+        assert (given_mask(picture, config) == 1).all()
+
+
+def test_arrays_that_cannot_be_written(recwarn):
+    model = make_model(channels=1, T=T)
+    image, mask = np.zeros((1, 1, 8, 8), np.float32), np.ones((8, 8), np.float32)
+    image.flags.writeable = mask.flags.writeable = False
+    model.sample(image=image, mask=mask, sampler="ddim", steps=2)
+    given_images("image", [np.broadcast_to(np.uint8(3), (1, 8, 8))], model.unet.config, (-1, 1))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["noise", "callback", "step"])
+def test_the_caller_is_named_where_its_values_are_not_finite(model, name):
+    nan = torch.full((1, 2, 8, 8), math.nan)
+    arguments = {
+        "noise": {"noise": nan},
+        "step": {"noise": lambda k: nan.nan_to_num(0) if k < 2 else nan, "eta": 1.0},
+        "callback": {"callback": lambda i, x, x0: nan},
+    }
+    cause = {"noise": "noise", "step": r"noise\(2\)", "callback": "x that the callback returns"}[name]
+    with pytest.raises(ValueError, match=f"{cause} has NaN or infinite values"):
+        model.sample(sampler="ddim", steps=4, **arguments[name])
+
+
+def test_a_callback_is_not_blamed_for_the_network(model):
+    with torch.no_grad():
+        next(model.unet.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="the UNet gave NaN"):
+        model.sample(sampler="ddim", steps=2, callback=lambda i, x, x0: x)
+
+
+def test_strength_is_no_option_of_a_model(image):
+    for options in (
+        {"sampler": {"name": "ddim", "strength": 0.5}},
+        {"sampler_options": {"dpm++": {"strength": 0.5}}},
+    ):
+        with pytest.raises(ValueError, match="strength is no option of a model; give it to sample"):
+            make_model(**options)
 
 
 def test_one_image_for_many_labels_and_many_for_one(conditional):
@@ -242,7 +302,20 @@ BAD = [
     ),
     ({"image": torch.zeros(1, 2, 8, 8, dtype=torch.int64)}, "uint8 in 0..255, not torch.int64"),
     ({"image": torch.zeros(1, 2, 9, 8)}, r"image is \[1, 2, 9, 8\]: "),
-    ({"image": "cat.png"}, "images must be a tensor or array .* not str"),
+    ({"image": "cat.png"}, "image must be a tensor or array .* not str"),
+    ({"image": []}, "image must be a tensor or array .*, at least one, not"),
+    ({"image": [torch.zeros(2, 8, 8), torch.zeros(2, 4, 4)]}, "image must have one size"),
+    ({"image": torch.zeros(1, 2, 8, 8).to_sparse()}, "image must be a tensor or array .* with values, not"),
+    ({"image": [torch.zeros(2, 8, 8).to_sparse()]}, "image must be a tensor or array .* with values, not"),
+    ({"image": torch.zeros(1, 2, 8, 8, device="meta")}, "image must be a tensor or array .* with values"),
+    ({"image": 0, "mask": torch.ones(8, 8).to_sparse()}, "mask must be a tensor or array .*sparse"),
+    ({"image": 0, "mask": torch.ones(8, 8, device="meta")}, "mask must be a tensor or array .* on meta"),
+    ({"image": 0, "mask": torch.ones(8, 8, dtype=torch.complex64)}, "mask must be a tensor or array"),
+    ({"image": 0, "mask": [torch.ones(8, 8)]}, "mask must be a tensor or array"),
+    ({"image": 0, "mask": np.full((8, 8), None)}, "mask must be a tensor or array"),
+    ({"resamples": 2}, "resamples needs a mask"),
+    ({"image": 0, "resamples": 2}, "resamples needs a mask"),
+    ({"image": 0, "jump_length": 1}, "jump_length needs a mask"),
     ({"image": Image.new("L", (8, 8))}, "PIL images have 1 or 3 channels"),
     ({"image": torch.zeros(2, 2, 8, 8), "num_samples": 3}, "there are 2 images for 3 samples"),
     (
