@@ -9,8 +9,10 @@ from PIL import Image, ImageOps
 
 from .. import kernels
 from ..ddpm import DDPM
-from ..inference.start import STRENGTH
+from ..inference.repaint import repaint_rows
+from ..inference.start import JUMP_LENGTH, RESAMPLES, STRENGTH
 from ..process.interpolation import slerp
+from ..samplers.table import first_step
 from ..storage.images import save_gif, save_grid
 from ..utils.validation import whole_number
 
@@ -60,6 +62,10 @@ def check_start_options(args: argparse.Namespace, suffix: str, sharded: bool) ->
         raise ValueError("--interpolate goes between noises, and --image is none; leave out one of them")
     if suffix == ".npz":
         raise ValueError("--interpolate makes a .gif or a picture; end the name of --out in .gif or .png")
+    if args.captions:
+        raise ValueError("--interpolate writes no --captions; leave out one of them")
+    if args.columns is not None and suffix != ".gif":
+        raise ValueError("--interpolate makes a picture with a row for each image; leave out --columns")
 
 
 def start_arguments(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
@@ -73,6 +79,16 @@ def start_arguments(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
         found["strength"] = STRENGTH
     given = {name: getattr(args, name) for name in ("strength", "resamples", "jump_length")}
     return found | {name: value for name, value in given.items() if value is not None}
+
+
+def steps_taken(start: dict[str, Any], steps: int) -> str:
+    """The steps that a sampler of so many takes with the arguments of `start_arguments`, in words."""
+    taken = steps - first_step(steps, start.get("strength", 1.0))
+    share = f"{taken} of {steps} steps" if "strength" in start else f"{steps} steps"
+    if "mask" not in start:
+        return share
+    repeats = start.get("resamples", RESAMPLES), start.get("jump_length", JUMP_LENGTH)
+    return f"{share}, taken {len(repaint_rows(taken, *repeats))} times in all"
 
 
 def _picture(path: str, model: DDPM) -> Image.Image:

@@ -31,6 +31,7 @@ from .own_images import (
     interpolated,
     save_interpolated,
     start_arguments,
+    steps_taken,
 )
 
 GIF_FRAMES = 50  # largest number of frames, spread evenly over the steps
@@ -133,9 +134,15 @@ def run(args: argparse.Namespace) -> None:
     labels, num = choose_labels(model, args.labels, args.num)
     if start and args.num is None:
         num = max(len(start["image"]), len(labels or []))
+        labels = labels and [labels[i % len(labels)] for i in range(num)]
     if not sharded and suffix != ".npz":
+        count, columns = num, args.columns
+        if args.interpolate is not None:
+            all_frames = model.check_count(num * args.interpolate, "--num times --interpolate")
+            if suffix != ".gif":
+                count, columns = all_frames, args.interpolate
         config = model.unet.config
-        check_grid((num, config.in_channels, *config.image_shape), args.columns, scale=args.scale)
+        check_grid((count, config.in_channels, *config.image_shape), columns, scale=args.scale)
     captions = _captions(model, labels) if args.captions else None
     if captions is not None and (sharded or suffix not in PICTURES):
         raise ValueError(f"--captions is for a grid ({', '.join(PICTURES)}), and --out is {out}")
@@ -169,8 +176,8 @@ def run(args: argparse.Namespace) -> None:
         )
         print("\n".join(report(out, done, ranks)))
         return
-    steps_taken = options | {"strength": start["strength"]} if "strength" in start else options
-    frames = _Frames(_evaluations(model, steps_taken)) if suffix == ".gif" else None
+    chosen = options | {"strength": start["strength"]} if "strength" in start else options
+    frames = _Frames(_evaluations(model, chosen)) if suffix == ".gif" else None
     interrupted = None
     try:
         images = model.sample(
@@ -200,8 +207,8 @@ def run(args: argparse.Namespace) -> None:
         layout: dict[str, Any] = {"columns": args.columns, "scale": args.scale}
         captions = captions and captions[: len(images)]
         save_grid(images, out, **layout, value_range=model.value_range, captions=captions)
-    how = f"{sampler}, {steps or model.schedule.max_steps} steps"
-    print(f"{out}: {len(images)} images in {seconds:.1f} s ({how})")
+    how = steps_taken(start, steps or model.schedule.max_steps)
+    print(f"{out}: {len(images)} images in {seconds:.1f} s ({sampler}, {how})")
     if interrupted is not None:
         raise interrupted
 

@@ -44,6 +44,26 @@ def test_images_and_masks_are_those_of_python(masked, capsys):
     assert "a.png: the middle of 16 x 16 pixels, scaled to 8 x 8" in capsys.readouterr().out
 
 
+def test_labels_repeat_over_the_images(capsys):
+    run("--image", "a.png", "a.png", "a.png", "--labels", 3, 8, "--out", "b.npz")
+    assert np.load("b.npz")["labels"].tolist() == [3, 8, 3]
+    run("--image", "a.png", "a.png", "--labels", 3, "--captions", "--out", "b.png")
+    assert Image.open("b.png").size[0] == 2 + 2 * 18
+
+
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        (["--strength", 0.5], "ddim, 2 of 4 steps"),
+        (["--mask", "mask.png"], "ddim, 4 steps, taken 31 times in all"),  # 3 of the 4 are taken 10 times
+        (["--mask", "mask.png", "--strength", 0.5, "--resamples", 2], "2 of 4 steps, taken 3 times in all"),
+    ],
+)
+def test_the_steps_that_were_taken_are_told(words, how, capsys):
+    run("--image", "a.png", *words, "--out", "b.png")
+    assert f"{how})\n" in capsys.readouterr().out
+
+
 def test_an_animation_of_an_image():
     run("--image", "a.png", "a.png", "--out", "b.gif")
     assert Image.open("b.gif").n_frames == 3  # int(0.8 * 4) steps
@@ -77,6 +97,9 @@ def test_between_two_noises():
         (["--interpolate", 1], "--interpolate must be a whole number in 2..1000"),
         (["--interpolate", 3, "--image", "a.png"], "leave out one of them"),
         (["--interpolate", 3, "--out", "c.npz"], "makes a .gif or a picture"),
+        (["--interpolate", 3, "--captions"], "--interpolate writes no --captions"),
+        (["--interpolate", 3, "--columns", 2], "a row for each image; leave out --columns"),
+        (["--interpolate", 1000, "--num", 30, "--scale", 40], "pixels is too large"),
     ],
     ids=str,
 )
