@@ -1,5 +1,6 @@
 """Runs diffusers itself on a folder of its own, for the numbers that an imported model must give."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from ..storage.reading import read_json
 from ..utils.errors import first_line
 from .original import Forward, Original, Trajectory, inputs_of, timesteps_of
 
-# Schedulers whose steps are those of a sampler of this package; others are replaced by the nearest.
-_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
+# Schedulers whose steps on x_t itself are those of a sampler of this package.
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 STEPS = 10  # of the trajectory
 
 
@@ -79,10 +80,11 @@ def _add_trajectory(
     config = read_json(path)
     name = config.get("_class_name", "DDPMScheduler")
     if name not in _SCHEDULERS:
-        original.notes.append(f"the trajectory is not compared: the package has no sampler of {name}'s steps")
+        original.notes.append(f"the trajectory is not compared: {name} is not among {', '.join(_SCHEDULERS)}")
         return
     scheduler = getattr(diffusers, name).from_config(config)
     steps = min(STEPS, model.schedule.T)
+    draws = "generator" in inspect.signature(scheduler.step).parameters
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(original.x.shape, generator=generator, device="cpu")
     noise = [x]
@@ -91,7 +93,8 @@ def _add_trajectory(
         for t in scheduler.timesteps:
             output = unet(x, t, class_labels=labels).sample
             before = generator.get_state()
-            x = scheduler.step(output, t, x, generator=generator).prev_sample
+            own = {"generator": generator} if draws else {}
+            x = scheduler.step(output, t, x, **own).prev_sample
             again = torch.Generator()  # the step's own draw, a second time; unused where it drew nothing
             again.set_state(before)
             noise.append(torch.randn(x.shape, generator=again, device="cpu"))

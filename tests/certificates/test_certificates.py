@@ -116,11 +116,18 @@ def test_a_wrong_model_has_large_errors(tmp_path):
 def test_steps_of_another_scheduler_are_not_compared(tmp_path, monkeypatch):
     source = pipeline(tmp_path / "source")
     folder = imported(source, tmp_path / "model")
-    monkeypatch.setattr("diffusion.certificates.diffusers_run._SCHEDULERS", ())
+    monkeypatch.setattr("diffusion.certificates.diffusers_run._SCHEDULERS", ("DDIMScheduler",))
     certificate = certify(folder, source)
     assert largest(certificate["forward"]) < 1e-5
     assert not certificate["trajectories"]
-    assert "no sampler of DDPMScheduler's steps" in certificate["notes"][0]
+    assert "not compared: DDPMScheduler is not among DDIMScheduler" in certificate["notes"][0]
+
+
+def test_the_steps_of_unipc_are_compared(tmp_path):
+    source = pipeline(tmp_path / "source", diffusers.UniPCMultistepScheduler(thresholding=True))
+    certificate = certify(imported(source, tmp_path / "model"), source)
+    assert not certificate["notes"]
+    assert certificate["trajectories"][0]["max_error"] < 1e-4
 
 
 def test_without_diffusers(tmp_path, monkeypatch, capsys):
