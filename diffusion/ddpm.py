@@ -378,7 +378,7 @@ class DDPM(nn.Module):
         mask: paints the images anew where it is 1 and keeps them where it is 0, by RePaint (Lugmayr et al.
             2022, arXiv 2201.09865, algorithm 1): bool, 0..1 or uint8, [H, W] or [N, 1, H, W], or PIL images.
         resamples: with a mask, how often each step is taken, U in RePaint, so that both parts fit together;
-            by default 10.
+            by default 10, and 1 for heun, whose steps cannot be repeated.
         jump_length: with a mask, the number of steps that are repeated together, j in RePaint; by default 1.
         backend: of the kernels; "auto" chooses, and "reference" is plain PyTorch throughout.
         precision: "exact" computes in the model's own dtype, the widest if there are several; "tf32" lets a

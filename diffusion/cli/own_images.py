@@ -12,6 +12,7 @@ from ..ddpm import DDPM
 from ..inference.repaint import repaint_rows
 from ..inference.start import JUMP_LENGTH, RESAMPLES, STRENGTH
 from ..process.interpolation import slerp
+from ..samplers import EVALUATE_TWICE
 from ..samplers.table import first_step
 from ..storage.images import save_gif, save_grid
 from ..utils.validation import whole_number
@@ -30,7 +31,7 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--strength", type=float, help="with --image: share of the steps that are taken (default: 0.8)")
     add("--mask", metavar="FILE", help="with --image: paint anew where this picture is white, by RePaint")
-    add("--resamples", type=int, help="with --mask: how often each step is taken (default: 10)")
+    add("--resamples", type=int, help="with --mask: how often each step is taken (default: 10; 1 for heun)")
     add("--jump-length", type=int, help="with --mask: steps that are repeated together (default: 1)")
     add(
         "--interpolate",
@@ -81,13 +82,14 @@ def start_arguments(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
     return found | {name: value for name, value in given.items() if value is not None}
 
 
-def steps_taken(start: dict[str, Any], steps: int) -> str:
+def steps_taken(start: dict[str, Any], steps: int, sampler: str) -> str:
     """The steps that a sampler of so many takes with the arguments of `start_arguments`, in words."""
     taken = steps - first_step(steps, start.get("strength", 1.0))
     share = f"{taken} of {steps} steps" if "strength" in start else f"{steps} steps"
     if "mask" not in start:
         return share
-    repeats = start.get("resamples", RESAMPLES), start.get("jump_length", JUMP_LENGTH)
+    resamples = 1 if sampler in EVALUATE_TWICE else RESAMPLES
+    repeats = start.get("resamples", resamples), start.get("jump_length", JUMP_LENGTH)
     return f"{share}, taken {len(repaint_rows(taken, *repeats))} times in all"
 
 

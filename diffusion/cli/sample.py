@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
         layout: dict[str, Any] = {"columns": args.columns, "scale": args.scale}
         captions = captions and captions[: len(images)]
         save_grid(images, out, **layout, value_range=model.value_range, captions=captions)
-    how = steps_taken(start, steps or model.schedule.max_steps)
+    how = steps_taken(start, steps or model.schedule.max_steps, sampler)
     print(f"{out}: {len(images)} images in {seconds:.1f} s ({sampler}, {how})")
     if interrupted is not None:
         raise interrupted

@@ -83,10 +83,6 @@ class Repaint:
         buffers.set_x(x)
 
 
-def check_resampling(table: StepTable) -> None:
-    """ValueError where steps have two rows, which cannot be repeated one by one."""
-    if (table.sigmas[1:] == table.sigmas[:-1]).any():
-        raise ValueError(
-            "a sampler that evaluates the network twice in a step cannot be resampled; inpaint by another "
-            "one, or with resamples=1"
-        )
+def can_resample(table: StepTable) -> bool:
+    """Whether every row is a step of its own; two rows of one step cannot be repeated one by one."""
+    return not (table.sigmas[1:] == table.sigmas[:-1]).any()

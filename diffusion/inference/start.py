@@ -8,10 +8,10 @@ from ..models.network import NetworkConfig
 from ..samplers.table import StepTable
 from ..utils.validation import check_dense, check_finite, number, whole_number
 from .buffers import Batch, Noise, drawn_first
-from .repaint import check_resampling, repaint_rows
+from .repaint import can_resample, repaint_rows
 
 STRENGTH = 0.8  # of images without a mask
-RESAMPLES = 10  # with a mask, U of the paper
+RESAMPLES = 10  # with a mask, U of the paper; 1 where steps cannot be repeated
 JUMP_LENGTH = 1
 
 
@@ -48,7 +48,7 @@ class Start:
                 raise ValueError(f"there are {len(mask)} masks for {len(images)} images")
         if mask is None and (resamples is not None or jump_length is not None):
             raise ValueError(f"{'jump_length' if resamples is None else 'resamples'} needs a mask")
-        self._resamples = RESAMPLES if resamples is None else whole_number("resamples", resamples, 1)
+        self._resamples = None if resamples is None else whole_number("resamples", resamples, 1)
         self._jump_length = (
             JUMP_LENGTH if jump_length is None else whole_number("jump_length", jump_length, 1)
         )
@@ -93,9 +93,15 @@ class Start:
             return None
         if self._jump_length >= len(table) > 1:
             raise ValueError(f"jump_length must be less than the {len(table)} steps, not {self._jump_length}")
-        if self._resamples > 1:
-            check_resampling(table)
-        return repaint_rows(len(table), self._resamples, self._jump_length)
+        resamples = self._resamples
+        if resamples is None:
+            resamples = RESAMPLES if can_resample(table) else 1
+        elif resamples > 1 and not can_resample(table):
+            raise ValueError(
+                "a sampler that evaluates the network twice in a step cannot be resampled; inpaint by "
+                "another one, or with resamples=1"
+            )
+        return repaint_rows(len(table), resamples, self._jump_length)
 
 
 def _repeated(name: str, tensor: torch.Tensor, count: int) -> torch.Tensor:

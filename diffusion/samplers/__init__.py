@@ -48,6 +48,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "unipc": unipc,
 }
 SHARED_OPTIONS = ("prediction_type", "spacing", "clip", "guidance_scale", "guidance_interval", "strength")
+EVALUATE_TWICE = ("heun",)  # in every step but the last
 FULL_CHAIN = ("ddpm",)  # the command line takes all T steps of these by default, and few of the others
 
 __all__ = ["SAMPLERS", "SpacingWarning", "StepTable"]

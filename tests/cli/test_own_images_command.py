@@ -56,6 +56,7 @@ def test_labels_repeat_over_the_images(capsys):
     [
         (["--strength", 0.5], "ddim, 2 of 4 steps"),
         (["--mask", "mask.png"], "ddim, 4 steps, taken 31 times in all"),  # 3 of the 4 are taken 10 times
+        (["--mask", "mask.png", "--sampler", "heun"], "heun, 4 steps, taken 4 times in all"),
         (["--mask", "mask.png", "--strength", 0.5, "--resamples", 2], "2 of 4 steps, taken 3 times in all"),
     ],
 )

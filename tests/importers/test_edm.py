@@ -99,6 +99,17 @@ def test_bfloat16_keeps_the_frequencies_and_levels(saved):
         close(rounded, expected(case)["denoised.1"], 0.05)
 
 
+def test_a_mask_without_further_arguments(saved):
+    """Heun's steps, of two evaluations, are not repeated."""
+    model, image = load(saved, "ddpmpp_cond"), torch.rand(2, 3, 8, 8) * 2 - 1
+    mask = torch.zeros(8, 8)
+    mask[:4] = 1
+    found = model.sample(LABELS, image=image, mask=mask)
+    assert torch.equal(found, model.sample(LABELS, image=image, mask=mask, resamples=1))
+    assert torch.equal(found[..., 4:, :], image[..., 4:, :])
+    assert not torch.equal(found[..., :4, :], image[..., :4, :])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_saved_model_is_the_same(saved, tmp_path, case):
     model = load(saved, case)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from diffusion import kernels
-from diffusion.inference.repaint import repaint_rows
+from diffusion.inference.repaint import can_resample, repaint_rows
+from diffusion.samplers import EVALUATE_TWICE, SAMPLERS
 from diffusion.storage.given_images import given_images, given_mask
 from helpers.models import make_model
 
@@ -286,6 +287,11 @@ def test_initial_noise_as_a_tensor(conditional):
     assert conditional.sample(noise=torch.randn(2, 2, 16, 8), steps=1).shape == (2, 2, 16, 8)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_which_samplers_repeat_their_steps(sampler):
+    assert can_resample(make_model().steps(sampler, 5)) == (sampler not in EVALUATE_TWICE)
+
+
 BAD = [
     ({"strength": 0.5}, "strength needs an image"),
     ({"mask": torch.ones(8, 8)}, "mask needs an image"),
@@ -334,7 +340,10 @@ BAD = [
         {"image": 0, "mask": 1, "jump_length": 4, "steps": 4},
         "jump_length must be less than the 4 steps, not 4",
     ),
-    ({"image": 0, "mask": 1, "sampler": "heun", "steps": 4}, "twice in a step cannot be resampled"),
+    (
+        {"image": 0, "mask": 1, "sampler": "heun", "steps": 4, "resamples": 2},
+        "twice in a step cannot be resampled",
+    ),
     ({"noise": [1]}, "noise must be a function, a tensor"),
     (
         {"noise": torch.zeros(2, 3, 8, 8), "num_samples": 2},
