@@ -543,7 +543,8 @@ class DDPM(nn.Module):
 
         images: as `image` of `sample`, N of them.
         labels, steps, guidance_scale, guidance_rescale, guidance_parallel: as those of `sample`, which must
-            get the same to reproduce the images. With a guidance_scale above 1, single pixels may differ.
+            get the same to reproduce the images. Guided, a few images need more
+            iterations.
         iterations: evaluations of the network in each step; 1 is the usual inversion, whose samples are
             similar to the images, and more come closer to them.
         sampler_options: of ddim, such as `spacing`. The others are those of `sample`.
