@@ -1,6 +1,7 @@
 """Fast sampling and training of pixel-space diffusion models with classifier-free guidance."""
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,15 @@ _MODULES = {
 }
 
 
+def _has_module(name: str) -> bool:
+    """Whether the package holds a module or a subpackage of this name."""
+    return importlib.util.find_spec(f"{__name__}.{name}") is not None
+
+
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that `diffusion --help` loads no PyTorch."""
-    if name not in __all__:
+    """Imports a public name, or a module, when it is first used: `diffusion --help` loads no PyTorch."""
+    is_module = not name.startswith("_") and name not in _MODULES and _has_module(name)
+    if name not in __all__ and not is_module:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_MODULES.get(name, name)}", __name__)
     globals()[name] = value = getattr(module, name) if name in _MODULES else module

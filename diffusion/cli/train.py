@@ -18,11 +18,12 @@ from ..evaluation.held_out import HeldOutDistance
 from ..models.config import UNetConfig
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
-from ..training.fitting import HELD_OUT_SHARE, MAX_HELD_OUT, SMALL
-from ..training.loop import STATE, train
+from ..training.fitting import HELD_OUT_SHARE, MAX_HELD_OUT, SMALL, check_apart
+from ..training.loop import STATE, check_free, train
 from ..training.outlook import disk_use, outlook
 from ..training.recipe import RECIPES, Recipe, changed, load_recipe
 from ..training.state import read_state
+from ..training.tensorboard_log import summary_writer
 from ..training.trainer import Trainer
 from ..utils.device import check_dtype, torch_multiplies_bfloat16
 from ..utils.errors import first_line
@@ -30,7 +31,14 @@ from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current_ranks
 from ..utils.validation import whole_number
 from .options import choose_device
-from .training_data import TrainingData, load_data, recipe_for_data, surveyed
+from .training_data import (
+    TrainingData,
+    channels_of,
+    fitted_to_survey,
+    load_data,
+    recipe_for_data,
+    surveyed,
+)
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 # The arguments of `train` that are options, with their defaults there, and what happens at each interval.
@@ -48,7 +56,7 @@ DEFAULTS |= {name: inspect.signature(train).parameters[name].default for name in
 # The options that a run keeps in its state; --resume goes on with those that are not given again.
 PATHS = ("data", "data_dir", "validation_data", "cache")
 KEPT = (*PATHS, *DEFAULTS, "resize", "hold_out", "micro_batch", "checkpointing", "compile", "features")
-KEPT = (*KEPT, "tensorboard")
+KEPT = (*KEPT, "tensorboard", "hold_out_seed", "recipe_name", "init_name")  # the last three are no options
 MIN_MEASURED = 50  # images held out, of which a distance is measured by default
 
 
@@ -79,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="DIR", help="folder for a file of decoded images, read instead of decoding again")
     add(
         "--resize",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="crop each image of a folder or zip to a central square, scaled to the model's size (default "
         "without --recipe, where the images differ from the model's size)",
     )
@@ -109,7 +117,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         action="store_true",
-        help="continue from the checkpoint in RUN; options that are not given are those of the run",
+        help="continue from the checkpoint in RUN; options that are not given are those of the run, except "
+        "for --device",
     )
     add(
         "--accept-changes",
@@ -130,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--checkpointing",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass, for less memory",
     )
     add(
@@ -142,10 +151,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--tensorboard",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="also write the log and the grids for TensorBoard, into RUN/tensorboard",
     )
-    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the network with torch.compile",
+    )
     add(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
@@ -167,13 +180,15 @@ def run(args: argparse.Namespace) -> None:
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.data is None and args.resume and args.recipe is None:
+        raise ValueError(f"--data is missing: the run in {args.out} did not keep the images that it is on")
     if args.data is None:
         args.data = args.recipe.partition("-")[0] if args.recipe in RECIPES else "mnist"
         args.data = args.data if args.data in NAMED_SETS else None
     init = None if args.init is None else load(args.init)
     recipe = choose_recipe(args, init)
     if args.show:
-        print(recipe.to_json())
+        print(fitted_to_survey(args, recipe).to_json())
         return
     intervals = {name: getattr(args, name) for name in INTERVALS}
     for name, steps in intervals.items():
@@ -186,6 +201,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--accept-changes is for --resume")
     if args.data in NAMED_SETS and not args.data_dir:
         raise ValueError(f"--data-dir is missing: the folder that holds {args.data}")
+    for name in ("data", "validation_data"):
+        if getattr(args, name) and args.data not in NAMED_SETS:
+            check_apart(getattr(args, name), args.out, f"--{name.replace('_', '-')}")
+    if not args.resume:
+        check_free(args.out)
+    if args.tensorboard:
+        summary_writer()
     ranks = current_ranks()
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
@@ -254,6 +276,12 @@ def _recall(args: argparse.Namespace) -> None:
     if not args.out:
         raise ValueError("--out is missing: the folder of the run to resume")
     kept = read_state(Path(args.out) / STATE)["command"]
+    if args.init is not None and "recipe_name" in kept and _absolute(args.init) != kept.get("init_name"):
+        start = kept.get("init_name", "random weights")
+        raise ValueError(f"the run in {args.out} began from {start}, not {args.init}; leave out --init")
+    if args.recipe in SMALL and kept.get("recipe_name", args.recipe) != args.recipe:
+        own = f"of {kept['recipe_name']}" if kept["recipe_name"] else "of another recipe"
+        raise ValueError(f"the run in {args.out} is {own}, not of {args.recipe}; leave out --recipe")
     for name in KEPT:
         if getattr(args, name) is None and name in kept:
             setattr(args, name, kept[name])
@@ -265,7 +293,14 @@ def _kept(args: argparse.Namespace) -> dict[str, Any]:
     for name in PATHS:
         if name in kept and kept[name] not in NAMED_SETS:
             kept[name] = os.path.abspath(kept[name])
+    if "features" in kept:
+        kept["features"] = _absolute(kept["features"])
     return kept
+
+
+def _absolute(name: str | None) -> str | None:
+    """A name as it is, but a folder that exists by its absolute path."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
@@ -281,7 +316,10 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
         if args.recipe is None and args.data in NAMED_SETS and args.data in RECIPES:
             args.recipe = args.data
         chosen = args.recipe is None
-        recipe = recipe_for_data(args) if args.recipe is None else load_recipe(args.recipe)
+        recipe = recipe_for_data(args) if chosen else load_recipe(args.recipe)
+        if args.recipe in SMALL:  # these mirror colour images only
+            recipe = replace(recipe, horizontal_flip=channels_of(args) == 3)
+        args.recipe_name, args.init_name = args.recipe, _absolute(args.init)
         if init is not None:
             recipe = recipe_for(init, recipe)
     recipe = changed(recipe, args.set or [])
@@ -289,7 +327,7 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
     recipe = replace(recipe, **given)
     if args.unconditional:
         recipe = replace(recipe, unet=recipe.unet | {"num_classes": None})
-    if chosen and args.data not in NAMED_SETS:
+    if chosen and args.data not in NAMED_SETS and args.resize is None:
         args.resize = surveyed(args).size != UNetConfig.from_dict(recipe.unet).image_shape
     return recipe
 
@@ -298,20 +336,25 @@ def choose_measure(args: argparse.Namespace, data: TrainingData) -> HeldOutDista
     """The distance to the held-out images in the features of the options, or None for none.
 
     Without the option, it is measured in EfficientNet-Lite0's, for a recipe of any size, where these are
-    installed and enough images are held out.
+    installed and enough images are held out; `args.features` then says which it is.
     """
-    if args.features == "none" or (args.features is None and args.recipe not in SMALL):
-        return None
     if args.features is None:
-        if data.validation is None or len(data.validation[0]) < MIN_MEASURED:
-            return None
-        try:
-            return HeldOutDistance(*data.validation, load_features("efficientnet-lite0"))
-        except ValueError:  # it is not installed
-            return None
+        few = data.validation is None or len(data.validation[0]) < MIN_MEASURED
+        if args.resume or args.recipe not in SMALL or few:
+            args.features = "none"
+    if args.features == "none":
+        return None
     if data.validation is None:
         raise ValueError("--features needs held-out images: add --hold-out N or --validation-data")
-    return HeldOutDistance(*data.validation, load_features(args.features))
+    default = args.features is None
+    args.features = args.features or "efficientnet-lite0"
+    try:
+        return HeldOutDistance(*data.validation, load_features(args.features))
+    except ValueError:
+        if not default:
+            raise
+        args.features = "none"  # it is not installed
+        return None
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:

@@ -15,8 +15,9 @@ from ..training.fitting import (
     HELD_OUT_SHARE,
     MAX_HELD_OUT,
     SMALL,
+    about_classes,
+    as_in_run,
     labels_by_name,
-    listed,
     one_line_name,
     small_recipe,
     split,
@@ -59,8 +60,26 @@ def recipe_for_data(args: argparse.Namespace) -> Recipe:
         found = Survey.of(0, channels, [(size[0], size[1])], labelled=True)
     else:
         found = surveyed(args)
+    if args.resize:  # which makes squares
+        found = found._replace(size=None)
     args.recipe, recipe = small_recipe(found)
     return recipe
+
+
+def channels_of(args: argparse.Namespace) -> int:
+    """The channels of the images that the options name, which the survey tells."""
+    return NAMED_SETS[args.data].shape[0] if args.data in NAMED_SETS else surveyed(args).channels
+
+
+def fitted_to_survey(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with the channels and classes that `load_data` would take, without the images decoded."""
+    if args.resume or args.data is None or args.data in NAMED_SETS:
+        return recipe
+    found, fixed = surveyed(args), _fixed_fields(args, recipe)
+    recipe, _ = with_channels(recipe, found.channels, fixed, args.data)
+    if None in (recipe.unet.get("num_classes"), found.classes) or "num_classes" in fixed:
+        return recipe
+    return replace(recipe, unet=recipe.unet | {"num_classes": found.classes})
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) -> TrainingData:
@@ -95,7 +114,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         data = load_dataset(args.data, **options)
     _check_size(data, config, bool(named))
     if args.resume:
-        data = _named_as_in_the_run(args, data)
+        data = as_in_run(data, read_state(Path(args.out) / STATE), f"the run in {args.out}")
     validation = None
     if args.validation_data:
         validation = load_dataset(args.validation_data, **options)
@@ -103,13 +122,12 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         validation = validation._replace(labels=labels)
     elif named:
         validation = load_dataset(args.data, split="test", **named)
-    about_classes = ", labels are not used" if data.labels is not None else ", no labels"
+    found_classes = "labels are not used" if data.labels is not None else "no labels"
     if config.num_classes is None:
         data = data._replace(labels=None, classes=None)
     else:
         if not args.resume:
             recipe = with_classes(recipe, data, fixed)
-        about_classes = _about_classes(data, recipe.unet["num_classes"], wanted.num_classes, args.recipe)
     if args.hold_out is None:
         few = min(MAX_HELD_OUT, len(data.images) // HELD_OUT_SHARE)
         args.hold_out = 0 if validation is not None or args.resume else few
@@ -118,19 +136,25 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         raise ValueError("--hold-out is for data without other validation images: leave it out")
     images: torch.Tensor | SomeImages = data.images
     labels, about_held_out = data.labels, ""
+    if args.hold_out_seed is None:
+        owner = read_state(Path(args.out) / STATE)["recipe"] if args.resume else recipe
+        args.hold_out_seed = owner.seed
     if args.hold_out:
-        kept, held_out = split(len(data.images), args.hold_out, recipe.seed)
+        kept, held_out = split(len(data.images), args.hold_out, args.hold_out_seed)
         validation = ImageSet(data.images[held_out], None if labels is None else labels[held_out], None, "")
         images, labels = SomeImages(data.images, kept), None if labels is None else labels[kept]
         about_held_out = f" ({args.hold_out:,} held out)"
+    count = recipe.unet.get("num_classes")
+    if count is not None:
+        fitting = count == wanted.num_classes or args.recipe in SMALL
+        had = "" if fitting else f" (the recipe had {wanted.num_classes})"
+        found_classes = about_classes(data.classes, labels, count, had)
     recipe, about_batch = _with_batch(args, recipe, len(images))
     height, width = config.image_shape
     scaled = " (the middle square, scaled)" if args.resize else ""
-    count = f"{config.in_channels} channel{'' if config.in_channels == 1 else 's'}"
-    found = (
-        f"{len(data.images):,} images{about_held_out}, {width} x {height}{scaled}, {count}{about_channels}"
-    )
-    found = f"{one_line_name(data.name)}: {found}{about_classes}{about_batch}"
+    channels = f"{config.in_channels} channel{'' if config.in_channels == 1 else 's'}{about_channels}"
+    found = f"{len(data.images):,} images{about_held_out}, {width} x {height}{scaled}, {channels}"
+    found = f"{one_line_name(data.name)}: {found}, {found_classes}{about_batch}"
     return TrainingData(recipe, images, labels, data.classes, _some(validation, config), found)
 
 
@@ -163,26 +187,6 @@ def _of_the_run(args: argparse.Namespace, recipe: Recipe, fixed: dict[str, str])
         taken["num_classes"] = own["num_classes"]
     unwritten = {name: value for name, value in taken.items() if name not in fixed}
     return replace(recipe, unet=recipe.unet | unwritten)
-
-
-def _named_as_in_the_run(args: argparse.Namespace, data: ImageSet) -> ImageSet:
-    """The data with the class names and labels of the resumed run, where it has names."""
-    state = read_state(Path(args.out) / STATE)
-    names, count = state["class_names"], state["recipe"].unet.get("num_classes")
-    if names is None:
-        return data if len(data.classes or ()) == count else data._replace(classes=None)
-    return data._replace(classes=names, labels=labels_by_name(data, names, f"the run in {args.out}"))
-
-
-def _about_classes(data: ImageSet, count: int, wanted: int | None, recipe: str | None) -> str:
-    """Number and names of the trained classes, and those without images."""
-    had = "" if count == wanted or recipe in SMALL else f" (the recipe had {wanted})"
-    names = f": {listed(data.classes)}" if data.classes else ""
-    seen = set() if data.labels is None else set(data.labels.tolist())
-    missing = [label for label in range(count) if label not in seen] if len(seen) < count else []
-    missing_names = [data.classes[label] if data.classes else str(label) for label in missing]
-    without = f"; no images of {listed(missing_names)}" if missing else ""
-    return f", {count} class{'' if count == 1 else 'es'}{had}{names}{without}"
 
 
 def _check_size(data: ImageSet, config: UNetConfig, named: bool) -> None:

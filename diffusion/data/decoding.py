@@ -36,6 +36,8 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Transpositions that exchange height and width.
+_QUARTER_TURNS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 IMAGES_PER_UPDATE = 256  # images decoded per progress update
 MAX_SURVEYED = 1000  # images whose sizes are read before a size is chosen
 
@@ -45,10 +47,16 @@ def channels_of_files(source: ImageFiles) -> int:
 
 
 def sizes_of_files(source: ImageFiles) -> list[tuple[int, int]]:
-    """Height and width of up to MAX_SURVEYED images, evenly spaced: files are often sorted by class."""
+    """Height and width, when upright, of up to MAX_SURVEYED images.
+
+    These are evenly spaced, because files are often sorted by class.
+    """
     count = min(MAX_SURVEYED, len(source.names))
     images = (open_image(source, source.names[k * len(source.names) // count]) for k in range(count))
-    return [(image.height, image.width) for image in images]
+    return [
+        (image.width, image.height) if _turn(image) in _QUARTER_TURNS else (image.height, image.width)
+        for image in images
+    ]
 
 
 def middle_square(image: Image.Image, size: int) -> Image.Image:
@@ -143,7 +151,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The transposition that makes a loaded image upright, by its EXIF or XMP; None if it is upright."""
+    """The transposition that makes an image upright, by the EXIF or XMP that were read; None for none."""
     if image.info.keys().isdisjoint(_ORIENTATION_KEYS):  # parsing EXIF takes time
         return None
     try:

@@ -63,9 +63,12 @@ def survey(path: str | os.PathLike) -> Survey:
     Of many images, the sizes are those of a part. ValueError as from `read_images`.
     """
     with open_files(Path(path)) as source:
-        labels, _ = _labels(source)
+        labels, classes = _labels(source)
         sizes, channels = sizes_of_files(source), channels_of_files(source)
-    return Survey.of(len(source.names), channels, sizes, labels is not None)
+    found = Survey.of(len(source.names), channels, sizes, labels is not None)
+    if labels is None:
+        return found
+    return found._replace(classes=len(classes) if classes else int(labels.max()) + 1)
 
 
 def _labels(source: ImageFiles) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:

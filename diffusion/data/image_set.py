@@ -31,7 +31,7 @@ class Survey(NamedTuple):
 
     images: their number. channels: 1 if all images are grey, otherwise 3. size: height and width if all
     images have the same, otherwise None. side: the median of their shorter sides, in pixels. labelled: they
-    have labels.
+    have labels. classes: number of their classes; None if it is not known yet.
     """
 
     images: int
@@ -39,6 +39,7 @@ class Survey(NamedTuple):
     size: tuple[int, int] | None
     side: int
     labelled: bool
+    classes: int | None = None
 
     @classmethod
     def of(cls, images: int, channels: int, sizes: list[tuple[int, int]], labelled: bool) -> "Survey":

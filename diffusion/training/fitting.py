@@ -1,11 +1,16 @@
 """Recipes that fit data: the network for images of any size, and the channels and classes of the data."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ..data import NAMED_SETS, ImageSet
+from ..data.datasets import LoadedSet
+from ..data.image_files import is_hidden
 from ..data.image_set import Survey
 from ..models.config import UNetConfig
 from .recipe import Recipe, load_recipe
@@ -36,6 +41,8 @@ def small_recipe(found: Survey) -> tuple[str, Recipe]:
     unet = recipe.unet | {"sample_size": size[0] if size[0] == size[1] else size}
     if not found.labelled:
         unet = unet | {"num_classes": None}
+    elif found.classes is not None:
+        unet = unet | {"num_classes": found.classes}
     recipe, _ = with_channels(replace(recipe, unet=unet), found.channels, {}, name)
     return name, replace(recipe, horizontal_flip=found.channels == 3)
 
@@ -79,6 +86,9 @@ class Labelled(Protocol):
     def name(self) -> str: ...
 
 
+LabelledSet = TypeVar("LabelledSet", ImageSet, LoadedSet)
+
+
 def with_classes(recipe: Recipe, data: Labelled, fixed: dict[str, str]) -> Recipe:
     """The conditional recipe with as many classes as the data have; ValueError if the user wrote others.
 
@@ -101,7 +111,7 @@ def with_classes(recipe: Recipe, data: Labelled, fixed: dict[str, str]) -> Recip
     return replace(recipe, unet=recipe.unet | {"num_classes": count})
 
 
-def labels_by_name(data: ImageSet, classes: tuple[str, ...] | None, owner: str) -> torch.Tensor | None:
+def labels_by_name(data: Labelled, classes: tuple[str, ...] | None, owner: str) -> torch.Tensor | None:
     """The labels of the data in another order of classes: `classes`, which are those of `owner`.
 
     ValueError for a class that `owner` lacks.
@@ -112,6 +122,40 @@ def labels_by_name(data: ImageSet, classes: tuple[str, ...] | None, owner: str) 
     if unknown:
         raise ValueError(f"{data.name} has a class {unknown[0]}, which {owner} lacks")
     return torch.tensor([classes.index(name) for name in data.classes], device="cpu")[data.labels]
+
+
+def as_in_run(data: LabelledSet, state: dict[str, Any], owner: str) -> LabelledSet:
+    """The data with the class names and labels of the run of a state, where it has names.
+
+    owner: the run, for the message about a class that it lacks.
+    """
+    names, count = state["class_names"], state["recipe"].unet.get("num_classes")
+    if names is None:
+        return data if len(data.classes or ()) == count else data._replace(classes=None)
+    return data._replace(classes=names, labels=labels_by_name(data, names, owner))
+
+
+def about_classes(
+    classes: Sequence[str] | None, labels: torch.Tensor | None, count: int, remark: str = ""
+) -> str:
+    """Number and names of the classes, and those without an image among the labels that are trained on."""
+    seen = set() if labels is None else set(labels.tolist())
+    missing = [label for label in range(count) if label not in seen] if len(seen) < count else []
+    names = f": {listed(tuple(classes))}" if classes else ""
+    without = f"; no images of {listed([classes[k] if classes else str(k) for k in missing])}"
+    return f"{count} class{'' if count == 1 else 'es'}{remark}{names}{without if missing else ''}"
+
+
+def check_apart(data: str | os.PathLike, out: str | os.PathLike, name: str = "data") -> None:
+    """ValueError if the folder of a run lies in the folder of images, whose images its grids would become."""
+    folder, run = Path(os.path.realpath(data)), Path(os.path.realpath(out))
+    if not folder.is_dir() or not run.is_relative_to(folder):
+        return
+    if not is_hidden(run.relative_to(folder).as_posix()):
+        raise ValueError(
+            f"the run's folder {os.fspath(out)} lies in the {name} {os.fspath(data)}, whose images its "
+            "sample grids would become; choose another folder by --out"
+        )
 
 
 def split(count: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

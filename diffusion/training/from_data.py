@@ -11,19 +11,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.datasets import DatasetImages, LoadedSet, read_dataset
+from ..data.datasets import DatasetImages, LoadedSet, is_dataset, read_dataset
 from ..data.image_folder import read_images, survey
 from ..data.image_set import SomeImages, Survey
 from ..ddpm import DDPM
+from ..models.class_names import check_names
 from ..models.config import UNetConfig
 from ..utils.device import resolve_device, torch_multiplies_bfloat16
-from ..utils.validation import known_names, whole_number, whole_numbers
+from ..utils.validation import known_names, refuse, shown, whole_number, whole_numbers
 from . import loop
 from .fitting import (
     HELD_OUT_SHARE,
     MAX_HELD_OUT,
     SMALL,
-    listed,
+    about_classes,
+    as_in_run,
+    check_apart,
+    labels_by_name,
     small_recipe,
     split,
     with_channels,
@@ -33,6 +37,7 @@ from .images import images_as_tensor
 from .outlook import disk_use, outlook
 from .recipe import Recipe, load_recipe
 from .state import read_state
+from .tensorboard_log import summary_writer
 from .trainer import Trainer
 
 
@@ -72,9 +77,10 @@ def train(
     recipe: a name, a `Recipe`, or by default "small-32" or "small-64", chosen by the size of the images. A
         recipe by name takes the channels and classes of the data. Images of a folder or data set that are of
         another size than the recipe's become the squares in their middle, scaled.
-    class_names: of the labels 0, 1, ...; by default those that the folder or data set gives.
+    class_names: of the labels 0, 1, ...; by default those that the folder or data set gives. Where it gives
+        names, they are another order of the same, perhaps with classes that have no images.
     hold_out: number of images, drawn by the recipe's seed, that are not trained on, and whose loss is logged;
-        by default one of 20, and at most 1000.
+        by default one of 20, and at most 1000. A resumed run holds out the same.
     workers: processes that decode the images of a data set; 0 decodes in this process.
     stream: decode the images of a data set as the steps need them, by default if they would take more than a
         fourth of the free memory. The order, and so the model, is a function of the seed either way.
@@ -91,12 +97,28 @@ def train(
     ValueError for images, labels or a recipe that do not fit each other, and as from `loop.train`.
     """
     known_names("field of a recipe", changes, [entry.name for entry in fields(Recipe)])
+    if not isinstance(out, str | os.PathLike):
+        raise ValueError(f"out must be the path of a folder, not {shown(out)}")
+    own_labels = isinstance(data, str | os.PathLike) or is_dataset(data)
+    if labels is not None and own_labels and not isinstance(data, torch.Tensor | np.ndarray):
+        raise ValueError("labels are for a tensor or an array of images; a folder or data set has its own")
+    if isinstance(data, str | os.PathLike):
+        check_apart(data, out)
+    if not resume:
+        loop.check_free(out)
+    if tensorboard:
+        summary_writer()
     state = read_state(Path(out) / loop.STATE) if resume else None
     if state is not None and recipe is None:
         recipe = state["recipe"]
     found, name, recipe, about_size = _read(data, labels, recipe, workers, stream, progress)
-    recipe = replace(recipe, **changes)
-    names = class_names if class_names is not None else found.classes
+    if class_names is not None and found.labels is not None:
+        found = _named(found, class_names)
+    if state is not None:
+        found = as_in_run(found, state, f"the run in {out}")
+    if name is not None and recipe.unet.get("num_classes") is not None:
+        recipe = with_classes(recipe, found, {})
+    recipe, names = replace(recipe, **changes), found.classes
     unused = found.labels is not None and recipe.unet.get("num_classes") is None
     if unused and labels is not None:
         raise ValueError(
@@ -108,7 +130,9 @@ def train(
     if state is not None:
         few = whole_number("hold_out", state["command"].get("hold_out", 0), 0)
     held_out = few if hold_out is None else whole_number("hold_out", hold_out, 0, len(found.images) - 1)
-    images, numbers, validation = _held_out(found, held_out, recipe.seed)
+    command = {} if state is None else state["command"]
+    held_out_seed = command.get("hold_out_seed", recipe.seed if state is None else state["recipe"].seed)
+    images, numbers, validation = _held_out(found, held_out, held_out_seed)
     if name in SMALL and "batch_size" not in changes:
         recipe = replace(recipe, batch_size=min(recipe.batch_size, len(images)))
     device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -128,17 +152,18 @@ def train(
         compile=compile,
         class_names=names,
         workers=workers,
-        command={"hold_out": held_out},
+        command={"recipe_name": name} | command | {"hold_out": held_out, "hold_out_seed": held_out_seed},
     )
     if progress:
-        classes = f"{recipe.unet['num_classes']} classes" if numbers is not None else "no labels"
-        classes = "labels are not used" if unused else classes
-        named = f": {listed(tuple(names))}" if names else ""
+        classes = "labels are not used" if unused else "no labels"
+        if numbers is not None:
+            classes = about_classes(names, numbers, recipe.unet["num_classes"])
         height, width = found.images.shape[2:]
         held = f" ({held_out:,} held out)" if held_out else ""
-        line = f"{found.name}: {len(found.images):,} images{held}, {width} x {height}{about_size}, {classes}"
+        size = f"{width} x {height}{about_size}{found.remark}"
+        line = f"{found.name}: {len(found.images):,} images{held}, {size}"
         done = 0 if state is None else state["step"]
-        tqdm.write(f"{line}{named}; {outlook(trainer, name, done)}", file=sys.stderr)
+        tqdm.write(f"{line}, {classes}; {outlook(trainer, name, done)}", file=sys.stderr)
         tqdm.write(disk_use(trainer, out, done), file=sys.stderr)
     return loop.train(
         trainer,
@@ -179,6 +204,8 @@ def _read(
             fitted, _ = with_channels(load_recipe(recipe), found.channels, {}, "the data set")
             if not found.labelled:
                 fitted = replace(fitted, unet=fitted.unet | {"num_classes": None})
+            if str(recipe) in SMALL:  # these mirror colour images only
+                fitted = replace(fitted, horizontal_flip=found.channels == 3)
             chosen.append((str(recipe), fitted))
         config = UNetConfig.from_dict(chosen[0][1].unet)
         if found.size != config.image_shape:
@@ -197,6 +224,11 @@ def _read(
         if pixels.ndim != 4 or not len(pixels):
             raise ValueError(f"images must be [N, C, H, W], or an array [N, H, W, C], not {[*pixels.shape]}")
         count, channels, height, width = pixels.shape
+        if channels not in (1, 3) and not isinstance(recipe, Recipe):
+            raise ValueError(
+                f"images have 1 or 3 channels, [N, C, H, W] or an array [N, H, W, C], and these are "
+                f"{[*data.shape]}; leave out transparency by images[..., :3]"
+            )
         numbers = None if labels is None else whole_numbers("labels", labels, 0, 2**31 - 1)
         if numbers is not None and len(numbers) != count:
             raise ValueError(f"there are {len(numbers)} labels for {count} images")
@@ -210,12 +242,16 @@ def _read(
         images = LoadedSet(pixels, numbers, None, "the images")
     else:
         images = read_dataset(data, choose, workers=workers, stream=stream, progress=progress)
-    if labels is not None and not isinstance(data, torch.Tensor | np.ndarray):
-        raise ValueError("labels are for a tensor or an array of images; a folder or data set has its own")
     name, fitted = chosen[0]
-    if not isinstance(recipe, Recipe) and fitted.unet.get("num_classes") is not None:
-        fitted = with_classes(fitted, images, {})
     return images, name, fitted, scaled
+
+
+def _named(found: LoadedSet, class_names: Sequence[str]) -> LoadedSet:
+    """The images with these names of the classes, by which labels with other names change."""
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence):
+        refuse("class_names", "a list of different names", class_names)
+    names = check_names(class_names, len(class_names))
+    return found._replace(classes=names, labels=labels_by_name(found, names, "class_names"))
 
 
 def _held_out(

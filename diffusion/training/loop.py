@@ -78,6 +78,18 @@ def train(
         return _loop(trainer, out, resume, options, measure, tensorboard, progress)
 
 
+def check_free(out: str | os.PathLike) -> None:
+    """ValueError if a folder holds a run or a model, or cannot hold a new run."""
+    out = Path(out)
+    if os.path.exists(out / STATE):
+        raise ValueError(
+            f"{out} holds a run already; go on with --resume (resume=True), or choose another folder by --out"
+        )
+    if any(os.path.exists(out / name) for name in MODEL_FILES):
+        raise ValueError(f"{out} holds a model, which training would replace; choose another folder by --out")
+    check_writable(out / STATE)
+
+
 def _begin(
     trainer: Trainer,
     out: Path,
@@ -99,12 +111,8 @@ def _begin(
             )
     if resume:
         load_state(trainer, state, accept_changes)
-    elif os.path.exists(state):
-        raise ValueError(
-            f"{out} holds a run already; go on with --resume (resume=True), or choose another folder by --out"
-        )
-    elif any(os.path.exists(out / name) for name in MODEL_FILES):
-        raise ValueError(f"{out} holds a model, which training would replace; choose another folder by --out")
+    else:
+        check_free(out)
 
 
 def _loop(

@@ -1,9 +1,21 @@
 """The log of a run for TensorBoard, beside log.csv."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+
+def summary_writer() -> type[Any]:
+    """PyTorch's writer of event files; ValueError if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f'logs for TensorBoard need tensorboard ({error}); pip install "fused-diffusion[tensorboard]"'
+        ) from error
+    return SummaryWriter
 
 
 class TensorBoardLog:
@@ -14,13 +26,7 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, logged: int | None):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                f'logs for TensorBoard need tensorboard ({error}); pip install "fused-diffusion[tensorboard]"'
-            ) from error
-        self.writer = SummaryWriter(folder, purge_step=None if logged is None else logged + 1)
+        self.writer = summary_writer()(folder, purge_step=None if logged is None else logged + 1)
 
     def add(self, step: int, **values: float | None) -> None:
         """Adds a value of each name; None for none."""

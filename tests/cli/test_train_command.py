@@ -44,6 +44,7 @@ def test_images_of_any_size_are_scaled_where_asked(words, tmp_path, capsys):
     assert "images of one size are needed" in fails(words, capsys)
     main([*words, "--resize"])
     assert diffusion.load(tmp_path / "run").num_classes == 3
+    words[-1] = str(tmp_path / "other")
     told = fails([*words, "--resize", "--set", "unet.num_classes=2"], capsys)
     assert "has 3 classes (a, b, c), but unet.num_classes is 2 in --set" in told
 

@@ -37,6 +37,7 @@ def test_an_unknown_name():
         "import diffusion.steps, diffusion.samplers; assert diffusion.steps is diffusion.samplers",
         "import diffusion; assert diffusion.steps is __import__('sys').modules['diffusion.samplers']",
         "import diffusion.kernels as k; import diffusion; assert diffusion.kernels is k and k.attention",
+        "import diffusion; assert diffusion.samplers.ddim and diffusion.data.load_dataset",
         "from diffusion import *; assert load and steps.ddim and kernels.attention",
     ],
 )
