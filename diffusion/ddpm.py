@@ -619,12 +619,17 @@ class DDPM(nn.Module):
         checkpoint.write(folder, self.unet, config, dtype)
 
     def card(
-        self, name: str = "my-model", *, results: Iterable[hub.Result] = (), license: str | None = None
+        self,
+        name: str = "my-model",
+        *,
+        results: hub.Result | Iterable[hub.Result] = (),
+        license: str | None = None,
     ) -> str:
         """A model card: the text of a README.md with the hub's metadata, the model's facts and results.
 
-        name: of the repository, such as "owner/name". results: files that `diffusion evaluate --out` wrote,
-        or their contents; each appears with its protocol. license: an identifier of the hub, such as "mit".
+        name: of the repository, such as "owner/name". results: a file that `diffusion evaluate --out` wrote,
+        or its contents, or several; each appears with its protocol. Paths appear without their folders.
+        license: an identifier of the hub, such as "mit".
         ValueError for a file that is no such result, or without huggingface_hub (the extra `hub`).
         """
         return hub.model_card(self, name, results=results, license=license)
@@ -635,7 +640,7 @@ class DDPM(nn.Module):
         *,
         private: bool | None = None,
         token: str | None = None,
-        results: Iterable[hub.Result] = (),
+        results: hub.Result | Iterable[hub.Result] = (),
         license: str | None = None,
         card: str | None = None,
         commit_message: str = "Upload model",

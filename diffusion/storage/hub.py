@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,8 @@ from .reading import read_json
 Result = Mapping[str, Any] | str | os.PathLike
 TASK = "unconditional-image-generation"  # the hub's name of what a model of classes does, too
 README = "README.md"
+# A path from the root of a file system within a text, and its last part.
+PATH = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\][^\s,;:]*[/\\]([^\s,;:/\\]+)")
 # Where a result of `diffusion evaluate` holds its numbers, and the names that the hub shows.
 MEASURES = {
     "class_accuracy.accuracy": "class accuracy",
@@ -34,11 +36,16 @@ def hub_library(use: str) -> ModuleType:
 
 
 def model_card(
-    model: Any, name: str = "my-model", *, results: Iterable[Result] = (), license: str | None = None
+    model: Any,
+    name: str = "my-model",
+    *,
+    results: Result | Iterable[Result] = (),
+    license: str | None = None,
 ) -> str:
     """The card of a model, Markdown with a header of metadata, as `DDPM.card` describes it."""
     hub = hub_library("a model card")
-    found = [_read(result) for result in results]
+    given = [results] if isinstance(results, str | os.PathLike | Mapping) else results
+    found = [_read(result) for result in given]
     scores = [(label, value, result) for result in found for label, value in _measures(result)]
     title = name.rpartition("/")[2]
     data = hub.ModelCardData(
@@ -112,7 +119,23 @@ def _reference(result: Mapping[str, Any]) -> str:
     """The images with which a result compares a model's."""
     places = ("protocol.reference", "reference", "frechet.reference")
     name = next((name for name in (_of(result, place) for place in places) if name), "images")
-    return str(name).partition(":")[0]
+    return _without_folders(str(name)).partition(":")[0]
+
+
+def _without_folders(text: str) -> str:
+    """A text whose paths are their last parts, because a card is public and folders of a machine are not."""
+    whole = text.rstrip("/\\")
+    absolute = text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute()
+    if ("\n" not in text and absolute and not re.search(r"[,;:]\s", text)) or _exists(text):
+        return re.split(r"[/\\]", whole)[-1] or text
+    return PATH.sub(r"\1", text)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return os.path.exists(text)
+    except ValueError:  # a character that no path has
+        return False
 
 
 def _measures(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -131,8 +154,7 @@ def _protocol(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     flat = dict(_flat(dict(result)))
     for path in sorted(flat, key=lambda path: not path.startswith("protocol.")):
         if path not in measured and flat[path] not in (None, ""):
-            value = os.path.basename(flat[path]) if path.endswith("path") else flat[path]
-            yield path.removeprefix("protocol."), str(value)
+            yield path.removeprefix("protocol."), str(flat[path])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,5 +205,6 @@ def _facts(model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _table(first: str, second: str, rows: Iterable[tuple[str, str]]) -> str:
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    texts = [[_without_folders(cell) for cell in row] for row in rows]
+    cells = [[" ".join(text.replace("|", "\\|").split()) for text in row] for row in texts]
     return "\n".join([f"| {first} | {second} |", "|---|---|", *(f"| {k} | {v} |" for k, v in cells)])

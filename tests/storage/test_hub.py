@@ -81,6 +81,41 @@ def test_a_card_holds_the_facts_the_results_and_their_protocol(model, tmp_path):
     assert "/home/me" not in text
 
 
+def test_a_single_result(model, tmp_path):
+    path = tmp_path / "accuracy.json"
+    path.write_text(json.dumps(ACCURACY))
+    for results in (path, str(path), ACCURACY):
+        assert model.card(results=results) == model.card(results=[ACCURACY])
+
+
+def test_no_folder_of_this_machine_is_in_a_card(tmp_path, monkeypatch):
+    """Paths from a root, also within a text, and those that exist; other texts with strokes stay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hidden" / "runs").mkdir(parents=True)
+    model = make_model(3, T=20, channels=1)
+    model.metadata = {"origin": "/srv/hidden/a model.pt", "training": {"data": "C:\\hidden\\faces"}}
+    protocol = {
+        "reference": "/srv/hidden/faces.npz, train split: 100 images",
+        "model": "hidden/runs/",
+        "command": "evaluate ~/hidden/a --data /srv/hidden/b.npz",
+        "code": "https://example.org/owner/name",
+        "split": "9/10 and 1/2/3",
+    }
+    card = huggingface_hub.ModelCard(model.card(results={"metrics": {"fid": 3.25}, "protocol": protocol}))
+    assert "hidden" not in card.content
+    assert card.data.eval_results[0].dataset_name == "faces.npz, train split"
+    for line in (
+        "| origin | a model.pt |",
+        "| training: data | faces |",
+        "| reference | faces.npz, train split: 100 images |",
+        "| model | runs |",
+        "| command | evaluate a --data b.npz |",
+        "| code | https://example.org/owner/name |",
+        "| split | 9/10 and 1/2/3 |",
+    ):
+        assert line in card.text.splitlines()
+
+
 def test_the_card_of_the_bundled_model_tells_its_training():
     text = diffusion.load("mnist").card("me/digits")
     assert "| training: batch_size | 64 |" in text
