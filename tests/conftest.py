@@ -1,5 +1,7 @@
 """Fixtures of all tests: small models, and each instruction set in turn."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -23,7 +25,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Hypothesis tries more examples where the exhaustive tests are not left out."""
+    """Hypothesis tries more examples where the exhaustive tests are not left out.
+
+    A shell lets what it starts in the background ignore Ctrl-C; tests send this signal to themselves.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.load_profile("default" if "not exhaustive" in config.option.markexpr else "exhaustive")
 
 

@@ -295,7 +295,7 @@ def test_a_models_own_sampler_options_are_defaults():
 BAD = {
     "label too large": ({"labels": [10]}, r"labels must be whole numbers in 0\.\.9, not 10"),
     "negative label": ({"labels": [-1]}, r"labels must be whole numbers in 0\.\.9, not -1"),
-    "label of another type": ({"labels": ["three"]}, "labels must be whole numbers in 0..9, not 'three'"),
+    "label of another type": ({"labels": ["three"]}, "unknown label 'three': .* give numbers in 0..9"),
     "fractional label": ({"labels": [1.5]}, "labels must be whole numbers in 0..9, not 1.5"),
     "no labels": ({"labels": []}, "labels are empty"),
     "label count": ({"labels": [1, 2], "num_samples": 3}, "2 labels for 3 images"),

@@ -18,7 +18,9 @@ SHAPE = (2, 2, 2, 2)
 
 
 def test_every_sampler_is_tested():
-    assert TESTED.keys() | {"heun"} == SAMPLERS.keys()  # test_heun has the tests of this one
+    assert (
+        TESTED.keys() | {"heun", "unipc"} == SAMPLERS.keys()
+    )  # test_heun and test_unipc have those of these
 
 
 def drift(table: StepTable, i: int) -> tuple[float, float]:
