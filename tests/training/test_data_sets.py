@@ -1,7 +1,5 @@
 """Labels of data sets, whether they are in the items or beside them; and runs on data sets that resume."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 import diffusion
-from diffusion.data.datasets import read_dataset
+from diffusion.data.datasets import _array, read_dataset
 from diffusion.training.state import read_state
 from helpers.training import PLAIN
 
@@ -127,10 +125,11 @@ def test_colour_is_not_lost_without_a_word(monkeypatch):
     assert read(Items(), channels=1).remark == ", colour is dropped"
 
 
-def test_grey_images_of_pil_give_no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read(Items(image=lambda k: Image.fromarray(PIXELS[k, :, :, 0])), channels=1)
+def test_pixels_of_grey_images_are_writable():
+    """PyTorch warns of others, once in a process."""
+    array = _array(Image.fromarray(PIXELS[3, :, :, 0]), 1, (8, 8), 3)
+    assert array.flags.writeable
+    assert np.array_equal(array[0], PIXELS[3, :, :, 0])
 
 
 def test_unused_columns_are_told():
