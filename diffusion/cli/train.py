@@ -317,7 +317,7 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
             args.recipe = args.data
         chosen = args.recipe is None
         recipe = recipe_for_data(args) if chosen else load_recipe(args.recipe)
-        if args.recipe in SMALL:  # these mirror colour images only
+        if args.recipe in SMALL and args.data is not None:  # these mirror colour images only
             recipe = replace(recipe, horizontal_flip=channels_of(args) == 3)
         args.recipe_name, args.init_name = args.recipe, _absolute(args.init)
         if init is not None:
