@@ -342,8 +342,12 @@ def test_other_threads_do_not_handle_signals():
     thread = threading.Thread(target=recorded.run, args=(10,))
     thread.start()
     threading.Timer(0.1, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def wait():
         for _ in range(600):
             time.sleep(0.1)  # no signal interrupts a sleep here
+
+    with pytest.raises(KeyboardInterrupt):
+        wait()
     thread.join()
     assert out.any()
