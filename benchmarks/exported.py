@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusion.exporters.onnx import MIN_WEIGHT
+
 Evaluate = Callable[..., Tensor]  # the network's inputs -> its output
 
 
@@ -17,8 +19,7 @@ def export(network: nn.Module, inputs: Sequence[Tensor], path: Path) -> None:
     with torch.no_grad():
         program = torch.onnx.export(network.eval(), tuple(inputs), dynamo=True, verbose=False)
     assert program is not None
-    # Short tensors stay in the first file, since ONNX Runtime wants to read the sizes of a Split there.
-    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1 << 14)
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data", size_threshold_bytes=MIN_WEIGHT)
 
 
 def openvino(path: Path, precision: str) -> Evaluate:

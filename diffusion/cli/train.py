@@ -18,7 +18,7 @@ from ..evaluation.held_out import HeldOutDistance
 from ..models.config import UNetConfig
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
-from ..training.fitting import HELD_OUT_SHARE, MAX_HELD_OUT, SMALL, check_apart
+from ..training.fitting import HELD_OUT_SHARE, MAX_HELD_OUT, SMALL, check_apart, mirroring_colour
 from ..training.loop import STATE, check_free, train
 from ..training.outlook import disk_use, outlook
 from ..training.recipe import RECIPES, Recipe, changed, load_recipe
@@ -318,7 +318,7 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
         chosen = args.recipe is None
         recipe = recipe_for_data(args) if chosen else load_recipe(args.recipe)
         if args.recipe in SMALL and args.data is not None:  # these mirror colour images only
-            recipe = replace(recipe, horizontal_flip=channels_of(args) == 3)
+            recipe = mirroring_colour(recipe, args.recipe, channels_of(args))
         args.recipe_name, args.init_name = args.recipe, _absolute(args.init)
         if init is not None:
             recipe = recipe_for(init, recipe)

@@ -12,11 +12,10 @@ from ..data.image_folder import survey
 from ..data.image_set import SomeImages, Survey
 from ..models.config import UNetConfig
 from ..training.fitting import (
-    HELD_OUT_SHARE,
-    MAX_HELD_OUT,
     SMALL,
     about_classes,
     as_in_run,
+    held_out_by_default,
     labels_by_name,
     one_line_name,
     small_recipe,
@@ -129,7 +128,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         if not args.resume:
             recipe = with_classes(recipe, data, fixed)
     if args.hold_out is None:
-        few = min(MAX_HELD_OUT, len(data.images) // HELD_OUT_SHARE)
+        few = held_out_by_default(len(data.images))
         args.hold_out = 0 if validation is not None or args.resume else few
     whole_number("--hold-out", args.hold_out, 0, len(data.images) - 1)
     if args.hold_out and validation is not None:

@@ -44,7 +44,12 @@ def small_recipe(found: Survey) -> tuple[str, Recipe]:
     elif found.classes is not None:
         unet = unet | {"num_classes": found.classes}
     recipe, _ = with_channels(replace(recipe, unet=unet), found.channels, {}, name)
-    return name, replace(recipe, horizontal_flip=found.channels == 3)
+    return name, mirroring_colour(recipe, name, found.channels)
+
+
+def mirroring_colour(recipe: Recipe, name: str | None, channels: int) -> Recipe:
+    """The recipe of this name; one of SMALL mirrors images of three channels only."""
+    return replace(recipe, horizontal_flip=channels == 3) if name in SMALL else recipe
 
 
 def with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) -> tuple[Recipe, str]:
@@ -156,6 +161,11 @@ def check_apart(data: str | os.PathLike, out: str | os.PathLike, name: str = "da
             f"the run's folder {os.fspath(out)} lies in the {name} {os.fspath(data)}, whose images its "
             "sample grids would become; choose another folder by --out"
         )
+
+
+def held_out_by_default(count: int) -> int:
+    """The number of `count` images that are held out where nothing says how many."""
+    return min(MAX_HELD_OUT, count // HELD_OUT_SHARE)
 
 
 def split(count: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

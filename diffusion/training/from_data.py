@@ -21,13 +21,13 @@ from ..utils.device import resolve_device, torch_multiplies_bfloat16
 from ..utils.validation import known_names, refuse, shown, whole_number, whole_numbers
 from . import loop
 from .fitting import (
-    HELD_OUT_SHARE,
-    MAX_HELD_OUT,
     SMALL,
     about_classes,
     as_in_run,
     check_apart,
+    held_out_by_default,
     labels_by_name,
+    mirroring_colour,
     small_recipe,
     split,
     with_channels,
@@ -126,7 +126,7 @@ def train(
         )
     if recipe.unet.get("num_classes") is None:
         found, names = found._replace(labels=None), None
-    few = min(MAX_HELD_OUT, len(found.images) // HELD_OUT_SHARE)
+    few = held_out_by_default(len(found.images))
     if state is not None:
         few = whole_number("hold_out", state["command"].get("hold_out", 0), 0)
     held_out = few if hold_out is None else whole_number("hold_out", hold_out, 0, len(found.images) - 1)
@@ -204,9 +204,7 @@ def _read(
             fitted, _ = with_channels(load_recipe(recipe), found.channels, {}, "the data set")
             if not found.labelled:
                 fitted = replace(fitted, unet=fitted.unet | {"num_classes": None})
-            if str(recipe) in SMALL:  # these mirror colour images only
-                fitted = replace(fitted, horizontal_flip=found.channels == 3)
-            chosen.append((str(recipe), fitted))
+            chosen.append((str(recipe), mirroring_colour(fitted, str(recipe), found.channels)))
         config = UNetConfig.from_dict(chosen[0][1].unet)
         if found.size != config.image_shape:
             scaled = " (the middle square, scaled)"
