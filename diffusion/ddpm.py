@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
 from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from . import importers, kernels
+from . import importers
 from .importers.diffusers_words import refuse_call, refuse_keywords, refuse_loading, refuse_scheduler
 from .inference import loop
-from .inference.arguments import check_batch_size, check_functions, check_one_hot
+from .inference.arguments import check_batch_size, check_draws, check_functions, check_one_hot, threshold_of
 from .inference.batches import Interrupted, sample_in_batches
 from .inference.buffers import Batch, Noise
 from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
@@ -29,6 +28,7 @@ from .models.network import Network
 from .models.structure import config_of
 from .process.bound import VARIANCES, variational_bound_terms
 from .process.forward import q_sample
+from .process.images import check_images
 from .process.noise_levels import NoiseLevels, random_levels
 from .process.objective import drop_labels, loss_weight, random_timesteps, self_conditioned, target
 from .process.prediction import check_prediction_type
@@ -36,7 +36,7 @@ from .process.schedule import NoiseSchedule
 from .process.value_range import SIGNED, change_range, check_range
 from .samplers import SAMPLERS, StepTable, check_options, options_of
 from .samplers.inversion import inverse
-from .samplers.thresholding import thresholded_step
+from .samplers.model_defaults import check_values, refuse_strength
 from .storage import checkpoint, hub
 from .storage.given_images import given_images, given_mask
 from .storage.image_types import as_output, check_output
@@ -48,7 +48,6 @@ from .utils.validation import (
     choice,
     known_names,
     number,
-    readable,
     refuse,
     switch,
     typed,
@@ -60,7 +59,6 @@ THRESHOLD = ("dynamic_threshold", "dynamic_threshold_max")
 PRECISIONS = ("exact", "tf32", "fast")
 # Options of ddim that an inversion decides itself.
 NOT_INVERTED = {"eta", "clip", "strength", "guidance_scale", "prediction_type", "noise_in_last_step"}
-MAX_PIXEL = 10  # magnitude in an image to train on: standardised images pass, those of 0..255 do not
 
 
 class DDPM(nn.Module):
@@ -121,13 +119,13 @@ class DDPM(nn.Module):
         self.sampler_options = copy.deepcopy({} if sampler_options is None else sampler_options)
         for name, options in typed("sampler_options", self.sampler_options, dict).items():
             check_options(name, typed(f"sampler_options[{name!r}]", options, dict))
-            _refuse_strength(options)
-            _check_values(name, options, self.schedule)
+            refuse_strength(options)
+            check_values(name, options, self.schedule)
         self.sampler = copy.deepcopy(typed("sampler", sampler, dict | None))
         if self.sampler is not None:
             choice("sampler's name", self.sampler.get("name"), SAMPLERS)
-            _refuse_strength(self.sampler)
-            _threshold(*self._own_threshold(None))
+            refuse_strength(self.sampler)
+            threshold_of(*self._own_threshold(None))
             self.steps()  # raises where the steps or an option do not fit the model
         self.guidance_scale = number("guidance_scale", guidance_scale)
         self.guidance_rescale = number("guidance_rescale", guidance_rescale, 0, 1)
@@ -195,7 +193,7 @@ class DDPM(nn.Module):
 
         ValueError for images of another type, or, on the CPU, of values far outside [-1, 1].
         """
-        _check_images(x0)
+        check_images(x0)
         x0 = change_range(x0, self.value_range, self.diffused_range)
         if labels is not None and not isinstance(labels, torch.Tensor):
             raise ValueError(f"labels must be an int64 tensor [{len(x0)}], not {type(labels).__name__}")
@@ -427,7 +425,7 @@ class DDPM(nn.Module):
         guidance = self._guidance(guidance_scale, labels)
         if dynamic_threshold is None and "clip" not in sampler_options:
             dynamic_threshold, dynamic_threshold_max = self._own_threshold(sampler, dynamic_threshold_max)
-        threshold = _threshold(dynamic_threshold, dynamic_threshold_max)
+        threshold = threshold_of(dynamic_threshold, dynamic_threshold_max)
         if threshold is not None:
             sampler_options.setdefault("clip", None)
         if image is not None:
@@ -496,7 +494,7 @@ class DDPM(nn.Module):
         denoiser = self._denoiser(*where)
         if vectors is not None:
             denoiser = with_vectors(denoiser, vectors)
-        _check_backend(denoiser)
+        check_draws(denoiser)
         if where[3] != "reference":
             tell_of_plain_pytorch(denoiser.device)
         try:
@@ -813,64 +811,3 @@ def load(
     except ValueError as error:
         raise ValueError(f"the configuration of {name}: {error}") from error
     return model.to(device).eval()
-
-
-@cache
-def _thresholding(ratio: float, max_value: float) -> loop.Threshold:
-    """The same function each time, since captured steps are known by it."""
-    return partial(thresholded_step, ratio=ratio, max_value=max_value)
-
-
-def _threshold(ratio: float | None, max_value: float) -> loop.Threshold | None:
-    """`thresholded_step` with these arguments of `DDPM.sample`, or None without a ratio."""
-    max_value = number("dynamic_threshold_max", max_value, 1, infinite=True)
-    if ratio is None:
-        return None
-    return _thresholding(number("dynamic_threshold", ratio, 0, 1), max_value)
-
-
-def _check_backend(denoiser: Denoiser) -> None:
-    """ValueError with the reason where the backend cannot draw noise, before the first step."""
-    kernels.philox_normal((0, 1), seed=0, device=denoiser.device, backend=denoiser.backend)
-
-
-def _check_values(sampler: str, options: dict[str, Any], schedule: NoiseSchedule | NoiseLevels) -> None:
-    """ValueError unless a sampler takes the values of its options, whatever the schedule and the steps."""
-    try:
-        if isinstance(schedule, NoiseLevels):
-            SAMPLERS[sampler](schedule, prediction_type="sample", **options)
-        else:
-            # All T steps leave no room for an offset.
-            SAMPLERS[sampler](_any_schedule(), 10 if options.get("steps_offset") else None, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"sampler_options[{sampler!r}]: {error}") from None
-
-
-def _refuse_strength(options: dict[str, Any]) -> None:
-    """ValueError for an option that belongs to an image, where a model says how it samples from noise."""
-    if "strength" in options:
-        raise ValueError("strength is no option of a model; give it to sample, with an image")
-
-
-@cache
-def _any_schedule() -> NoiseSchedule:
-    return NoiseSchedule.linear()
-
-
-def _check_images(x0: torch.Tensor) -> None:
-    """ValueError for images that are not a tensor, an empty batch, bytes, or floats of 0..255."""
-    if not isinstance(x0, torch.Tensor):
-        raise ValueError(f"images must be a tensor [B, C, H, W], not {type(x0).__name__}")
-    if x0.ndim != 4 or len(x0) == 0:
-        raise ValueError(f"images must be [B, C, H, W] of at least one image, not {list(x0.shape)}")
-    if not x0.is_floating_point():
-        raise ValueError(f"images must be floats in [-1, 1], not {x0.dtype}; convert 0..255 by x / 127.5 - 1")
-    # On other devices reading values would synchronise.
-    if x0.device.type != "cpu" or not x0.numel() or not readable(x0):
-        return
-    low, high = x0.detach().aminmax()
-    if not -MAX_PIXEL <= low <= high <= MAX_PIXEL:
-        raise ValueError(
-            f"images must be in [-1, 1], and these reach from {low:.4g} to {high:.4g}; "
-            "convert 0..255 by x / 127.5 - 1"
-        )

@@ -1,11 +1,16 @@
 """Checks of arguments of `DDPM.sample`, with errors that say what usual mistakes should be."""
 
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..utils.validation import refuse, shown, whole_number
+from .. import kernels
+from ..samplers.thresholding import thresholded_step
+from ..utils.validation import number, refuse, shown, whole_number
+from .denoiser import Denoiser
+from .loop import Threshold
 
 
 def check_functions(noise: Any, callback: Any) -> None:
@@ -40,3 +45,22 @@ def check_one_hot(labels: Any, num_classes: int) -> None:
     if isinstance(labels, torch.Tensor | np.ndarray) and labels.ndim == 2:
         rows = "; of one-hot rows, take labels.argmax(1)" if labels.shape[1] == num_classes else ""
         raise ValueError(f"labels must be [N], a whole number for each image, not {shown(labels)}{rows}")
+
+
+def check_draws(denoiser: Denoiser) -> None:
+    """ValueError with the reason where the backend cannot draw noise, before the first step."""
+    kernels.philox_normal((0, 1), seed=0, device=denoiser.device, backend=denoiser.backend)
+
+
+@cache
+def _thresholding(ratio: float, max_value: float) -> Threshold:
+    """The same function each time, since captured steps are known by it."""
+    return partial(thresholded_step, ratio=ratio, max_value=max_value)
+
+
+def threshold_of(ratio: float | None, max_value: float) -> Threshold | None:
+    """`thresholded_step` with these arguments of `DDPM.sample`, or None without a ratio."""
+    max_value = number("dynamic_threshold_max", max_value, 1, infinite=True)
+    if ratio is None:
+        return None
+    return _thresholding(number("dynamic_threshold", ratio, 0, 1), max_value)
