@@ -1,7 +1,7 @@
 """Times networks that people hold, by PyTorch, `diffusion.accelerate`, OpenVINO and ONNX Runtime.
 
-Each network is a process of its own, in which all ways take turns on the same random weights. A way whose
-output differs is not timed. Writes JSON, and a page with a picture.
+Each network and precision is a process of its own, in which all ways take turns on the same random weights.
+A way whose output differs is not timed. Writes JSON, and a page with a picture.
 """
 
 import argparse
@@ -42,17 +42,23 @@ def measure_one(
     memory: bool,
     share: float,
 ) -> dict[str, dict]:
-    """The rows of one comparison. share: of the seconds that are spent on a comparison."""
+    """The rows of one comparison. share: of the seconds that are spent on a comparison.
+
+    The ways of one precision share a process, so that the largest network fits into memory.
+    """
     with tempfile.TemporaryDirectory(prefix="fused-diffusion-networks-") as folder:
         where = ["--threads", threads, "--folder", folder, "--batch", batch]
         where += (["--small"] if args.small else []) + ([] if size is None else ["--size", size])
         exported = not any(way in EXPORTED for way in args.ways) or in_a_process(*where, "--export", name)
         ways = [way for way in args.ways if exported or way not in EXPORTED]
-        rules = ["--seconds", args.seconds * share, "--repeats", args.repeats, "--steps", args.steps]
-        failed = {way: {"reason": "the comparison's process failed"} for way in ways}
-        rows = in_a_process(*where, *rules, "--ways", *ways, "--compare", name) or failed
-        assert isinstance(rows, dict)
-        rows |= {way: {"reason": "the export as ONNX failed"} for way in args.ways if way not in ways}
+        rows = {way: {"reason": "the export as ONNX failed"} for way in args.ways if way not in ways}
+        for single in (True, False):
+            group = [way for way in ways if WAYS[way].single == single]
+            seconds = args.seconds * share * len(group) / len(args.ways)
+            rules = ["--seconds", seconds, "--repeats", args.repeats, "--steps", args.steps]
+            failed = {way: {"reason": "the comparison's process failed"} for way in group}
+            found = in_a_process(*where, *rules, "--ways", *group, "--compare", name) if group else None
+            rows |= found if isinstance(found, dict) else failed
         for way, row in rows.items():
             if memory and "seconds" in row:
                 row["memory"] = in_a_process(*where, "--ways", way, "--measure-memory", name)

@@ -1,4 +1,4 @@
-"""One comparison: all ways of a network take turns in one process, on the same weights."""
+"""One comparison: ways of a network take turns in one process, on the same weights."""
 
 import functools
 from collections.abc import Sequence

@@ -130,8 +130,9 @@ def test_the_report(tmp_path):
     assert json.loads(paths[0].read_text()) == result
     text = paths[1].read_text()
     assert "| 8 | 2.50x | 1.8x | 2.00x | 1.5x | 4.00x |" in text  # 0.25 / 0.1, 0.1 / 0.05, 0.4 / 0.1
-    assert "| PyTorch | 400.00 | 0.0e+00 | 1.00 GiB | 4.00x | 8.00x |" in text
-    assert "| ONNX Runtime | ModuleNotFoundError: no onnxruntime | | | | |" in text
+    assert "| PyTorch | 400.00 | 0.0e+00 | 1.00 GiB | 4.00x |" in text
+    assert "| OpenVINO, bf16 | 100.00 | 1.0e-02 |  | 2.00x |" in text
+    assert "| ONNX Runtime | ModuleNotFoundError: no onnxruntime | | | |" in text
     assert "| batch (threads 2, size 32) | 1 | 2 |" in text
     assert "| accelerate, exact | 100.00 | 200.00 |" in text
     assert "![Time of an evaluation of each network](networks.png)" in text
@@ -140,6 +141,26 @@ def test_the_report(tmp_path):
 
 def test_precisions_choose_ways():
     assert command.parse(["--precisions", "bfloat16"]).ways == ["module, bf16", "fast", "OpenVINO, bf16"]
+
+
+def test_ways_of_a_precision_share_a_process(monkeypatch):
+    """The largest network in both precisions does not fit into a machine that holds either."""
+    started = []
+
+    def in_a_process(*words):
+        if "--compare" not in words:
+            return 1
+        started.append(list(words[words.index("--ways") + 1 : words.index("--compare")]))
+        return {way: {"seconds": 1.0} for way in started[-1]}
+
+    monkeypatch.setattr(command, "in_a_process", in_a_process)
+    args = command.parse(["--networks", "ddpm-cifar10", "--batches", "1", "--no-growth"])
+    (entry,) = command.measure(args)["networks"]
+    assert started == [
+        ["module", "exact", "OpenVINO", "ONNX Runtime"],
+        ["module, bf16", "fast", "OpenVINO, bf16"],
+    ]
+    assert list(entry["ways"]) == list(ways.WAYS)
 
 
 @pytest.mark.exhaustive
