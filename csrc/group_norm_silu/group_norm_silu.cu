@@ -11,7 +11,11 @@ namespace fused_diffusion {
 namespace {
 
 constexpr int kMaxThreads = 512;
-constexpr int kBatch = 4;  // packs that a thread loads at a time
+
+// Blocks of kMaxThreads on a multiprocessor, or twice as many of half as many threads: two leave a thread 64 registers,
+// with which kernels of float32 would spill.
+template <class T>
+constexpr int kMinBlocks = sizeof(T) == 2 ? 2 : 1;
 
 // A block's shared memory: numbers for each warp, group and channel, and the tile.
 template <class T>
@@ -46,51 +50,59 @@ __device__ __forceinline__ NormShared<T> shared_of(const NormTile<T, kChannelsLa
   return NormShared<T>(shared_memory, tile.groups, tile.padded_width(), tile.threads().room, 0);
 }
 
-// Copies the tile to shared memory, and computes the moments of x + add for each of its groups, in two passes.
+// Begins to copy the tile to shared memory, all of it at once. Every thread copies the packs that it reads later.
 template <class T, bool kChannelsLast>
-__device__ __forceinline__ void measure(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
-                                        const NormShared<T>& shared, bool vector) {
-  using Tiles = NormTile<T, kChannelsLast>;
+__device__ __forceinline__ void begin_copies(const NormTile<T, kChannelsLast>& tile, const NormArguments& args,
+                                             const NormShared<T>& shared, bool vector) {
   const T* x = static_cast<const T*>(args.x);
-  const int length = tile.group_size * tile.threads().room;
-  const double count = static_cast<double>(tile.group_size) * tile.positions();
+  tile.each_line([&](int, const Line& line) {
+    for (int i = 0; i < line.count; ++i) {
+      T* to = shared.tile + line.copy_of(i);
+      if (vector) {
+        copy_16_bytes(to, x + line.at_of(i), true);
+      } else {
+        store_aligned(to, load(x + line.at_of(i), line.items_of(i), false));
+      }
+    }
+  });
+  commit_copies();
+}
+
+// Computes the moments of x + add for each of the tile's groups, in two passes over its copy.
+template <class T, bool kChannelsLast>
+__device__ __forceinline__ void measure(const NormTile<T, kChannelsLast>& tile, const NormShared<T>& shared) {
+  using Tiles = NormTile<T, kChannelsLast>;
+  const int room = tile.threads().room, length = tile.group_size * room;
+  const double positions = tile.positions(), count = tile.group_size * positions;
+  // The sum of partial sums of group g, with `of_channel(c)` for each number of channel c.
+  const auto partial_sum = [&](int g, int i, const auto& of_channel) {
+    const double sum = shared.partial[0][g * length + i];
+    return i % room == 0 ? sum + positions * of_channel(g * tile.group_size + i / room) : sum;
+  };
+  wait_for_copies<0>();
   tile.each_line([&](int channel, const Line& line) {
-    float add[Tiles::kChannels], sums[Tiles::kChannels] = {};
-    Tiles::read(shared.add, channel, add);
-    for (int first = 0; first < line.count; first += kBatch) {
-      Pack<T> packs[kBatch];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int i = first + k;
-        if (i < line.count) packs[k] = load(x + line.at_of(i), line.items_of(i), vector);
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int i = first + k;
-        if (i >= line.count) break;
-        store_aligned(shared.tile + line.copy_of(i), packs[k]);
-        Tiles::each_item(line.items_of(i), [&](int j) {
-          sums[j % Tiles::kChannels] += to_float(packs[k].items[j]) + add[j % Tiles::kChannels];
-        });
-      }
+    float sums[Tiles::kChannels] = {};
+    for (int i = 0; i < line.count; ++i) {
+      const Pack<T> pack = load_aligned(shared.tile + line.copy_of(i));
+      Tiles::each_item(line.items_of(i), [&](int j) { sums[j % Tiles::kChannels] += to_float(pack.items[j]); });
     }
     tile.store_partial_sums(shared.partial[0], channel, line, sums);
   });
   sum_runs(
-      tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[0][g * length + i]; },
-      [&](int g, double sum) { shared.sums[g] = sum / count; });
+      tile.groups, length, shared.warps,
+      [&](int g, int i) { return partial_sum(g, i, [&](int c) -> double { return shared.add[c]; }); },
+      [&](int g, double sum) { shared.moments[g].mean = sum / count; });
   for (int c = threadIdx.x; c < tile.width; c += blockDim.x) {
-    shared.centre[c] = static_cast<float>(shared.sums[c / tile.group_size]);
+    shared.centre[c] = static_cast<float>(shared.moments[c / tile.group_size].mean - shared.add[c]);
   }
   __syncthreads();
   tile.each_line([&](int channel, const Line& line) {
-    float add[Tiles::kChannels], centre[Tiles::kChannels], sums[Tiles::kChannels] = {}, squares[Tiles::kChannels] = {};
-    Tiles::read(shared.add, channel, add);
+    float centre[Tiles::kChannels], sums[Tiles::kChannels] = {}, squares[Tiles::kChannels] = {};
     Tiles::read(shared.centre, channel, centre);
     for (int i = 0; i < line.count; ++i) {
       const Pack<T> pack = load_aligned(shared.tile + line.copy_of(i));
       Tiles::each_item(line.items_of(i), [&](int j) {
-        const float d = to_float(pack.items[j]) + add[j % Tiles::kChannels] - centre[j % Tiles::kChannels];
+        const float d = to_float(pack.items[j]) - centre[j % Tiles::kChannels];
         sums[j % Tiles::kChannels] += d;
         squares[j % Tiles::kChannels] = HardwareFma::fma(d, d, squares[j % Tiles::kChannels]);
       });
@@ -98,14 +110,18 @@ __device__ __forceinline__ void measure(const NormTile<T, kChannelsLast>& tile, 
     tile.store_partial_sums(shared.partial[0], channel, line, sums);
     tile.store_partial_sums(shared.partial[1], channel, line, squares);
   });
+  // The centre of a channel is that of its group but for a rounding error, which is added to the sum.
   sum_runs(
-      tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[0][g * length + i]; },
+      tile.groups, length, shared.warps,
+      [&](int g, int i) {
+        return partial_sum(g, i, [&](int c) {
+          return static_cast<double>(shared.centre[c]) + shared.add[c] - shared.moments[g].mean;
+        });
+      },
       [&](int g, double sum) { shared.sums[g] = sum; });
   sum_runs(
       tile.groups, length, shared.warps, [&](int g, int i) { return shared.partial[1][g * length + i]; },
-      [&](int g, double sum) {
-        shared.moments[g] = shifted_moments(count, shared.centre[g * tile.group_size], shared.sums[g], sum);
-      });
+      [&](int g, double sum) { shared.moments[g] = shifted_moments(count, shared.moments[g].mean, shared.sums[g], sum); });
 }
 
 template <class T, bool kChannelsLast>
@@ -116,6 +132,11 @@ __device__ __forceinline__ void read_add(const NormTile<T, kChannelsLast>& tile,
   }
   __syncthreads();
 }
+
+// Whether z is x * gain + offset, without a centre: the rounding error of a product of float32 is a small part of that
+// of x, where x has 16 bits.
+template <class T>
+constexpr bool kFolds = sizeof(T) == 2;
 
 // Computes the affine maps of the tile's channels and, if `results`, writes the statistics of its groups.
 template <class T, bool kChannelsLast>
@@ -135,7 +156,7 @@ __device__ __forceinline__ void map_channels(const NormTile<T, kChannelsLast>& t
         channel_map(moments.mean, args.add.at(tile.sample, tile.first_channel + c), rstd, to_z.slope, to_z.intercept);
     shared.centre[c] = map.centre;
     shared.gain[c] = map.gain;
-    shared.offset[c] = map.offset;
+    shared.offset[c] = kFolds<T> ? HardwareFma::fma(-map.centre, map.gain, map.offset) : map.offset;
   }
   __syncthreads();
 }
@@ -151,6 +172,7 @@ __device__ __forceinline__ void normalise(const NormTile<T, kChannelsLast>& tile
     Tiles::read(shared.centre, channel, centre);
     Tiles::read(shared.gain, channel, gain);
     Tiles::read(shared.offset, channel, offset);
+    constexpr int kBatch = kCopy ? 1 : 2;  // packs that a thread loads at a time
     for (int first = 0; first < line.count; first += kBatch) {
       Pack<T> packs[kBatch];
 #pragma unroll
@@ -168,7 +190,8 @@ __device__ __forceinline__ void normalise(const NormTile<T, kChannelsLast>& tile
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) {
           const int map = j % Tiles::kChannels;
-          const float z = HardwareFma::fma(to_float(packs[k].items[j]) - centre[map], gain[map], offset[map]);
+          const float x = to_float(packs[k].items[j]);
+          const float z = HardwareFma::fma(kFolds<T> ? x : x - centre[map], gain[map], offset[map]);
           values[j] = kSilu ? quotient<T>(z, one_plus_exp<T>(z)) : z;
         }
         store(y + line.at_of(i), rounded<T>(values), line.items_of(i), vector);
@@ -188,19 +211,20 @@ __device__ __forceinline__ void normalise(const NormTile<T, kChannelsLast>& tile
 }
 
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
     whole_kernel(const NormArguments args, const Division division, T* y) {
   const NormTile<T, kChannelsLast> tile(args, division);
   const NormShared<T> shared = shared_of(tile);
+  begin_copies(tile, args, shared, division.vector);
   read_add(tile, args, shared);
-  measure(tile, args, shared, division.vector);
+  measure(tile, shared);
   map_channels(tile, args, shared, true);
   normalise<true>(tile, args, shared, y, division.vector);
 }
 
 // moments: [N, chunks, G].
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
     moments_kernel(const NormArguments args, const Division division, Moments* moments) {
   NormTile<T, kChannelsLast> tile(args, division);
   moments += (tile.sample * division.chunks + tile.chunk) * args.groups + tile.first_group;
@@ -210,8 +234,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     tile.take(args, first, end - first < division.tile ? end - first : division.tile);
     const NormShared<T> shared = shared_of(tile);
     __syncthreads();  // until no thread reads the tile before
+    begin_copies(tile, args, shared, division.vector);
     read_add(tile, args, shared);
-    measure(tile, args, shared, division.vector);
+    measure(tile, shared);
     for (int g = threadIdx.x; g < tile.groups; g += blockDim.x) {
       moments[g] = first == begin ? shared.moments[g] : merge(moments[g], shared.moments[g]);
     }
@@ -219,7 +244,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }
 
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T>)
     apply_kernel(const NormArguments args, const Division division, T* y, const Moments* moments) {
   const NormTile<T, kChannelsLast> tile(args, division);
   const NormShared<T> shared = shared_of(tile);

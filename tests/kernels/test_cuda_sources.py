@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -56,15 +58,32 @@ def disassembler() -> str | None:
     return found
 
 
+class MachineCode(NamedTuple):
+    """Of a kernel: its registers, and its instructions with their addresses and, of a branch, the target."""
+
+    registers: int
+    instructions: list[tuple[int, str, int | None]]
+
+    def counts(self) -> Counter[str]:
+        return Counter(name for _, name, _ in self.instructions)
+
+    def loops(self) -> Iterator[Counter[str]]:
+        """The instructions of each loop, with those of the loops in it."""
+        for end, name, begin in self.instructions:
+            if name == "BRA" and begin is not None and begin < end:
+                yield Counter(name for at, name, _ in self.instructions if begin <= at <= end)
+
+
 @functools.cache
-def instructions(source: str) -> dict[str, Counter[str]]:
-    """Of each kernel in csrc/<source> for sm_90a, by its mangled name: how often it has each instruction."""
+def machine_code(source: str) -> dict[str, MachineCode]:
+    """Each kernel in csrc/<source> for sm_90a, by its mangled name."""
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "x.cubin")
-        compile_device_code(CSRC / source, cubin, "-cubin", "-arch=sm_90a")
+        flags = ("-cubin", "-arch=sm_90a", "-Xptxas", "-v")
+        report = compile_device_code(CSRC / source, cubin, *flags)
         path = os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])
         run = subprocess.run(
             [tool, "-sass", cubin],
@@ -73,14 +92,27 @@ def instructions(source: str) -> dict[str, Counter[str]]:
             check=True,
             env=os.environ | {"PATH": path},
         )
-    line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)")
+    registers = dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL))
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)\S*(?: [^;]*?0x([0-9a-f]+))?[^;]*;")
     kernels = (part.split("\n", 1) for part in run.stdout.split("Function : ")[1:])
-    return {name: Counter(op for op in line.findall(text) if op != "NOP") for name, text in kernels}
+    found = {}
+    for name, text in kernels:
+        listed = [
+            (int(at, 16), op, int(target, 16) if target and op == "BRA" else None)
+            for at, op, target in line.findall(text)
+            if op != "NOP"
+        ]
+        found[name] = MachineCode(int(registers[name]), listed)
+    return found
+
+
+def code_of(source: str, kernel: str) -> MachineCode:
+    (code,) = (code for name, code in machine_code(source).items() if kernel in name)
+    return code
 
 
 def counts_of(source: str, kernel: str) -> Counter[str]:
-    (counts,) = (counts for name, counts in instructions(source).items() if kernel in name)
-    return counts
+    return code_of(source, kernel).counts()
 
 
 def test_a_reverse_step_divides_once_at_most():
@@ -94,16 +126,36 @@ def test_a_reverse_step_divides_once_at_most():
     assert one.total() <= 2900
 
 
+NORM = "group_norm_silu/group_norm_silu.cu"
+
+
 @pytest.mark.exhaustive
-def test_a_norm_converts_by_instructions_and_knows_its_shared_memory():
-    for kernel in ("whole", "moments", "apply"):
-        counts = counts_of("group_norm_silu/group_norm_silu.cu", f"{kernel}_kernelINS_8BFloat16ELb1E")
-        assert counts["LD"] == counts["ST"] == 0  # generic accesses; there were 38 and 62
-        assert counts["LDS"]
-        if kernel != "moments":
-            assert counts["F2FP"] >= 16  # two numbers at a time
-            assert counts["FSETP"] <= 40  # it was 140, for subnormal numbers
-            assert counts.total() <= 5000  # it was 5898
+@pytest.mark.parametrize("kernel", ["whole", "moments", "apply"])
+def test_a_norm_fits_four_times_on_a_multiprocessor(kernel):
+    code = code_of(NORM, f"{kernel}_kernelINS_8BFloat16ELb1E")
+    counts = code.counts()
+    assert code.registers <= 64  # of 256 threads in each of four blocks; it was 126
+    assert counts["LD"] == counts["ST"] == 0  # generic accesses; there were 38 and 62
+    assert counts["LDS"]
+    assert (counts["LDGSTS"] > 0) == (kernel != "apply")  # asynchronous copies into shared memory
+    assert counts["FSETP"] <= 40  # it was 140, for subnormal numbers
+    assert counts.total() <= 3800  # it was 5898
+
+
+@pytest.mark.exhaustive
+def test_instructions_of_a_norm_for_each_number():
+    """In the loops over the numbers of a tile: sum, squares, and normalisation with SiLU."""
+    code = code_of(NORM, "whole_kernelINS_8BFloat16ELb1E")
+    # What each pass does once for each number, or of F2FP for two, and not at all.
+    passes = {"sum": ("FADD", 1, "FFMA"), "squares": ("FFMA", 1, "MUFU"), "normalise": ("F2FP", 2, "FSETP")}
+    of_a_number = {}
+    for name, (once, numbers, never) in passes.items():
+        loops = [loop for loop in code.loops() if loop[once] >= 4 and loop[never] == 0]
+        loops = [loop for loop in loops if (loop["MUFU"] > 0) == (name == "normalise")]
+        of_a_number[name] = min(loop.total() / (numbers * loop[once]) for loop in loops)
+    assert of_a_number["sum"] <= 4  # it was 15
+    assert of_a_number["squares"] <= 6
+    assert of_a_number["normalise"] <= 11.5  # it was 45
 
 
 def test_normals_are_the_same_operations_as_on_the_cpu(tmp_path):
