@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.kernels import attention, group_norm_silu, reverse_step_, step_counter
 from diffusion.kernels._tolerance import wrong
+from diffusion.kernels.ops.biased_sum.library import biased_sum_
 from diffusion.kernels.ops.reverse_step import StepCoefficients
 
 from . import device
@@ -29,6 +30,7 @@ NORMS = (
     (128, 32), (128, 16), (256, 16), (256, 8), (256, 4), (512, 4), (512, 8), (512, 16), (384, 16), (384, 32),
     (256, 32),
 )  # fmt: skip
+SUMS = ((128, 32), (256, 16))  # channels and side of maps with residuals
 ROW = StepCoefficients(
     500,
     3.0,
@@ -89,12 +91,13 @@ def problems(dry_run: bool) -> list[Problem]:
         *(step(batch) for batch in STEP_BATCHES),
         *(attend(batch, *sizes) for sizes in ATTENTION for batch in BATCHES),
         *(norm(batch, *sizes) for sizes in NORMS for batch in BATCHES),
+        *(summed(batch, *sizes) for sizes in SUMS for batch in BATCHES),
     ]
     if not dry_run:
         return real
     for problem in real:
         rehearse(problem)
-    return [step(2, 8), attend(2, 16, 32), norm(2, 32, 8)]
+    return [step(2, 8), attend(2, 16, 32), norm(2, 32, 8), summed(2, 32, 8)]
 
 
 def rehearse(problem: Problem) -> None:
@@ -136,6 +139,27 @@ def attend(batch: int, positions: int, width: int) -> Problem:
     return Problem("attention", shape, call, attention, peers, nbytes, output_is_wrong)
 
 
+def summed(batch: int, channels: int, side: int) -> Problem:
+    """Bias and residual, written into the first half of the channels that a later block reads joined."""
+
+    def call(where: Any, dtype: torch.dtype) -> Call:
+        def last(count: int) -> torch.Tensor:
+            x = torch.randn(batch, count, side, side, device=where, dtype=dtype)
+            return x.contiguous(memory_format=torch.channels_last)
+
+        bias = torch.randn(channels, device=where, dtype=dtype)
+        return (last(channels), bias, last(channels), last(2 * channels)[:, :channels]), {}
+
+    def ours(x, bias, residual, out, *, backend):
+        biased_sum_(x, bias, residual, out)
+
+    def peer(x, bias, residual, out):
+        torch.add(x + bias[:, None, None], residual, out=out)
+
+    shape, nbytes = (batch, channels, side, side), 6 * batch * channels * side * side
+    return Problem("biased_sum_", shape, call, ours, {"torch": peer}, nbytes, sum_is_wrong)
+
+
 def step(batch: int, side: int = 32) -> Problem:
     """The guided step of a captured graph, on the output of a network in channels_last."""
 
@@ -172,6 +196,15 @@ def output_is_wrong(problem: Problem, call: Call, backend: str) -> str | None:
     expected = problem.ours(*exact, backend="reference", **kwargs)
     peer = problem.ours(*args, backend="reference", **kwargs)
     return wrong(problem.ours(*args, backend=backend, **kwargs), peer, expected)
+
+
+def sum_is_wrong(problem: Problem, call: Call, backend: str) -> str | None:
+    """The sum is rounded once."""
+    x, bias, residual, out = call[0]
+    problem.ours(*call[0], backend=backend)
+    expected = x.double() + bias.double()[:, None, None] + residual.double()
+    excess = (out - expected).abs() - 0.51 * torch.finfo(out.dtype).eps * expected.abs()
+    return None if excess.max().item() <= 1e-6 else f"it differs by {excess.max().item():.3g} from the sum"
 
 
 def step_is_wrong(problem: Problem, call: Call, backend: str) -> str | None:

@@ -12,7 +12,9 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
+from diffusion.kernels._native import CPP_MISSING
 from diffusion.kernels.ops.biased_sum.library import biased_sum_
+from diffusion.kernels.ops.reverse_step.library import step_embeddings_
 
 device = sys.argv[1]
 backend = "cuda" if device == "cuda" else "auto"
@@ -50,6 +52,11 @@ for dtype in (torch.float32, torch.bfloat16):
         bias = normal(channels, dtype=dtype).detach()
         biased_sum_(x, bias, residual, wide[:, :channels], wide[:, -channels:], scale=2)
         biased_sum_(x, None, residual, x, residual)
+if device == "cuda" or not CPP_MISSING:
+    for width in (6, 520):
+        embeddings, index = torch.randn(4, 3, width).to(device), torch.tensor([2, 0, 1]).to(device)
+        out = torch.empty(3, width, device=device)
+        step_embeddings_(embeddings, step_counter(0, device=device), index, out)
 philox_normal((3, 3, 17, 9), seed=7, device=device, backend=backend)
 if device == "cuda":
     torch.cuda.synchronize()

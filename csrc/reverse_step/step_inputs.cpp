@@ -3,45 +3,31 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstring>
 
 #include "common/channels_last.h"
 #include "common/parallel.h"
+#include "reverse_step/step_embeddings.h"
 #include "runtime/recorded_calls.h"
 
 namespace fused_diffusion {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBytesPerThread = 1 << 18;
 
 void step_embeddings_(const Tensor& embeddings, const Tensor& counter, const Tensor& label_index, Tensor out) {
-  STD_TORCH_CHECK(embeddings.dim() == 3 && embeddings.is_contiguous() && embeddings.size(0) > 0,
-                  "embeddings must be contiguous [steps, labels, E], of at least one step");
-  STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 4 && counter.is_contiguous(),
-                  "counter must be contiguous int64 [4]");
-  STD_TORCH_CHECK(label_index.scalar_type() == ScalarType::Long && label_index.dim() == 1 && label_index.is_contiguous(),
-                  "label_index must be contiguous int64 [B]");
-  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == embeddings.scalar_type() &&
-                      out.size(0) == label_index.size(0) && out.size(1) == embeddings.size(2),
-                  "out must be contiguous [B, E], of the dtype of embeddings");
-  const int64_t steps = embeddings.size(0), labels = embeddings.size(1), images = out.size(0);
-  const int64_t row = embeddings.size(2) * embeddings.element_size();
-  const char* from = static_cast<const char*>(embeddings.const_data_ptr());
-  const int64_t* step = static_cast<const int64_t*>(counter.const_data_ptr());
-  const int64_t* index = static_cast<const int64_t*>(label_index.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const EmbeddingArguments args = embedding_arguments(embeddings, counter, label_index, out);
   const auto call = [=] {
-    STD_TORCH_CHECK(*step >= 0, "the counter is at step ", *step);
-    const char* rows = from + *step % steps * labels * row;
-    divide_work(images, row, kBytesPerThread, [&](int64_t begin, int64_t end) {
+    STD_TORCH_CHECK(*args.step >= 0, "the counter is at step ", *args.step);
+    const char* rows = args.embeddings + *args.step % args.steps * args.labels * args.row;
+    divide_work(args.images, args.row, kBytesPerThread, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        STD_TORCH_CHECK(index[i] >= 0 && index[i] < labels, "label_index is outside of the ", labels, " labels");
-        memcpy(to + i * row, rows + index[i] * row, row);
+        const int64_t label = args.label_index[i];
+        STD_TORCH_CHECK(label >= 0 && label < args.labels, "label_index is outside of the ", args.labels, " labels");
+        memcpy(args.out + i * args.row, rows + label * args.row, args.row);
       }
     });
   };

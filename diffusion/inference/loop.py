@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels._native import CPP_MISSING
+from ..kernels import _native
 from ..samplers.guidance import project_guidance, rescale_guidance
 from ..samplers.table import StepTable
 from ..samplers.thresholding import Threshold
@@ -181,7 +181,9 @@ def evaluate(denoiser: Denoiser, buffers: SamplerBuffers, step: Step) -> tuple[T
     inputs = buffers.inputs(step.guided)  # [B or 2 B, C, H, W]
     images = 2 * buffers.batch_size if step.guided else buffers.batch_size
     if isinstance(denoiser.unet, SplitUNet):
-        compiled = denoiser.device.type == "cpu" and denoiser.backend in ("auto", "cpp") and not CPP_MISSING
+        library = {"cpu": ("cpp", _native.CPP_MISSING), "cuda": ("cuda", _native.CUDA_MISSING)}
+        backend, missing = library.get(denoiser.device.type, (None, None))
+        compiled = denoiser.backend in ("auto", backend) and not missing and backend is not None
         output = denoiser.unet.denoise(inputs, buffers.step_embedding(images, compiled))
     else:  # user code may keep or change its arguments, so it gets copies
         output = denoiser.unet(

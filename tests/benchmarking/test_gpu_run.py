@@ -294,7 +294,8 @@ def test_a_dry_run_goes_through_all_parts(tmp_path):
     assert sampled == {
         (precision, g, n) for precision in ("fast", "exact") for g in (1.0, 3.0) for n in (1, 2)
     }
-    assert {row["op"] for row in rows if "op" in row} == {"reverse_step_", "attention", "group_norm_silu"}
+    timed = {"reverse_step_", "attention", "group_norm_silu", "biased_sum_"}
+    assert {row["op"] for row in rows if "op" in row} == timed
     assert {row["way"] for row in rows if "way" in row} == {"eager", "graph", "compiled"}
     assert {row["loop"] for row in rows if "loop" in row} == {"ours", "diffusers"}
 

@@ -25,6 +25,7 @@ KINDS = {
     "constant_pad_nd": "padding",
     "index_select": "embedding",
     "remainder": "embedding",
+    "step_embeddings_": "embedding",
     "reverse_step_": "reverse step",
 }
 

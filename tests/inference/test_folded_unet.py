@@ -129,8 +129,8 @@ def test_kernels_and_bytes_of_a_step(capsys):
             print(
                 f"\nDDPM's network for CIFAR-10, one step in bfloat16, 512 images: {name}\n{counts.table()}"
             )
-    assert modules.kernels.total() == 304
+    assert modules.kernels.total() == 302
     assert modules.bytes.total() == pytest.approx(34.6e9, rel=0.02)
-    assert folded.kernels.total() <= 180
+    assert folded.kernels.total() == 168  # the goal was 180
     assert folded.bytes.total() <= 25e9
     assert not {"copy of a weight", "copy of a map", "concatenation", "padding"} & set(folded.kernels)

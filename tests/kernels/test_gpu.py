@@ -20,6 +20,7 @@ from diffusion.kernels.ops.biased_sum.library import biased_sum_
 from diffusion.kernels.ops.group_norm_silu.cases import CASES as NORM_CASES
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
 from diffusion.kernels.ops.reverse_step.cases import EPSILON
+from diffusion.kernels.ops.reverse_step.library import step_embeddings_
 from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
@@ -131,6 +132,15 @@ def test_biased_sum(scale, dtype):
         biased_sum_(*given, wide[:, :16], wide[:, -16:], scale=scale)
         results.append(wide.cpu())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("width", [6, 520])
+def test_embeddings_of_a_step(width):
+    embeddings, index = torch.randn(4, 3, width, device="cuda"), torch.tensor([2, 0, 1], device="cuda")
+    counter, out = step_counter(0, device="cuda"), torch.zeros(3, width, device="cuda")
+    counter[0] = 11
+    step_embeddings_(embeddings, counter, index, out)
+    assert torch.equal(out, embeddings[3][index])
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

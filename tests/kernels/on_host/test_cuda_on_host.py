@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusion.kernels import philox_normal, reverse_step_, step_counter
+from diffusion.kernels._library import define
 from diffusion.kernels.ops.philox import library as philox
 from diffusion.kernels.ops.reverse_step import library as step
 from diffusion.kernels.ops.reverse_step.arguments import Arguments
@@ -24,6 +25,10 @@ OPS = torch.ops.fused_diffusion
 
 philox.define("on_host_philox_normal")
 step.define("on_host_reverse_step")
+define(
+    "on_host_step_embeddings_",
+    "(Tensor embeddings, Tensor counter, Tensor label_index, Tensor(a!) out) -> ()",
+)
 
 
 def misaligned(t):
@@ -123,3 +128,24 @@ def test_reverse_step_in_place(channels_last, dtype):
     torch.testing.assert_close((x, x0), (expected_x, expected_x0), rtol=1e-5, atol=1e-5)
     assert torch.equal(unet_input, torch.cat([x, x]).to(dtype))
     assert torch.equal(counter, expected_counter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [1, 6, 520])
+@pytest.mark.parametrize("shift", [lambda t: t, misaligned], ids=["aligned", "misaligned"])
+def test_embeddings_of_a_step(shift, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = shift(torch.randn(4, 3, width, dtype=dtype, generator=generator))
+    index, counter = torch.tensor([2, 0, 0, 1, 2]), step_counter(0)
+    for now in (0, 3, 11):
+        counter[0] = now
+        out = shift(torch.zeros(5, width, dtype=dtype))
+        OPS.on_host_step_embeddings_(embeddings, counter, index, out)
+        assert torch.equal(out, embeddings[now % 4][index])
+
+
+def test_a_label_without_an_embedding_gives_nan():
+    """A kernel cannot refuse it, and must not read beyond its tensor."""
+    out, index = torch.zeros(3, 8), torch.tensor([-1, 1, 3])
+    OPS.on_host_step_embeddings_(torch.ones(4, 3, 8), step_counter(0), index, out)
+    assert out.isnan().all(1).tolist() == [True, False, True]
