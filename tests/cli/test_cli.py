@@ -1,8 +1,6 @@
 """The command line: what it writes, and one line and status 2 for what it cannot do."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from diffusion.cli.options import parse_labels
 from diffusion.inference import loop
 from diffusion.samplers import SAMPLERS, ddim
 from helpers.models import make_model
+from helpers.processes import start_python
 
 
 @pytest.fixture(autouse=True)
@@ -270,9 +269,9 @@ def test_names_that_are_no_text(tmp_path):
     except ValueError:
         pytest.skip("this file system takes names of UTF-8 only")
 
-    code = f"""if True:
+    code = """if True:
         import os, sys
-        sys.path[:] = {sys.path!r}
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict")
         from diffusion.cli import main
         model, out = sys.argv[1:]
         main(["sample", "--model", model, "--steps", "2", "--out", out])
@@ -280,23 +279,23 @@ def test_names_that_are_no_text(tmp_path):
         print("unlinked", file=sys.stderr)
         main(["info", "--model", model])
     """
-    command = [sys.executable, "-c", code, str(model), str(out)]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert "\\udcff.png: 20 images" in done.stdout
-    assert done.returncode == 2, done.stderr
-    error = done.stderr.partition("unlinked\n")[2]
+    process = start_python(code, str(model), str(out), environment=os.environ | {"OMP_NUM_THREADS": "1"})
+    output, errors = process.communicate(timeout=120)
+    assert "\\udcff.png: 20 images" in output
+    assert process.returncode == 2, errors
+    error = errors.partition("unlinked\n")[2]
     assert error.count("\n") == 1
     assert "mod\\udce8le/model.safetensors is missing" in error
 
 
 def test_the_module_is_the_command():
-    words = [sys.executable, "-m", "diffusion", "sample", "--model", "digits", "--labels", "x"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr == "diffusion: unknown label 'x'; write numbers and ranges, such as 0-9 or 3 1 4\n"
+    """As `python -m diffusion` runs it."""
+    code = "import runpy; runpy.run_module('diffusion', run_name='__main__', alter_sys=True)"
+    process = start_python(code, "sample", "--model", "digits", "--labels", "x")
+    output, errors = process.communicate()
+    assert process.returncode == 2
+    assert output == ""
+    assert errors == "diffusion: unknown label 'x'; write numbers and ranges, such as 0-9 or 3 1 4\n"
 
 
 def test_help_names_every_command(capsys):

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+from helpers.processes import start_python
 from helpers.unet2d import SMALL, original
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,16 +44,17 @@ def cache(home: Path, name: str, folder: Path) -> None:
             link.symlink_to(os.path.relpath(blob, link.parent))
 
 
-def run(home: Path, *arguments: str, offline: bool = True) -> subprocess.CompletedProcess:
+def run(home: Path, code: str, *arguments: str, offline: bool = True) -> tuple[int, str, str]:
+    """The exit status, standard output and standard error of a process with this cache."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
     }
     # Nothing listens on port 9, in case that the cache does not suffice.
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=240, env=environment
-    )
+    process = start_python(code, *arguments, environment=environment)
+    output, errors = process.communicate(timeout=240)
+    return process.returncode, output, errors
 
 
 def test_repositories_in_the_cache(tmp_path):
@@ -71,10 +71,10 @@ def test_repositories_in_the_cache(tmp_path):
     flags["owner/bare"] = {"schedule": "linear"}
     for name in flags:
         cache(home, name, tmp_path / name.removeprefix("owner/"))
-    result = run(home, "-W", "ignore", "-c", OUTPUTS, json.dumps(flags))
-    assert result.returncode == 0, result.stderr
+    status, output, errors = run(home, OUTPUTS, json.dumps(flags))
+    assert status == 0, errors
     expected = outputs(model)
-    lines = result.stdout.splitlines()
+    lines = output.splitlines()
     assert len(lines) == len(flags)
     for line in lines:
         assert (torch.tensor(json.loads(line)) - expected).abs().max() <= 1e-5
@@ -86,10 +86,11 @@ def test_repositories_in_the_cache(tmp_path):
 def test_repositories_that_are_not_there(offline, tmp_path):
     """One line, exit status 2, and nothing is written."""
     out = tmp_path / "out"
-    arguments = ("-m", "diffusion", "import", "hf:owner/name", "--out", str(out))
-    result = run(tmp_path / "home", *arguments, offline=offline)
-    assert result.returncode == 2
-    assert result.stderr.startswith("diffusion: cannot fetch hf:owner/name: ")
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+    code = "import sys; from diffusion.cli import main; main(sys.argv[1:])"
+    arguments = ("import", "hf:owner/name", "--out", str(out))
+    status, output, errors = run(tmp_path / "home", code, *arguments, offline=offline)
+    assert status == 2
+    assert errors.startswith("diffusion: cannot fetch hf:owner/name: ")
+    assert errors.count("\n") == 1
+    assert output == ""
     assert not out.exists()

@@ -5,22 +5,20 @@ import contextvars
 import copy
 import gc
 import pickle
-import subprocess
 import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
-import diffusion
 from diffusion.kernels import StepCoefficients, _native, reverse_step_, step_counter
 from diffusion.kernels._recorded_calls import recording
 from diffusion.kernels.ops.convolution.library import convolution_
 from diffusion.kernels.ops.convolution.packing import choose_packing, pack
 from diffusion.kernels.ops.group_norm_silu.library import group_norm_affine_
+from helpers.processes import start_python
 
 pytestmark = pytest.mark.skipif(_native.CPP_MISSING is not None, reason=str(_native.CPP_MISSING))
 
@@ -281,10 +279,10 @@ def test_an_operator_without_memory_raises_memory_error():
         calls.run()
         print(said, bool((out[:, :, 1:-1, 1:-1] == 576).all()))
     """
-    folder = Path(diffusion.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "MemoryError('std::bad_alloc') True\n"
+    process = start_python(code)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output == "MemoryError('std::bad_alloc') True\n"
 
 
 def test_recorded_calls_run_within_other_recorded_calls():

@@ -1,7 +1,6 @@
 """Released weights: they leave memory, and everything still works on them."""
 
 import copy
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import nn
 import diffusion
 from diffusion.planner.release import ReleasedWeights
 from helpers.native import requires_native
+from helpers.processes import start_python
 
 
 def network(channels: int = 16) -> nn.Module:
@@ -105,8 +105,10 @@ with torch.no_grad():
 @requires_native
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_memory_falls_by_the_weights():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    freed, added = map(int, run.stdout.split())
+    process = start_python(MEMORY)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    freed, added = map(int, output.split())
     size = 24 * 1024 * 1024 * 4
     assert freed >= 0.9 * size
     assert added <= 2 * size  # the packed weights: in int8 limbs three bytes of four, at most float32

@@ -1,7 +1,8 @@
-import subprocess
 import sys
 
 import pytest
+
+from helpers.processes import start_python
 
 FAULTS = """
 import resource
@@ -25,7 +26,9 @@ print(given_back, faults())
 @pytest.mark.skipif(sys.platform != "linux", reason="it is for glibc")
 def test_kept_memory_costs_no_page_faults():
     """Blocks of 48 MiB, larger than any that glibc keeps of its own accord."""
-    output = subprocess.check_output([sys.executable, "-c", FAULTS], text=True)
+    process = start_python(FAULTS)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
     given_back, kept = map(int, output.split())
     if given_back < 1000:
         pytest.skip("this system's C library keeps large blocks anyway, or its pages are huge")

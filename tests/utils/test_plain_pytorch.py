@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -13,6 +11,7 @@ from diffusion.kernels import _native
 from diffusion.utils import plain_pytorch
 from helpers.models import make_model
 from helpers.paths import ROOT
+from helpers.processes import start_python
 
 
 @pytest.fixture
@@ -55,12 +54,14 @@ def test_sampling_tells(told, backend, times):
     assert len(told(lambda: model.sample(steps=1, backend=backend), "g++ is missing")) == times
 
 
-def test_commands_without_the_library(tmp_path):
+def test_commands_without_the_library(tmp_path, monkeypatch):
     """One line on stderr for both, and "fast" computes in float32, so that it is as fast as "exact"."""
     for name in ("diffusion", "kernels"):
         ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     code = """if True:
+        import sys
+        sys.path.insert(0, ".")
         import torch, diffusion
         from diffusion.cli import main
         main(["sample", "--steps", "1", "--num", "1", "--precision", "fast", "--out", "a.png"])
@@ -72,10 +73,10 @@ def test_commands_without_the_library(tmp_path):
         with torch.no_grad():
             assert torch.equal(diffusion.accelerate(net, precision="fast")(x), expected)
     """
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "plain PyTorch" in line]
+    monkeypatch.chdir(tmp_path)
+    process = start_python(code, environment=os.environ | {"OMP_NUM_THREADS": "1"})
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    lines = [line for line in errors.splitlines() if "plain PyTorch" in line]
     assert len(lines) == 1
     assert lines[0].startswith("diffusion: warning: plain PyTorch computes here, which is slower: ")
