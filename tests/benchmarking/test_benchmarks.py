@@ -116,21 +116,27 @@ def test_the_report(pair, tmp_path):
     assert [path.suffix for path in paths[2:]] == [".png", ".png"]
 
 
-def test_training_loops_agree_and_are_timed():
+@pytest.fixture(scope="module")
+def training_loops():
+    """Three loops that train the same network, and one whose loss is of another."""
+    names = ["ours, float32", "plain PyTorch loop", "diffusers", "wrong"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(training.LOOPS, "wrong", lambda pair, size, device: lambda: 9.0)
+        return training.measure("mnist", 16, "cpu", names, 0.1)
+
+
+def test_training_loops_agree_and_are_timed(training_loops):
     """The first losses are of the same network: about what noise images and its random targets give."""
-    names = ["ours, float32", "plain PyTorch loop", "diffusers"]
-    found = training.measure("mnist", 16, "cpu", names, 0.1)
-    assert found["batch"] == 16
-    rows = found["loops"]
-    for name in names:
+    assert training_loops["batch"] == 16
+    rows = training_loops["loops"]
+    for name in ("ours, float32", "plain PyTorch loop", "diffusers"):
         assert rows[name]["images/s"] == pytest.approx(16 / rows[name]["seconds"])
 
 
-def test_a_loop_with_another_loss_is_not_timed(monkeypatch):
-    monkeypatch.setitem(training.LOOPS, "wrong", lambda pair, size, device: lambda: 9.0)
-    rows = training.measure("mnist", 16, "cpu", ["ours, float32", "diffusers", "wrong"], 0.1)["loops"]
-    assert "seconds" not in rows["wrong"]
-    assert rows["wrong"]["reason"]
+def test_a_loop_with_another_loss_is_not_timed(training_loops):
+    row = training_loops["loops"]["wrong"]
+    assert "seconds" not in row
+    assert row["reason"]
 
 
 @pytest.mark.exhaustive

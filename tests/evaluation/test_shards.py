@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 import tracemalloc
@@ -71,11 +72,17 @@ def shards_of(out) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """The shards of one rank with one thread: this process has one."""
+def whole_folder(folder, tmp_path_factory):
+    """A run of one rank with one thread: this process has one."""
     out = tmp_path_factory.mktemp("whole") / "out"
     main(["sample", "--model", str(folder), "--out", f"{out}/", *OPTIONS])
-    return shards_of(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(whole_folder):
+    """The shards of that run."""
+    return shards_of(whole_folder)
 
 
 def test_shards_hold_the_images_of_their_ids(whole, folder, tmp_path):
@@ -342,9 +349,9 @@ def test_numbers_of_numpy_and_torch_are_those_of_python(tmp_path):
         (["--precision", "fast"], "another precision"),
     ],
 )
-def test_a_folder_of_other_settings_is_refused(changes, expected, folder, tmp_path, capsys):
+def test_a_folder_of_other_settings_is_refused(changes, expected, whole_folder, folder, tmp_path, capsys):
+    shutil.copytree(whole_folder, tmp_path / "out")
     words = ["sample", "--model", str(folder), "--out", str(tmp_path / "out"), *OPTIONS]
-    main(words)
     before = shards_of(tmp_path / "out")
     with pytest.raises(SystemExit) as caught:
         main([*words, *changes])

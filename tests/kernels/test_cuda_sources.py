@@ -34,14 +34,23 @@ def compile_device_code(source: Path, output: Path, *flags: str) -> str:
     return result.stderr
 
 
+@functools.cache
+def cubin(source: Path, arch: str) -> tuple[bytes, str]:
+    """The device code of a source, compiled once, and what ptxas says of its registers."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "x.cubin")
+        report = compile_device_code(source, output, "-cubin", f"-arch={arch}", "-Xptxas", "-v")
+        return output.read_bytes(), report
+
+
 @pytest.mark.parametrize("arch", exhaustive_but(["sm_80", "sm_90a"], default=["sm_90a"]))
 @pytest.mark.parametrize(
     "source",
     exhaustive_but(sorted(CSRC.rglob("*.cu")), default=[CSRC / "reverse_step" / "reverse_step.cu"]),
     ids=lambda path: path.stem,
 )
-def test_register_spills(source, arch, tmp_path):
-    report = compile_device_code(source, tmp_path / "x.cubin", "-cubin", f"-arch={arch}", "-Xptxas", "-v")
+def test_register_spills(source, arch):
+    _, report = cubin(source, arch)
     assert "Used" in report
     sizes = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert sizes
@@ -80,13 +89,13 @@ def machine_code(source: str) -> dict[str, MachineCode]:
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump")
+    code, report = cubin(CSRC / source, "sm_90a")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "x.cubin")
-        flags = ("-cubin", "-arch=sm_90a", "-Xptxas", "-v")
-        report = compile_device_code(CSRC / source, cubin, *flags)
+        file = Path(folder, "x.cubin")
+        file.write_bytes(code)
         path = os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])
         run = subprocess.run(
-            [tool, "-sass", cubin],
+            [tool, "-sass", file],
             capture_output=True,
             text=True,
             check=True,
