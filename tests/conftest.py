@@ -1,5 +1,6 @@
 """Fixtures of all tests: small models, and each instruction set in turn."""
 
+import gc
 import signal
 
 import pytest
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(config, items):
         left_out = {item for item in exhaustive if not in_eighth(item.nodeid, seed)}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """Modules and collected tests stay to the end, so that the garbage collector need not look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=TESTED)
