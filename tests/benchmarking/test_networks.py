@@ -10,6 +10,7 @@ from PIL import Image
 
 from helpers.native import requires_native
 from helpers.paths import ROOT
+from helpers.thinning import exhaustive_but
 
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
 
@@ -56,6 +57,9 @@ def test_ways_that_agree_are_timed(task, monkeypatch):
 
 
 @requires_native
+@pytest.mark.parametrize(
+    "task", exhaustive_but(MODELS, default=["ddpm-cifar10", "edm-cifar10", "stable-diffusion"]), indirect=True
+)
 def test_every_network_is_planned(task, monkeypatch):
     monkeypatch.setattr(timing, "medians", lambda runs, *_: dict.fromkeys(runs, 0.5))
     rows = comparison.compare(task, ["exact", "fast"], 1, 0.0, 1)

@@ -9,16 +9,19 @@ import torch
 from diffusion import load
 from diffusion.cli import main
 from diffusion.exporters import diffusers
+from helpers.architectures import batch_of, other
 from helpers.models import make_model
 
 
 def test_a_program(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make_model(10).save("digits")
+    model = other("context_unet")
+    model.save("digits")
     main(["export", "--model", "digits", "--program", "digits.pt2"])
     assert capsys.readouterr().out == "digits.pt2: the network as a program of torch.export\n"
     program = torch.export.load("digits.pt2").module()
-    assert program(torch.zeros(3, 2, 8, 8), torch.arange(3), torch.tensor([0, 9, 10])).shape == (3, 2, 8, 8)
+    x, *others = batch_of(model, 3)
+    assert program(x, *others).shape == x.shape
 
 
 def test_a_folder_of_diffusers(tmp_path, monkeypatch, capsys):

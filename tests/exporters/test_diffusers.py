@@ -105,6 +105,7 @@ def test_the_pipeline_gives_the_images_of_the_own_sampler(name, tmp_path, monkey
     assert call["num_inference_steps"] == (SAMPLERS[name] or {}).get("steps", T)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_predictions(prediction_type, sampler, tmp_path, monkeypatch):

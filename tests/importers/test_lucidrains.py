@@ -120,7 +120,7 @@ def test_saved_copied_and_narrowed(name, tmp_path):
     "name",
     exhaustive_but(
         ["default", "self_condition", "classes", "learned_variance"],
-        default=["self_condition", "learned_variance"],
+        default=["self_condition"],
     ),
 )
 def test_it_trains(name, tmp_path):

@@ -19,6 +19,7 @@ from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
 from diffusion.planner import weights
 from helpers.native import requires_native
+from helpers.thinning import exhaustive_but
 from helpers.unets import TINY, UNPLANNED, VARIANTS, inputs, randomized
 
 pytestmark = requires_native
@@ -60,7 +61,7 @@ def test_equals_the_unet(name, simd):
 
 @pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", exhaustive_but(VARIANTS, default=list(VARIANTS)[::2]))
 def test_in_sixteen_bits(name, dtype):
     """The error is at most twice that of the UNet itself in that dtype."""
     unet = randomized(VARIANTS[name])

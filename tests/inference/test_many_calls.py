@@ -41,7 +41,7 @@ def six_models() -> list:
 
 
 def test_eight_threads_on_six_models():
-    """Every thread samples from every model, beginning with another one, and gets what one thread gets."""
+    """Every thread samples from three models, beginning with another one, and gets what one thread gets."""
     models = six_models()
     jobs = [
         (i, precision) for i, precision in enumerate(("exact", "fast", "exact", "fast", "exact", "exact"))
@@ -55,7 +55,7 @@ def test_eight_threads_on_six_models():
 
     def work(thread):
         start.wait()
-        order = jobs[thread:] + jobs[:thread]
+        order = [jobs[(thread + i) % len(jobs)] for i in range(3)]
         return all(torch.equal(sample(job), expected[job]) for job in order)
 
     with ThreadPoolExecutor(8) as pool:
@@ -79,7 +79,7 @@ def test_hooks_come_and_go_while_others_sample():
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(others) for _ in range(2)]
         try:
-            for _ in range(5):
+            for _ in range(3):
                 hook = changing.unet.mid.register_forward_hook(lambda module, args, output: output / 2)
                 assert torch.equal(changing.sample([1, 2], **OPTIONS), halved)
                 hook.remove()

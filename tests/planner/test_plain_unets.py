@@ -10,6 +10,7 @@ import diffusion
 from diffusion.planner import weights as planner_weights
 from helpers.native import requires_native
 from helpers.plain_unets import PooledUNet, ScaledUNet, small
+from helpers.thinning import exhaustive_but
 
 pytestmark = requires_native
 
@@ -51,6 +52,7 @@ def is_as_accurate(actual: Tensor, peer: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
+@pytest.mark.thinned
 @pytest.mark.parametrize(("batch", "size"), [(1, (8, 8)), (2, (8, 12)), (5, (10, 6))])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_are_the_networks(name, batch, size):
@@ -63,7 +65,7 @@ def test_outputs_are_the_networks(name, batch, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", exhaustive_but(NETWORKS, default=list(NETWORKS)[::2]))
 def test_fast_is_as_accurate_as_pytorch_in_bfloat16(name):
     network = small(NETWORKS[name]())
     given = inputs(network, 3, (8, 8))
@@ -75,6 +77,7 @@ def test_fast_is_as_accurate_as_pytorch_in_bfloat16(name):
 
 
 @torch.no_grad()
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["scaled", "scaled_heads", "pooled", "pooled_heads_first"])
 def test_modules_in_sixteen_bits(name, dtype):

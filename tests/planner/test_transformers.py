@@ -12,6 +12,7 @@ from diffusion.kernels.ops.layer_norm.library import layer_norm_
 from diffusion.planner import weights as planner_weights
 from helpers.diffusers_unets import conditional, of_conditional
 from helpers.native import requires_native
+from helpers.thinning import exhaustive_but
 
 diffusers = pytest.importorskip("diffusers")
 attention_processor = pytest.importorskip("diffusers.models.attention_processor")
@@ -107,8 +108,11 @@ def exact(network: nn.Module, given: dict) -> Tensor:
     return copy.deepcopy(network).double()(**given).sample
 
 
+OTHERS = ("conditional", "class labels", "slow attention")  # of which another test has one of the kind
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", exhaustive_but(NETWORKS, default=NETWORKS.keys() - OTHERS))
 def test_outputs_are_the_networks(name):
     make, inputs = NETWORKS[name]
     network, given = make(), inputs()
@@ -121,7 +125,12 @@ def test_outputs_are_the_networks(name):
 @torch.no_grad()
 @pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["conditional", "sdxl", "mask of the text", "scale and shift"])
+@pytest.mark.parametrize(
+    "name",
+    exhaustive_but(
+        ["conditional", "sdxl", "mask of the text", "scale and shift"], default=["conditional", "sdxl"]
+    ),
+)
 def test_networks_in_sixteen_bits(name, dtype):
     """A module of 16 bits; and for bfloat16 one of float32 that is planned to be fast."""
 

@@ -126,6 +126,7 @@ def test_a_run_resumes_as_if_it_had_not_been_killed(moment, killed, unbroken, tm
 # --- signals
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("sample_every", [7, 100])
 def test_a_grid_stops_at_the_next_step(number, sample_every, unbroken, tmp_path, monkeypatch):

@@ -289,6 +289,7 @@ def test_a_log_on_a_full_disk(tmp_path, monkeypatch):
         run(tmp_path / "new", patched)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
