@@ -13,38 +13,38 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from . import importers
-from .importers.diffusers_words import refuse_call, refuse_keywords, refuse_loading, refuse_scheduler
-from .inference import loop
-from .inference.arguments import check_batch_size, check_draws, check_functions, check_one_hot, threshold_of
-from .inference.batches import Interrupted, sample_in_batches
-from .inference.buffers import Batch, Noise
-from .inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
-from .inference.start import Start
-from .models.class_names import check_names, numbered
-from .models.description import described
-from .models.edm import edm_loss
-from .models.network import Network
-from .models.structure import config_of
-from .process.bound import VARIANCES, variational_bound_terms
-from .process.forward import q_sample
-from .process.images import check_images
-from .process.noise_levels import NoiseLevels, random_levels
-from .process.objective import drop_labels, loss_weight, random_timesteps, self_conditioned, target
-from .process.prediction import check_prediction_type
-from .process.schedule import NoiseSchedule
-from .process.value_range import SIGNED, change_range, check_range
-from .samplers import SAMPLERS, StepTable, check_options, options_of
-from .samplers.inversion import inverse
-from .samplers.model_defaults import check_values, refuse_strength
-from .storage import checkpoint, hub
-from .storage.given_images import given_images, given_mask
-from .storage.image_types import as_output, check_output
-from .storage.images import to_uint8
-from .utils.device import check_backend, check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
-from .utils.memory import check_fits
-from .utils.plain_pytorch import tell_of_plain_pytorch
-from .utils.validation import (
+from .. import importers
+from ..importers.diffusers_words import refuse_call, refuse_keywords, refuse_loading, refuse_scheduler
+from ..inference import loop
+from ..inference.arguments import check_batch_size, check_draws, check_functions, check_one_hot, threshold_of
+from ..inference.batches import Interrupted, sample_in_batches
+from ..inference.buffers import Batch, Noise
+from ..inference.denoiser import Denoiser, DenoiserCache, explain, mixed_dtypes, own_dtype, with_vectors
+from ..inference.start import Start
+from ..models.class_names import check_names, numbered
+from ..models.description import described
+from ..models.edm import edm_loss
+from ..models.network import Network
+from ..models.structure import config_of
+from ..process.bound import VARIANCES, variational_bound_terms
+from ..process.forward import q_sample
+from ..process.images import check_images
+from ..process.noise_levels import NoiseLevels, random_levels
+from ..process.objective import drop_labels, loss_weight, random_timesteps, self_conditioned, target
+from ..process.prediction import check_prediction_type
+from ..process.schedule import NoiseSchedule
+from ..process.value_range import SIGNED, change_range, check_range
+from ..samplers import SAMPLERS, StepTable, check_options, options_of
+from ..samplers.inversion import inverse
+from ..samplers.model_defaults import check_values, refuse_strength
+from ..storage import checkpoint, hub
+from ..storage.given_images import given_images, given_mask
+from ..storage.image_types import as_output, check_output
+from ..storage.images import to_uint8
+from ..utils.device import check_backend, check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
+from ..utils.memory import check_fits
+from ..utils.plain_pytorch import tell_of_plain_pytorch
+from ..utils.validation import (
     choice,
     known_names,
     number,
