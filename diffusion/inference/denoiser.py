@@ -1,6 +1,6 @@
 """Denoiser: the network that samples.
 
-`make_denoiser` builds the fastest one for a UNet; `DenoiserCache` keeps the last ones until the UNet changes.
+`make_denoiser` builds the fastest one for a UNet.
 """
 
 import copy
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import _native
 from ..models.blocks import takes_backend
-from ..models.structure import Snapshot, altered, config_of, missing
+from ..models.structure import altered, config_of, missing
 from ..models.unet import UNet
 from ..planner.graph import channels_last_strides
 from ..utils.device import DTYPES, float32_products
@@ -27,9 +26,6 @@ from .folded_unet import FoldedUNet, unfoldable
 
 Forward = Callable[..., Tensor]
 
-MAX_DENOISERS = 2  # those of "exact" and "fast"
-# Free memory that another network needs, in sizes of its float32 weights; packed, they take 1 to 4.
-PACKED_SIZE = 8
 MAX_IDLE_SHARE = 1 / 16  # of the free memory, for the feature maps of a network that is not the last one used
 
 
@@ -106,22 +102,24 @@ class Denoiser:
 
 
 def make_denoiser(
-    unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool = False
+    unet: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    tf32: bool = False,
+    is_altered: bool | None = None,
 ) -> Denoiser:
     """The Denoiser of a UNet: planned for the CPU (`cpu_plan`), folded for a GPU (`folded_unet`), or modules.
 
-    tf32: a CUDA device multiplies float32 as TF32, which is faster; else as float32.
+    tf32: a CUDA device multiplies float32 as TF32, which is faster; else as float32. is_altered: whether the
+    UNet is altered (`models.structure.altered`), for a caller that knows it.
 
-    An altered UNet (`models.structure.altered`) is called as a whole in each step. It keeps its own dtype,
+    An altered UNet is called as a whole in each step. It keeps its own dtype,
     and autocast narrows it where `dtype` is narrower, so that user code sees the original weights.
     ValueError: a module that is None, or a backend that cannot be passed on.
     """
-    return _make_denoiser(unet, device, dtype, backend, tf32, altered(unet) is not None)
-
-
-def _make_denoiser(
-    unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool, is_altered: bool
-) -> Denoiser:
+    if is_altered is None:
+        is_altered = altered(unet) is not None
     made = (_altered_denoiser if is_altered else _own_denoiser)(unet, device, dtype, backend)
     return _multiplying(made, tf32) if (device.type, made.dtype) == ("cuda", torch.float32) else made
 
@@ -287,62 +285,3 @@ def _copy_with_hooks(unet: nn.Module) -> nn.Module:
         for hook in registered.values()
     ]
     return copy.deepcopy(unet, {id(hook): hook for hook in hooks})
-
-
-class DenoiserCache:
-    """The last Denoisers of a UNet, one for each dtype, device and backend, unless the UNet was altered.
-
-    A copy of the cache begins empty.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[Snapshot, dict[tuple, Denoiser]] | None = None  # the last one last
-
-    def __deepcopy__(self, memo: dict) -> "DenoiserCache":
-        return DenoiserCache()
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return DenoiserCache, ()
-
-    def get(
-        self, unet: nn.Module, device: torch.device, dtype: torch.dtype, backend: str, tf32: bool = False
-    ) -> Denoiser:
-        """`make_denoiser`, called again only where a weight or the structure of the UNet has changed.
-
-        A Denoiser with other options is dropped where more than MAX_DENOISERS would be kept, or where the
-        device is short of memory.
-        """
-        key = (device, dtype, backend, tf32 and device.type == "cuda", _native.simd_in_use())
-        with torch.inference_mode(False), torch.no_grad():  # later calls may be in any mode
-            kept = self._kept
-            if kept is not None and not kept[0].holds(unet):
-                kept = self._kept = None  # frees the memory first
-            if kept is not None and key in kept[1]:
-                snapshot, denoisers = kept
-                found = denoisers[key]
-                for other in denoisers.values():
-                    if other is not found:
-                        other.release_if_large()
-                self._kept = snapshot, {k: d for k, d in denoisers.items() if k != key} | {key: found}
-                return found
-            is_altered = altered(unet) is not None
-            if is_altered or not isinstance(unet, UNet):
-                self._kept = None
-                return _make_denoiser(unet, device, dtype, backend, tf32, is_altered)
-            # The snapshot comes before the copy of the weights, as another thread may change the UNet.
-            snapshot = Snapshot(unet) if kept is None else kept[0]
-            others = {} if kept is None else dict(list(kept[1].items())[1 - MAX_DENOISERS :])
-            for other in others.values():
-                other.release_if_large()
-            if others and _is_short_of_memory(unet, device):
-                others = {}
-            kept = self._kept = snapshot, others  # frees the memory of those that are dropped
-            denoiser = _make_denoiser(unet, device, dtype, backend, tf32, is_altered)
-            self._kept = snapshot, others | {key: denoiser}
-            return denoiser
-
-
-def _is_short_of_memory(unet: nn.Module, device: torch.device) -> bool:
-    """Whether the device may not hold another copy of the weights, packed, without the memory of others."""
-    free, size = free_memory(device), 4 * sum(parameter.numel() for parameter in unet.parameters())
-    return free is not None and free < PACKED_SIZE * size

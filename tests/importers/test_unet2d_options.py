@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusion.importers.diffusers_unet import convert_weights, unet_config
 from diffusion.inference.cpu_plan import unsupported
-from diffusion.inference.denoiser import DenoiserCache
+from diffusion.inference.denoiser_cache import DenoiserCache
 from diffusion.models.structure import altered
 from diffusion.models.unet import UNet
 from helpers.native import requires_native

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion.inference import denoiser
+from diffusion.inference import denoiser, denoiser_cache
 from diffusion.inference.cpu_plan import PlannedUNet, unsupported
-from diffusion.inference.denoiser import DenoiserCache
+from diffusion.inference.denoiser_cache import DenoiserCache
 from diffusion.kernels import _native
 from diffusion.kernels._recorded_calls import recording
 from diffusion.models.structure import altered
@@ -182,7 +182,7 @@ def test_the_cache_drops_denoisers_where_memory_is_short(monkeypatch):
     unet, cache = randomized(TINY), DenoiserCache()
     first = weakref.ref(denoiser_of(cache, unet))
     assert first() is not None
-    monkeypatch.setattr(denoiser, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(denoiser_cache, "free_memory", lambda device: 1000)
     denoiser_of(cache, unet, torch.bfloat16)
     gc.collect()
     assert first() is None
@@ -200,11 +200,11 @@ def test_an_idle_network_frees_feature_maps_that_are_large(monkeypatch):
         return found, found.unet.buffer_bytes()
 
     monkeypatch.setattr(denoiser, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(denoiser_cache, "_is_short_of_memory", lambda unet, device: False)
     exact, size = bytes_after(torch.float32)
     fast, _ = bytes_after(torch.bfloat16)
     assert exact.unet.buffer_bytes() == size > 0
     monkeypatch.setattr(denoiser, "free_memory", lambda device: 2**20)
-    monkeypatch.setattr(denoiser, "_is_short_of_memory", lambda unet, device: False)
     monkeypatch.setattr(denoiser, "MAX_IDLE_SHARE", size / 2**23)
     assert bytes_after(torch.float32) == (exact, size)
     assert fast.unet.buffer_bytes() == 0
@@ -387,7 +387,8 @@ def test_what_others_changed_is_not_passed_over():
 
 def test_a_new_denoiser_asks_once_whether_the_unet_was_altered(monkeypatch):
     asked = []
-    monkeypatch.setattr(denoiser, "altered", lambda unet: asked.append(unet) or altered(unet))
+    for module in (denoiser, denoiser_cache):
+        monkeypatch.setattr(module, "altered", lambda unet: asked.append(unet) or altered(unet))
     denoiser_of(DenoiserCache(), randomized(TINY))
     assert len(asked) == 1
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion import kernels
 from diffusion.inference.buffers import BufferSpec, SamplerBuffers, Step
 from diffusion.inference.cuda_graph import capture_cuda_graph
-from diffusion.inference.denoiser import DenoiserCache
+from diffusion.inference.denoiser_cache import DenoiserCache
 from diffusion.inference.loop import embed_timesteps, take_step
 from diffusion.kernels.ops.group_norm_silu.arguments import Arguments
 from diffusion.models import structure
@@ -80,8 +80,8 @@ def test_one_thread_at_a_time_changes_the_settings():
 
 
 def test_a_switch_of_precision_makes_another_denoiser(monkeypatch):
-    monkeypatch.setattr("diffusion.inference.denoiser._make_denoiser", lambda *args: mock.MagicMock())
-    monkeypatch.setattr("diffusion.inference.denoiser._is_short_of_memory", lambda *args: False)
+    monkeypatch.setattr("diffusion.inference.denoiser_cache.make_denoiser", lambda *args: mock.MagicMock())
+    monkeypatch.setattr("diffusion.inference.denoiser_cache._is_short_of_memory", lambda *args: False)
     unet, cache = make_model().unet, DenoiserCache()
     exact, rounded = (cache.get(unet, CUDA, torch.float32, "auto", tf32=tf32) for tf32 in (False, True))
     assert exact is not rounded

@@ -29,11 +29,13 @@ NAMES = [f"{module}.{name}" for module, names in PUBLIC.items() for name in name
 
 
 def members(cls: type) -> list:
-    """The public methods and properties that a class defines itself."""
+    """The public methods and properties that a class and its bases of this package define."""
     kinds = (property, classmethod, staticmethod)
     return [
         member
-        for name, member in vars(cls).items()
+        for base in cls.__mro__
+        if base.__module__.startswith("diffusion.")
+        for name, member in vars(base).items()
         if not name.startswith("_") and (isinstance(member, kinds) or inspect.isfunction(member))
     ]
 
@@ -46,8 +48,9 @@ def test_a_public_name_is_documented(path):
         assert not value.__doc__.startswith(f"{value.__name__}("), f"{path} has only Python's own docstring"
         for member in members(value):
             assert member.__doc__, f"a member of {path} has no docstring: {member}"
-    reference = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
-    reference += runpy.run_path(str(ROOT / "docs" / "_site" / "op_names.py"))["reference"](ROOT)
+    entries = runpy.run_path(str(ROOT / "docs" / "_site" / "public_names.py"))["entries"]
+    pages = [*(ROOT / "docs" / "reference").glob("*.md")]
+    reference = "".join(page.read_text() + entries(f"reference/{page.name}", ROOT) for page in pages)
     assert re.search(rf"^::: {re.escape(path)}$", reference, re.MULTILINE), f"{path} is not in docs/reference"
 
 

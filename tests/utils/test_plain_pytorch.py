@@ -64,9 +64,11 @@ def test_commands_without_the_library(tmp_path, monkeypatch):
         sys.path.insert(0, ".")
         import torch, diffusion
         from diffusion.cli import main
+        from diffusion.inference.arguments import where_to_sample
         main(["sample", "--steps", "1", "--num", "1", "--precision", "fast", "--out", "a.png"])
         model = diffusion.load("mnist")
-        assert model._where(None, None, "fast") == model._where(None, None, "exact")
+        where = [where_to_sample(model.unet, None, None, precision) for precision in ("fast", "exact")]
+        assert where[0] == where[1]
         net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.SiLU())
         x = torch.randn(1, 1, 8, 8)
         expected = net(x)
