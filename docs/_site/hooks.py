@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
-from op_names import reference
+from public_names import entries
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md"}
@@ -44,11 +44,9 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Links of docs/ to the repository's root lead to the site's copies of those files.
 
-    The page on kernels gets the ops' entries.
+    Pages of the reference get the entries of ops and samplers.
     """
-    if page.file.src_uri == "reference/kernels.md":
-        markdown += reference(ROOT)
-    return _LINK.sub(_from_docs, markdown)
+    return _LINK.sub(_from_docs, markdown + entries(page.file.src_uri, ROOT))
 
 
 def _from_root(link):

@@ -9,7 +9,7 @@ from diffusion import DDPM, NoiseSchedule
 from diffusion.models.context_unet import ContextUNetConfig
 from diffusion.models.conv_stack import ConvStackConfig
 from diffusion.models.diagonal_unet import DiagonalUNetConfig
-from diffusion.models.lucidrains import LucidrainsConfig
+from diffusion.models.lucidrains_config import LucidrainsConfig
 from diffusion.models.naive_unet import NaiveUNetConfig
 from diffusion.models.registry import build
 from diffusion.models.structure import config_of

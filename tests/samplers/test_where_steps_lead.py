@@ -8,7 +8,6 @@ sampling any.
 import itertools
 import math
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -18,30 +17,16 @@ from diffusion.inference.buffers import Batch
 from diffusion.inference.denoiser import Denoiser, SplitUNet
 from diffusion.kernels import StepCoefficients
 from diffusion.process.prediction import PREDICTION_TYPES
-from diffusion.process.schedule import NoiseSchedule
 from diffusion.samplers import SAMPLERS, StepTable
 from diffusion.samplers.thresholding import thresholded_step
 from diffusion.samplers.timesteps import SPACINGS, spaced_timesteps
-from helpers.samplers import CLIPPED_OUTPUT, VARIANTS
+from helpers.deviations import DEVIATION, SCHEDULE, SIGNAL, levels, optimum
+from helpers.samplers import CLIPPED_OUTPUT, TESTED, VARIANTS
 
-DEVIATION = 0.5
-SCHEDULE = NoiseSchedule.linear()
-SIGNAL = SCHEDULE.alphas_cumprod.tolist()
 # Divisors of 1000 and their neighbours, primes, and what lies above 500, where T // steps is 1.
 COUNTS = [*range(1, 12), 13, 15, 17, 19, 20, 21, 24, 25, 26, 30, 37, 40, 49, 50, 51, 60, 99, 100, 101]
 COUNTS += [149, 250, 251, 333, 334, 500, 501, 600, 750, 999]
 variants = pytest.mark.parametrize(("sampler", "options"), [*VARIANTS, CLIPPED_OUTPUT], ids=str)
-
-
-def levels(timesteps: list[int]) -> list[float]:
-    """alphas_cumprod at the timesteps visited, and 1 for x_0 after the last."""
-    return [SIGNAL[t] for t in timesteps] + [1.0]
-
-
-def optimum(signal: float, deviation: float = DEVIATION) -> tuple[float, float]:
-    """E[x_0 | x] / x and E[eps | x] / x."""
-    variance = signal * deviation**2 + 1 - signal
-    return math.sqrt(signal) * deviation**2 / variance, math.sqrt(1 - signal) / variance
 
 
 def output_of(prediction_type: str, alpha, sigma, x0: float, epsilon: float):
@@ -65,42 +50,6 @@ def deviations_of(table: StepTable, prediction_type: str, deviation: float = DEV
         xx, xy, yy = following, x0 * (x * xx + row.coef_x0_prev * xy), x0 * x0 * xx
         found.append(math.sqrt(xx))
     return found
-
-
-def papers_deviation(sampler: str, timesteps: list[int], options: dict) -> float:
-    """The last of these, by the papers' formulas for going from one timestep visited to the next."""
-    if sampler == "dpm++":
-        return solvers_deviation(timesteps, options["sde"])
-    variance = 1.0
-    for here, there in pairwise(levels(timesteps)):
-        x0, epsilon = optimum(here)
-        # Song et al. 2021, eq. 12 and 16. Ancestral sampling has eta 1 (section 4.1).
-        s2 = options.get("eta", 1.0) ** 2 * (1 - there) / (1 - here) * (1 - here / there)
-        x = math.sqrt(there) * x0 + math.sqrt(max(1 - there - s2, 0.0)) * epsilon
-        if options.get("variance") == "fixed_large":  # Ho et al. 2020, section 3.2, but for the last step
-            s2 = 1 - here / there if there < 1 else 0.0
-        variance = x**2 * variance + s2
-    return math.sqrt(variance)
-
-
-def solvers_deviation(timesteps: list[int], sde: bool) -> float:
-    """DPM-Solver++(2M)'s deviation, by Lu et al. 2022, algorithm 2 and eq. 19; x has one entry per noise."""
-    x, before, h_before = torch.zeros(len(timesteps) + 1, dtype=torch.float64), None, None
-    x[0] = 1.0
-    for i, (here, there) in enumerate(pairwise(levels(timesteps))):
-        x0 = optimum(here)[0] * x
-        if there == 1:  # h is infinite
-            return (x0 @ x0).sqrt().item()
-        h = 0.5 * (math.log(there / (1 - there)) - math.log(here / (1 - here)))
-        mixed = x0 if before is None else x0 + (x0 - before) * h / (2 * h_before)
-        fading, growth = math.sqrt((1 - there) / (1 - here)), math.sqrt(there)
-        if sde:
-            x = fading * math.exp(-h) * x + growth * (1 - math.exp(-2 * h)) * mixed
-            x[i + 1] += math.sqrt((1 - there) * (1 - math.exp(-2 * h)))
-        else:
-            x = fading * x - growth * (math.exp(-h) - 1) * mixed
-        before, h_before = x0, h
-    raise AssertionError("a chain ends at x_0")
 
 
 @pytest.mark.thinned
@@ -142,7 +91,7 @@ def test_the_exact_denoiser_gives_the_papers_deviation(sampler, options, spacing
         timesteps = spaced_timesteps(SCHEDULE.T, steps, spacing, skip_zero=sampler == "dpm++").tolist()
         assert table.timesteps.tolist() == timesteps
         found = deviations_of(table, prediction_type)[-1]
-        assert found == pytest.approx(papers_deviation(sampler, timesteps, options), rel=1e-7), steps
+        assert found == pytest.approx(TESTED[sampler].deviation(timesteps, options), rel=1e-7), steps
         # DPM-Solver++ leaves out timestep 0, but "respaced" visits it: with 20 steps from 53, a stride that
         # is long in log SNR.
         enough = 40 if sampler == "dpm++" and spacing == "respaced" else 20
