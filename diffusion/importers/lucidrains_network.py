@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models.lucidrains import LucidrainsConfig
+from ..models.lucidrains_config import LucidrainsConfig
 from .flags import Flags
 
 Tensors = dict[str, torch.Tensor]

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusion.models.lucidrains import LucidrainsConfig, LucidrainsUNet
+from diffusion.models.lucidrains import LucidrainsUNet
+from diffusion.models.lucidrains_config import LucidrainsConfig
 from diffusion.models.registry import build, config_from_dict, config_to_dict
 
 TINY = LucidrainsConfig(
