@@ -64,8 +64,8 @@ def evaluate(
     guidance_scale: for the class accuracy. sampler, steps, seed, batch_size, progress: of `DDPM.sample`;
         steps=None is the full chain.
     data_dir: torchvision's folder. If given, the reference (moments of the training images, distances of real
-        test images in samples of `num`) is measured there, on the named data set of the classifier's image
-        shape; by default it is the one stored beside the classifier.
+        test images in samples of `num`) is measured there, on the named data set of the classifier; by
+        default it is the one stored beside the classifier.
     classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one of digits.
     options: further arguments of `DDPM.sample`, such as backend, dtype and device.
 
@@ -87,7 +87,7 @@ def evaluate(
     seed, guidance_scale = whole_number("seed", seed, 0), number("guidance_scale", guidance_scale)
     labels = balanced_labels(num, network.config.classes)
     if data_dir is not None:
-        name = _named_set(network)
+        name = _named_set(network, reference.source)
         train, test = (load_dataset(name, split=split, data_dir=data_dir) for split in ("train", "test"))
         reference = measure_reference(network, train, test, sample_size=num)
     options |= {
@@ -131,13 +131,17 @@ def evaluate(
     }
 
 
-def _named_set(classifier: Classifier) -> str:
-    """The first of NAMED_SETS with images of the classifier's shape; ValueError if there is none."""
+def _named_set(classifier: Classifier, source: str) -> str:
+    """The name in NAMED_SETS of the classifier's images; ValueError if no set has images of its shape.
+
+    source: of its stored reference, which begins with the name of the data; of several sets of one shape it
+    tells the classifier's.
+    """
     names = [name for name, named in NAMED_SETS.items() if named.shape == classifier.shape]
     if not names:
         shape = "x".join(map(str, classifier.shape))
         raise ValueError(f"no data set of --data-dir has images {shape}: choose from {', '.join(NAMED_SETS)}")
-    return names[0]
+    return next((name for name in names if source.casefold().startswith(name)), names[0])
 
 
 def format_report(result: dict[str, Any]) -> str:

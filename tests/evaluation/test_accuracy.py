@@ -14,7 +14,7 @@ from diffusion.classifier import BUNDLED, Classifier, augment, classify, load_cl
 from diffusion.classifier import __main__ as classifier_command
 from diffusion.classifier.storage import save_classifier
 from diffusion.data import load_mnist
-from diffusion.evaluation.accuracy import class_accuracy, evaluate, format_report
+from diffusion.evaluation.accuracy import _named_set, class_accuracy, evaluate, format_report
 from diffusion.storage.images import to_float
 from diffusion.utils.frechet import frechet_distance, moments
 from helpers.digits import DATA, FakeModel, read_digits, real_digits
@@ -297,6 +297,16 @@ def test_noise_does_badly():
         sum(pair["count"] for pair in result["class_accuracy"]["misread"])
         == 100 - result["class_accuracy"]["correct"]
     )
+
+
+def test_the_data_of_a_classifier_are_found_among_sets_of_one_shape(monkeypatch):
+    letters = data.NAMED_SETS["mnist"]
+    monkeypatch.setitem(data.NAMED_SETS, "letters", letters)
+    classifier, reference = load_classifier()
+    assert reference.source.startswith("MNIST: ")
+    assert _named_set(classifier, reference.source) == "mnist"
+    assert _named_set(classifier, "letters, train split: 9 training images") == "letters"
+    assert _named_set(classifier, "a folder: 9 training images") == "mnist"
 
 
 def test_the_two_measurements_use_their_own_guidance():
