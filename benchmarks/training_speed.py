@@ -3,7 +3,7 @@ python -m benchmarks.training_speed RECIPE [RECIPE ...] [--set FIELD=VALUE].
 
 Times are CPU seconds of this process, the least of several steps, so that other work on the machine counts
 for little. A step counts as three times the multiplications and additions of the network's forward pass
-(PyTorch's count): the gradients of its inputs and of its weights cost as much each. Optimiser, averages,
+(PyTorch's count): the gradients of its inputs and of its weights cost as much each. Optimizer, averages,
 normalisations and activations take time and count as no work, so the share of the matrix rate is that of the
 whole step.
 """

@@ -19,11 +19,10 @@ def recording() -> RecordedCalls:
             convolution_(...)
         calls.run()
 
-    Only operators that call `run_or_record` in C++ (csrc/runtime/recorded_calls.h) are recorded:
-    group_norm_affine_, layer_norm_, convolution_, attention_, linear_attention_, upsample_nearest2x_,
-    average_pool_, reverse_step_, step_embeddings_ and copy_dense_. They check their arguments while
-    recording. All other code runs at once. Recordings nest, and each thread has its own. `run` of other
-    recorded calls within the context is recorded as one call.
+    Only operators that call `run_or_record` in C++ (csrc/runtime/recorded_calls.h) are recorded. They write
+    into tensors of the caller, and check their arguments while recording. All other code runs at once.
+    Recordings nest, and each thread has its own. `run` of other recorded calls within the context is recorded
+    as one call.
 
     `len(calls)` is the number of recorded calls; calls on empty tensors have no work and are not counted.
     `calls.run(times=1)` runs them in their order, so many times, without the GIL; two threads take turns. The

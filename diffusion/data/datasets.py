@@ -215,7 +215,7 @@ def _check(dataset: Any) -> None:
 
 
 def survey_dataset(dataset: Any) -> Survey:
-    """What a data set holds, by up to SURVEYED of its items."""
+    """The survey of a data set, by up to SURVEYED of its items."""
     _check(dataset)
     return _survey(dataset)[0]
 

@@ -27,7 +27,7 @@ class ImageSet(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What there is in a data set, known before its images are decoded.
+    """The contents of a data set, as far as they are known before its images are decoded.
 
     images: their number. channels: 1 if all images are grey, otherwise 3. size: height and width if all
     images have the same, otherwise None. side: the median of their shorter sides, in pixels. labelled: they

@@ -32,9 +32,8 @@ def sweep(
     The first curve runs over the number of `steps`, at guidance 1. The second runs over the scales in
     `guidance`, at the last of `steps`; an unconditional model has none. num: samples for each point.
     classifier, seed: as for `accuracy.evaluate`. options: of `DDPM.sample`. Returns a dict that JSON can
-    hold: `points`, each with `sampler`, `steps`, `guidance`, `distance` and `accuracy` (class
-    accuracy; None for an unconditional model), and `protocol`. ValueError as from
-    `evaluate`.
+    hold: `points`, each with `sampler`, `steps`, `guidance`, `distance` and `accuracy` (class accuracy; None
+    for an unconditional model), and `protocol`. ValueError as from `evaluate`.
     """
     network, reference = load_classifier(classifier)
     check_model(model, network)

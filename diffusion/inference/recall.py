@@ -1,4 +1,4 @@
-"""Recall: what a solver takes from earlier steps, in the sampling loop."""
+"""Recall: the predictions of earlier steps that a solver uses, in the sampling loop."""
 
 import torch
 from torch import Tensor

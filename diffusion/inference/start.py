@@ -1,4 +1,4 @@
-"""Start: what a call of `sample` starts from: noise, images with noise, or images with a mask."""
+"""Start: the start of a call of `sample`, from noise, images with noise, or images with a mask."""
 
 from dataclasses import replace
 

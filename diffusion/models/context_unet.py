@@ -120,9 +120,8 @@ class ContextUNet(Network):
         """The prediction [B, in_channels, H, W] for noisy images x [B, in_channels, H, W].
 
         timesteps: [B], integers 0..T, or floating-point fractions of T in [0, 1]. labels: int64 [B] in
-        0..K-1, or K for no label; None for no label in the whole batch. backend: unused, as all is
-        plain PyTorch. ValueError
-        for arguments that do not fit the configuration.
+        0..K-1, or K for no label; None for no label in the whole batch. backend: unused, as all is plain
+        PyTorch. ValueError for arguments that do not fit the configuration.
         """
         check_arguments(self.config, x, timesteps, labels)
         dtype = self.unpool.weight.dtype

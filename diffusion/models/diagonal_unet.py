@@ -258,8 +258,8 @@ class DiagonalUNet(Network):
         """The prediction [B, out_channels, H, W] for noisy images x [B, in_channels, H, W].
 
         timesteps: [B], 0..T. labels: int64 [B] in 0..K-1, or K for no label; None for no label in the whole
-        batch, and always for an unconditional network. backend: unused, as all
-        is plain PyTorch. ValueError for arguments that do not fit the configuration.
+        batch, and always for an unconditional network. backend: unused, as all is plain PyTorch. ValueError
+        for arguments that do not fit the configuration.
         """
         check_arguments(self.config, x, timesteps, labels)
         dtype = self.output_conv.weight.dtype

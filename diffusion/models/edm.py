@@ -275,8 +275,8 @@ def edm_loss(
     """Mean weighted squared error of the denoised images (Karras et al. 2022, table 1); a scalar.
 
     predict: the network. x0, noise: [B, C, H, W]. labels: int64 [B], or None. sigma: noise levels [B].
-    ValueError for another preconditioning than "edm", whose loss is another, and for
-    another weighting than "uniform", which stands for EDM's own weight of each level.
+    ValueError for another preconditioning than "edm", whose loss is another, and for another weighting than
+    "uniform", which stands for EDM's own weight of each level.
     """
     choice("loss weighting of continuous noise levels", weighting, ("uniform",))
     if not isinstance(config, EDMConfig) or config.preconditioning != "edm":

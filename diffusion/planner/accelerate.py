@@ -58,7 +58,7 @@ def accelerate(module: M, *, precision: str = "exact", release_weights: bool = F
     release_weights: moves the module's parameters on the CPU out of memory, into a file without a name in the
         folder of `tempfile.gettempdir()`. The plans hold packed copies, and what else reads the parameters
         reads the file. They stay there after `restore`. Numbers written through `.data` are not noticed.
-    TypeError: what is no module. ValueError: an unknown precision, or a module whose `forward` was replaced.
+    TypeError: not a module. ValueError: an unknown precision, or a module whose `forward` was replaced.
     OSError: the disk has no place for released weights.
     """
     if not isinstance(module, nn.Module):
@@ -85,7 +85,7 @@ def restore(module: M) -> M:
 
 
 def _reduced(module: nn.Module) -> str | tuple[Any, ...]:
-    """What `copy` and `pickle` make a copy from. A copy that is accelerated runs itself, not the original."""
+    """The parts for `copy` and `pickle`. A copy that is accelerated runs itself, not the original."""
     reduced = module.__reduce_ex__(4)
     forward = vars(module).get("forward")
     if not isinstance(forward, AcceleratedForward) or isinstance(reduced, str):
@@ -229,7 +229,7 @@ class AcceleratedForward:
         if key not in plans:
             if len(plans) >= MAX_PLANS:
                 plans.popitem(last=False)
-                vars(thread_local).pop("pool", None)  # what the plan had alone is freed with it
+                vars(thread_local).pop("pool", None)  # frees the memory that only the plan holds
             try:
                 made = self._plan(leaves, numbers, structure, device)
             except Untraceable as error:
@@ -300,7 +300,7 @@ class AcceleratedForward:
         return Plan(graph, self._weights, pool)
 
     def report(self, calls: bool = False) -> str:
-        """The plan of this thread's last call: what is fused and what not, or the reason against a plan.
+        """The plan of this thread's last call, with what is fused in it, or the reason against a plan.
 
         calls: a line for each call of the plan follows, with sizes, FLOPs and bytes.
         """

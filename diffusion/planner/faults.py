@@ -11,7 +11,7 @@ MAX_FAULTS = 16  # of a graph
 
 
 def without_faults(graph: Graph, make: Callable[[], T]) -> T:
-    """What `make` returns, which changes the graph. Where it fails, the nodes at fault stay plain calls.
+    """The result of `make`, which changes the graph. Where it fails, the nodes at fault stay plain calls.
 
     The options of such a node have the reason. The error is raised where no node is at fault, or too many.
     """

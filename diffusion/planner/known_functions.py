@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .graph import FLOATS
 
-# What each function here returns: the op and its options, or None for a call that stays a plain one.
+# The result of each function here: the op and its options, or None for a call that stays a plain one.
 Known = tuple[str, dict[str, Any]] | None
 
 

@@ -1,4 +1,4 @@
-"""ModuleState: what code that replaces a module must notice when it changes."""
+"""ModuleState: the state of a module, whose changes must be noticed by code that replaces the module."""
 
 import copy
 import itertools

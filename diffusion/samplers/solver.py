@@ -1,4 +1,4 @@
-"""What the multistep solvers share: they run in lambda = log(alpha / sigma)."""
+"""Noise levels for the multistep solvers, which run in lambda = log(alpha / sigma)."""
 
 import torch
 

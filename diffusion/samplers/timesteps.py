@@ -45,8 +45,8 @@ def spaced_timesteps(
     from T - 1 in strides of T / steps towards -1, truncated to whole numbers.
 
     skip_zero: leading and linspace space steps + 1 points and leave out the one at 0, as DPM-Solver++
-    does in diffusers, because its last step goes to x_0 from any timestep. With all T
-    timesteps there are no T + 1 points to space, and 0 is kept.
+    does in diffusers, because its last step goes to x_0 from any timestep. With all T timesteps there are
+    no T + 1 points to space, and 0 is kept.
 
     steps_offset: at least 0, added to the timesteps of leading spacing. ValueError for steps outside 1..T or
     another spacing, where no stride gives so many steps, and for an offset that leads beyond T - 1.

@@ -1,4 +1,4 @@
-"""The optimisers that a recipe can name, over a network's weights."""
+"""The optimizers that a recipe can name, over a network's weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -58,7 +58,7 @@ def _orthogonalised(matrix: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 class Optimizer:
-    """One step of the recipe's optimiser over all parameters of a UNet.
+    """One step of the recipe's optimizer over all parameters of a UNet.
 
     "adam" and "adamw" treat all weights alike. "muon" (Jordan et al. 2024; `Muon`) moves every
     convolution and attention projection between the first and the last convolution by the orthogonalised
@@ -94,19 +94,19 @@ class Optimizer:
                 group["lr"] = rate
 
     def zero_grad(self) -> None:
-        """Removes the gradients of the parameters and of the optimiser's views."""
+        """Removes the gradients of the parameters and of the optimizer's views."""
         for tensor in (*self.weights.values(), *self.parameters.values()):
             tensor.grad = None
 
     def take_gradients(self) -> None:
-        """Hands the parameters' gradients to the optimiser's views of them."""
+        """Hands the parameters' gradients to the optimizer's views of them."""
         for name, weight in self.weights.items():
             parameter = self.parameters[name]
             assert parameter.grad is not None, f"the loss does not depend on {name}"
             weight.grad = contiguous_view(parameter.grad, parameter).reshape(weight.shape)
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
-        """The optimiser's state of a parameter: a step count, and tensors of the parameter's shape."""
+        """The optimizer's state of a parameter: a step count, and tensors of the parameter's shape."""
         parameter, weight = self.parameters[name], self.weights[name]
         state = self._part_of[name].state.get(weight, {})
         return {

@@ -1,4 +1,4 @@
-"""What a training run will take: steps, time and disk space."""
+"""The outlook of a training run: its steps, time and disk space."""
 
 import os
 import shutil

@@ -46,7 +46,7 @@ class Recipe:
     input channels learns its variance, by the hybrid loss with vlb_weight (Nichol & Dhariwal 2021, arXiv
     2102.09672, eq. 16). loss_weighting: see `objective.loss_weight`; min_snr_gamma is its gamma.
 
-    steps: optimiser steps of batch_size images, on however many devices. learning_rate: reached after
+    steps: optimizer steps of batch_size images, on however many devices. learning_rate: reached after
     warmup_steps. With learning_rate_decay "linear" it falls linearly to zero, over the last decay_fraction of
     the steps after the warm-up, and is constant before them (Hägele et al. 2024, arXiv 2405.18392); with
     "constant" it never falls. optimizer: "adam", "adamw" (Loshchilov & Hutter 2019, arXiv 1711.05101) or

@@ -27,7 +27,7 @@ LOSS = ("loss_weighting", "min_snr_gamma", "vlb_weight")
 
 
 def save_state(trainer: Trainer, path: Path) -> None:
-    """Writes weights, averages, the optimiser's state and all else that decides the next steps.
+    """Writes weights, averages, the optimizer's state and all else that decides the next steps.
 
     The file is written whole or not at all. ValueError if it cannot be written.
     """
@@ -103,11 +103,11 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
             continue  # no step yet: a step whose scaled gradients overflow is left out
         shapes = {key: torch.Size() if key == "step" else parameter.shape for key in keys}
         if {key: value.shape for key, value in state.items()} != shapes:
-            raise ValueError(f"{path} is damaged: it lacks the optimiser's state of {name}")
+            raise ValueError(f"{path} is damaged: it lacks the optimizer's state of {name}")
         squares = state.get("exp_avg_sq", torch.zeros(1, device="cpu"))
         if any(value.isnan().any() for value in state.values()) or (squares < 0).any():
             raise ValueError(
-                f"{path} is damaged: the optimiser's state of {name} holds NaN or negative squares"
+                f"{path} is damaged: the optimizer's state of {name} holds NaN or negative squares"
             )
         trainer.optimizer.set_state(name, state)
     if trainer.scaler.is_enabled() and about["scaler"]:

@@ -1,4 +1,4 @@
-"""One training run: the step, with its optimiser, averages and random numbers.
+"""One training run: the step, with its optimizer, averages and random numbers.
 
 Everything random in a step is a function of (seed, step), and the order of the images is a function of (seed,
 epoch). So tensors and step number are the whole state of a run, and a resumed run continues as if it had
@@ -45,7 +45,7 @@ SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Trainer:
-    """A training run: the model, its averages, the optimiser, and the step they have reached.
+    """A training run: the model, its averages, the optimizer, and the step they have reached.
 
     recipe: the numbers that define the training.
     images: uint8 [N, C, H, W]: a tensor, an array, some images of a tensor (`data.image_set.SomeImages`), or
@@ -168,7 +168,7 @@ class Trainer:
         return digest.hexdigest()
 
     def train_step(self) -> torch.Tensor:
-        """Takes one optimiser step and returns the norm of its gradient, a scalar on the device.
+        """Takes one optimizer step and returns the norm of its gradient, a scalar on the device.
 
         Loss and norm of the whole batch are added to `log_line`.
         """

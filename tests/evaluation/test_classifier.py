@@ -102,7 +102,7 @@ def test_crop_moves_and_mirrors():
 
 
 def test_kernels_move_by_muon_and_all_else_by_adamw():
-    """Two steps against PyTorch's optimisers over copies, the kernels as matrices [outputs, inputs * 9]."""
+    """Two steps against PyTorch's optimizers over copies, the kernels as matrices [outputs, inputs * 9]."""
     torch.manual_seed(0)
     classifier = Classifier(CONFIG)
     names = [name for name, value in classifier.named_parameters() if value.ndim == 4][1:]

@@ -1,4 +1,4 @@
-"""What `sample` returns: tensors, arrays, or images of PIL."""
+"""The results of `sample`: tensors, arrays, or images of PIL."""
 
 import numpy as np
 import pytest

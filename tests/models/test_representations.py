@@ -1,4 +1,4 @@
-"""What a model, a schedule and a step table look like in a session: the numbers are those of the object."""
+"""The text of a model, a schedule and a step table in a session has the numbers of the object."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The names of the package: what `dir`, a star import and attribute access give."""
+"""The names of the package, by `dir`, a star import and attribute access."""
 
 import importlib
 import inspect

@@ -95,7 +95,7 @@ def test_modules_in_sixteen_bits(name, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_everything_on_maps_is_fused(name):
-    """What stays a call of PyTorch computes on vectors, or on the images that come and go."""
+    """Only functions of vectors, and of the images that come and go, stay calls of PyTorch."""
     network = small(NETWORKS[name]())
     diffusion.accelerate(network)(*inputs(network, 3, (8, 8)))
     unfused = [line.split(" x ")[1].split(" [") for line in network.report().splitlines() if " x " in line]

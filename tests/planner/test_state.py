@@ -164,7 +164,7 @@ def test_tensors_that_are_watched():
 
 
 def test_a_module_within_a_list_that_is_around_it():
-    """What changes in the whole is no change of a part that knows it."""
+    """A change of the whole module is no change of a part."""
     whole = make()
     whole[3].whole = [whole]
     seen = ModuleState(whole[3])

@@ -63,7 +63,7 @@ FROM_X = {
     "a map in float32": lambda m, x: F.linear(x.mT.float() * LARGE, m.linear.weight.float()[:, :8]),
     "an activation": lambda m, x: F.silu(x.float() * LARGE),
 }
-# What follows a value that is rounded to the module's dtype, in which the plan may round another way.
+# Functions after a value that is rounded to the module's dtype, in which the plan may round another way.
 OF_MAPS = {
     "a factor": lambda m, x: m.conv(x).float() * LARGE,
     "an activation of a map": lambda m, x: F.gelu(m.conv(x).float() * LARGE),

@@ -308,7 +308,7 @@ def test_steps_of_nonsense(losses, norms, expected, unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("exp_avg", float("nan")), ("exp_avg_sq", -1.0), ("step", float("nan"))]
 )
-def test_an_optimiser_of_nonsense(name, value, unbroken, tmp_path):
+def test_an_optimizer_of_nonsense(name, value, unbroken, tmp_path):
     rewrite(tmp_path, unbroken)
     path = tmp_path / "state.safetensors"
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""The optimisers against torch.optim on a model that is trained by hand."""
+"""The optimizers against torch.optim on a model that is trained by hand."""
 
 import json
 from dataclasses import replace

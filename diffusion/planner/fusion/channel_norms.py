@@ -69,7 +69,7 @@ def _core(node: Node) -> _Core | None:
 
 
 def _reduced(node: Node | None, op: str, channel: int) -> Value | None:
-    """What a mean, variance or length over the channels alone is of, or None for another node."""
+    """The operand of a mean, variance or length over the channels alone; None for another node."""
     if node is None or node.op != op or not node.options["keepdim"] or node.options["dims"] != (channel,):
         return None
     return first_input(node)
@@ -196,7 +196,7 @@ def _changes_nothing(view: Node) -> bool:
 
 
 def _residual(node: Node, value: Value, other: Value | None) -> Value | None:
-    """What a sum adds to a norm, if it is as large and no constant."""
+    """The operand that a sum adds to a norm, if it is as large and no constant."""
     if node.op != "add" or other is None or other is value or other.shape != value.shape:
         return None
     return other if other.dtype in FLOATS and other.constant is None else None

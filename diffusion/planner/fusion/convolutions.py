@@ -30,7 +30,7 @@ def fuse_convolutions(graph: Graph) -> None:
     affines: dict[Node, Node] = {}
 
     def affine_of(source: Value) -> tuple[Value, Value | None]:
-        """What a convolution reads in the place of a norm: its input, and the affine map that it is."""
+        """The input of a norm and its affine map, which a convolution reads in the place of the norm."""
         before = source.node
         if before is None or before.op != "norm" or not _all_convolve(source):
             return source, None

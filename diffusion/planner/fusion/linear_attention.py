@@ -71,7 +71,7 @@ def _permutation(node: Node | None) -> list[int] | None:
 
 
 def _softmax(value: Value, letters: str) -> tuple[Value, str] | None:
-    """What a softmax reads, and the letter of its dimension; None for another value."""
+    """The operand of a softmax, and the letter of its dimension; None for another value."""
     node = value.node
     if node is None or node.op != "softmax":
         return None

@@ -1,4 +1,4 @@
-"""Writes what a network computes in few kinds of nodes.
+"""Reduces a graph to few kinds of nodes.
 
 A product with a constant matrix becomes a linear map; a constant that is added to the channels of a
 convolution or linear map becomes its bias; convolutions of single channels by constant squares become

@@ -1,4 +1,4 @@
-"""What follows a convolution without a bias on a CUDA device, in one pass: csrc/biased_sum/.
+"""Bias and residual after a convolution on a CUDA device, in one pass: csrc/biased_sum/.
 
 `library.biased_sum_` writes into a buffer and has no derivative. It is not a public op, so `OPS` is empty.
 """
