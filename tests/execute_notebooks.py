@@ -15,7 +15,7 @@ import diffusion
 from diffusion.storage.atomic import replacing
 from helpers.paths import FIXTURES, ROOT
 
-PATIENCE = 300  # seconds, with a kernel on a machine however busy
+TIMEOUT = 300  # seconds, with a kernel on a machine however busy
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -49,8 +49,8 @@ def execute(
         km=kernels,
         resources={"metadata": {"path": str(work)}},
         timeout=timeout,
-        startup_timeout=PATIENCE,
-        iopub_timeout=PATIENCE,  # for what a cell has put out: else it would be left out
+        startup_timeout=TIMEOUT,
+        iopub_timeout=TIMEOUT,  # for what a cell has put out: else it would be left out
         record_timing=False,
         coalesce_streams=True,
     )

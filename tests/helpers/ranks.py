@@ -7,7 +7,7 @@ import torch
 from helpers.processes import start_python
 
 stores = []  # rendezvous stores of the runs so far
-PATIENCE = 300  # seconds, on a machine however busy
+TIMEOUT = 300  # seconds, on a machine however busy
 SCRIPT = """
 import atexit, os, signal, sys, weakref
 from dataclasses import replace
@@ -62,7 +62,7 @@ def start(out, world_size=2, recipe="PLAIN", options="", before="pass", save_eve
 def finish(processes: list) -> list[tuple[int, str]]:
     """Exit status and last line of standard error of each."""
     try:
-        outputs = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -54,6 +54,13 @@ def test_a_public_name_is_documented(path):
     assert re.search(rf"^::: {re.escape(path)}$", reference, re.MULTILINE), f"{path} is not in docs/reference"
 
 
+def test_every_op_has_a_row():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "ops.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    internal = {op.name for op in diffusion.kernels.INTERNAL}
+    assert diffusion.kernels.OPS.keys() | internal <= named
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_links_of_a_page(page):
     for target in LINK.findall(page.read_text()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from execute_notebooks import NOTEBOOKS, PATIENCE, execute, main
+from execute_notebooks import NOTEBOOKS, TIMEOUT, execute, main
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 import diffusion
@@ -72,7 +72,7 @@ def test_a_notebook_runs_and_puts_out_what_is_stored(path, tmp_path):
         environment["MNIST_DIR"] = str(FIXTURES)
     where = "import sys\nprint(sys.executable, diffusion.__file__, sep='\\n')"
     notebook.cells.append(nbformat.v4.new_code_cell(where))
-    execute(notebook, tmp_path, timeout=PATIENCE, **environment)
+    execute(notebook, tmp_path, timeout=TIMEOUT, **environment)
     *cells, last = code_cells(notebook)
     assert last.outputs[0].text.splitlines() == [sys.executable, diffusion.__file__]
     for before, after in zip(code_cells(stored), cells, strict=True):

@@ -11,7 +11,7 @@ import torch
 
 from diffusion.training.state import read_state
 from diffusion.utils.ranks import Ranks
-from helpers.ranks import PATIENCE, finish, start
+from helpers.ranks import TIMEOUT, finish, start
 from helpers.training import DATA, PLAIN, make_trainer, run, state_of, torchvision_works
 
 # Flips are drawn for the whole batch: each rank must take those of its own images.
@@ -115,7 +115,7 @@ def test_the_command_under_torchrun(tmp_path):
     command += ["unet.channel_mult=[1]", "unet.attention_levels=[]"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("2 steps in") == 1  # the first rank speaks for all
