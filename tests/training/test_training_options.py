@@ -169,6 +169,15 @@ def test_adamw_decays_weights():
     torch.testing.assert_close(plain, weights_after(1))
 
 
+# The weights of the error in x_0, by their papers, with min-SNR's gamma of 5.
+IN_X0 = {
+    "min_snr": lambda snr: snr.clamp(max=5),
+    "truncated_snr": lambda snr: snr.clamp(min=1),
+    "snr_plus_one": lambda snr: snr + 1,
+    "p2": lambda snr: snr / (1 + snr),
+}
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
 def test_weights_mean_the_same_for_every_prediction_type(weighting, prediction_type):
@@ -177,12 +186,7 @@ def test_weights_mean_the_same_for_every_prediction_type(weighting, prediction_t
     t = torch.tensor([0, 1, 10, 250, 600, 999])
     signal = schedule.alphas_cumprod[t]
     snr = signal / (1 - signal)
-    in_x0 = {
-        "min_snr": snr.clamp(max=5),
-        "truncated_snr": snr.clamp(min=1),
-        "snr_plus_one": snr + 1,
-        "p2": snr / (1 + snr),
-    }[weighting]
+    in_x0 = IN_X0[weighting](snr)
     # |x0 error|^2 is |epsilon error|^2 / SNR, and |v error|^2 / (SNR + 1)
     divisor = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[prediction_type]
     found = loss_weight(schedule, prediction_type, t, weighting)
@@ -195,11 +199,13 @@ def test_weights_where_there_is_no_signal(weighting):
     t = torch.tensor([999])
     for prediction_type in ("sample", "v_prediction"):
         assert loss_weight(schedule, prediction_type, t, weighting).isfinite().all()
-    if weighting in ("truncated_snr", "snr_plus_one"):
+    snr = torch.tensor(1e-300, dtype=torch.float64)
+    limit = 1.0 if weighting == "uniform" else (IN_X0[weighting](snr) / snr).item()
+    if limit > torch.finfo(torch.float32).max:
         with pytest.raises(ValueError, match="infinitely"):
             loss_weight(schedule, "epsilon", t, weighting)
     else:
-        assert loss_weight(schedule, "epsilon", t, weighting).item() == 1
+        assert loss_weight(schedule, "epsilon", t, weighting).item() == pytest.approx(limit)
 
 
 def test_a_learned_variance_is_trained_by_the_hybrid_loss(tmp_path):
