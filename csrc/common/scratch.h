@@ -6,16 +6,17 @@
 
 namespace fused_diffusion {
 
-// The calling thread's buffer number `which`, 0 to 3: at least `words` floats, aligned to a cache line. It is kept from
-// call to call, because fresh pages cost more than a small op, and is overwritten by the next call for the same number.
-inline float* buffer(int64_t words, int which) {
+// The calling thread's buffer number `which`, 0 to 3: at least `floats` floats, aligned to a cache line. It is kept
+// from call to call, because fresh pages cost more than a small op, and is overwritten by the next call for the same
+// number.
+inline float* buffer(int64_t floats, int which) {
   static thread_local std::unique_ptr<float[]> kept[4];
   static thread_local int64_t sizes[4] = {};
-  if (sizes[which] < words + 16) {
+  if (sizes[which] < floats + 16) {
     kept[which].reset();
     sizes[which] = 0;
-    kept[which].reset(new float[words + 16]);
-    sizes[which] = words + 16;
+    kept[which].reset(new float[floats + 16]);
+    sizes[which] = floats + 16;
   }
   const uintptr_t line = (reinterpret_cast<uintptr_t>(kept[which].get()) + 63) / 64 * 64;
   return reinterpret_cast<float*>(line);

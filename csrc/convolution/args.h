@@ -26,7 +26,7 @@ struct ImageScale {
   int32_t zero;
 };
 
-// What is applied to the sums and bias of an output. In Python: ACTIVATIONS of kernels/ops/convolution/library.py.
+// The function of the sums and bias of an output. In Python: ACTIVATIONS of kernels/ops/convolution/library.py.
 enum class Activation : int64_t {
   none,
   silu,

@@ -24,7 +24,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockWords = 1 << 20;  // floats of both buffers of a Winograd block, or of a direct one's inputs
+constexpr int64_t kBlockFloats = 1 << 20;        // of both buffers of a Winograd block, or of a direct one's inputs
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs: half of a core's second cache
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // of weights that stay in that cache beside the inputs
 constexpr int64_t kPixelRow = 64;                // of a 1x1 convolution, at most
@@ -104,8 +104,8 @@ AmxConvolutionKernels amx_kernels(ScalarType type, int64_t limbs) {
 void winograd(const Convolution& g, const ConvolutionKernels& set, int64_t size, int64_t pack) {
   WinogradBlock block(g, size, pack, 1);
   const int64_t strips = g.images * block.high,
-                strip_words = block.frequencies() * block.wide * (block.inputs + block.outputs);
-  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, kBlockWords / strip_words));
+                strip_floats = block.frequencies() * block.wide * (block.inputs + block.outputs);
+  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, kBlockFloats / strip_floats));
   const int64_t strips_per_block = divide_up(strips, blocks);
   for (int64_t first = 0; first < strips; first += strips_per_block) {
     block = WinogradBlock(g, size, pack, std::min(strips_per_block, strips - first));
@@ -133,10 +133,10 @@ void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, S
                         g.out_height == g.height && g.out_width == g.width && same_type && g.channels % pack == 0;
   block.columns = (g.out_width - 1) * g.stride + g.kernel;
   block.pixel = in_place ? g.x_pixel * element : round_up(g.channels, 16) * weight_element;
-  const int64_t row_words = block.columns * block.pixel / 4;
+  const int64_t row_floats = block.columns * block.pixel / 4;
   const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
-  const int64_t whole = in_place ? g.images : kBlockWords / (image_rows * row_words);
-  const int64_t rows = std::max<int64_t>(1, (kBlockWords / row_words - g.kernel) / g.stride);
+  const int64_t whole = in_place ? g.images : kBlockFloats / (image_rows * row_floats);
+  const int64_t rows = std::max<int64_t>(1, (kBlockFloats / row_floats - g.kernel) / g.stride);
   block.images = std::max<int64_t>(1, whole);
   const int64_t step = whole > 0 ? g.out_height : std::min(g.out_height, rows);
   const int64_t taps = g.kernel * g.kernel;

@@ -2,7 +2,7 @@
 
 #include "amx/tile_gemm.h"
 
-constexpr int64_t kTileWords = kTileBytes / 4, kSumsWords = 4 * kTileWords;  // of 32 x 32 sums
+constexpr int64_t kTileFloats = kTileBytes / 4, kSumsFloats = 4 * kTileFloats;  // of 32 x 32 sums
 
 // A mask of the first `count` channels of 32, or all if there are more.
 FD_HD __mmask32 first_channels(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1; }
@@ -109,9 +109,9 @@ struct Sums {
       _tile_zero(FD_SUM_11);
     } else {
       _tile_loadd(FD_SUM_00, at, kRowBytes);
-      _tile_loadd(FD_SUM_01, at + kTileWords, kRowBytes);
-      _tile_loadd(FD_SUM_10, at + 2 * kTileWords, kRowBytes);
-      _tile_loadd(FD_SUM_11, at + 3 * kTileWords, kRowBytes);
+      _tile_loadd(FD_SUM_01, at + kTileFloats, kRowBytes);
+      _tile_loadd(FD_SUM_10, at + 2 * kTileFloats, kRowBytes);
+      _tile_loadd(FD_SUM_11, at + 3 * kTileFloats, kRowBytes);
     }
   }
 
@@ -130,9 +130,9 @@ struct Sums {
 
   FD_HD void store() const {
     _tile_stored(FD_SUM_00, at, kRowBytes);
-    _tile_stored(FD_SUM_01, at + kTileWords, kRowBytes);
-    _tile_stored(FD_SUM_10, at + 2 * kTileWords, kRowBytes);
-    _tile_stored(FD_SUM_11, at + 3 * kTileWords, kRowBytes);
+    _tile_stored(FD_SUM_01, at + kTileFloats, kRowBytes);
+    _tile_stored(FD_SUM_10, at + 2 * kTileFloats, kRowBytes);
+    _tile_stored(FD_SUM_11, at + 3 * kTileFloats, kRowBytes);
     asm volatile("" ::: "memory");
   }
 };
@@ -145,7 +145,7 @@ FD_HD void multiply(const WeightGradient& g, const BunchLayout& layout, const Pa
   const int64_t wide = std::min(columns, kChunksOfPiece), high = std::max<int64_t>(1, kChunksOfPiece / columns);
   const int64_t pieces = divide_up(columns, wide);
   for (int64_t r = 0; r < g.side; ++r) {
-    float* of_row = sums + r * g.side * kSumsWords;
+    float* of_row = sums + r * g.side * kSumsFloats;
     bool first_piece = begins;
     const Range rows = Range(r, g.stride, g.padding, g.height, g.out_height).within(first, last);
     for (int64_t row = rows.first; row < rows.last; row += high) {
@@ -155,7 +155,7 @@ FD_HD void multiply(const WeightGradient& g, const BunchLayout& layout, const Pa
         for (int64_t s = 0; s < g.side; ++s) {
           const Range existing(s, g.stride, g.padding, g.width, g.out_width);
           const Range range = layout.whole ? existing.within(from, to) : Range(from, to);
-          const Sums out(of_row + s * kSumsWords, first_piece);
+          const Sums out(of_row + s * kSumsFloats, first_piece);
           for (int64_t i = row; i < end; ++i) {
             const int64_t in = (i * g.stride + r - g.padding) % p.x_rows;
             out.add(p, grad + ((i - first) * layout.chunks + range.first) * kTileBytes,
@@ -166,7 +166,7 @@ FD_HD void multiply(const WeightGradient& g, const BunchLayout& layout, const Pa
         first_piece = false;
       }
     }
-    if (first_piece) memset(of_row, 0, g.side * kSumsWords * sizeof(float));
+    if (first_piece) memset(of_row, 0, g.side * kSumsFloats * sizeof(float));
   }
 }
 
@@ -177,8 +177,8 @@ FD_HD void write_block(const WeightGradient& g, const ThreadPart& part, int64_t 
   for (int64_t i = 0; i < std::min(kBlock, g.outputs - k); ++i) {
     for (int64_t tap = 0; tap < g.taps(); ++tap) {
       float* to = part.weight + ((k + i) * g.taps() + tap) * g.inputs + c;
-      const float* from = sums + tap * kSumsWords + half_of(i) * 2 * kTileWords + place_of(i) * 16;
-      const __m512 a = _mm512_load_ps(from), b = _mm512_load_ps(from + kTileWords);
+      const float* from = sums + tap * kSumsFloats + half_of(i) * 2 * kTileFloats + place_of(i) * 16;
+      const __m512 a = _mm512_load_ps(from), b = _mm512_load_ps(from + kTileFloats);
       for (int64_t half = 0; half < 2; ++half) {
         const __mmask16 mask = first_lanes(g.inputs - c - 16 * half);
         _mm512_mask_storeu_ps(to + 16 * half, mask, _mm512_permutex2var_ps(a, half == 0 ? low : high, b));
@@ -191,7 +191,7 @@ inline void differentiate(const WeightGradient& g, const ThreadPart& part, int64
   load_shapes();
   float* bias = buffer(part.outputs(), 3);
   memset(bias, 0, part.outputs() * sizeof(float));
-  const int64_t blocks = divide_up(g.inputs, kBlock), of_block = g.taps() * kSumsWords;
+  const int64_t blocks = divide_up(g.inputs, kBlock), of_block = g.taps() * kSumsFloats;
   float* sums = nullptr;
   for (int64_t at = part.first_row; at < part.last_row;) {
     const int64_t bunch = at / g.out_height, row = at % g.out_height;

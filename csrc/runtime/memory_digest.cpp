@@ -1,3 +1,4 @@
+// Digests of memory: multiplications and shifts of 64-bit words, of samples of every region and of all bytes in turn.
 #include "runtime/memory_digest.h"
 
 #include <algorithm>

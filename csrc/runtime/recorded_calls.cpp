@@ -1,3 +1,4 @@
+// Recorded calls, and the recordings of each thread.
 #include "runtime/recorded_calls.h"
 
 #include <stdexcept>

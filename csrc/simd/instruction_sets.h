@@ -3,7 +3,7 @@
 
 namespace fused_diffusion {
 
-// An instruction set is the set of its features, a bit each. What is compiled for a set runs on all that include it.
+// An instruction set is the set of its features, a bit each. Kernels compiled for a set run on all that include it.
 enum class Simd : unsigned {
   baseline = 0,
   avx2 = 1,                  // AVX2 and FMA

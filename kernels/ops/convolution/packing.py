@@ -98,7 +98,7 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
 def _merge_taps(weight: Tensor) -> Tensor:
     """Concatenates neighbouring horizontal taps along C: few input channels would not fill a row of 64 bytes.
 
-    merge_pixels (csrc/convolution/convolution_amx.h) merges the pixels of the input in the same order.
+    merge_pixels (csrc/convolution/amx_inputs.h) merges the pixels of the input in the same order.
     """
     k, c, height, width = weight.shape
     padded = -(-c // LANES) * LANES
