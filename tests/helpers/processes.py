@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 SERVER = """
 import json, os, signal, socket, sys
 import torch
-import torch._dynamo  # which every optimizer imports
+import PIL.Image, safetensors.torch, torch._dynamo  # which training imports, too
 server = socket.socket(fileno=int(sys.argv[1]))
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors leave no zombies
 while True:

@@ -133,7 +133,7 @@ def test_no_tensor_is_left_by_a_call():
     models = six_models()
     calls(models, 12)
     before = live_tensors()
-    calls(models, 24)
+    calls(models, 12)
     assert live_tensors() <= before
 
 

@@ -10,10 +10,10 @@ import torch
 from diffusion.utils.memory import keep_freed_memory
 
 def faults():
-    for _ in range(20):  # until the heap is as large as they need
+    for _ in range(10):  # until the heap is as large as they need
         torch.ones(12 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(10):
         torch.ones(12 << 20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
