@@ -3,7 +3,7 @@
 A backend is a few functions of the op's arguments, which are one record (`kernels/ops/<op>/arguments.py`):
 `run` computes. `supports` returns None where `run` can serve these arguments, or else the reason why not, as
 a short sentence for the user. `slower` gives the reason why "auto" passes over a backend that could serve,
-where the benchmarks favour another one.
+where the benchmarks favour another one. `manner` says how `run` would serve them, where it has several ways.
 """
 
 from collections.abc import Callable
@@ -106,6 +106,7 @@ class Backend(NamedTuple):
     run: Callable[[Any], Any]
     supports: Callable[[Any], str | None]
     slower: Callable[[Any], str | None] = always
+    manner: Callable[[Any], str | None] = always
 
 
 def _identity(arguments: Any, backend: str) -> tuple | None:
@@ -187,7 +188,8 @@ class Op:
     def explain(self, arguments: Any, backend: str = "auto") -> str:
         """One line for each backend: the one that runs, and the reason for each of the others."""
         chosen = self.choose(arguments, backend)
-        lines = [f"{self.name}: {chosen}"]
+        manner = self.backends[chosen].manner(arguments)
+        lines = [f"{self.name}: {chosen}" + (f", {manner}" if manner else "")]
         for name, candidate in self.backends.items():
             if name != chosen:
                 reason = self._refusal(name, arguments) or candidate.slower(arguments)

@@ -85,7 +85,7 @@ __device__ __forceinline__ void gradient(const AttentionGradientArguments& g, co
                                              kOf == Of::queries ? k
                                              : kOf == Of::keys  ? q
                                                                 : grad,
-                                             g.positions, width, vector);
+                                             0, g.positions, width, vector);
   auto* statistics = reinterpret_cast<QueryStatistics*>(shared_memory + S::kTileBytes);
   if (kOf == Of::queries) {
     copy_statistics<S::kRows>(statistics, g.logsumexp + at, delta + at, place.first, g.positions);

@@ -49,10 +49,10 @@ __device__ __forceinline__ void copy_tile(T* to, const HeadRows<T>& rows, int64_
 template <class T, int kWidth, int kTile, int kStages>
 class Ring {
  public:
-  // Copies that began before this are complete when the first tile is.
-  __device__ Ring(T* buffers, const HeadRows<T>& first, const HeadRows<T>& second, int64_t positions, int width,
-                  bool vector)
-      : buffers_(buffers), first_(first), second_(second), positions_(positions), width_(width), vector_(vector) {
+  // The tiles of positions [begin, end). Copies that began before this are complete when the first tile is.
+  __device__ Ring(T* buffers, const HeadRows<T>& first, const HeadRows<T>& second, int64_t begin, int64_t end,
+                  int width, bool vector)
+      : buffers_(buffers), first_(first), second_(second), begin_(begin), end_(end), width_(width), vector_(vector) {
 #pragma unroll
     for (int turn = 0; turn < kStages - 1; ++turn) start(turn);
   }
@@ -71,16 +71,16 @@ class Ring {
   __device__ T* buffer(int turn) { return buffers_ + turn % kStages * kTile * kPitch<T, kWidth>; }
 
   __device__ void start(int turn) {
-    const int64_t position = int64_t{turn / 2} * kTile;
-    if (position < positions_) {
-      copy_tile<kTile, kWidth>(buffer(turn), turn % 2 == 0 ? first_ : second_, position, positions_, width_, vector_);
+    const int64_t position = begin_ + int64_t{turn / 2} * kTile;
+    if (position < end_) {
+      copy_tile<kTile, kWidth>(buffer(turn), turn % 2 == 0 ? first_ : second_, position, end_, width_, vector_);
     }
     commit_copies();  // also without a copy, because wait_for_copies counts groups
   }
 
   T* buffers_;
   const HeadRows<T> first_, second_;
-  const int64_t positions_;
+  const int64_t begin_, end_;
   const int width_;
   const bool vector_;
 };

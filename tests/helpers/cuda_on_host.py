@@ -59,6 +59,13 @@ def load(op: str) -> ctypes.CDLL:
         return ctypes.CDLL(library)
 
 
+def launches(op: str) -> list[tuple[int, int, int]]:
+    """The grids of the launches of csrc/<op> since the device was last set."""
+    grids = ((ctypes.c_uint * 3) * 64)()
+    count = load(op).on_host_launches(grids, len(grids))
+    return [tuple(grid) for grid in grids[:count]]
+
+
 @pytest.fixture
 def on_host(capfd, request):
     """Loads the ops that the module names in ON_HOST; a function that sets the device that kernels see.

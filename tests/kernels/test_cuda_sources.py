@@ -167,6 +167,22 @@ def test_instructions_of_a_norm_for_each_number():
     assert of_a_number["normalise"] <= 11.5  # it was 45
 
 
+@pytest.mark.exhaustive
+def test_attention_divides_once_for_each_query():
+    """Each of a lane's numbers was divided by the sum of the weights: some ten instructions, and a call."""
+    source = "attention/attention.cu"
+    many = counts_of(source, "attention_kernelINS_8BFloat16ELi256ELi1E")
+    assert (many["LDSM"], many["HMMA"]) == (144, 256)
+    assert many.total() <= 3500
+    assert many["CALL"] <= 1
+    few = counts_of(source, "attention_kernelINS_8BFloat16ELi256ELi4E")
+    assert (few["LDSM"], few["HMMA"]) == (48, 64)
+    assert few.total() <= 4300
+    assert few["CALL"] <= 1
+    merged = counts_of(source, "merge_parts_kernelINS_8BFloat16E")
+    assert merged.total() <= 1100
+
+
 def test_normals_are_the_same_operations_as_on_the_cpu(tmp_path):
     """Correctly rounded roots, sums and products only: nothing approximate, nothing flushed to zero."""
     compile_device_code(CSRC / "philox" / "philox.cu", tmp_path / "x.ptx", "-ptx", "-arch=compute_80")

@@ -74,6 +74,12 @@ def test_auto_passes_over_a_slower_backend_and_says_why():
     assert op.explain(3) == "toy: any\n  not even: 3 is odd"
 
 
+def test_explain_tells_in_which_manner_the_choice_would_serve():
+    op = Op("toy", {"even": ON_EVEN._replace(manner=lambda n: f"in {n} halves"), "any": ON_ALL})
+    assert op.explain(4) == "toy: even, in 4 halves\n  not any: available; 'even' is preferred"
+    assert op.explain(3) == "toy: any\n  not even: 3 is odd"
+
+
 def test_explain_takes_the_public_functions_arguments():
     args, kwargs = CASES["mnist"].inputs()
     expected = explain("reverse_step", *args, **kwargs)

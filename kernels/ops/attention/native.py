@@ -3,6 +3,8 @@
 Products of float32 are sums of fused multiply-adds, also where torch.backends.cuda.matmul.allow_tf32 is set.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,19 @@ from ..._limits import MAX_AMX_POSITIONS, MAX_CUDA_WIDTH, WIDE_HEAD, WIDE_SHARED
 from . import library as library  # defines the operators that the libraries implement
 from .arguments import Arguments
 
+KEY_TILE = 64  # keys that a block of CUDA takes at a time
+MOST_PARTS = 32
+LEAST_SAVED = 128 << 10  # bytes of keys and values that a block reads less
+
 
 @constant_in_graphs
 def _shared_memory(device_index: int | None) -> int:
     properties = torch.cuda.get_device_properties(device_index)
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # not in torch's stub
+
+
+def _processors(device_index: int | None) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def _supports(arguments: Arguments) -> str | None:
@@ -50,6 +60,31 @@ def supports_cuda(arguments: Arguments) -> str | None:
     if width > WIDE_HEAD and _shared_memory(q.device.index) < WIDE_SHARED_MEMORY:
         return f"a head of width {width} needs more shared memory than this device has"
     return _supports(arguments)
+
+
+def key_parts(q: Tensor, processors: int) -> int:
+    """Among how many blocks CUDA divides the keys of a head, as csrc/attention/attention.cu does.
+
+    It takes more than one only where a block for every 16 queries leaves half of the multiprocessors idle or
+    more, and where each block then reads 128 KB less, which takes about as long as the second kernel.
+    """
+    batch, heads, positions, width = q.shape
+    tiles = math.ceil(positions / KEY_TILE)
+    if batch * heads * tiles >= processors:  # a block takes 64 queries
+        return 1
+    parts = min(max(processors // (batch * heads * math.ceil(positions / 16)), 1), MOST_PARTS)
+    of_part = math.ceil(tiles / parts)
+    padded = next(size for size in (64, 128, 256) if width <= size)
+    saved = (tiles - of_part) * 2 * KEY_TILE * padded * q.element_size()
+    return 1 if saved < LEAST_SAVED else math.ceil(tiles / of_part)
+
+
+def manner_of_cuda(arguments: Arguments) -> str | None:
+    q = arguments.q
+    if q.numel() == 0:
+        return None
+    parts = key_parts(q, _processors(q.device.index))
+    return f"the keys in {parts} parts and their softmaxes merged" if parts > 1 else None
 
 
 def slower_cpp(arguments: Arguments) -> str | None:

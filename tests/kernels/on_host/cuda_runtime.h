@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/library.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -40,6 +41,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -69,6 +74,7 @@ inline jmp_buf scheduler;
 inline std::function<void()> kernel;
 inline int thread = 0, threads = 0, turn = 0;
 inline int processors, most_shared;  // of the device: on_host_device sets them
+inline std::vector<dim3> launched;   // grids of all launches since
 inline std::map<const void*, int> shared_asked_for;
 alignas(16) inline unsigned char exchanged[1024 / kWarp][2][kWarp][64];
 
@@ -270,6 +276,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     return cudaErrorInvalidValue;
   }
+  on_host::launched.push_back(grid);
   on_host::threads = threads;
   on_host::kernel = [&] { kernel(static_cast<Parameters>(arguments)...); };
   while (on_host::fibers.size() < static_cast<size_t>(threads)) {
@@ -288,6 +295,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 extern "C" __attribute__((visibility("default"), used)) inline void on_host_device(int processors, int shared) {
   on_host::processors = processors;
   on_host::most_shared = shared;
+  on_host::launched.clear();
+}
+
+// The number of launches since on_host_device; their grids, three numbers each, as far as there is room for them.
+extern "C" __attribute__((visibility("default"), used)) inline int on_host_launches(unsigned (*grids)[3], int room) {
+  const int count = static_cast<int>(on_host::launched.size());
+  for (int i = 0; i < std::min(count, room); ++i) {
+    const dim3 grid = on_host::launched[i];
+    grids[i][0] = grid.x, grids[i][1] = grid.y, grids[i][2] = grid.z;
+  }
+  return count;
 }
 
 // ---- Torch: no stream, no device to choose, and operators of CPU tensors.

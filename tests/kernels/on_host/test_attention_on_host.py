@@ -9,8 +9,9 @@ import torch
 from diffusion import kernels
 from diffusion.kernels.ops.attention import library
 from diffusion.kernels.ops.attention.cases import CASES, Case
+from diffusion.kernels.ops.attention.native import key_parts
 from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
-from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
+from helpers.cuda_on_host import launches, on_host, requires_compiler  # noqa: F401
 from helpers.tolerance import assert_close
 
 # Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.
@@ -61,6 +62,54 @@ def test_value(case, dtype):
     assert_close(out, torch_ops(q, k, v, scale=scale), formula(*exact, scale=scale))
     logits, exact_logits = q.float() @ k.float().mT * scale, exact[0] @ exact[1].mT * scale
     assert_close(logsumexp, torch.logsumexp(logits, -1), torch.logsumexp(exact_logits, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "processors", "parts"),
+    [
+        (Case(1, 1, 256, 256, packed=True), 132, 4),  # DDPM's, alone
+        (Case(1, 1, 256, 256, packed=True), 48, 2),
+        (Case(1, 2, 200, 130, packed=True), 108, 4),  # the last part has 8 keys, all warps but one have none
+        (Case(1, 1, 321, 250, packed=True, offset=1), 132, 6),  # the last part has one key
+    ],
+    ids=lambda value: "x".join(map(str, value[:4])) if isinstance(value, Case) else str(value),
+)
+def test_keys_in_parts(case, processors, parts, dtype, on_host):  # noqa: F811
+    on_host(processors, 227 << 10)
+    (q, k, v), _ = case.inputs(dtype)
+    scale = 1.25
+    out, logsumexp = OPS.on_host_attention(q, k, v, scale)
+    blocks = case.batch * case.heads * math.ceil(case.positions / 16)
+    assert launches("attention") == [(blocks, parts, 1), (math.ceil(q[..., 0].numel() / 4), 1, 1)]
+    assert key_parts(q, processors) == parts
+    exact = [t.double() for t in (q, k, v)]
+    assert_close(out, torch_ops(q, k, v, scale=scale), formula(*exact, scale=scale))
+    logits, exact_logits = q.float() @ k.float().mT * scale, exact[0] @ exact[1].mT * scale
+    assert_close(logsumexp, torch.logsumexp(logits, -1), torch.logsumexp(exact_logits, -1))
+    again = OPS.on_host_attention(q, k, v, scale)
+    assert all(map(torch.equal, again, (out, logsumexp)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_which_a_query_leaves_out_all_keys(dtype, on_host):  # noqa: F811
+    on_host(132, 227 << 10)
+    (q, k, v), _ = Case(1, 1, 256, 256).inputs(dtype)
+    q, k = q.abs() + 0.1, k.clone()
+    k[:, :, 20:150] = -math.inf
+    out = attention(q, k, v)
+    assert launches("attention")[0] == (16, 4, 1)
+    rest = [torch.cat([t[:, :, :20], t[:, :, 150:]], 2) for t in (k, v)]
+    assert_close(out, torch_ops(q, *rest), formula(*(t.double() for t in (q, *rest))))
+
+
+@pytest.mark.parametrize("processors", [1, 4, 17, 60, 108, 132, 1000])
+@pytest.mark.parametrize("positions", [1, 64, 65, 300, 700])
+def test_python_knows_the_parts(positions, processors, on_host):  # noqa: F811
+    on_host(processors, 227 << 10)
+    q = torch.zeros(1, 1, positions, 8)
+    OPS.on_host_attention(q, q, q, 1.0)
+    assert key_parts(q, processors) == launches("attention")[0][1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

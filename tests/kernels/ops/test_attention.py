@@ -326,6 +326,23 @@ class TestWhereCudaServes:
         monkeypatch.setattr(native, "_shared_memory", lambda index: 166_912)
         assert self.reason(1, 1, 16, 129) is None
 
+    @staticmethod
+    def manner(*shape, dtype=torch.bfloat16):
+        with FakeTensorMode():
+            x = torch.empty(*shape, dtype=dtype, device="cuda:0")
+        return native.manner_of_cuda(Arguments(x, x, x))
+
+    def test_explain_tells_the_parts_of_the_keys(self, monkeypatch):
+        """One head, 132 multiprocessors, and 64 keys at a time, which are read with their values."""
+        monkeypatch.setattr(native, "_processors", lambda index: 132)
+        assert self.manner(1, 1, 256, 256) == "the keys in 4 parts and their softmaxes merged"
+        assert self.manner(1, 1, 1024, 64) == "the keys in 2 parts and their softmaxes merged"
+        assert self.manner(1, 1, 256, 64) is None  # a block would read 48 KB less
+        assert self.manner(4, 1, 256, 256) == "the keys in 2 parts and their softmaxes merged"
+        assert self.manner(5, 1, 256, 256) is None  # 80 blocks
+        assert self.manner(64, 1, 256, 256) is None
+        assert self.manner(0, 1, 256, 256) is None
+
     def test_devices_and_dtypes(self):
         assert self.reason(1, 1, 16, 64, device="cpu") == "it runs on CUDA devices, not on cpu"
         assert "not float32, bfloat16 or float16" in self.reason(1, 1, 16, 64, dtype=torch.float64)
