@@ -1,9 +1,9 @@
 """Fast sampling and training of pixel-space diffusion models with classifier-free guidance."""
 
-import importlib
-import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .utils.modules import importing
 
 __version__ = "0.2.0.dev0"
 
@@ -75,19 +75,7 @@ _MODULES = {
 }
 
 
-def _has_module(name: str) -> bool:
-    """Whether the package holds a module or a subpackage of this name."""
-    return importlib.util.find_spec(f"{__name__}.{name}") is not None
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name, or a module, when it is first used: `diffusion --help` loads no PyTorch."""
-    is_module = not name.startswith("_") and name not in _MODULES and _has_module(name)
-    if name not in __all__ and not is_module:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_MODULES.get(name, name)}", __name__)
-    globals()[name] = value = getattr(module, name) if name in _MODULES else module
-    return value
+__getattr__ = importing(__name__, _MODULES)  # so that `diffusion --help` loads no PyTorch
 
 
 def __dir__() -> list[str]:

@@ -6,10 +6,15 @@ set, and the Fréchet distances of real test digits. cifar10 and folders and zip
 images get a residual network, which is trained differently (see `train_classifier`).
 """
 
-from .network import Classifier, classify
-from .reference import Reference, balanced_labels, measure_reference
-from .storage import BUNDLED, load_classifier, save_classifier
-from .training import augment, crop, train_classifier
+from typing import TYPE_CHECKING
+
+from ..utils.modules import importing
+
+if TYPE_CHECKING:  # `__getattr__` imports each name when it is first used
+    from .network import Classifier, classify
+    from .reference import Reference, balanced_labels, measure_reference
+    from .storage import BUNDLED, load_classifier, save_classifier
+    from .training import augment, crop, train_classifier
 
 __all__ = [
     "BUNDLED",
@@ -24,3 +29,19 @@ __all__ = [
     "save_classifier",
     "train_classifier",
 ]
+
+# The module that defines each name.
+_MODULES = {
+    "BUNDLED": "storage",
+    "Classifier": "network",
+    "Reference": "reference",
+    "augment": "training",
+    "balanced_labels": "reference",
+    "classify": "network",
+    "crop": "training",
+    "load_classifier": "storage",
+    "measure_reference": "reference",
+    "save_classifier": "storage",
+    "train_classifier": "training",
+}
+__getattr__ = importing(__name__, _MODULES)  # so that the command's help needs no PyTorch

@@ -15,7 +15,10 @@ from typing import Any, NoReturn, Protocol
 
 from .. import __version__
 from ..utils.errors import printable
+from ..utils.modules import importing
 from . import recorded_help
+
+__getattr__ = importing(__name__)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,17 +42,25 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or not {"-h", "--help", "--version"}.isdisjoint(words):
         make_parser(recorded_help.read()).parse_args(words)  # prints, and ends the process
-    from ..kernels._native import check_environment
-    from ..training.signals import Stopped
-    from ..utils.memory import is_out_of_memory
     from .commands import COMMANDS
 
     parsed = make_parser(COMMANDS).parse_args(words)
+    with one_line_errors("diffusion"), _cleaning_up(parsed.command):
+        COMMANDS[parsed.command].run(parsed)
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the process with one line after a user's error, Ctrl-C or a closed pipe; shows warnings in one."""
+    from ..kernels._native import check_environment
+    from ..training.signals import Stopped
+    from ..utils.memory import is_out_of_memory
+
     try:
         check_environment()
-        with warnings.catch_warnings(), _cleaning_up(parsed.command):
+        with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            COMMANDS[parsed.command].run(parsed)
+            yield
     except Stopped as error:
         print(f"\nstopped at step {error.step}; go on with --resume", file=sys.stderr)
         sys.exit(130)
@@ -61,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        fail("diffusion", str(error) or type(error).__name__)
+        fail(program, str(error) or type(error).__name__)
 
 
 class Command(Protocol):

@@ -2,11 +2,14 @@
 
 import os
 
+from ..utils.modules import importing
 from .image_folder import read_images
 from .image_set import ImageSet
 from .torchvision_sets import NAMED_SETS, NamedSet, load_cifar10, load_mnist
 
 __all__ = ["NAMED_SETS", "ImageSet", "NamedSet", "load_cifar10", "load_dataset", "load_mnist"]
+
+__getattr__ = importing(__name__)
 
 
 def load_dataset(

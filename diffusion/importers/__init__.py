@@ -11,6 +11,7 @@ from typing import Any
 
 from ..storage import checkpoint
 from ..utils.errors import one_line, printable
+from ..utils.modules import importing
 from ..utils.validation import choice
 from . import (
     conditional_mnist,
@@ -39,6 +40,8 @@ __all__ = [
     "read_object",
     "scheduler_config",
 ]
+
+__getattr__ = importing(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of checkpoints in a folder

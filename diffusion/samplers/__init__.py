@@ -31,6 +31,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..utils.modules import importing
 from ..utils.validation import choice, known_names
 from .ancestral import ddpm as ddpm
 from .ddim import ddim as ddim
@@ -53,6 +54,8 @@ FULL_CHAIN = ("ddpm",)  # the command line takes all T steps of these by default
 
 __all__ = ["SAMPLERS", "SpacingWarning", "StepTable"]
 __all__ += [function.__name__ for function in SAMPLERS.values()]
+
+__getattr__ = importing(__name__)
 
 
 def options_of(sampler: str) -> dict[str, inspect.Parameter]:

@@ -44,3 +44,29 @@ def test_names_that_are_modules(code):
     process = start_python(code)  # has imported PyTorch alone
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+
+
+def test_every_module_is_an_attribute():
+    """`diffusion.process.forward` and its like work after `import diffusion` alone, and nonsense does not."""
+    code = """if True:
+        import functools, pkgutil, types
+        import diffusion
+        paths, packages = [], [("diffusion", path) for path in diffusion.__path__[:1]]
+        for package, path in packages:
+            for found in pkgutil.iter_modules([path], f"{package}."):
+                if found.name.startswith("diffusion.kernels") or found.name.endswith("__main__"):
+                    continue
+                paths.append(found.name)
+                if found.ispkg:
+                    packages.append((found.name, f"{path}/{found.name.rpartition('.')[2]}"))
+        assert len(paths) > 100
+        for name in paths:
+            value = functools.reduce(getattr, name.split(".")[1:], diffusion)
+            # Some packages import a function of its module's name, such as `samplers.ddim`.
+            assert isinstance(value, types.ModuleType) or value.__module__ == name, name
+            if hasattr(value, "__path__"):
+                assert not hasattr(value, "nonsense"), name
+    """
+    process = start_python(code)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors

@@ -11,6 +11,7 @@ channel_norm a layer norm or RMS norm of each pixel's channels; options: eps, rm
 whose inputs have the names of options["names"].
 """
 
+from ...utils.modules import importing
 from ..faults import without_faults
 from ..graph import Graph
 from .activations import fuse_activations
@@ -29,6 +30,8 @@ from .views import shorten_views
 from .wide import leave_wide
 
 __all__ = ["fuse", "fuse_norms_alone", "named"]
+
+__getattr__ = importing(__name__)
 
 
 def fuse(graph: Graph) -> None:
