@@ -4,13 +4,15 @@ import argparse
 import json
 from typing import Any
 
+from ..classifier import command as classifier
 from .commands import COMMANDS
-from .recorded_help import ACTIONS, FILE
+from .recorded_help import ACTIONS, CLASSIFIER, FILE
 
 
 def text() -> str:
     """The contents of help.json, an argument in each line."""
-    return json.dumps({name: _record(command) for name, command in COMMANDS.items()}, indent=1) + "\n"
+    programs: dict[str, Any] = COMMANDS | {CLASSIFIER: classifier}
+    return json.dumps({name: _record(command) for name, command in programs.items()}, indent=1) + "\n"
 
 
 def _record(command: Any) -> dict[str, Any]:

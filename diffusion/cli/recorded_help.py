@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("help.json")
+CLASSIFIER = "python -m diffusion.classifier"  # the program beside the commands
 TYPES = {"int": int, "float": float, "str": str}
 # Actions of arguments by their classes, for `add_argument`; other arguments store their values.
 ACTIONS: dict[str, Any] = {
@@ -45,5 +46,13 @@ class RecordedCommand:
 
 def read() -> dict[str, RecordedCommand]:
     """The recorded commands, by name."""
-    records = json.loads(FILE.read_text(encoding="utf-8"))
-    return {name: RecordedCommand(record) for name, record in records.items()}
+    return {name: RecordedCommand(record) for name, record in _records().items() if name != CLASSIFIER}
+
+
+def read_program(name: str) -> RecordedCommand:
+    """The recorded arguments of a program beside the commands: CLASSIFIER."""
+    return RecordedCommand(_records()[name])
+
+
+def _records() -> dict[str, Any]:
+    return json.loads(FILE.read_text(encoding="utf-8"))

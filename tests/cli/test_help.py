@@ -51,8 +51,13 @@ def test_help_and_the_version_need_no_torch():
                 main(words)
             except SystemExit as end:
                 assert end.code == 0, words
-            for name in ("torch", "numpy", "diffusion.ddpm"):
-                assert name in before or name not in sys.modules, (words, name)
+        from diffusion.classifier.__main__ import main as train_a_classifier
+        try:
+            train_a_classifier(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+        for name in ("torch", "numpy", "diffusion.ddpm"):
+            assert name in before or name not in sys.modules, name
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

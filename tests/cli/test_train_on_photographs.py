@@ -256,7 +256,7 @@ def test_the_classifier_reads_images_of_any_size(tmp_path, monkeypatch, capsys):
         seen.append(images)
         raise ValueError("enough")
 
-    monkeypatch.setattr("diffusion.classifier.__main__.train_classifier", trained)
+    monkeypatch.setattr("diffusion.classifier.command.train_classifier", trained)
     words = ["--data", str(folder), "--test-data", str(folder), "--out", str(tmp_path / "classifier")]
     with pytest.raises(SystemExit):
         train_a_classifier([*words, "--sample-size", "4", "--resize", "16"])
@@ -265,3 +265,30 @@ def test_the_classifier_reads_images_of_any_size(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train_a_classifier(["--data", "mnist", "--out", str(tmp_path / "classifier"), "--resize", "16"])
     assert "--resize is for a folder or zip of images, and --data is mnist" in capsys.readouterr().err
+
+
+def test_the_classifier_holds_images_out(tmp_path, monkeypatch, capsys):
+    """Of 25 and 4 images, 2 and 1: one of ten of each class, at least one, the same in every call."""
+    folder = make_photographs(tmp_path / "pets", [(16, 16)] * 25)
+    for path in sorted((folder / "cat").iterdir())[4:]:
+        path.unlink()
+    seen = []
+
+    def trained(images, labels, **options):
+        seen.append((images, labels))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("diffusion.classifier.command.train_classifier", trained)
+    words = ["--data", str(folder), "--out", str(tmp_path / "classifier")]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            train_a_classifier(words)
+        assert "pets: 26 images to train on, 3 to test with" in capsys.readouterr().out
+    assert torch.bincount(seen[0][1]).tolist() == [3, 23]
+    assert torch.equal(seen[0][0], seen[1][0])
+    for path in sorted((folder / "cat").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(SystemExit):
+        train_a_classifier(words)
+    assert "the class cat of " in (error := capsys.readouterr().err)
+    assert error.endswith("has 1 image, and needs two, of which one is a test image; or give --test-data\n")
