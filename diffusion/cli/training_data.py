@@ -17,6 +17,7 @@ from ..training.fitting import (
     as_in_run,
     held_out_by_default,
     labels_by_name,
+    most_held_out,
     one_line_name,
     small_recipe,
     split,
@@ -128,9 +129,9 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         if not args.resume:
             recipe = with_classes(recipe, data, fixed)
     if args.hold_out is None:
-        few = held_out_by_default(len(data.images))
+        few = held_out_by_default(len(data.images), data.labels)
         args.hold_out = 0 if validation is not None or args.resume else few
-    whole_number("--hold-out", args.hold_out, 0, len(data.images) - 1)
+    whole_number("--hold-out", args.hold_out, 0, most_held_out(len(data.images), data.labels))
     if args.hold_out and validation is not None:
         raise ValueError("--hold-out is for data without other validation images: leave it out")
     images: torch.Tensor | SomeImages = data.images
@@ -139,7 +140,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         owner = read_state(Path(args.out) / STATE)["recipe"] if args.resume else recipe
         args.hold_out_seed = owner.seed
     if args.hold_out:
-        kept, held_out = split(len(data.images), args.hold_out, args.hold_out_seed)
+        kept, held_out = split(len(data.images), args.hold_out, args.hold_out_seed, labels)
         validation = ImageSet(data.images[held_out], None if labels is None else labels[held_out], None, "")
         images, labels = SomeImages(data.images, kept), None if labels is None else labels[kept]
         about_held_out = f" ({args.hold_out:,} held out)"

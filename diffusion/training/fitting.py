@@ -163,16 +163,31 @@ def check_apart(data: str | os.PathLike, out: str | os.PathLike, name: str = "da
         )
 
 
-def held_out_by_default(count: int) -> int:
-    """The number of `count` images that are held out where nothing says how many."""
-    return min(MAX_HELD_OUT, count // HELD_OUT_SHARE)
+def most_held_out(count: int, labels: torch.Tensor | None) -> int:
+    """The most of `count` images that can be held out: each class keeps an image to train on."""
+    return count - (1 if labels is None else len(labels.unique()))
 
 
-def split(count: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices int64 of the images to train on and of those held out, drawn by the seed; both in order."""
+def held_out_by_default(count: int, labels: torch.Tensor | None) -> int:
+    """The number of `count` images with these labels that are held out where nothing says how many."""
+    return min(MAX_HELD_OUT, count // HELD_OUT_SHARE, most_held_out(count, labels))
+
+
+def split(
+    count: int, held_out: int, seed: int, labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices int64 of the images to train on and of those held out, drawn by the seed; both in order.
+
+    labels: int64 [count] or None; the image of each class that is drawn last is not held out.
+    """
     generator = torch.Generator().manual_seed(seed_of(seed, "held out", 0))
-    order = torch.randperm(count, generator=generator, device="cpu")
-    return order[held_out:].sort().values, order[:held_out].sort().values
+    order = torch.randperm(count, generator=generator, device="cpu").tolist()
+    classes = [0] * count if labels is None else labels.tolist()
+    last = {classes[index]: index for index in order}
+    drawn = [index for index in order if last[classes[index]] != index][:held_out]
+    chosen = torch.zeros(count, dtype=torch.bool, device="cpu")
+    chosen[drawn] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
 def listed(names: tuple[str, ...] | list[str]) -> str:

@@ -28,6 +28,7 @@ from .fitting import (
     held_out_by_default,
     labels_by_name,
     mirroring_colour,
+    most_held_out,
     small_recipe,
     split,
     with_channels,
@@ -126,10 +127,11 @@ def train(
         )
     if recipe.unet.get("num_classes") is None:
         found, names = found._replace(labels=None), None
-    few = held_out_by_default(len(found.images))
+    few = held_out_by_default(len(found.images), found.labels)
     if state is not None:
         few = whole_number("hold_out", state["command"].get("hold_out", 0), 0)
-    held_out = few if hold_out is None else whole_number("hold_out", hold_out, 0, len(found.images) - 1)
+    most = most_held_out(len(found.images), found.labels)
+    held_out = few if hold_out is None else whole_number("hold_out", hold_out, 0, most)
     command = {} if state is None else state["command"]
     held_out_seed = command.get("hold_out_seed", recipe.seed if state is None else state["recipe"].seed)
     images, numbers, validation = _held_out(found, held_out, held_out_seed)
@@ -263,7 +265,7 @@ def _held_out(
     images, labels = found.images, found.labels
     if not count:
         return images, labels, None
-    kept, held_out = split(len(images), count, seed)
+    kept, held_out = split(len(images), count, seed, labels)
     validation = images[held_out], None if labels is None else labels[held_out]
     some = images.some(kept) if isinstance(images, DatasetImages) else SomeImages(images, kept)
     return some, None if labels is None else labels[kept], validation

@@ -19,7 +19,7 @@ from diffusion.classifier.__main__ import main as train_a_classifier
 from diffusion.cli import main
 from diffusion.data.image_set import Survey
 from diffusion.models.config import UNetConfig
-from diffusion.training.fitting import small_recipe, split
+from diffusion.training.fitting import held_out_by_default, most_held_out, small_recipe, split
 from diffusion.training.outlook import disk_use, duration
 from diffusion.training.recipe import load_recipe
 from diffusion.training.trainer import Trainer
@@ -130,6 +130,22 @@ def test_images_held_out_are_not_trained_on():
     assert len(held_out) == 7
     assert torch.equal(split(100, 7, seed=0)[1], held_out)
     assert not torch.equal(split(100, 7, seed=1)[1], held_out)
+
+
+def test_the_last_image_of_a_class_is_not_held_out():
+    """Otherwise the images held out are those without labels; all but one of each class can be."""
+    labels = torch.tensor([2] + [0] * 60 + [1] * 38 + [3])
+    for seed in range(30):
+        free, whole = split(100, 20, seed)[1], split(100, 20, seed, labels)[1]
+        assert not {0, 99} & set(whole.tolist())
+        assert len(whole) == 20
+        if not {0, 99} & set(free.tolist()):
+            assert torch.equal(free, whole)
+        kept, most = split(100, most_held_out(100, labels), seed, labels)
+        assert sorted(labels[kept].tolist()) == [0, 1, 2, 3]
+        assert len(most) == 96
+    assert held_out_by_default(60, torch.arange(60)) == 0
+    assert held_out_by_default(60, None) == 3
 
 
 def header(path: Path) -> int:
