@@ -1,4 +1,4 @@
-"""Options of `diffusion sample` for images to start from, and for animations between two noises."""
+"""Options of `diffusion sample` for images to start from or to invert, and for animations between noises."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,16 @@ from ..ddpm import DDPM
 from ..inference.repaint import repaint_rows
 from ..inference.start import JUMP_LENGTH, RESAMPLES, STRENGTH
 from ..process.interpolation import slerp
-from ..samplers import EVALUATE_TWICE
+from ..samplers import EVALUATE_TWICE, options_of
 from ..samplers.table import first_step
 from ..storage.images import save_gif, save_grid
 from ..utils.validation import whole_number
+from .options import choose_labels
 
-START_OPTIONS = ("strength", "mask", "resamples", "jump_length")  # of --image
+START_OPTIONS = ("strength", "mask", "resamples", "jump_length", "invert")  # of --image
+# An inversion has no noise, and a clipped step has no inverse.
+NOT_INVERTED = ("strength", "mask", "clip", "eta", "noise_in_last_step", "dynamic_threshold")
+ITERATIONS = 5
 
 
 def add_start_options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +37,19 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     add("--mask", metavar="FILE", help="with --image: paint anew where this picture is white, by RePaint")
     add("--resamples", type=int, help="with --mask: how often each step is taken (default: 10; 1 for heun)")
     add("--jump-length", type=int, help="with --mask: steps that are repeated together (default: 1)")
+    add(
+        "--invert",
+        nargs="*",
+        metavar="LABEL",
+        help="with --image: start from the noise of which ddim makes the images, with these labels of theirs "
+        "(default: none); --labels are those of the samples (default: the same), and --guidance-scale is by "
+        "default 1",
+    )
+    add(
+        "--iterations",
+        type=int,
+        help=f"with --invert: evaluations of the network in each step (default: {ITERATIONS})",
+    )
     add(
         "--interpolate",
         type=int,
@@ -50,6 +67,12 @@ def check_start_options(args: argparse.Namespace, suffix: str, sharded: bool) ->
     for name in ("resamples", "jump_length"):
         if getattr(args, name) is not None and args.mask is None:
             raise ValueError(f"--{name.replace('_', '-')} needs --mask")
+    if args.iterations is not None and args.invert is None:
+        raise ValueError("--iterations needs --invert")
+    if args.invert is not None:
+        _check_inversion(args)
+    if args.x0:
+        _check_x0(args, suffix, sharded)
     if sharded and (args.image or args.interpolate is not None):
         raise ValueError(
             "--image and --interpolate write into one file; end the name of --out in .png or .gif"
@@ -69,17 +92,53 @@ def check_start_options(args: argparse.Namespace, suffix: str, sharded: bool) ->
         raise ValueError("--interpolate makes a picture with a row for each image; leave out --columns")
 
 
+def _check_inversion(args: argparse.Namespace) -> None:
+    for name in NOT_INVERTED:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--invert has no noise and no clipping: leave out --{name.replace('_', '-')}")
+    if args.sampler not in (None, "ddim"):
+        raise ValueError(f"--invert is of the sampler ddim, not {args.sampler}: leave out --sampler")
+
+
+def _check_x0(args: argparse.Namespace, suffix: str, sharded: bool) -> None:
+    if sharded or suffix == ".npz":
+        raise ValueError("--x0 makes a .gif or a picture; end the name of --out in .gif or .png")
+    for name in ("mask", "interpolate", "captions"):
+        if getattr(args, name):
+            raise ValueError(f"--x0 shows the steps of whole images, without --{name}; leave out one of them")
+
+
 def start_arguments(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
     """The arguments of `DDPM.sample` that these options give; says how pictures are scaled."""
     if args.image is None:
         return {}
     found: dict[str, Any] = {"image": [_picture(path, model) for path in args.image]}
+    if args.invert is not None:
+        return found
     if args.mask is not None:
         found["mask"] = _picture(args.mask, model)
     else:
         found["strength"] = STRENGTH
     given = {name: getattr(args, name) for name in ("strength", "resamples", "jump_length")}
     return found | {name: value for name, value in given.items() if value is not None}
+
+
+def inversion(
+    args: argparse.Namespace, model: DDPM, images: list[Image.Image], num: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `DDPM.sample` that start `num` samples from the noise of these images, in turn.
+
+    options: further arguments of `DDPM.sample`, which are those of the inversion too.
+    """
+    labels, _ = choose_labels(model, args.invert or ["none"], len(images))
+    shared = ("steps", "guidance_rescale", "guidance_parallel", "batch_size", "backend", "precision", "dtype")
+    how = {name: value for name, value in options.items() if name in (*shared, *options_of("ddim"))}
+    if labels is None:
+        how["guidance_scale"] = 1.0
+    iterations = ITERATIONS if args.iterations is None else args.iterations
+    noise = model.invert(images, labels, iterations=iterations, progress=True, **how)
+    chosen = torch.arange(num, device=noise.device) % len(noise)
+    return {"noise": noise[chosen], "clip": None, "eta": 0.0}
 
 
 def steps_taken(start: dict[str, Any], steps: int, sampler: str) -> str:

@@ -29,12 +29,14 @@ from .own_images import (
     add_start_options,
     check_start_options,
     interpolated,
+    inversion,
     save_interpolated,
     start_arguments,
     steps_taken,
 )
 
 GIF_FRAMES = 50  # largest number of frames, spread evenly over the steps
+ROW = 10  # images of a row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +116,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="width of an image's pixel in the grid, in pixels (default: %(default)s)",
     )
     add("--captions", action="store_true", help="write the name or number of its class below each image")
+    add(
+        "--x0",
+        action="store_true",
+        help="show the images that the steps predict: the frames of a .gif, or in a picture a row for each "
+        f"image, of --columns steps (default: {ROW})",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -130,13 +138,19 @@ def run(args: argparse.Namespace) -> None:
     model = load(args.model, choose_device(args.device, ranks))
     start = start_arguments(args, model)
     if start:
-        args.labels = args.labels or ["none"]
+        args.labels = args.labels or args.invert or ["none"]
     labels, num = choose_labels(model, args.labels, args.num)
     if start and args.num is None:
         num = max(len(start["image"]), len(labels or []))
         labels = labels and [labels[i % len(labels)] for i in range(num)]
+    if args.invert is not None:
+        args.sampler = "ddim"
+        args.guidance_scale = 1.0 if args.guidance_scale is None else args.guidance_scale
     if not sharded and suffix != ".npz":
         count, columns = num, args.columns
+        if args.x0 and suffix != ".gif":
+            columns = ROW if columns is None else columns
+            count = model.check_count(num * columns, "--num times --columns")
         if args.interpolate is not None:
             all_frames = model.check_count(num * args.interpolate, "--num times --interpolate")
             if suffix != ".gif":
@@ -176,8 +190,14 @@ def run(args: argparse.Namespace) -> None:
         )
         print("\n".join(report(out, done, ranks)))
         return
+    if args.invert is not None:
+        start = inversion(args, model, start["image"], num, options)
     chosen = options | {"strength": start["strength"]} if "strength" in start else options
-    frames = _Frames(_evaluations(model, chosen)) if suffix == ".gif" else None
+    layout: dict[str, Any]
+    frames = None
+    if suffix == ".gif" or args.x0:
+        most = GIF_FRAMES if suffix == ".gif" else args.columns or ROW
+        frames = _Frames(_evaluations(model, chosen), most, args.x0)
     interrupted = None
     try:
         images = model.sample(
@@ -193,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
             raise
         images, interrupted = error.images, error
     seconds = time.perf_counter() - began
-    if frames is not None:
+    if frames is not None and suffix == ".gif":
         save_gif(
             frames.batches(len(images)),
             out,
@@ -201,10 +221,14 @@ def run(args: argparse.Namespace) -> None:
             scale=args.scale,
             value_range=model.diffused_range,
         )
+    elif frames is not None:
+        rows = torch.stack(frames.batches(len(images)), 1)
+        layout = {"columns": rows.shape[1], "scale": args.scale, "value_range": model.diffused_range}
+        save_grid(rows.flatten(0, 1), out, **layout)
     elif suffix == ".npz":
         save_npz(to_uint8(images, model.value_range), out, labels and labels[: len(images)], seed=args.seed)
     else:
-        layout: dict[str, Any] = {"columns": args.columns, "scale": args.scale}
+        layout = {"columns": args.columns, "scale": args.scale}
         captions = captions and captions[: len(images)]
         save_grid(images, out, **layout, value_range=model.value_range, captions=captions)
     how = steps_taken(start, steps or model.schedule.max_steps, sampler)
@@ -232,10 +256,12 @@ def _evaluations(model: DDPM, options: dict[str, Any]) -> int:
 
 
 class _Frames:
-    """Keeps x_t at GIF_FRAMES of the table's rows, over all batches of one call of `sample`."""
+    """Keeps x_t, or the predicted x_0, at `most` rows of the table, over all batches of one `sample`."""
 
-    def __init__(self, steps: int):
-        self.kept = sorted({round(i * (steps - 1) / (GIF_FRAMES - 1)) for i in range(GIF_FRAMES)})
+    def __init__(self, steps: int, most: int, predicted: bool):
+        last = steps - 1
+        self.kept = sorted({round(i * last / (most - 1)) for i in range(most)} if most > 1 else {last})
+        self.predicted = predicted
         self.images: dict[int, list[torch.Tensor]] = {i: [] for i in self.kept}
 
     def __call__(self, i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
@@ -243,7 +269,7 @@ class _Frames:
             whole = len(self.images[self.kept[-1]])
             self.images = {step: images[:whole] for step, images in self.images.items()}
         if i in self.images:
-            self.images[i].append(x.cpu())
+            self.images[i].append((x0 if self.predicted else x).cpu())
 
     def batches(self, images: int) -> list[torch.Tensor]:
         return [torch.cat(self.images[i])[:images] for i in self.kept]

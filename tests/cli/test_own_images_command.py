@@ -100,6 +100,17 @@ def test_between_two_noises():
         (["--interpolate", 3, "--out", "c.npz"], "makes a .gif or a picture"),
         (["--interpolate", 3, "--captions"], "--interpolate writes no --captions"),
         (["--interpolate", 3, "--columns", 2], "a row for each image; leave out --columns"),
+        (["--invert"], "--invert needs --image"),
+        (["--iterations", 3], "--iterations needs --invert"),
+        (["--image", "a.png", "--invert", "--strength", 0.5], "no clipping: leave out --strength"),
+        (["--image", "a.png", "--invert", "--eta", 1], "no clipping: leave out --eta"),
+        (["--image", "a.png", "--invert", "--sampler", "heun"], "of the sampler ddim, not heun"),
+        (["--image", "a.png", "--invert", 30], "labels"),
+        (["--x0", "--out", "c.npz"], "--x0 makes a .gif or a picture"),
+        (["--x0", "--out", "folder/"], "--x0 makes a .gif or a picture"),
+        (["--x0", "--captions"], "without --captions; leave out one of them"),
+        (["--x0", "--interpolate", 3], "without --interpolate; leave out one of them"),
+        (["--x0", "--columns", 0], "--num times --columns must be"),
         (["--interpolate", 1000, "--num", 30, "--scale", 40], "pixels is too large"),
     ],
     ids=str,
@@ -111,3 +122,58 @@ def test_mistakes_are_one_line(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "labels", "scale"),
+    [
+        (["--invert"], None, None, 1),
+        (["--invert", 3], 3, 3, 1),
+        (["--invert", 3, "--labels", 3, 8, "--guidance-scale", 2], 3, [3, 8], 2),
+        (
+            ["--invert", "--labels", 8, "--guidance-scale", 2],
+            None,
+            8,
+            2,
+        ),  # inverted without labels or guidance
+    ],
+    ids=str,
+)
+def test_inversion_is_that_of_python(words, own, labels, scale):
+    run("--image", "a.png", *words, "--iterations", 3, "--out", "b.npz")
+    model, image = diffusion.load("digits"), Image.open("a.png")
+    guided = scale if own is not None else 1
+    noise = model.invert(image, own, steps=4, iterations=3, guidance_scale=guided)
+    count = len(labels) if isinstance(labels, list) else 1
+    options = {"noise": noise.repeat(count, 1, 1, 1), "clip": None, "eta": 0, "guidance_scale": scale}
+    assert abs(grey("b.npz") - expected(model, labels, **options).clip(0, 255)).max() < 0.51
+
+
+def test_inversion_gives_the_images_again():
+    """Each of the images comes back from its own noise, also where there are more samples than images."""
+    Image.open("a.png").rotate(90).resize((8, 8)).save("turned.png")
+    Image.open("a.png").resize((8, 8)).save("small.png")
+    run("--image", "small.png", "turned.png", "--invert", "--iterations", 20, "--num", 3, "--out", "b.npz")
+    pictures = [np.asarray(Image.open(name), dtype=int) for name in ("small.png", "turned.png", "small.png")]
+    assert abs(grey("b.npz")[:, 0] - np.stack(pictures)).max() <= 12
+
+
+def test_predicted_images_in_pictures_and_animations():
+    run("--labels", 3, 1, "--guidance-scale", 1, "--x0", "--scale", 1, "--out", "b.png")
+    run("--labels", 3, 1, "--guidance-scale", 1, "--x0", "--scale", 1, "--columns", 1, "--out", "last.png")
+    run("--labels", 3, 1, "--guidance-scale", 1, "--x0", "--scale", 1, "--columns", 1, "--out", "b.gif")
+    options = {"sampler": "ddim", "steps": 4, "guidance_scale": 1, "return_x0": True}
+    _, x0 = diffusion.load("digits").sample([3, 1], **options)
+    pixels = ((x0.double() + 1) * 127.5).clamp(0, 255).numpy()
+    picture = np.asarray(Image.open("b.png"))
+    assert picture.shape == (2 * 10 + 2, 4 * 10 + 2)
+    animation, last = Image.open("b.gif"), np.asarray(Image.open("last.png"))
+    for step in range(4):
+        animation.seek(step)
+        frame = np.asarray(animation.convert("L"))
+        for row in range(2):
+            rows, columns = slice(2 + 10 * row, 10 + 10 * row), slice(2 + 10 * step, 10 + 10 * step)
+            assert abs(picture[rows, columns] - pixels[step, row, 0]).max() < 0.51
+            assert abs(frame[rows, 2:10] - pixels[step, row, 0]).max() < 0.51
+            if step == 3:
+                assert abs(last[rows, 2:10] - pixels[step, row, 0]).max() < 0.51
