@@ -12,6 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="mnist", help="a bundled name, a folder, or hf:owner/name (default: %(default)s)")
     add("--out", metavar="FOLDER", help="write a pipeline folder that diffusers loads")
+    add(
+        "--sampler", help="with --out: ddpm, ddim or dpm++, whose scheduler is written (default: the model's)"
+    )
+    add("--steps", type=int, help="with --out: number of steps of the sampler (default: the model's)")
     add("--onnx", metavar="FILE", help="write the network as ONNX, in float32, for batches of any size")
     add("--program", metavar="FILE", help="write the network as a .pt2 file, for torch.export.load")
 
@@ -19,9 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not (args.out or args.onnx or args.program):
         raise ValueError("export needs --out FOLDER, --onnx FILE or --program FILE")
+    for name in ("sampler", "steps"):
+        if getattr(args, name) is not None and not args.out:
+            raise ValueError(f"--{name} needs --out, the folder of the pipeline")
     model = load(args.model)
     if args.out:
-        call = to_diffusers(model, args.out)
+        call = to_diffusers(model, args.out, sampler=args.sampler, steps=args.steps)
         arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
         print(f"{args.out}: a pipeline of diffusers; call it with {arguments}")
     if args.onnx:

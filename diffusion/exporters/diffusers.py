@@ -23,7 +23,7 @@ from ..storage.atomic import replacing
 from ..storage.checkpoint import is_model
 from ..storage.reading import check_finite, check_weights, sha256
 from ..utils.validation import plain_number
-from .schedulers import own_scheduler
+from .schedulers import scheduler_of
 from .unet2d import unet2d_config, unet2d_weights
 
 FILES = (
@@ -34,14 +34,18 @@ FILES = (
 )
 
 
-def to_diffusers(model: DDPM, folder: str | os.PathLike) -> dict[str, Any]:
+def to_diffusers(
+    model: DDPM, folder: str | os.PathLike, *, sampler: str | None = None, steps: int | None = None
+) -> dict[str, Any]:
     """Writes a model as a folder that diffusers loads, complete or not at all.
 
-    The pipeline is a DDIMPipeline for a model whose own sampler is DDIM, else a DDPMPipeline, with the
-    scheduler of that sampler. The result holds the arguments with which calling the pipeline gives the
-    model's own images, such as {"num_inference_steps": 10}; a pipeline's files do not hold them. The
-    pipelines of diffusers take no labels: for a conditional model call its `unet` with `class_labels`, of
-    which the number of classes stands for no label where the model has a null label.
+    sampler, steps: as those of `DDPM.steps`; by default the model's own.
+
+    The pipeline is a DDIMPipeline for DDIM, else a DDPMPipeline, with the scheduler of the sampler. The
+    result holds the arguments with which calling the pipeline gives the model's images, such as
+    {"num_inference_steps": 10}; a pipeline's files do not hold them. The pipelines of diffusers take no
+    labels: for a conditional model call its `unet` with `class_labels`, of which the number of classes stands
+    for no label where the model has a null label.
 
     `load` reads such a folder as the same model.
 
@@ -70,7 +74,7 @@ def to_diffusers(model: DDPM, folder: str | os.PathLike) -> dict[str, Any]:
             "diffusers' pipelines diffuse images in [-1, 1]"
         )
     options = unet2d_config(config)
-    pipeline, scheduler, call = own_scheduler(model)
+    pipeline, scheduler, call = scheduler_of(model, sampler, steps)
     weights = unet2d_weights(config, unet.state_dict())
     weights = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in weights.items()}
     check_weights(weights, f"cannot write {folder}")

@@ -18,19 +18,28 @@ _SAME = 1e-7  # of a step's coefficients
 _CLIP = StepCoefficients._fields.index("clip_x0")
 
 
-def own_scheduler(model: DDPM) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(pipeline, scheduler, call): how diffusers samples as the model's own sampler does.
+def scheduler_of(
+    model: DDPM, sampler: str | None = None, steps: int | None = None
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(pipeline, scheduler, call): how diffusers samples as a sampler of the model does.
+
+    sampler, steps: as those of `DDPM.steps`; by default the model's own.
 
     pipeline: the name of its class. scheduler: the scheduler's configuration. call: the arguments of the
     pipeline's call that are part of the sampler. ValueError naming the sampler or the option that no
     scheduler of diffusers has, also if the steps would be others for this number of steps.
     """
-    name, steps, given = model.chosen_sampler()
-    if name not in _SCHEDULERS or not isinstance(model.schedule, NoiseSchedule):
-        raise ValueError(f"the sampler {name} cannot be exported: no pipeline of diffusers has it")
+    name, steps, given = model.chosen_sampler(sampler, steps)
+    if not isinstance(model.schedule, NoiseSchedule):
+        raise ValueError("continuous noise levels cannot be exported: no pipeline of diffusers has them")
+    if name not in _SCHEDULERS:
+        raise ValueError(
+            f"the sampler {name} cannot be exported: no pipeline of diffusers for a UNet2DModel calls its "
+            f"scheduler; export another one by sampler and steps: {', '.join(_SCHEDULERS)}"
+        )
     values = {option: parameter.default for option, parameter in options_of(name).items()}
     values |= {"clip": model.clip, "variance": model.variance} | given
-    own = model.sampler or {}
+    own = model.sampler if model.sampler and model.sampler["name"] == name else {}
     thresholds = own.get("dynamic_threshold") is not None
     if thresholds:
         values["clip"] = None
@@ -147,7 +156,7 @@ def _check_steps(model: DDPM, name: str, steps: int, scheduler: dict[str, Any], 
     read = read_scheduler(scheduler)
     conventions = read.conventions | {"sampler": read.conventions["sampler"] | {"steps": steps}}
     theirs = DDPM(model.unet, model.schedule, **conventions).steps(name, **call).table
-    ours = model.steps().table
+    ours = model.steps(name, steps).table
     if scheduler.get("thresholding"):  # takes the place of clipping
         ours[:, _CLIP], theirs[:, _CLIP] = math.inf, math.inf
     same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=_SAME, atol=_SAME)

@@ -1,5 +1,6 @@
 """`diffusion export`: the files it writes, and one line and status 2 for what it cannot do."""
 
+import json
 import os
 import signal
 
@@ -34,10 +35,25 @@ def test_a_folder_of_diffusers(tmp_path, monkeypatch, capsys):
     assert load("again").sampler == {"name": "ddim", "steps": 8}
 
 
+def test_another_sampler_than_the_models(tmp_path, monkeypatch, capsys):
+    """No pipeline of diffusers calls UniPC. A folder of DDIM is read as the model that it was."""
+    monkeypatch.chdir(tmp_path)
+    make_model(T=40, sampler={"name": "unipc", "steps": 8}).save("model")
+    with pytest.raises(SystemExit):
+        main(["export", "--model", "model", "--out", "pipeline"])
+    assert "export another one by sampler and steps: ddpm, ddim, dpm++" in capsys.readouterr().err
+    main(["export", "--model", "model", "--out", "pipeline", "--sampler", "ddim", "--steps", "10"])
+    assert "call it with num_inference_steps=10, eta=0.0" in capsys.readouterr().out
+    names = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert names["_class_name"] == "DDIMPipeline"
+    assert load("pipeline").sampler == {"name": "unipc", "steps": 8}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "export needs "),
+        (["--sampler", "ddim", "--onnx", "a.onnx"], "--sampler needs --out"),
         (["--out", "a", "--model", "quad"], "spacing 'quad' cannot be exported"),
         (["--onnx", "."], "cannot write .: it is a folder"),
         (["--model", "nowhere", "--onnx", "a.onnx"], "unknown model 'nowhere'"),

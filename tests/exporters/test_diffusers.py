@@ -217,6 +217,10 @@ def hooked() -> DDPM:
 
 
 REFUSED = {
+    "unipc": (
+        lambda: make_model(T=T, sampler={"name": "unipc", "steps": 8}),
+        "the sampler unipc cannot be exported: .*; export another one by sampler and steps: ddpm, ddim, dpm",
+    ),
     "another network": (
         lambda: DDPM(build(ConvStackConfig(sample_size=6)), SCHEDULES["linear"]),
         "a network of class ConvStack cannot be exported to diffusers",
