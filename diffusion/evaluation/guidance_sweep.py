@@ -1,4 +1,4 @@
-"""Curves of the Fréchet distance over the number of steps and over the guidance scale, for each sampler."""
+"""Curves of the Fréchet distance over evaluations of the network and over guidance, for each sampler."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..classifier import balanced_labels, load_classifier
-from ..samplers import SAMPLERS
+from ..samplers import EVALUATE_TWICE, SAMPLERS
 from ..storage.atomic import replacing
 from ..storage.reading import sha256
 from ..utils.frechet import frechet_distance, moments
@@ -32,8 +32,9 @@ def sweep(
     The first curve runs over the number of `steps`, at guidance 1. The second runs over the scales in
     `guidance`, at the last of `steps`; an unconditional model has none. num: samples for each point.
     classifier, seed: as for `accuracy.evaluate`. options: of `DDPM.sample`. Returns a dict that JSON can
-    hold: `points`, each with `sampler`, `steps`, `guidance`, `distance` and `accuracy` (class accuracy; None
-    for an unconditional model), and `protocol`. ValueError as from `evaluate`.
+    hold: `points`, each with `sampler`, `steps`, `evaluations` (of the network, for an image; guidance takes
+    two for one), `guidance`, `distance` and `accuracy` (class accuracy; None for an unconditional model), and
+    `protocol`. ValueError as from `evaluate`.
     """
     network, reference = load_classifier(classifier)
     check_model(model, network)
@@ -57,7 +58,8 @@ def sweep(
                 **options,
             )
             features, read = classify_samples(network, x, model.value_range)
-            point = {"sampler": sampler, "steps": count, "guidance": scale}
+            evaluations = 2 * count - 1 if sampler in EVALUATE_TWICE else count
+            point = {"sampler": sampler, "steps": count, "evaluations": evaluations, "guidance": scale}
             point["distance"] = frechet_distance(*moments(features), reference.mean, reference.cov)
             point["accuracy"] = (read == labels).double().mean().item() if conditional else None
             points.append(point)
@@ -84,19 +86,20 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
             f'the curves need matplotlib ({error}); pip install "fused-diffusion[evaluate]"'
         ) from error
     path, points = Path(path), result["points"]
-    steps = sorted({point["steps"] for point in points})
-    last = steps[-1]
+    last = max(point["steps"] for point in points)
+    counts = sorted({p["evaluations"] for p in points if p["evaluations"] == p["steps"]})
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for sampler in dict.fromkeys(point["sampler"] for point in points):
         own = [point for point in points if point["sampler"] == sampler]
         for axes, x, chosen in (
-            (left, "steps", [p for p in own if p["guidance"] == 1]),
+            (left, "evaluations", [p for p in own if p["guidance"] == 1]),
             (right, "guidance", sorted((p for p in own if p["steps"] == last), key=lambda p: p["guidance"])),
         ):
             axes.plot([p[x] for p in chosen], [p["distance"] for p in chosen], "o-", label=sampler)
-    left.set(xlabel="steps, guidance 1", xscale="log", ylabel="distance", ylim=(0, None))
-    left.set_xticks(steps, [str(count) for count in steps])
+    left.set(xlabel="evaluations of the network, guidance 1", xscale="log", ylabel="distance")
+    left.set_ylim(bottom=0)
+    left.set_xticks(counts, [str(count) for count in counts])
     left.minorticks_off()
     right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
     left.legend()

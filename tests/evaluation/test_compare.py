@@ -440,6 +440,7 @@ def test_the_curve_has_every_point(tmp_path):
     points = [(p["sampler"], p["steps"], p["guidance"]) for p in result["points"]]
     one = [(2, 1.0), (5, 1.0), (5, 3.0)]
     assert points == [(sampler, *rest) for sampler in ("ddim", "dpm++") for rest in one]
+    assert [p["evaluations"] for p in result["points"]] == [2, 5, 5, 2, 5, 5]
     assert min(p["accuracy"] for p in result["points"]) >= 0.95
     _, reference = load_classifier()
     features = load_features("classifier").of(
