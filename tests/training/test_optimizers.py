@@ -8,9 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion import NoiseSchedule
 from diffusion.process.objective import lognormal_timesteps, random_timesteps
+from diffusion.training import optimizers
+from helpers.kernel_counts import KernelCounts
 from helpers.thinning import exhaustive_but
 from helpers.training import RECIPE, assert_same_run, make_trainer, run, run_until
 
@@ -19,9 +22,14 @@ MUON = replace(
 )
 
 
+@pytest.mark.parametrize("batches", [False, True], ids=["as here", "as on a GPU"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last):
+def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last, batches, monkeypatch):
     """Orthogonalisation does not see the order of a matrix's columns, so a filter may be flattened in any."""
+    if batches:
+        monkeypatch.setattr(
+            optimizers, "_way_to_orthogonalise", lambda _: optimizers.orthogonalised_in_batches
+        )
     trainer, reference = (make_trainer(MUON, channels_last=channels_last) for _ in range(2))
     parameters = dict(reference.model.unet.named_parameters())
     matrices = {
@@ -54,6 +62,31 @@ def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last):
         # The iteration runs in bfloat16, where the order of sums shows.
         atol = 3e-4 if name in matrices else 1e-4
         torch.testing.assert_close(parameter, parameters[name], rtol=0, atol=atol, msg=name)
+
+
+def test_matrices_of_a_shape_are_orthogonalised_together():
+    """Against the iteration of Jordan et al. 2024 in float64, one matrix at a time."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 20), (20, 6), (6, 20), (8, 8), (6, 20)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    options = {"ns_coefficients": coefficients, "ns_steps": 5, "eps": 1e-7}
+    found = optimizers.orthogonalised_in_batches(matrices, options)
+    for matrix, result in zip(matrices, found, strict=True):
+        x = matrix.double() / matrix.double().norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        assert result.shape == matrix.shape
+        assert (result.double() - x).norm() <= 0.05 * x.norm()  # bfloat16 has 8 bits
+
+
+def test_few_kernels_orthogonalise_many_matrices():
+    with FakeTensorMode(), torch.device("cuda"), KernelCounts() as counts:
+        matrices = [torch.empty(64, 576) for _ in range(20)]
+        options = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7}
+        optimizers.orthogonalised_in_batches(matrices, options)
+    assert 15 < counts.kernels.total() <= 25
 
 
 @pytest.mark.parametrize("channels_last", exhaustive_but([True, False], default=[True]))
