@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..utils.device import check_dtype, torch_multiplies_bfloat16
 from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
 from ..utils.ranks import current_ranks
-from ..utils.validation import whole_number
+from ..utils.validation import number, whole_number
 from .options import choose_device
 from .train_options import (
     AUTOCAST,
@@ -50,6 +51,8 @@ from .training_data import (
 
 
 def run(args: argparse.Namespace) -> None:
+    begun = time.monotonic()
+    _check_minutes(args)
     if args.resume:
         recall(args)
     for name, value in DEFAULTS.items():
@@ -118,16 +121,42 @@ def run(args: argparse.Namespace) -> None:
             accept_changes=args.accept_changes,
             measure=measure,
             tensorboard=bool(args.tensorboard),
+            minutes=_minutes_left(args.minutes, begun),
+            save_minutes=args.save_minutes,
+            fit_steps=args.fit_steps,
             **intervals,
         )
     if ranks.rank == 0:
         shared = f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
         minutes = trainer.seconds / 60
-        rate = trainer.step * recipe.batch_size / max(trainer.seconds, 1e-9)
+        rate = trainer.step * trainer.recipe.batch_size / max(trainer.seconds, 1e-9)
         print(
-            f"{args.out}: {recipe.steps} steps in {minutes:.1f} minutes on {device}{shared}, "
+            f"{args.out}: {_steps_taken(trainer)} in {minutes:.1f} minutes on {device}{shared}, "
             f"{rate:.1f} images/s, {rate / ranks.world_size:.1f} per rank"
         )
+
+
+def _check_minutes(args: argparse.Namespace) -> None:
+    """ValueError: options about the time of a run that make no sense."""
+    if args.fit_steps and args.minutes is None:
+        raise ValueError("--fit-steps needs --minutes, which the steps are fitted to")
+    if args.fit_steps and current_ranks().world_size > 1:
+        raise ValueError("--fit-steps is for a single process")
+    for name in ("minutes", "save_minutes"):
+        if getattr(args, name) is not None:
+            number(f"--{name.replace('_', '-')}", getattr(args, name), above=0)
+
+
+def _minutes_left(minutes: float | None, begun: float) -> float | None:
+    """Of the minutes since `begun`, of time.monotonic."""
+    return None if minutes is None else max(1e-3, minutes - (time.monotonic() - begun) / 60)
+
+
+def _steps_taken(trainer: Trainer) -> str:
+    steps = trainer.recipe.steps
+    return (
+        f"{steps} steps" if trainer.step == steps else f"{trainer.step} of {steps} steps, saved for --resume,"
+    )
 
 
 @contextlib.contextmanager

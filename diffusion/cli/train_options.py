@@ -31,7 +31,14 @@ DEFAULTS |= {name: inspect.signature(train).parameters[name].default for name in
 # The options that a run keeps in its state; --resume goes on with those that are not given again.
 PATHS = ("data", "data_dir", "validation_data", "cache")
 KEPT = (*PATHS, *DEFAULTS, "resize", "hold_out", "micro_batch", "checkpointing", "compile", "features")
-KEPT = (*KEPT, "tensorboard", "hold_out_seed", "recipe_name", "init_name")  # the last three are no options
+KEPT = (
+    *KEPT,
+    "tensorboard",
+    "save_minutes",
+    "hold_out_seed",
+    "recipe_name",
+    "init_name",
+)  # the last three are no options
 MIN_MEASURED = 50  # images held out, of which a distance is measured by default
 
 
@@ -138,6 +145,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         help="use the memory format channels_last (default: yes)",
+    )
+    add(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end the run, saved, within M minutes of the command's start; --resume goes on",
+    )
+    add(
+        "--fit-steps",
+        action="store_true",
+        help="with --minutes: take as many steps as fit, whatever the recipe says, so that the learning rate "
+        "falls in time",
+    )
+    add(
+        "--save-minutes",
+        type=float,
+        metavar="M",
+        help="also save a checkpoint when the last one is M minutes old",
     )
     for name, things in INTERVALS.items():
         add(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from ..ddpm import DDPM
 from ..storage.atomic import check_writable
 from ..storage.locks import holder, locked
 from ..utils.plain_pytorch import tell_of_plain_pytorch
-from ..utils.validation import whole_number
+from ..utils.validation import number, whole_number
 from .distributed import check_ranks_agree, explain_lost_rank, shared_gradients
 from .run import STATE, Measure, Run, average_folders, grid_path
 from .signals import Stopped, stop_signals
@@ -36,6 +37,9 @@ def train(
     measure: Measure | None = None,
     tensorboard: bool = False,
     progress: bool = True,
+    minutes: float | None = None,
+    save_minutes: float | None = None,
+    fit_steps: bool = False,
 ) -> DDPM:
     """Trains to the recipe's last step and returns the averaged model.
 
@@ -55,6 +59,12 @@ def train(
     tensorboard: also write the log, the measures and the grids for TensorBoard, into the folder
         `tensorboard`.
     progress: show a bar of the steps, with images/s.
+    minutes: ends the run early, saved, when so many minutes from now would be over with another step and a
+        checkpoint; a validation, grid or measure that is not done by then is left out, and `resume` makes
+        up for it. At least one step is taken. The model that is returned is that of the last step.
+    save_minutes: also saves when the last checkpoint is so old.
+    fit_steps: after a tenth and after half of the minutes, replaces the recipe's number of steps by as many
+        as the minutes hold, so that the learning rate falls in time. For one rank.
 
     ValueError if `out` holds a run or a model and resume is False; if it holds no run, or one of another
     recipe or other data, and resume is True; if another process trains into it; if it cannot be written; if
@@ -65,6 +75,11 @@ def train(
     options = {"log": log_every, "validate": validate_every, "save": save_every, "sample": sample_every}
     options["measure"] = measure_every
     options = {name: whole_number(f"{name}_every", steps, 1) for name, steps in options.items()}
+    for name, value in (("minutes", minutes), ("save_minutes", save_minutes)):
+        if value is not None:
+            number(name, value, above=0)
+    if fit_steps and (minutes is None or trainer.ranks.world_size > 1):
+        raise ValueError("fit_steps needs minutes to fit the steps to, and a single rank")
     out = Path(out)
     with contextlib.ExitStack() as held:
         problem = None
@@ -75,7 +90,8 @@ def train(
         check_ranks_agree(trainer, problem)
         if trainer.ranks.rank == 0:
             tell_of_plain_pytorch(trainer.device)
-        return _loop(trainer, out, resume, options, measure, tensorboard, progress)
+        limits = {"minutes": minutes, "save_minutes": save_minutes, "fit_steps": fit_steps}
+        return _loop(trainer, out, resume, options, measure, tensorboard, progress, limits)
 
 
 def check_free(out: str | os.PathLike) -> None:
@@ -123,10 +139,10 @@ def _loop(
     measure: Measure | None,
     tensorboard: bool,
     progress: bool,
+    limits: dict[str, Any],
 ) -> DDPM:
-    recipe = trainer.recipe
     bar = tqdm(
-        total=recipe.steps,
+        total=trainer.recipe.steps,
         initial=trainer.step,
         unit=" steps",
         disable=not (progress and trainer.ranks.rank == 0),
@@ -138,14 +154,14 @@ def _loop(
         explain_lost_rank(trainer, out / STATE),
         shared_gradients(trainer),
     ):
-        run = Run(trainer, out, every, signals, bar, resume, measure, tensorboard)
+        run = Run(trainer, out, every, signals, bar, resume, measure, tensorboard, **limits)
         if resume:
             run.catch_up()
-        while trainer.step < recipe.steps:
+        while trainer.step < trainer.recipe.steps:
             trainer.train_step()
             bar.update()
             complete = run.log() if run.is_due("log") else True
-            if run.is_due("save"):
+            if run.is_due("save") or run.save_is_late():
                 run.save()
             if run.is_due("sample"):
                 complete &= run.sample()
@@ -154,4 +170,8 @@ def _loop(
             if run.should_stop(complete):
                 run.save_if_needed()
                 raise Stopped(trainer.step)
+            if run.is_out_of_time():
+                run.save_if_needed()
+                break
+            run.fit_steps()
     return trainer.ema

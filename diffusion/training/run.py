@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ from .trainer import Trainer
 STATE = "state.safetensors"
 Measure = Callable[[DDPM, Callback], float]
 MEASURED = ("step", "distance")  # columns of distances.csv
+FIRST_SAVE = 5.0  # seconds that the first checkpoint may take
+FITS = (0.1, 0.5)  # shares of the minutes after which the steps are fitted to the rest
+SPARE = 0.04  # share of the minutes for the last validation and grid
+LEAST_TIMED = 5  # steps that give a rate
 ADVICE = "try a lower learning rate, a longer warm-up, or float32 instead of autocast"
 
 
@@ -30,8 +34,9 @@ class Run:
     """A run between its steps: logs, saves and samples into the folder `out`, and tells when to stop.
 
     every: the steps between rows of the "log", validation losses ("validate"), checkpoints ("save"), grids
-    ("sample") and measures ("measure"). measure, tensorboard: see `loop.train`. signals: the received ones,
-    see `stop_signals`. All ranks call the same methods; the first writes.
+    ("sample") and measures ("measure"). measure, tensorboard, minutes, save_minutes, fit_steps: see
+    `loop.train`.
+    signals: the received ones, see `stop_signals`. All ranks call the same methods; the first writes.
     """
 
     def __init__(
@@ -44,11 +49,22 @@ class Run:
         resumed: bool,
         measure: Measure | None,
         tensorboard: bool,
+        minutes: float | None = None,
+        save_minutes: float | None = None,
+        fit_steps: bool = False,
     ):
         self.trainer, self.out, self.every, self.signals, self.bar = trainer, out, every, signals, bar
         self.writes = trainer.ranks.rank == 0
         self.saved_step = trainer.step if resumed else None
         self.seconds_before, self.started = trainer.seconds, time.perf_counter()
+        self.minutes, self.save_minutes, self.saved_at = minutes, save_minutes, self.started
+        self.stopping = _Stopping(signals, None if minutes is None else self.started + 60 * minutes)
+        self.saving, self.longest = FIRST_SAVE, 0.0  # seconds of the last checkpoint and of the slowest step
+        self.stepped_at: float | None = None
+        self.fits = list(FITS) if fit_steps else []
+        self.timed_from: tuple[int, float] | None = (
+            None  # the first step that counts for the rate, and its end
+        )
         if self.writes:
             for folder in (out, out / "samples", *out.glob("ema-*")):
                 remove_leftovers(folder)
@@ -77,7 +93,7 @@ class Run:
         self.check_finite()
         validation = None
         if self.writes and trainer.validation is not None and self.is_due("validate"):
-            validation = trainer.validation_loss(stopping=self.signals)
+            validation = trainer.validation_loss(stopping=self.stopping)
             if validation is None:
                 return False
         loss, norm = trainer.log_line.finish()
@@ -113,9 +129,48 @@ class Run:
         self.check_finite()
         self.trainer.seconds = self.seconds
         self.saved_step = self.trainer.step
+        began = time.perf_counter()
         if self.writes:
             save_state(self.trainer, self.out / STATE)
             self.save_averages()
+        self.saved_at = time.perf_counter()
+        self.saving = self.saved_at - began
+
+    def save_is_late(self) -> bool:
+        """Whether the last checkpoint is save_minutes old."""
+        return self.save_minutes is not None and time.perf_counter() - self.saved_at >= 60 * self.save_minutes
+
+    def is_out_of_time(self) -> bool:
+        """Whether, on any rank, another step and a checkpoint may not end within the minutes of the run.
+
+        To be called after each step. The first one, which compiles and tunes, says nothing of the others.
+        """
+        now = time.perf_counter()
+        if self.stepped_at is not None:
+            self.longest = max(self.longest, now - self.stepped_at)
+        self.stepped_at = now
+        if self.minutes is None or not self._may_ask_ranks():
+            return False
+        return any_rank(self.trainer, now + self.longest + self.saving > self.started + 60 * self.minutes)
+
+    def fit_steps(self) -> None:
+        """Sets the recipe's steps to as many as the minutes hold at the rate so far; called after each step.
+
+        The first step, which compiles and tunes, does not count for the rate.
+        """
+        if not self.fits or self.minutes is None:
+            return
+        trainer, now, whole = self.trainer, time.perf_counter(), 60 * self.minutes
+        if self.timed_from is None:
+            self.timed_from = trainer.step, now
+        first, since = self.timed_from
+        if now - self.started < self.fits[0] * whole or trainer.step - first < LEAST_TIMED:
+            return
+        self.fits.pop(0)
+        left = self.started + (1 - SPARE) * whole - now - 2 * self.saving
+        more = max(1, int(left * (trainer.step - first) / (now - since)))
+        trainer.recipe = replace(trainer.recipe, steps=trainer.step + more)
+        self.bar.total = trainer.recipe.steps
 
     def save_if_needed(self) -> None:
         """Saves, unless the present step is saved already."""
@@ -134,7 +189,7 @@ class Run:
         if not self.writes:
             return True
         try:
-            drawn = save_samples(self.trainer.ema, self.grid, self.signals)
+            drawn = save_samples(self.trainer.ema, self.grid, self.stopping)
             if drawn and self.board is not None:
                 self.board.add_grid(self.trainer.step, self.grid)
             return drawn
@@ -146,10 +201,10 @@ class Run:
         """Measures the present step; False, without a row, if a signal came. Saves before an error."""
         if not self.writes or self.measure is None:
             return True
-        if self.signals:
+        if self.stopping:
             return False
         try:
-            with _until_signal(self.signals) as check_signals:
+            with _until_signal(self.stopping) as check_signals:
                 distance = self.measure(self.trainer.ema, check_signals)
                 self.distances.add(self.trainer.step, distance)
                 if self.board is not None:
@@ -187,11 +242,14 @@ class Run:
         device.
         """
         trainer = self.trainer
-        cheap = trainer.device.type == "cpu" or trainer.ranks.world_size == 1
-        if not (cheap or self.is_due("log") or self.is_due("sample")):
+        if not self._may_ask_ranks():
             return False
         finished = trainer.step == trainer.recipe.steps and complete
         return any_rank(trainer, bool(self.signals)) and not finished
+
+    def _may_ask_ranks(self) -> bool:
+        cheap = self.trainer.device.type == "cpu" or self.trainer.ranks.world_size == 1
+        return cheap or self.is_due("log") or self.is_due("sample")
 
 
 def average_folders(trainer: Trainer, out: Path) -> dict[float, Path]:
@@ -204,12 +262,22 @@ def grid_path(out: Path, step: int) -> Path:
     return out / "samples" / f"step-{step:07d}.png"
 
 
+class _Stopping:
+    """Whether a signal came, or the end, by time.perf_counter, is past: true or false as it is asked."""
+
+    def __init__(self, signals: list[int], end: float | None):
+        self._signals, self._end = signals, end
+
+    def __bool__(self) -> bool:
+        return bool(self._signals) or (self._end is not None and time.perf_counter() > self._end)
+
+
 class _SignalCame(Exception):
     """A signal came while images were sampled."""
 
 
 @contextlib.contextmanager
-def _until_signal(signals: list[int]) -> Iterator[Callback]:
+def _until_signal(signals: object) -> Iterator[Callback]:
     """A callback for `DDPM.sample`; the block ends, without an error, at the first step after a signal."""
 
     def check_signals(*step: object) -> None:
@@ -220,7 +288,7 @@ def _until_signal(signals: list[int]) -> Iterator[Callback]:
         yield check_signals
 
 
-def save_samples(model: DDPM, path: Path, signals: list[int]) -> bool:
+def save_samples(model: DDPM, path: Path, signals: object) -> bool:
     """Draws a grid of all classes; False, without a grid, if a signal came before it was complete."""
     if signals:
         return False

@@ -218,11 +218,11 @@ class Trainer:
         """ValueError if a step since the last row of the log diverged; see `LogLine.check_finite`."""
         self.log_line.check_finite(self.step, self.scaler.is_enabled())
 
-    def validation_loss(self, batch_size: int = 256, stopping: Sequence[int] = ()) -> float | None:
+    def validation_loss(self, batch_size: int = 256, stopping: object = ()) -> float | None:
         """Mean loss of the averaged model on the validation images, with the same noise each time.
 
         Computed in the precision of the steps. batch_size: images evaluated at a time. None if `stopping`,
-        the list of signals that came, is no longer empty before the last batch.
+        such as the list of signals that came, is true before the last batch.
         """
         if self.validation is None:
             raise ValueError("there are no validation images")
