@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "attention/blocks.h"
+#include "attention/forward.h"
 #include "attention/softmax.h"
 
 namespace fused_diffusion {
@@ -227,12 +228,15 @@ struct CudaAttention {
   }
 };
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_mma(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   return checked_attention(q, k, v, scale, CudaAttention{q});
 }
 
-}  // namespace
 }  // namespace fused_diffusion
 
-STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CUDA, m) { m.impl("attention", TORCH_BOX(&fused_diffusion::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&fused_diffusion::attention_mma));
+}

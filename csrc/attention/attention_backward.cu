@@ -187,4 +187,5 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
 
 STABLE_TORCH_LIBRARY_IMPL(fused_diffusion, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&fused_diffusion::attention_backward));
+  m.impl("attention_wgmma_backward", TORCH_BOX(&fused_diffusion::attention_backward));
 }

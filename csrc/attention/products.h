@@ -161,4 +161,22 @@ __device__ __forceinline__ float row_maximum(float value) {
   return value;
 }
 
+// Four lanes that share a row have 8 columns each of four blocks, two numbers of each. Lane t of them receives all of
+// block t.
+__device__ __forceinline__ void transpose(uint32_t (&pairs)[4], int lane) {
+  const bool odd = lane % 2 != 0, high = lane / 2 % 2 != 0;
+#pragma unroll
+  for (int m = 0; m < 4; m += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? pairs[m] : pairs[m + 1], 1);
+    pairs[m] = odd ? other : pairs[m];
+    pairs[m + 1] = odd ? pairs[m + 1] : other;
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const uint32_t other = __shfl_xor_sync(~0u, high ? pairs[m] : pairs[m + 2], 2);
+    pairs[m] = high ? other : pairs[m];
+    pairs[m + 2] = high ? pairs[m + 2] : other;
+  }
+}
+
 }  // namespace fused_diffusion

@@ -183,6 +183,17 @@ def test_attention_divides_once_for_each_query():
     assert merged.total() <= 1100
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("width", "products"), [(64, 12), (128, 16), (256, 20)])
+def test_attention_by_wgmma_multiplies_whole_tiles(width, products):
+    """Keys, 16 columns at a time, and values, 16 rows at a time; neither goes through registers."""
+    kernel = f"attention_wgmma_kernelINS_8BFloat16ELi{width}E"
+    counts = counts_of("attention/attention_wgmma.cu", kernel)
+    assert counts["HGMMA"] == products
+    assert counts["HMMA"] == counts["LDSM"] == counts["LDL"] == counts["STL"] == 0
+    assert counts["UTMALDG"] > 0
+
+
 def test_normals_are_the_same_operations_as_on_the_cpu(tmp_path):
     """Correctly rounded roots, sums and products only: nothing approximate, nothing flushed to zero."""
     compile_device_code(CSRC / "philox" / "philox.cu", tmp_path / "x.ptx", "-ptx", "-arch=compute_80")

@@ -15,7 +15,10 @@ from diffusion.kernels import (
     reverse_step_,
     step_counter,
 )
+from diffusion.kernels.ops.attention import native
+from diffusion.kernels.ops.attention.arguments import Arguments
 from diffusion.kernels.ops.attention.cases import CASES as ATTENTION_CASES
+from diffusion.kernels.ops.attention.cases import Case
 from diffusion.kernels.ops.biased_sum.library import biased_sum_
 from diffusion.kernels.ops.group_norm_silu.cases import CASES as NORM_CASES
 from diffusion.kernels.ops.reverse_step.cases import CASES as STEP_CASES
@@ -31,6 +34,14 @@ OPS = {"group_norm_silu": NORM_CASES, "attention": ATTENTION_CASES}
 BACKENDS = ("cuda", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [(name, case) for name, cases in OPS.items() for case in cases]
+
+
+WGMMA_CASES = ATTENTION_CASES | {
+    "ddpm": Case(2, 1, 256, 256, packed=True),
+    "many_tiles": Case(1, 2, 1000, 128, packed=True),
+    "wide_apart": Case(2, 2, 129, 64, std=30.0),
+    "fills_the_device": Case(140, 1, 128, 64, packed=True),
+}
 
 
 def served(op, backend, args, kwargs):
@@ -60,6 +71,38 @@ def test_value(backend, name, case, dtype):
     expected = FUNCTIONS[name](*exact_args, backend="reference", **exact_kwargs)
     peer = FUNCTIONS[name](*call[0], backend="reference", **call[1])
     assert_close(out.cpu(), peer, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WGMMA_CASES)
+def test_value_of_attention_by_wgmma(case, dtype):
+    """Also where `attention` does not take this kernel by itself."""
+    call = WGMMA_CASES[case].inputs(dtype)
+    args, kwargs = cast(*call, device="cuda")
+    served("attention", "cuda", args, kwargs)
+    arguments = Arguments(*args, **kwargs)
+    if reason := native.refuses_wgmma(arguments):
+        pytest.skip(reason)
+    out = native.attention_by_wgmma(arguments).cpu()
+    exact_args, exact_kwargs = cast(*call, dtype=torch.float64)
+    expected = attention(*exact_args, backend="reference", **exact_kwargs)
+    assert_close(out, attention(*call[0], backend="reference", **call[1]), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 256, 256), (1, 1, 1024, 64), (1, 2, 600, 130)], ids=str)
+def test_attention_with_the_keys_in_parts(shape):
+    call = Case(*shape, packed=True).inputs(torch.bfloat16)
+    args, kwargs = cast(*call, device="cuda")
+    served("attention", "cuda", args, kwargs)
+    out = attention(*args, backend="cuda", **kwargs)
+    expected = attention(*cast(*call, dtype=torch.float64)[0], backend="reference", **kwargs)
+    assert_close(out.cpu(), attention(*call[0], backend="reference", **kwargs), expected)
+    assert torch.equal(attention(*args, backend="cuda", **kwargs), out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(*args, backend="cuda", **kwargs)
+    graph.replay()
+    assert torch.equal(captured, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ __all__ = ["attention"]
 op = Op(
     "attention",
     {
-        "cuda": Backend(native.attention, native.supports_cuda, manner=native.manner_of_cuda),
+        "cuda": Backend(native.attention_on_cuda, native.supports_cuda, manner=native.manner_of_cuda),
         "triton": Backend(triton_launch.attention, triton_launch.supports),
         "cpp": Backend(native.attention, native.supports_cpp, native.slower_cpp),
         "reference": Backend(reference.attention, always),

@@ -63,6 +63,9 @@ operator = OperatorWithBackward(
     derivative=_derivative,
 )
 operator.define("attention")
+operator.define(
+    "attention_wgmma"
+)  # the same, by the instructions of compute capability 9.0 where these serve
 
 # Without a gradient, for networks that are planned for the CPU; calls can be recorded. q, out: [B, H, S, D].
 # k, v: [B, H, T, D], T at least 1. All have one dtype, float32, bfloat16 or float16, and any strides but a

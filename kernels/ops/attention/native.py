@@ -18,6 +18,11 @@ KEY_TILE = 64  # keys that a block of CUDA takes at a time
 MOST_PARTS = 32
 LEAST_SAVED = 128 << 10  # bytes of keys and values that a block reads less
 
+# Whether "cuda" takes the kernel by wgmma where it serves. No device has run it yet: benchmarks/gpu.sh tests
+# it and times it beside the other one.
+WGMMA = False
+WGMMA_QUERIES = 128  # of a block
+
 
 @constant_in_graphs
 def _shared_memory(device_index: int | None) -> int:
@@ -25,8 +30,14 @@ def _shared_memory(device_index: int | None) -> int:
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # not in torch's stub
 
 
+@constant_in_graphs
 def _processors(device_index: int | None) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+@constant_in_graphs
+def _capability(device_index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 def _supports(arguments: Arguments) -> str | None:
@@ -79,10 +90,37 @@ def key_parts(q: Tensor, processors: int) -> int:
     return 1 if saved < LEAST_SAVED else math.ceil(tiles / of_part)
 
 
+def refuses_wgmma(arguments: Arguments) -> str | None:
+    """Reason the kernel by wgmma cannot serve a call that "cuda" serves, or None.
+
+    The operator leaves memory that the copy engine cannot read, such as misaligned rows, to the other kernel.
+    """
+    q = arguments.q
+    capability = _capability(q.device.index)
+    if capability != (9, 0):
+        return f"wgmma is an instruction of compute capability 9.0, not of {capability[0]}.{capability[1]}"
+    if q.dtype == torch.float32:
+        return "wgmma multiplies bfloat16 and float16, not float32"
+    if q.shape[-1] % 8 != 0:
+        return f"the copy engine reads 8 numbers at a time, and the width of a head is {q.shape[-1]}"
+    return None
+
+
+def takes_wgmma(arguments: Arguments) -> bool:
+    """Whether "cuda" takes the kernel by wgmma: it serves, and its blocks fill the device."""
+    q = arguments.q
+    if not WGMMA or q.numel() == 0 or refuses_wgmma(arguments):
+        return False
+    batch, heads, positions, _ = q.shape
+    return batch * heads * math.ceil(positions / WGMMA_QUERIES) >= _processors(q.device.index)
+
+
 def manner_of_cuda(arguments: Arguments) -> str | None:
     q = arguments.q
     if q.numel() == 0:
         return None
+    if takes_wgmma(arguments):
+        return "by wgmma"
     parts = key_parts(q, _processors(q.device.index))
     return f"the keys in {parts} parts and their softmaxes merged" if parts > 1 else None
 
@@ -118,3 +156,12 @@ def slower_cpp(arguments: Arguments) -> str | None:
 def attention(arguments: Arguments) -> Tensor:
     q, k, v, _ = arguments
     return torch.ops.fused_diffusion.attention(q, k, v, arguments.scale_or_default())[0]
+
+
+def attention_by_wgmma(arguments: Arguments) -> Tensor:
+    q, k, v, _ = arguments
+    return torch.ops.fused_diffusion.attention_wgmma(q, k, v, arguments.scale_or_default())[0]
+
+
+def attention_on_cuda(arguments: Arguments) -> Tensor:
+    return attention_by_wgmma(arguments) if takes_wgmma(arguments) else attention(arguments)

@@ -4,10 +4,11 @@
 // Blocks run one after another, the threads of a block as fibers: a warp runs until all of it waits for the
 // block, then the next one does. Warps and lanes take turns in ascending and in descending order, so that a
 // missing barrier shows as a wrong number. Shared memory is NaN when a block begins. Threads that wait for each
-// other, writes beyond the shared memory that was asked for, and launches that a device refuses throw. Warps are
-// whole, masks are full, and what is approximate on a device is accurate here.
+// other, copies that nobody waits for, writes beyond the shared memory that was asked for, and launches that a
+// device refuses throw. Warps are whole, masks are full, and what is approximate on a device is accurate here.
 #pragma once
 
+#include <cuda.h>
 #include <link.h>
 #include <setjmp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -45,6 +47,10 @@ struct alignas(8) uint2 {
   unsigned x, y;
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -58,13 +64,22 @@ namespace on_host {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
 
-enum class Waits { nowhere, warp, block, ended };
+enum class Waits { nowhere, warp, block, barrier, ended };
+
+// A barrier in shared memory, after the text of "mbarrier" in the PTX ISA.
+struct BarrierState {
+  int arrivals, missing;
+  int64_t bytes;  // that are still to be copied
+  unsigned phase;
+};
 
 struct Fiber {
   ucontext_t start;
   jmp_buf rest;
   bool started = false;
   Waits waits = Waits::nowhere;
+  const uint64_t* barrier = nullptr;  // of Waits::barrier, for the end of a phase of this parity
+  unsigned parity = 0;
   int exchanges = 0;
   std::unique_ptr<char[]> stack{new char[kStack]};
 };
@@ -73,7 +88,10 @@ inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
 inline int thread = 0, threads = 0, turn = 0;
+inline std::map<const uint64_t*, BarrierState> barriers;  // of a block
+inline std::deque<std::function<void()>> box_copies;      // of a block, which have begun
 inline int processors, most_shared;  // of the device: on_host_device sets them
+inline int capability = 90;
 inline std::vector<dim3> launched;   // grids of all launches since
 inline std::map<const void*, int> shared_asked_for;
 alignas(16) inline unsigned char exchanged[1024 / kWarp][2][kWarp][64];
@@ -125,19 +143,32 @@ inline bool release(Waits where, int first, int count) {
 // 0 to count - 1, or in the other direction, by turns without a period.
 inline int in_turn(int i, int count) { return static_cast<uint32_t>(turn) * 0x9E3779B9u >> 31 ? i : count - 1 - i; }
 
-// Until every lane waits for the block or has ended.
-inline void run_warp(int first) {
-  do {
+// Lets a thread go on if the phase that it waits for has ended.
+inline void look_at_barrier(Fiber& fiber) {
+  if (fiber.waits == Waits::barrier && barriers.at(fiber.barrier).phase % 2 != fiber.parity) {
+    fiber.waits = Waits::nowhere;
+  }
+}
+
+// Until every lane waits for other warps or has ended. Returns whether any went on.
+inline bool run_warp(int first) {
+  bool went_on = false, again = true;
+  while (again) {
+    again = false;
     ++turn;
     for (int i = 0; i < kWarp; ++i) {
       const int next = first + in_turn(i, kWarp);
-      if (fibers[next]->waits == Waits::nowhere) resume(next);
+      look_at_barrier(*fibers[next]);
+      if (fibers[next]->waits == Waits::nowhere) resume(next), went_on = again = true;
     }
-  } while (release(Waits::warp, first, kWarp));
+    again = release(Waits::warp, first, kWarp) || again;
+  }
+  return went_on;
 }
 
 [[noreturn]] inline void fail(const std::string& what) {
   fibers.clear();  // in the middle of a kernel
+  box_copies.clear();
   throw std::runtime_error(what);
 }
 
@@ -157,18 +188,30 @@ inline void poison_shared_memory() {
       fused_diffusion::shared_memory);
 }
 
+// Copies end in any order.
+inline void end_box_copy() {
+  const bool first = in_turn(0, 2) == 0;
+  ++turn;
+  const std::function<void()> copy = first ? box_copies.front() : box_copies.back();
+  first ? box_copies.pop_front() : box_copies.pop_back();
+  copy();
+}
+
 inline void run_block(size_t shared) {
   poison_shared_memory();
+  barriers.clear();
   for (int i = 0; i < threads; ++i) fibers[i]->waits = Waits::nowhere, fibers[i]->exchanges = 0;
   while (waiting(Waits::ended, 0, threads) != threads) {
     std::vector<int> warps(threads / kWarp);
     ++turn;
     for (int i = 0; i < threads / kWarp; ++i) warps[i] = in_turn(i, threads / kWarp);
-    for (const int warp : warps) run_warp(warp * kWarp);
-    if (!release(Waits::block, 0, threads) && waiting(Waits::ended, 0, threads) != threads) {
-      fail("threads wait for each other");
-    }
+    bool went_on = false;
+    for (const int warp : warps) went_on = run_warp(warp * kWarp) || went_on;
+    if (release(Waits::block, 0, threads) || went_on) continue;
+    if (box_copies.empty()) fail("threads wait for each other");
+    end_box_copy();
   }
+  if (!box_copies.empty()) fail("a copy was not waited for");
   for (size_t i = shared; i < sizeof(fused_diffusion::shared_memory); ++i) {
     if (fused_diffusion::shared_memory[i] != 0xFF) fail("a block wrote beyond its shared memory");
   }
@@ -244,7 +287,14 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -252,10 +302,25 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+#define CUDART_VERSION 13000
+
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount ? on_host::processors : on_host::most_shared;
+  switch (which) {
+    case cudaDevAttrMultiProcessorCount: *value = on_host::processors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = on_host::most_shared; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = on_host::capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = on_host::capability % 10; break;
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::string(symbol) == "cuTensorMapEncodeTiled";
+  *function = known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 
@@ -298,6 +363,11 @@ extern "C" __attribute__((visibility("default"), used)) inline void on_host_devi
   on_host::launched.clear();
 }
 
+// Major and minor version of the device's capability, such as 90.
+extern "C" __attribute__((visibility("default"), used)) inline void on_host_capability(int capability) {
+  on_host::capability = capability;
+}
+
 // The number of launches since on_host_device; their grids, three numbers each, as far as there is room for them.
 extern "C" __attribute__((visibility("default"), used)) inline int on_host_launches(unsigned (*grids)[3], int room) {
   const int count = static_cast<int>(on_host::launched.size());
@@ -329,3 +399,5 @@ struct HostGuard {
   static void register_on_host(on_host::Library& m)
 
 #include "tensor_core.h"
+
+#include "hopper.h"

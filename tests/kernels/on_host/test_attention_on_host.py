@@ -9,9 +9,9 @@ import torch
 from diffusion import kernels
 from diffusion.kernels.ops.attention import library
 from diffusion.kernels.ops.attention.cases import CASES, Case
-from diffusion.kernels.ops.attention.native import key_parts
+from diffusion.kernels.ops.attention.native import WGMMA_QUERIES, key_parts
 from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
-from helpers.cuda_on_host import launches, on_host, requires_compiler  # noqa: F401
+from helpers.cuda_on_host import launches, load, on_host, requires_compiler  # noqa: F401
 from helpers.tolerance import assert_close
 
 # Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.
@@ -19,6 +19,7 @@ pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures
 ON_HOST = ("attention",)
 
 library.operator.define("on_host_attention")
+library.operator.define("on_host_attention_wgmma")
 OPS = torch.ops.fused_diffusion
 
 SMALL = [
@@ -110,6 +111,71 @@ def test_python_knows_the_parts(positions, processors, on_host):  # noqa: F811
     q = torch.zeros(1, 1, positions, 8)
     OPS.on_host_attention(q, q, q, 1.0)
     assert key_parts(q, processors) == launches("attention")[0][1]
+
+
+WGMMA = {
+    "ddpm": Case(1, 1, 256, 256, packed=True),
+    "rounds_of_every_buffer": Case(1, 1, 520, 64, packed=True),
+    "half_as_wide": Case(1, 1, 140, 128, packed=True),
+    "one_query_more": Case(2, 3, 129, 64, packed=True),
+    "columns_beyond_the_head": Case(1, 2, 130, 200, packed=True),
+    "narrow": Case(2, 1, 17, 8),
+    "one_wide_position": Case(1, 2, 1, 256, packed=True),
+    "negative": Case(1, 1, 70, 72, scale=-0.3, packed=True),
+    "wide_apart": Case(2, 2, 49, 64, std=30.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WGMMA)
+def test_wgmma(case, dtype):
+    """Descriptors, swizzles and barriers are emulated from their bits, so a wrong one gives other numbers."""
+    (q, k, v), kwargs = WGMMA[case].inputs(dtype)
+    scale = kwargs["scale"] if kwargs["scale"] is not None else q.shape[-1] ** -0.5
+    out, logsumexp = OPS.on_host_attention_wgmma(q, k, v, scale)
+    blocks = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / WGMMA_QUERIES)
+    assert launches("attention") == [(blocks, 1, 1)]
+    exact = [t.double() for t in (q, k, v)]
+    assert_close(out, torch_ops(q, k, v, scale=scale), formula(*exact, scale=scale))
+    logits, exact_logits = q.float() @ k.float().mT * scale, exact[0] @ exact[1].mT * scale
+    assert_close(logsumexp, torch.logsumexp(logits, -1), torch.logsumexp(exact_logits, -1))
+
+
+def test_wgmma_with_infinite_and_undefined_numbers():
+    (q, k, v), _ = Case(1, 1, 200, 64).inputs(torch.bfloat16)
+    bad = q.clone()
+    bad[0, 0, 150, 2] = math.nan
+    out = OPS.on_host_attention_wgmma(bad, k, v, 0.125)[0]
+    assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 150]]
+    q, k = q.abs() + 0.1, k.clone()
+    k[:, :, 20:150] = -math.inf  # all of a tile
+    out = OPS.on_host_attention_wgmma(q, k, v, 0.125)[0]
+    rest = [torch.cat([t[:, :, :20], t[:, :, 150:]], 2) for t in (k, v)]
+    assert_close(
+        out, torch_ops(q, *rest, scale=0.125), formula(*(t.double() for t in (q, *rest)), scale=0.125)
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "capability"),
+    [
+        (Case(1, 1, 33, 64, offset=1), torch.bfloat16, 90),
+        (Case(1, 1, 33, 60), torch.bfloat16, 90),
+        (Case(1, 1, 33, 64), torch.float32, 90),
+        (Case(1, 1, 33, 64), torch.bfloat16, 100),
+        (Case(1, 1, 33, 64), torch.bfloat16, 80),
+    ],
+    ids=["misaligned", "width", "float32", "newer", "older"],
+)
+def test_the_other_kernel_takes_what_wgmma_cannot(case, dtype, capability, on_host):  # noqa: F811
+    load("attention").on_host_capability(capability)
+    (q, k, v), _ = case.inputs(dtype)
+    try:
+        results = OPS.on_host_attention_wgmma(q, k, v, 0.3)
+        assert launches("attention") == [(math.ceil(33 / 16), 1, 1)]
+    finally:
+        load("attention").on_host_capability(90)
+    assert all(map(torch.equal, results, OPS.on_host_attention(q, k, v, 0.3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -343,6 +343,19 @@ class TestWhereCudaServes:
         assert self.manner(64, 1, 256, 256) is None
         assert self.manner(0, 1, 256, 256) is None
 
+    def test_wgmma_is_taken_where_it_serves_and_fills_the_device(self, monkeypatch):
+        monkeypatch.setattr(native, "_processors", lambda index: 132)
+        monkeypatch.setattr(native, "_capability", lambda index: (9, 0))
+        assert self.manner(66, 1, 256, 256) is None  # not before a device has run it
+        monkeypatch.setattr(native, "WGMMA", True)
+        assert self.manner(66, 1, 256, 256) == "by wgmma"
+        assert self.manner(65, 1, 256, 256) is None  # 130 blocks
+        assert self.manner(1, 1, 256, 256) == "the keys in 4 parts and their softmaxes merged"
+        assert self.manner(132, 1, 64, 60) is self.manner(132, 1, 64, 64, dtype=torch.float32) is None
+        for capability in ((8, 0), (10, 0), (12, 0)):
+            monkeypatch.setattr(native, "_capability", lambda index, found=capability: found)
+            assert self.manner(66, 1, 256, 256) is None
+
     def test_devices_and_dtypes(self):
         assert self.reason(1, 1, 16, 64, device="cpu") == "it runs on CUDA devices, not on cpu"
         assert "not float32, bfloat16 or float16" in self.reason(1, 1, 16, 64, dtype=torch.float64)
