@@ -13,7 +13,7 @@ from ..utils.modules import importing
 if TYPE_CHECKING:  # `__getattr__` imports each name when it is first used
     from .network import Classifier, classify
     from .reference import Reference, balanced_labels, measure_reference
-    from .storage import BUNDLED, load_classifier, save_classifier
+    from .storage import BUNDLED, bundled_classifiers, classifier_of, load_classifier, save_classifier
     from .training import augment, crop, train_classifier
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "Reference",
     "augment",
     "balanced_labels",
+    "bundled_classifiers",
+    "classifier_of",
     "classify",
     "crop",
     "load_classifier",
@@ -37,6 +39,8 @@ _MODULES = {
     "Reference": "reference",
     "augment": "training",
     "balanced_labels": "reference",
+    "bundled_classifiers": "storage",
+    "classifier_of": "storage",
     "classify": "network",
     "crop": "training",
     "load_classifier": "storage",

@@ -1,6 +1,7 @@
 """The reference for samples: statistics of real images in the features of a classifier."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -67,8 +68,9 @@ def measure_reference(
         sample_size=sample_size,
         test_accuracy=(found == test.known_labels()).double().mean().item(),
         source=(
-            f"{train.name}: {len(train.images):,} training images; {len(test.images):,} test images shuffled "
-            f"with seed {seed}, {len(random)} disjoint samples at random, {len(balanced)} balanced"
+            f"{Path(train.name).name}: {len(train.images):,} training images; {len(test.images):,} test "
+            f"images shuffled with seed {seed}, {len(random)} disjoint samples at random, "
+            f"{len(balanced)} balanced"
         ),
     )
 

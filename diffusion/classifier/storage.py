@@ -23,9 +23,24 @@ from ..utils.errors import one_line
 from .network import Classifier, ClassifierConfig
 from .reference import Reference
 
-BUNDLED = Path(__file__).parent.parent / "weights" / "mnist-classifier"
+WEIGHTS = Path(__file__).parent.parent / "weights"
+BUNDLED = WEIGHTS / "mnist-classifier"
 DIGESTS = {"model.safetensors": "weights_sha256", "statistics.safetensors": "statistics_sha256"}
 FORMAT = "fused-diffusion-digit-classifier"
+
+
+def bundled_classifiers() -> dict[str, Path]:
+    """The folders of the bundled classifiers, by their names."""
+    return {path.name: path for path in sorted(WEIGHTS.glob("*-classifier"))}
+
+
+def classifier_of(shape: tuple[int, ...]) -> Path:
+    """The folder of the bundled classifier of images [C, H, W]; that of digits where there is none."""
+    for folder in bundled_classifiers().values():
+        config = ClassifierConfig(**read_json(folder / "config.json").get("network", {}))
+        if (config.channels, config.size, config.size) == tuple(shape):
+            return folder
+    return BUNDLED
 
 
 def load_classifier(
@@ -33,11 +48,12 @@ def load_classifier(
 ) -> tuple[Classifier, Reference]:
     """The classifier in a folder, ready for inference on the CPU, and the reference stored beside it.
 
-    folder: written by `python -m diffusion.classifier`; by default the folder of the bundled classifier of
-    digits. verify: refuse files whose SHA-256 differs from the one in config.json, if it has one. ValueError
-    if a file is missing, damaged or of another architecture.
+    folder: written by `python -m diffusion.classifier`, or the name of a bundled classifier, such as
+    "cifar10-classifier"; by default the bundled classifier of digits. verify: refuse files whose SHA-256
+    differs from the one in config.json, if it has one. ValueError if a file is missing, damaged or of another
+    architecture.
     """
-    folder = Path(folder) if folder is not None else BUNDLED
+    folder = BUNDLED if folder is None else bundled_classifiers().get(str(folder), Path(folder))
     try:
         config = read_json(folder / "config.json")
         if config.get("format") != FORMAT:

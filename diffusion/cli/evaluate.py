@@ -87,7 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"torchvision's folder of {' or '.join(NAMED_SETS)}; without --reference, real images there "
         "are measured again (default: the figures that come with the classifier)",
     )
-    add("--classifier", metavar="DIR", help="folder of a classifier made by `python -m diffusion.classifier`")
+    add(
+        "--classifier",
+        metavar="DIR",
+        help="folder of a classifier made by `python -m diffusion.classifier`, or the name of a bundled one "
+        "(default: the bundled one of the model's images)",
+    )
     add(
         "--reference",
         metavar="IMAGES",
@@ -108,8 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--features",
-        help="inception, efficientnet-lite0, classifier (of digits), or the folder of a classifier "
-        f"(default: {DEFAULTS['features']})",
+        help="inception, efficientnet-lite0, mnist-classifier, cifar10-classifier, or the folder of a "
+        f"classifier (default: {DEFAULTS['features']})",
     )
     add("--bits-per-dim", action="store_true", help="compute the variational bound on --num reference images")
     add(

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..classifier import Classifier, Reference, balanced_labels, load_classifier, measure_reference
+from ..classifier import (
+    Classifier,
+    Reference,
+    balanced_labels,
+    classifier_of,
+    load_classifier,
+    measure_reference,
+)
 from ..data import NAMED_SETS, load_dataset
 from ..storage.reading import sha256
 from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import number, whole_number
-from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay
+from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay, image_shape
 
 
 def class_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -66,7 +73,8 @@ def evaluate(
     data_dir: torchvision's folder. If given, the reference (moments of the training images, distances of real
         test images in samples of `num`) is measured there, on the named data set of the classifier; by
         default it is the one stored beside the classifier.
-    classifier: a folder that `python -m diffusion.classifier` wrote, by default the bundled one of digits.
+    classifier: a folder that `python -m diffusion.classifier` wrote, or the name of a bundled classifier; by
+        default the bundled one of the model's images.
     options: further arguments of `DDPM.sample`, such as backend, dtype and device.
 
     Samples are rounded to 8 bits, as real images are, before the classifier sees them. The Fréchet distance
@@ -81,7 +89,9 @@ def evaluate(
     (None for an unconditional model) and `frechet`; `format_report` formats it. ValueError for a model of
     other images, num below K, or samples that are not finite.
     """
-    network, reference = load_classifier(classifier)
+    network, reference = load_classifier(
+        classifier_of(image_shape(model)) if classifier is None else classifier
+    )
     check_model(model, network)
     num, steps = check_num(network, num), None if steps is None else whole_number("steps", steps, 1)
     seed, guidance_scale = whole_number("seed", seed, 0), number("guidance_scale", guidance_scale)

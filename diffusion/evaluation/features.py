@@ -61,10 +61,11 @@ class Features:
 
 
 def load_features(name: str | os.PathLike) -> Features:
-    """Features by name: "inception", "efficientnet-lite0", "classifier" (the bundled one), or a folder.
+    """Features by name: "inception", "efficientnet-lite0", "classifier" (that of digits), or a folder.
 
-    A folder is one that `python -m diffusion.classifier` wrote. ValueError for another name, or if the
-    package or the weights that the first two need are missing.
+    "cifar10-classifier" and "mnist-classifier" are the bundled classifiers. A folder is one that `python -m
+    diffusion.classifier` wrote. ValueError for another name, or if the package or the weights that the first
+    two need are missing.
     """
     if str(name) == "inception":
         return _inception()

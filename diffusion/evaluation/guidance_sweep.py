@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..classifier import balanced_labels, load_classifier
+from ..classifier import balanced_labels, classifier_of, load_classifier
 from ..samplers import EVALUATE_TWICE, SAMPLERS
 from ..storage.atomic import replacing
 from ..storage.reading import sha256
 from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import whole_number
-from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay
+from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay, image_shape
 
 
 def sweep(
@@ -36,7 +36,9 @@ def sweep(
     two for one), `guidance`, `distance` and `accuracy` (class accuracy; None for an unconditional model), and
     `protocol`. ValueError as from `evaluate`.
     """
-    network, reference = load_classifier(classifier)
+    network, reference = load_classifier(
+        classifier_of(image_shape(model)) if classifier is None else classifier
+    )
     check_model(model, network)
     num, seed = check_num(network, num), whole_number("seed", seed, 0)
     conditional = model.num_classes is not None

@@ -28,10 +28,15 @@ def check_num(classifier: Classifier, num: int) -> int:
     return num
 
 
+def image_shape(model: Any) -> tuple[int, ...]:
+    """[C, H, W] of a model's images."""
+    config = model.unet.config
+    return (config.in_channels, *config.image_shape)
+
+
 def check_model(model: Any, classifier: Classifier) -> None:
     """ValueError unless a model makes the classifier's images, with the same number of classes or none."""
-    config, classes = model.unet.config, classifier.config.classes
-    shape = (config.in_channels, *config.image_shape)
+    shape, classes = image_shape(model), classifier.config.classes
     if shape != classifier.shape or model.num_classes not in (None, classes):
         raise ValueError(
             f"the classifier {classifier.folder} is for images {'x'.join(map(str, classifier.shape))} with "
