@@ -17,6 +17,7 @@ from diffusion.classifier import (
     bundled_classifiers,
     classifier_of,
     classify,
+    command,
     load_classifier,
     train_classifier,
 )
@@ -225,7 +226,7 @@ def test_training_command_ends_in_one_line_without_data(tmp_path, capsys):
     ],
 )
 def test_training_command_looks_before_it_trains(words, expected, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(classifier_command, "train_classifier", None)
+    monkeypatch.setattr(command, "train_classifier", None)
     with pytest.raises(SystemExit) as end:
         classifier_command.main(["--data-dir", str(DATA), "--out", str(tmp_path / "c"), *words])
     assert end.value.code == 2
