@@ -1,4 +1,4 @@
-"""The effect of each `precision` on the images of the bundled model: python -m benchmarks.precision.
+"""The effect of each `precision` on the images of the bundled digits: python -m benchmarks.precision.
 
 The same images are sampled by plain PyTorch in float32 and in each precision. The result has the differences
 of the images in [-1, 1], the class accuracy by an independent classifier, and the Fréchet distance in its

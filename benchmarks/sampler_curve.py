@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusion
-from diffusion.classifier import load_classifier
+from diffusion.classifier import classifier_of, load_classifier
 from diffusion.evaluation.guidance_sweep import sweep
+from diffusion.evaluation.protocol import image_shape
 from diffusion.samplers import EVALUATE_TWICE, SAMPLERS
 from diffusion.storage.atomic import check_writable, replacing
 from diffusion.storage.reading import read_json
@@ -44,6 +45,8 @@ def measure(
     options: of `sweep`, such as num and seed. The distance is None if real images were measured in samples of
     another size.
     """
+    if classifier is None:
+        classifier = str(classifier_of(image_shape(model)))
     sampler, own = CURVES[curve]
     steps = sorted({steps_for(sampler, count) for count in evaluations})
     found = sweep(
@@ -103,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", default="mnist", help="a bundled name, or a folder (default: %(default)s)")
-    add("--classifier", help="folder of a classifier of the model's images (default: that of digits)")
+    add("--classifier", help="folder of a classifier (default: the bundled one of the images)")
     add(
         "--curves",
         nargs="+",

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import diffusion
+from diffusion.classifier import classifier_of, load_classifier
 from diffusion.evaluation.accuracy import evaluate
+from diffusion.evaluation.protocol import image_shape
 from diffusion.storage.atomic import check_writable, replacing
 
 
@@ -37,11 +39,15 @@ def images_seen(model: diffusion.DDPM) -> int:
 
 
 def measure(model: diffusion.DDPM, args: argparse.Namespace) -> Point:
+    classifier = args.classifier or classifier_of(image_shape(model))
+    drawn = load_classifier(classifier)[1].sample_size
+    if args.num != drawn:
+        raise ValueError(f"--num must be {drawn}, as many as the real images of {classifier}")
     result = evaluate(
         model,
         num=args.num,
         guidance_scale=args.guidance_scale,
-        classifier=args.classifier,
+        classifier=classifier,
         sampler=args.sampler,
         steps=args.steps,
         precision=args.precision,

@@ -59,7 +59,7 @@ class _Plain(nn.Module):
 
 
 def make(name: str, size: int | None = None, **changes: Any) -> Pair:
-    """ "cifar10": DDPM's network with random weights, none of them zero; "mnist": the bundled model.
+    """ "cifar10": DDPM's network with random weights, none of them zero; "mnist": the bundled digits.
 
     size: of cifar10's images, by default 32. changes: of cifar10's configuration, as diffusers names it.
     diffusers has no network like the bundled one, so there the peers run this package's module in plain

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     training = {
         "command": "python -m diffusion.classifier",
         "parameters": config.num_parameters,
-        "data": f"{Path(train.name).name}: {len(train.images):,} training images",
+        "data": f"{Path(train.name).resolve().name}: {len(train.images):,} training images",
         "epochs": options.epochs,
         "seconds": round(time.monotonic() - start),
         "threads": torch.get_num_threads(),

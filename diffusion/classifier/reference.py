@@ -68,9 +68,9 @@ def measure_reference(
         sample_size=sample_size,
         test_accuracy=(found == test.known_labels()).double().mean().item(),
         source=(
-            f"{Path(train.name).name}: {len(train.images):,} training images; {len(test.images):,} test "
-            f"images shuffled with seed {seed}, {len(random)} disjoint samples at random, "
-            f"{len(balanced)} balanced"
+            f"{Path(train.name).resolve().name}: {len(train.images):,} training images; "
+            f"{len(test.images):,} test images shuffled with seed {seed}, {len(random)} disjoint samples at "
+            f"random, {len(balanced)} balanced"
         ),
     )
 

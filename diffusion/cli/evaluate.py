@@ -1,6 +1,6 @@
 """Evaluate a model or images: class accuracy, FID and other distances, bits per dimension, or a curve.
 
-Without further options: class accuracy with guidance and Fréchet distance without it, of a model of digits.
+Without further options: class accuracy with guidance and Fréchet distance without it, of the bundled digits.
 """
 
 import argparse

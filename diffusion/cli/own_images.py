@@ -20,7 +20,8 @@ from .options import choose_labels
 
 START_OPTIONS = ("strength", "mask", "resamples", "jump_length", "invert")  # of --image
 # An inversion has no noise, and a clipped step has no inverse.
-NOT_INVERTED = ("strength", "mask", "clip", "eta", "noise_in_last_step", "dynamic_threshold")
+NOT_INVERTED = ("strength", "mask", "clip", "eta", "noise_in_last_step")
+NOT_INVERTED += ("dynamic_threshold", "dynamic_threshold_max")  # which clip, too
 ITERATIONS = 5
 
 
@@ -130,6 +131,10 @@ def inversion(
 
     options: further arguments of `DDPM.sample`, which are those of the inversion too.
     """
+    if len(args.invert or ()) > len(images):
+        raise ValueError(
+            f"--invert has {len(args.invert)} labels for {len(images)} of --image: give each image its label"
+        )
     labels, _ = choose_labels(model, args.invert or ["none"], len(images))
     shared = ("steps", "guidance_rescale", "guidance_parallel", "batch_size", "backend", "precision", "dtype")
     how = {name: value for name, value in options.items() if name in (*shared, *options_of("ddim"))}

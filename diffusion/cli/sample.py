@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance-scale",
         type=float,
-        help="scale of classifier-free guidance; 1: no guidance (default: 2 with labels)",
+        help="scale of classifier-free guidance; 1: no guidance (default: the model's, or 2 with labels)",
     )
     add(
         "--guidance-interval",

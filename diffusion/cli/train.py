@@ -1,4 +1,4 @@
-"""Train a model. The bundled model: `diffusion train --data mnist --data-dir DIR --out RUN`."""
+"""Train a model. That of digits: `diffusion train --data mnist --data-dir DIR --out RUN`."""
 
 import argparse
 import contextlib

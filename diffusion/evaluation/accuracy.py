@@ -181,7 +181,9 @@ def format_report(result: dict[str, Any]) -> str:
     )
     for drawn, how in (("balanced", "as many of each class"), ("random", "at random")):
         real = frechet["real"][drawn]
-        ratio = "no ratio: give --data-dir" if real["ratio"] is None else f"ratio {real['ratio']:.2f}"
+        ratio = f"no ratio to {protocol['samples']:,} samples; --data-dir measures real images for it"
+        if real["ratio"] is not None:
+            ratio = f"ratio {real['ratio']:.2f}"
         lines.append(
             f"real        {real['distance']:.4f} (+- {real['spread']:.4f}) that of "
             f"{frechet['real_samples']:,} real test images, {how}: {ratio}"

@@ -99,7 +99,7 @@ def _inception() -> Features:
         except Exception as error:  # a download can raise anything
             raise ValueError(
                 f"Inception's weights cannot be fetched ({error}); put {fidelity.URL_INCEPTION_V3} at "
-                f"{path}, or compare in other features: --features classifier, or a folder of a classifier"
+                f"{path}, or compare in others: --features efficientnet-lite0, or those of a classifier"
             ) from error
     try:
         with open_regular(path) as file:  # torch-fidelity would unpickle anything

@@ -197,6 +197,8 @@ def _facts(model: Any) -> Iterator[tuple[str, str]]:
     training = model.metadata.get("training")
     hidden = ("unet", "schedule", "prediction_type")
     for key, value in training.items() if isinstance(training, Mapping) else ():
+        if key == "seconds" and isinstance(value, float):
+            value = round(value)
         if key not in hidden and not isinstance(value, Mapping | list):
             yield f"training: {key}", str(value)
     for key, value in model.metadata.items():

@@ -158,8 +158,7 @@ def _loop(
         if resume:
             run.catch_up()
         while trainer.step < trainer.recipe.steps:
-            trainer.train_step()
-            bar.update()
+            run.train_step()
             complete = run.log() if run.is_due("log") else True
             if run.is_due("save") or run.save_is_late():
                 run.save()

@@ -60,7 +60,7 @@ class Run:
         self.minutes, self.save_minutes, self.saved_at = minutes, save_minutes, self.started
         self.stopping = _Stopping(signals, None if minutes is None else self.started + 60 * minutes)
         self.saving, self.longest = FIRST_SAVE, 0.0  # seconds of the last checkpoint and of the slowest step
-        self.stepped_at: float | None = None
+        self.stepped = False  # whether a step was timed
         self.fits = list(FITS) if fit_steps else []
         self.timed_from: tuple[int, float] | None = (
             None  # the first step that counts for the rate, and its end
@@ -140,15 +140,18 @@ class Run:
         """Whether the last checkpoint is save_minutes old."""
         return self.save_minutes is not None and time.perf_counter() - self.saved_at >= 60 * self.save_minutes
 
-    def is_out_of_time(self) -> bool:
-        """Whether, on any rank, another step and a checkpoint may not end within the minutes of the run.
+    def train_step(self) -> None:
+        """Trains a step and times it; the first one, which compiles and tunes, says nothing of the others."""
+        began = time.perf_counter()
+        self.trainer.train_step()
+        self.bar.update()
+        if self.stepped:
+            self.longest = max(self.longest, time.perf_counter() - began)
+        self.stepped = True
 
-        To be called after each step. The first one, which compiles and tunes, says nothing of the others.
-        """
+    def is_out_of_time(self) -> bool:
+        """Whether, on any rank, another step and a checkpoint may not end within the minutes of the run."""
         now = time.perf_counter()
-        if self.stepped_at is not None:
-            self.longest = max(self.longest, now - self.stepped_at)
-        self.stepped_at = now
         if self.minutes is None or not self._may_ask_ranks():
             return False
         return any_rank(self.trainer, now + self.longest + self.saving > self.started + 60 * self.minutes)
@@ -156,7 +159,8 @@ class Run:
     def fit_steps(self) -> None:
         """Sets the recipe's steps to as many as the minutes hold at the rate so far; called after each step.
 
-        The first step, which compiles and tunes, does not count for the rate.
+        The first step, which compiles and tunes, does not count for the rate. A recipe whose steps end before
+        a fit gets more of them.
         """
         if not self.fits or self.minutes is None:
             return
@@ -164,11 +168,13 @@ class Run:
         if self.timed_from is None:
             self.timed_from = trainer.step, now
         first, since = self.timed_from
-        if now - self.started < self.fits[0] * whole or trainer.step - first < LEAST_TIMED:
+        early = now - self.started < self.fits[0] * whole or trainer.step - first < LEAST_TIMED
+        if early and trainer.step < trainer.recipe.steps:
             return
-        self.fits.pop(0)
+        if not early:
+            self.fits.pop(0)
         left = self.started + (1 - SPARE) * whole - now - 2 * self.saving
-        more = max(1, int(left * (trainer.step - first) / (now - since)))
+        more = max(1, int(left * (trainer.step - first) / max(now - since, 1e-9)))
         trainer.recipe = replace(trainer.recipe, steps=trainer.step + more)
         self.bar.total = trainer.recipe.steps
 
@@ -182,7 +188,9 @@ class Run:
         trainer = self.trainer
         about = {**asdict(trainer.recipe), "step": trainer.step, "seconds": trainer.seconds}
         for decay, folder in average_folders(trainer, self.out).items():
-            trainer.averages[decay].save(folder, training={**about, "ema_decay": decay})
+            others = [other for other in trainer.averages if other != decay]
+            own = {"ema_decay": decay, "more_ema_decays": others}
+            trainer.averages[decay].save(folder, training=about | own)
 
     def sample(self) -> bool:
         """Draws the grid of the present step; False, without one, if a signal came. Saves before an error."""

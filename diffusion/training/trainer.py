@@ -144,7 +144,8 @@ class Trainer:
             self.timesteps = lognormal_timesteps(schedule, recipe.noise_mean, recipe.noise_std)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.workers = whole_number("workers", workers, 0)
-        self._reader: tuple[int, Iterator[torch.Tensor]] | None = None  # the step of its next batch
+        # The step of the next batch of a data set, the run's last step, and the batches.
+        self._reader: tuple[int, int, Iterator[torch.Tensor]] | None = None
         self.command = dict(command or {})
         self.step = 0
         self.seconds = 0.0
@@ -289,12 +290,12 @@ class Trainer:
         """A part of the present step's images, uint8; those of a data set come from its workers."""
         if not isinstance(self.images, DatasetImages):
             return self.images[index[part]]
-        if self._reader is None or self._reader[0] != self.step:
-            steps = range(self.step, self.recipe.steps)
-            order = (self.batch_indices(step)[part].tolist() for step in steps)
-            self._reader = self.step, self.images.batches(order, self.workers)
-        reader = self._reader[1]
-        self._reader = self.step + 1, reader
+        last = self.recipe.steps
+        if self._reader is None or self._reader[:2] != (self.step, last):
+            order = (self.batch_indices(step)[part].tolist() for step in range(self.step, last))
+            self._reader = self.step, last, self.images.batches(order, self.workers)
+        reader = self._reader[2]
+        self._reader = self.step + 1, last, reader
         return next(reader)
 
     def _to_device(self, images: torch.Tensor) -> torch.Tensor:

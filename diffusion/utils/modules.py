@@ -18,7 +18,8 @@ def importing(package: str, names: Mapping[str, str] = NONE) -> Callable[[str], 
     """
 
     def find(name: str) -> Any:
-        if name not in names and (name.startswith("_") or not importlib.util.find_spec(f"{package}.{name}")):
+        module_name = name.isidentifier() and not name.startswith("_")
+        if name not in names and not (module_name and importlib.util.find_spec(f"{package}.{name}")):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = importlib.import_module(f".{names.get(name, name)}", package)
         value = getattr(module, name) if name in names else module

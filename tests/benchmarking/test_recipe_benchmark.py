@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import DDPM, NoiseSchedule, load
+from diffusion import DDPM, NoiseSchedule, UNet, UNetConfig, load
 from helpers.models import make_model
 from helpers.paths import ROOT
 
@@ -110,6 +110,28 @@ def test_multiplications_are_counted():
     added = 2 * convolution.out_channels * 9 * 8 * 64
     assert recipes.gflop_per_image(model) - before == pytest.approx(added / 1e9, rel=1e-6)
     assert before > 2 * 9 * 8 * 64 * (3 + 3) / 1e9
+
+
+def test_attention_is_counted():
+    """Two products of all pairs of pixels, and projections, which a network without attention lacks."""
+    found = []
+    for levels in ((), (1,)):
+        config = UNetConfig(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            channels=8,
+            channel_mult=(1, 2),
+            norm_groups=4,
+            num_res_blocks=1,
+            attention_levels=levels,
+            mid_attention=False,
+        )
+        model = DDPM(UNet(config), NoiseSchedule.linear())
+        found.append(recipes.gflop_per_image(model))
+    pixels, channels, count = 16, 16, 3  # one block on the way down and two on the way up
+    added = count * (2 * 2 * pixels**2 * channels + 2 * 4 * channels**2 * pixels)
+    assert found[1] - found[0] == pytest.approx(added / 1e9, rel=1e-6)
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def _block(shape: tuple[int, int, int, int], channels: int, **options: Any) -> C
     return Conv3x3Case(shape, channels, num_groups=32, activation="silu", **options)
 
 
-# Half a residual block of DDPM at its four resolutions, and of the bundled model.
+# Half a residual block of DDPM at its four resolutions, and of the bundled digits.
 CONV3X3_BENCHMARKED = {
     "ddpm_32": _block((1, 128, 32, 32), 128, residual=True),
     "ddpm_32_batch": _block((8, 128, 32, 32), 128, residual=True),

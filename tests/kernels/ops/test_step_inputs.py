@@ -39,7 +39,7 @@ def test_labels_outside_of_the_embeddings(wrong):
         ({"counter": torch.zeros(4)}, "counter must be"),
         ({"label_index": torch.zeros(2, dtype=torch.int32)}, "label_index must be"),
         ({"out": torch.zeros(3, 5)}, "out must be"),
-        ({"out": torch.zeros(2, 5, dtype=torch.float64)}, "of the dtype of embeddings"),
+        ({"out": torch.zeros(2, 5, dtype=torch.float64)}, "of the dtype and on the device of embeddings"),
         ({"out": torch.zeros(5, 2).t()}, "out must be"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
