@@ -137,8 +137,10 @@ def draw(result: dict, picture: Path) -> Path | None:
         timed.sort(key=lambda pair: (not WAYS[pair[0]].single, pair[1]))
         names = [LABELS.get(name, name) for name, _ in timed]
         colours = ["tab:blue" if name in (EXACT, FAST) else "silver" for name, _ in timed]
-        bars = axis.barh(names, [1e3 * time for _, time in timed], color=colours)
-        axis.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
+        times = [1e3 * time for _, time in timed]
+        bars = axis.barh(names, times, color=colours)
+        labels = [f"{time:.0f}" if time >= 1000 else f"{time:.4g}" for time in times]
+        axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.18)
         axis.tick_params(labelsize=8)
