@@ -16,6 +16,9 @@ from .table import StepTable, first_step, make_table, next_alphas_cumprod
 from .timesteps import visited_timesteps
 
 STEPS = 18  # of a process without timesteps, as in the paper's code
+# From a higher noise level, as that of a cosine schedule's last timestep, the correction would multiply the
+# difference of two predictions by thousands, and the image would be lost. The step is Euler's.
+MAX_CORRECTED = 1000.0
 MAX_CHURN = math.sqrt(2) - 1  # no step adds more noise than its image has
 
 
@@ -54,8 +57,9 @@ def heun(
     s_churn, s_min, s_max, s_noise: S_churn, S_tmin, S_tmax and S_noise of algorithm 2. Noise that it adds
         before the first step is part of the initial noise here.
 
-    With a `NoiseSchedule`, a timestep has the noise level sqrt((1 - alphas_cumprod) / alphas_cumprod), and
-    the package's docstring has the other arguments. ValueError for an option that only the other process has.
+    With a `NoiseSchedule`, a timestep has the noise level sqrt((1 - alphas_cumprod) / alphas_cumprod). A step
+    from a level above 1,000 has no correction, which would be thousands of times a difference of predictions.
+    The package's docstring has the other arguments. ValueError for an option that only the other process has.
     """
     shared: dict[str, Any] = {
         "clip": clip,
@@ -126,6 +130,8 @@ def _over_timesteps(
     following = next_alphas_cumprod(finite)
     levels, next_levels = (((1 - a) / a).sqrt() for a in (finite, following))
     rows: dict[str, Any] = _rows(levels, next_levels, finite.sqrt(), following.sqrt())
+    uncorrected = _interleaved(torch.zeros_like(levels), (levels > MAX_CORRECTED)[:-1].double()).bool()
+    rows |= {name: rows[name].masked_fill(uncorrected, 0.0) for name in ("coef_x0", "coef_x0_prev")}
     visited, alphas_cumprod = _interleaved(timesteps, timesteps[1:]), _interleaved(current, current[1:])
     return make_table(visited, alphas_cumprod, prediction_type, columns=rows, start=2 * start, **shared)
 
