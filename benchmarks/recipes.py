@@ -15,8 +15,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import diffusion
@@ -28,6 +26,8 @@ from diffusion.storage.atomic import check_writable, replacing
 from diffusion.storage.images import to_float, to_uint8
 from diffusion.utils.device import multiplies_bfloat16
 from diffusion.utils.frechet import frechet_distance, moments
+
+from .flops import flops_of_unet
 
 LEVELS = (-4.0, -3.3, -2.6, -1.9, -1.2, -0.5, 0.2, 0.9, 1.6, 2.3, 3.0)  # values of ln(sigma / alpha)
 BATCH = 50
@@ -89,24 +89,6 @@ def held_out_errors(
     return rows
 
 
-@torch.no_grad()
-def gflop_per_image(model: diffusion.DDPM) -> float:
-    """GFLOP of one evaluation of the UNet, by PyTorch's own count.
-
-    Attention runs as two products and a softmax, because PyTorch does not count its fused kernel of the CPU.
-    """
-    config = model.unet.config
-    embedding = model.unet.embed(
-        torch.zeros(1), None if config.num_classes is None else torch.zeros(1).long()
-    )
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):  # the mode knows PyTorch's operations only
-        model.unet.denoise(torch.zeros(1, config.in_channels, *config.image_shape), embedding, "reference")
-    return counter.get_total_flops() / 1e9
-
-
 def distance_of_samples(
     model: diffusion.DDPM,
     features: Features,
@@ -134,7 +116,7 @@ def judge(
             raise ValueError(f"{folder} makes other images than {data.name}, {list(data.images.shape[1:])}")
         about = model.metadata.get("training", {})
         seen = about.get("step", 0) * about.get("batch_size", 0)
-        gflop = gflop_per_image(model)
+        gflop = flops_of_unet(model.unet) / 1e9
         errors = held_out_errors(model, data.images, data.labels)
         known = [row["v"] for row in errors if row["v"] is not None]
         row = {

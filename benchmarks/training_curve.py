@@ -17,7 +17,7 @@ import diffusion
 from diffusion.storage.atomic import check_writable, replacing
 from diffusion.training.log_file import read_rows
 
-from .recipes import gflop_per_image
+from .flops import flops_of_unet
 
 
 class Point(NamedTuple):
@@ -37,13 +37,13 @@ def read_points(run: Path) -> list[Point]:
     size = model.metadata.get("training", {}).get("batch_size")
     if not isinstance(size, int):
         raise ValueError(f"{run} is no run of `diffusion train`: its config.json has no batch_size")
-    gflop, points = 3 * gflop_per_image(model), []
+    flop, points = 3 * flops_of_unet(model.unet), []
     for step, line in read_rows(run / "log.csv"):
         try:
             loss, validation = (float(text) if text else None for text in line.split(",")[1:3])
         except ValueError as error:
             raise ValueError(f"{run / 'log.csv'} is damaged in the row of step {step}: {error}") from error
-        points.append(Point(run.name, step, step * size, gflop * step * size / 1e6, loss, validation))
+        points.append(Point(run.name, step, step * size, flop * step * size / 1e15, loss, validation))
     return points
 
 

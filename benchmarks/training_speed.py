@@ -18,8 +18,8 @@ from diffusion.training.recipe import changed, load_recipe
 from diffusion.training.trainer import Trainer
 from diffusion.utils.device import multiplies_bfloat16
 
+from .flops import flops_of_unet
 from .matrix_rate import matrix_rate
-from .recipes import gflop_per_image
 
 BATCHES = 4  # batches of images, which steps use in turn
 WARM_UP = 2  # steps before the timed ones; they allocate memory
@@ -53,7 +53,7 @@ def measure(name: str, changes: list[str], autocast: torch.dtype | None, steps: 
     for _ in range(WARM_UP):
         trainer.train_step()
     seconds, size = cpu_seconds(trainer.train_step, steps), trainer.recipe.batch_size
-    flop = 3e9 * gflop_per_image(trainer.ema)
+    flop = 3 * flops_of_unet(trainer.ema.unet)
     return {"seconds": seconds, "images/s": size / seconds, "flop": flop, "rate": flop * size / seconds}
 
 

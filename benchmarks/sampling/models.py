@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 from diffusion.importers.diffusers_unet import convert_weights, unet_config
+
+from ..flops import flops_of_unet
 
 CLASSES = 10
 
@@ -67,7 +67,7 @@ def make(name: str, size: int | None = None, **changes: Any) -> Pair:
     """
     if name == "mnist":
         model = diffusion.load("mnist").requires_grad_(False)
-        return Pair(name, model, _Plain(model.unet).eval(), _flops(_Plain(model.unet), model))
+        return Pair(name, model, _Plain(model.unet).eval(), flops_of_unet(model.unet))
     torch.manual_seed(0)
     theirs = diffusers.UNet2DModel(**CIFAR10 | ({} if size is None else {"sample_size": size}) | changes)
     theirs = theirs.eval().requires_grad_(False)
@@ -82,13 +82,4 @@ def make(name: str, size: int | None = None, **changes: Any) -> Pair:
     unet = diffusion.UNet(config).requires_grad_(False)
     unet.load_state_dict(convert_weights(config, theirs.state_dict()))
     model = diffusion.DDPM(unet, diffusion.NoiseSchedule.linear(1000)).eval()
-    return Pair(name, model, theirs, _flops(theirs, model))
-
-
-def _flops(network: nn.Module, model: diffusion.DDPM) -> int:
-    config = model.unet.config
-    x = torch.zeros(1, config.in_channels, *config.image_shape)
-    # Fused attention is counted by some versions of PyTorch only, plain products by all.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(x, torch.zeros(1), class_labels=torch.zeros(1, dtype=torch.int64))
-    return counter.get_total_flops()
+    return Pair(name, model, theirs, flops_of_unet(unet))

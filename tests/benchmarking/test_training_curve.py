@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
 
 from benchmarks import training_curve
-from benchmarks.recipes import gflop_per_image
+from benchmarks.flops import flops_of_unet
 from diffusion.training.log_file import COLUMNS
 
 HEADER = ",".join(COLUMNS) + "\n"
@@ -37,9 +37,9 @@ def test_the_points_of_a_log(run, tmp_path):
         ("run", "20", "80"),
     ]
     assert [(row["loss"], row["validation_loss"]) for row in rows[:2]] == [("0.5", ""), ("0.25", "0.3")]
-    gflop = gflop_per_image(make_model(channels=3))
+    flop = flops_of_unet(make_model(channels=3).unet)
     assert [float(row["pflop"]) for row in rows[:2]] == pytest.approx(
-        [3 * gflop * images / 1e6 for images in (40, 80)], rel=1e-5
+        [3 * flop * images / 1e15 for images in (40, 80)], rel=1e-5
     )
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.size == (1000, 400)

@@ -10,7 +10,7 @@ from helpers.paths import ROOT
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
 
 from benchmarks import matrix_rate, training_speed
-from benchmarks.recipes import gflop_per_image
+from benchmarks.flops import flops_of_unet
 
 SMALL = [
     "batch_size=4",
@@ -25,7 +25,7 @@ SMALL = [
 def test_the_rate_is_the_work_of_a_step_by_its_time():
     row = training_speed.measure("mnist", SMALL, None, steps=1)
     trainer = training_speed.trainer_of("mnist", SMALL, None)
-    assert row["flop"] == 3e9 * gflop_per_image(trainer.model)
+    assert row["flop"] == 3 * flops_of_unet(trainer.model.unet)
     assert row["images/s"] * row["seconds"] == pytest.approx(4)
     assert row["rate"] == pytest.approx(row["images/s"] * row["flop"])
 

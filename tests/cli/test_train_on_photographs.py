@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 from diffusion.classifier.__main__ import main as train_a_classifier
@@ -26,6 +25,7 @@ from diffusion.training.recipe import load_recipe
 from diffusion.training.trainer import Trainer
 from helpers.paths import ROOT
 from helpers.training import make_trainer, run
+from helpers.unets import size_and_flops
 
 # A network of a few thousand parameters in place of a recipe's, for the same data.
 TINY = ["unet.channels=8", "unet.channel_mult=[1,1,1]", "unet.num_res_blocks=1", "unet.attention_levels=[]"]
@@ -94,17 +94,9 @@ def test_the_small_recipes_are_that_of_cifar10():
 
 @pytest.mark.parametrize("name", ["small-32", "small-64"])
 def test_the_work_of_the_small_recipes_is_what_their_page_says(name):
-    """PyTorch's count for an image, as for the page of the cifar10 recipe."""
     recipe = load_recipe(name)
-    config = UNetConfig.from_dict(recipe.unet)
-    unet = diffusion.UNet(config).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        embedding = unet.embed(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-        unet.denoise(torch.zeros(1, config.in_channels, *config.image_shape), embedding, "reference")
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    row = (
-        f"| `{name}` | {parameters / 1e6:.2f} M | {counter.get_total_flops() / 1e9:.2f} | {recipe.steps:,} |"
-    )
+    parameters, flops = size_and_flops(UNetConfig.from_dict(recipe.unet))
+    row = f"| `{name}` | {parameters / 1e6:.2f} M | {flops / 1e9:.2f} | {recipe.steps:,} |"
     assert row in (ROOT / "docs" / "own-images.md").read_text()
 
 

@@ -198,7 +198,7 @@ def test_inception_without_network_says_where_to_put_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
-        ValueError, match=r"no network\); put https.* at .*checkpoints.*--features classifier"
+        ValueError, match=r"no network\); put https.* at .*checkpoints.*--features efficientnet-lite0"
     ):
         load_features("inception")
 

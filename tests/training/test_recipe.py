@@ -6,13 +6,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import NoiseSchedule, UNet, UNetConfig
 from diffusion.cli import main
 from diffusion.training.recipe import RECIPES, Recipe, changed, load_recipe, recipe_from
 from helpers.paths import ROOT
+from helpers.unets import size_and_flops
 
 
 def test_the_recipes_of_the_package():
@@ -47,14 +46,8 @@ def test_the_recipes_of_ddpm(name):
 
 
 def test_the_size_of_cifar10_is_what_its_page_says():
-    """The work of an evaluation is PyTorch's count, which knows attention as two products only."""
     recipe = load_recipe("cifar10")
-    config = UNetConfig.from_dict(recipe.unet)
-    unet = UNet(config).eval()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        embedding = unet.embed(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-        unet.denoise(torch.zeros(1, config.in_channels, *config.image_shape), embedding, "reference")
-    parameters, flops = sum(p.numel() for p in unet.parameters()), counter.get_total_flops()
+    parameters, flops = size_and_flops(UNetConfig.from_dict(recipe.unet))
     page = " ".join((ROOT / "docs" / "cifar10.md").read_text().split())
     for said in (
         f"{parameters / 1e6:.2f} million parameters",
