@@ -8,6 +8,7 @@ from torch import nn
 
 from ..kernels.ops.newton_schulz import newton_schulz, supports
 from ..models.unet import UNet
+from ..utils.device import torch_multiplies_bfloat16
 from .recipe import Recipe
 
 MOMENTUM = 0.95  # Muon's, as Jordan et al. recommend
@@ -22,8 +23,9 @@ def contiguous_view(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tens
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with Nesterov momentum and the rates of "match_rms_adamw", from the same state.
 
-    On CPUs with AMX the orthogonalisation is `kernels.ops.newton_schulz`, and on a GPU matrices of one shape
-    are orthogonalised as one batch, in a tenth of the launches; so weights differ by rounding.
+    On CPUs with AMX the orthogonalisation is `kernels.ops.newton_schulz`. CPUs that do not multiply bfloat16
+    compute it in float32. On a GPU matrices of one shape are orthogonalised as one batch, in a tenth of the
+    launches. So weights differ by rounding.
     """
 
     def __init__(self, weights: list[torch.Tensor], **options: Any):
@@ -56,37 +58,49 @@ def _way_to_orthogonalise(device: torch.device) -> Callable[[Matrices, dict], Ma
     """The function of matrices and Muon's options, or None to leave it to PyTorch."""
     if device.type == "cuda":
         return orthogonalised_in_batches
-    return _orthogonalised_by_amx if supports(device) else None
+    if supports(device):
+        return _orthogonalised_by_amx
+    return None if torch_multiplies_bfloat16(device) else orthogonalised_in_float32
 
 
 def _orthogonalised_by_amx(matrices: Matrices, group: dict) -> Matrices:
-    return [_orthogonalised(matrix, group) for matrix in matrices]
+    return [_orthogonalised(matrix.bfloat16(), newton_schulz, group) for matrix in matrices]
 
 
-def _orthogonalised(matrix: torch.Tensor, group: dict) -> torch.Tensor:
-    x = matrix.bfloat16()
+def orthogonalised_in_float32(matrices: Matrices, group: dict) -> Matrices:
+    """One after the other, where PyTorch would compute products of bfloat16 number by number."""
+    return [_orthogonalised(matrix.float(), _iterated, group) for matrix in matrices]
+
+
+def _orthogonalised(x: torch.Tensor, iterated: Callable[..., torch.Tensor], group: dict) -> torch.Tensor:
     tall = x.shape[0] > x.shape[1]
     x = (x.T if tall else x).contiguous()
-    x /= torch.linalg.vector_norm(x).clamp(min=group["eps"])
-    x = newton_schulz(x, group["ns_steps"], *group["ns_coefficients"])
+    x = x / torch.linalg.vector_norm(x).clamp(min=group["eps"])
+    x = iterated(x, group["ns_steps"], *group["ns_coefficients"])
     return x.T if tall else x
 
 
+def _iterated(x: torch.Tensor, steps: int, a: float, b: float, c: float) -> torch.Tensor:
+    """The iteration of Jordan et al. 2024: X <- a X + (b X X^T + c (X X^T)^2) X."""
+    plus_product = torch.baddbmm if x.ndim == 3 else torch.addmm
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = plus_product(x, plus_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 def orthogonalised_in_batches(matrices: Matrices, group: dict) -> Matrices:
-    """Those of one shape together, by the same iteration: X <- a X + (b X X^T + c (X X^T)^2) X."""
+    """Those of one shape together, in bfloat16."""
     alike: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         alike.setdefault(matrix.shape, []).append(i)
-    a, b, c = group["ns_coefficients"]
     results = list(matrices)
     for shape, indices in alike.items():
         x = torch.stack([matrices[i] for i in indices]).bfloat16()
         tall = shape[0] > shape[1]
         x = (x.mT if tall else x).contiguous()
         x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = _iterated(x, group["ns_steps"], *group["ns_coefficients"])
         for i, result in zip(indices, x.mT if tall else x, strict=True):
             results[i] = result
     return results
