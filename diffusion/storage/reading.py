@@ -244,12 +244,13 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
     expected = module.state_dict()
     check_weights({key: t for key, t in weights.items() if t.dtype != expected[key].dtype}, path)
     check_finite(weights, path)
+    # A module on the meta device has no memory to copy into. The tensors of a safetensors file begin
+    # anywhere, and with AVX2 the last bits of PyTorch's products depend on that, so the module gets copies.
+    assign = any(tensor.is_meta for tensor in expected.values())
     loaded = {
-        key: tensor.float() if expected[key].is_floating_point() else tensor
+        key: tensor.to(torch.float32 if expected[key].is_floating_point() else tensor.dtype, copy=assign)
         for key, tensor in weights.items()
     }
-    # A module on the meta device has no memory to copy into.
-    assign = any(tensor.is_meta for tensor in expected.values())
     module.load_state_dict(loaded, assign=assign)
 
 
