@@ -39,7 +39,10 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", STABLE_ABI]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", STABLE_ABI]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}  # the last is PTX
+# Machine code for compute capabilities 8 and 9, and PTX for later ones, all from one run of the compiler
+# proper, which takes most of the time.
+CUDA_ARCHS = ["sm_80", "sm_90", "compute_80"]
+WGMMA_ARCHS = ["sm_90a"]  # of sources *_wgmma.cu, whose instructions no other device has
 
 MODULE = "csrc/runtime/module.cpp"  # the only source that includes Python's headers
 # Every op's folder of csrc/, and those that the ops share.
@@ -116,6 +119,13 @@ def torch_to_build_with() -> list[str]:
     return [] if find_torch() else ["torch>={}.{}".format(*TORCH_MINIMUM)]
 
 
+def device_code(source: str) -> list[str]:
+    """nvcc's options for the devices that a CUDA source is compiled for."""
+    if Path(source).stem.endswith("_wgmma"):
+        return [f"-gencode=arch=compute_90a,code=[{','.join(WGMMA_ARCHS)}]"]
+    return [f"-gencode=arch=compute_80,code=[{','.join(CUDA_ARCHS)}]"]
+
+
 def digest_of_sources() -> str:
     """The digest of csrc/; kernels/_native.py compares it with that of the libraries."""
     return runpy.run_path("kernels/_sources.py")["digest_of_sources"](Path("csrc"))
@@ -190,8 +200,7 @@ class BuildLibraries(build_ext):
         include = ["-I", "csrc", "-isystem", str(torch / "include")]
         if cuda:
             nvcc = [find_nvcc(), "-ccbin", cxx[0]]
-            archs = [f"-gencode=arch={virtual},code={real}" for real, virtual in CUDA_ARCHS.items()]
-            compile_command = [*nvcc, *NVCC_FLAGS, *archs, *include]
+            compile_command = [*nvcc, *NVCC_FLAGS, *include]
             link_command = [*nvcc, "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed"]
         else:
             flags = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -203,7 +212,7 @@ class BuildLibraries(build_ext):
         objects = [folder / (source.replace("/", "_") + ".o") for source in extension.sources]
 
         def compile_one(source: str, target: Path) -> None:
-            options = self.module_options() if source == MODULE else []
+            options = self.module_options() if source == MODULE else device_code(source) if cuda else []
             compile_source([*compile_command, *options], source, target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -216,7 +225,7 @@ class BuildLibraries(build_ext):
         partial = target.with_suffix(".partial")
         run([*link_command, "-o", str(partial), *map(str, objects), *libraries])
         partial.rename(target)
-        return {"archs": " ".join(CUDA_ARCHS)} if cuda else {}
+        return {"archs": " ".join(CUDA_ARCHS + WGMMA_ARCHS)} if cuda else {}
 
     def module_options(self) -> list[str]:
         """For MODULE: Python's and pybind11's headers, and what the module says of its build."""
