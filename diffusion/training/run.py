@@ -150,11 +150,14 @@ class Run:
         self.stepped = True
 
     def is_out_of_time(self) -> bool:
-        """Whether, on any rank, another step and a checkpoint may not end within the minutes of the run."""
-        now = time.perf_counter()
+        """Whether on any rank the steps until this is asked again, and a checkpoint, may exceed the minutes.
+
+        All ranks get the same answer, and end after the same step.
+        """
         if self.minutes is None or not self._may_ask_ranks():
             return False
-        return any_rank(self.trainer, now + self.longest + self.saving > self.started + 60 * self.minutes)
+        needed = self._steps_until_asked() * self.longest + self.saving
+        return any_rank(self.trainer, time.perf_counter() + needed > self.started + 60 * self.minutes)
 
     def fit_steps(self) -> None:
         """Sets the recipe's steps to as many as the minutes hold at the rate so far; called after each step.
@@ -250,14 +253,23 @@ class Run:
         device.
         """
         trainer = self.trainer
-        if not self._may_ask_ranks():
+        if not self._may_ask_ranks() or not any_rank(trainer, bool(self.signals)):
             return False
-        finished = trainer.step == trainer.recipe.steps and complete
-        return any_rank(trainer, bool(self.signals)) and not finished
+        # Only the first rank knows whether the step is complete.
+        return trainer.step < trainer.recipe.steps or any_rank(trainer, not complete)
 
     def _may_ask_ranks(self) -> bool:
-        cheap = self.trainer.device.type == "cpu" or self.trainer.ranks.world_size == 1
-        return cheap or self.is_due("log") or self.is_due("sample")
+        return self._asks_after_each_step() or self.is_due("log") or self.is_due("sample")
+
+    def _asks_after_each_step(self) -> bool:
+        return self.trainer.device.type == "cpu" or self.trainer.ranks.world_size == 1
+
+    def _steps_until_asked(self) -> int:
+        """The number of steps from this one to the next after which ranks ask each other."""
+        if self._asks_after_each_step():
+            return 1
+        step = self.trainer.step
+        return min(every - step % every for every in (self.every["log"], self.every["sample"]))
 
 
 def average_folders(trainer: Trainer, out: Path) -> dict[float, Path]:

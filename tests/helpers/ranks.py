@@ -14,10 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from helpers.training import PLAIN, make_trainer, run
+from diffusion.training import run as run_module
+from helpers.training import PLAIN, make_trainer, run, run_by, take_time
 from diffusion.training.distributed import process_group
 from diffusion.utils.ranks import current_ranks
 ranks = current_ranks()
+def clocked(trainer, seconds):
+    clock = [100.0]
+    run_module.time = run_by(clock)
+    take_time(trainer, clock, seconds)
 try:
     with process_group(ranks, torch.device("cpu")):
         group = weakref.ref(torch.distributed.group.WORLD)
@@ -29,20 +34,38 @@ try:
             {before}
             return step()
         trainer.train_step = watched
-        run(Path(sys.argv[1]), trainer, save_every={save_every}, resume={resume})
+        {setup}
+        run(Path(sys.argv[1]), trainer, save_every={save_every}, resume={resume}, **{arguments})
 except ValueError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 """
 
 
-def start(out, world_size=2, recipe="PLAIN", options="", before="pass", save_every=100, resume=False) -> list:
-    """The processes of a run; `recipe` and `options` are expressions that may look at `ranks`.
+def start(
+    out,
+    world_size=2,
+    recipe="PLAIN",
+    options="",
+    before="pass",
+    save_every=100,
+    resume=False,
+    setup="pass",
+    arguments="{}",
+) -> list:
+    """The processes of a run; `recipe`, `options` and `arguments` are expressions that may look at `ranks`.
 
-    before: a statement that is run before each step.
+    options: of the trainer. before: a statement that is run before each step. setup: one that is run before
+    the first, such as `clocked(trainer, 2)`, by whose clock a step takes 2 s. arguments: a dict, of `train`.
     """
     script = SCRIPT.format(
-        recipe=recipe, options=options, before=before, save_every=save_every, resume=resume
+        recipe=recipe,
+        options=options,
+        before=before,
+        save_every=save_every,
+        resume=resume,
+        setup=setup,
+        arguments=arguments,
     )
     # As under torchrun: a port that is merely free may be taken before the first rank takes it.
     stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def make_trainer(recipe: Recipe = RECIPE, **options) -> Trainer:
 def run(out, trainer=None, **options):
     options = {"log_every": 2, "save_every": 5, "sample_every": 100, "validate_every": 4} | options
     return train(trainer or make_trainer(), out, progress=False, **options)
+
+
+def take_time(
+    trainer: Trainer, clock: list[float], seconds: float = 1.0, first: float | None = None
+) -> Trainer:
+    """The trainer, each step of which, and the first one, moves the clock by so many seconds."""
+    train_step = trainer.train_step
+
+    def step():
+        clock[0] += seconds if trainer.step or first is None else first
+        return train_step()
+
+    trainer.train_step = step
+    return trainer
+
+
+def run_by(clock: list[float]) -> SimpleNamespace:
+    """What takes the place of the module `time` in diffusion/training/run.py."""
+    return SimpleNamespace(perf_counter=lambda: clock[0])
 
 
 def run_until(step: int, out, trainer=None):

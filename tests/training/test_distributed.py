@@ -77,11 +77,13 @@ def test_a_killed_rank_stops_the_others_and_the_run_resumes(two_ranks, tmp_path)
 
 
 @pytest.mark.exhaustive
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
-    told = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGTERM)"
+@pytest.mark.parametrize(("rank", "step"), [(1, 4), (0, 12)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank, step, tmp_path):
+    """After the last step too, where only the first rank knows that its grid was not drawn."""
+    told = f"ranks.rank == {rank} and trainer.step == {step - 1} and os.kill(os.getpid(), signal.SIGTERM)"
     ended = finish(start(tmp_path, before=told))
-    assert all("stopped at step 4" in text for _, text in ended), ended
-    assert read_state(tmp_path / "state.safetensors")["step"] == 4
+    assert all(f"stopped at step {step}" in text for _, text in ended), ended
+    assert read_state(tmp_path / "state.safetensors")["step"] == step
     assert [code for code, _ in finish(start(tmp_path, resume=True))] == [0, 0]
 
 

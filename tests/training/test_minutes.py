@@ -1,31 +1,24 @@
 """Runs that end within their minutes, by a clock of which every step takes a second."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
 from diffusion.cli import main
 from diffusion.training import run as run_module
 from diffusion.training.state import read_state
-from helpers.training import RECIPE, assert_same_run, make_trainer, run
+from helpers.ranks import finish, start
+from helpers.training import RECIPE, assert_same_run, make_trainer, run, run_by, take_time
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """clock(trainer, first) -> the trainer, whose first step takes longer."""
+    """clock(trainer, first=seconds) -> the trainer, whose first step takes longer."""
     now = [100.0]
-    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(run_module, "time", run_by(now))
 
-    def timed(trainer, first=1.0):
-        train_step = trainer.train_step
-
-        def step():
-            now[0] += first if trainer.step == 0 else 1.0
-            return train_step()
-
-        trainer.train_step = step
-        return trainer
+    def timed(trainer, first=None):
+        return take_time(trainer, now, first=first)
 
     timed.now = now
     return timed
@@ -48,6 +41,27 @@ def test_compiling_in_the_first_step_does_not_end_the_run(clock, tmp_path):
     trainer = clock(make_trainer(), first=60)
     run(tmp_path, trainer, minutes=1.2, save_every=1000)  # of 12 s more, 6 are kept
     assert trainer.step == 8
+
+
+@pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_all_ranks_end_after_the_same_step(slow, tmp_path):
+    """One rank takes 3 s a step, so another step and a checkpoint end too late after 5; the other 1 s."""
+    setup = f"clocked(trainer, 3 if ranks.rank == {slow} else 1)"
+    setup += "; atexit.register(lambda: print('step', trainer.step, file=sys.stderr))"
+    ended = finish(start(tmp_path, setup=setup, arguments="{'minutes': 20.5 / 60}"))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert [text.splitlines()[-1] for _, text in ended] == ["step 5", "step 5"]
+    assert step_of(tmp_path) == 5
+    assert [code for code, _ in finish(start(tmp_path, resume=True))] == [0, 0]
+    assert step_of(tmp_path) == 12
+
+
+def test_ranks_on_gpus_end_where_they_ask_each_other(clock, tmp_path, monkeypatch):
+    """After 4 of 12.5 s, the 4 steps until they ask again and the first checkpoint would take 9 s."""
+    monkeypatch.setattr(run_module.Run, "_asks_after_each_step", lambda run: False)
+    trainer = clock(make_trainer())
+    run(tmp_path, trainer, minutes=12.5 / 60, log_every=4, save_every=100)
+    assert trainer.step == step_of(tmp_path) == 4
 
 
 def test_one_step_is_always_taken(clock, tmp_path):
