@@ -5,7 +5,7 @@ memory. A result that is wrong is not timed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.kernels import attention, group_norm_silu, reverse_step_, step_counter
 from diffusion.kernels._tolerance import wrong
-from diffusion.kernels.ops.attention import native
-from diffusion.kernels.ops.attention.arguments import Arguments
 from diffusion.kernels.ops.biased_sum.library import biased_sum_
 from diffusion.kernels.ops.reverse_step import StepCoefficients
 
@@ -92,7 +90,6 @@ def problems(dry_run: bool) -> list[Problem]:
     real = [
         *(step(batch) for batch in STEP_BATCHES),
         *(attend(batch, *sizes) for sizes in ATTENTION for batch in BATCHES),
-        *(attend_by_wgmma(batch, *sizes) for sizes in ATTENTION for batch in BATCHES),
         *(norm(batch, *sizes) for sizes in NORMS for batch in BATCHES),
         *(summed(batch, *sizes) for sizes in SUMS for batch in BATCHES),
     ]
@@ -140,22 +137,6 @@ def attend(batch: int, positions: int, width: int) -> Problem:
     peers = {name: partial(peer, backend) for name, backend in SDPA.items()}
     shape, nbytes = (batch, 1, positions, width), 8 * batch * positions * width
     return Problem("attention", shape, call, attention, peers, nbytes, output_is_wrong)
-
-
-def attend_by_wgmma(batch: int, positions: int, width: int) -> Problem:
-    """The same by the kernel for compute capability 9.0, beside the one that `attention` takes by itself."""
-
-    def ours(q, k, v, *, backend):
-        arguments = Arguments(q, k, v)
-        if backend != "cuda":
-            return attention(q, k, v, backend=backend)
-        if reason := native.refuses_wgmma(arguments):
-            raise Finding(reason)
-        return native.attention_by_wgmma(arguments)
-
-    other = attend(batch, positions, width)
-    peers = {"attention": attention, "math": other.peers["math"]}
-    return replace(other, op="attention_wgmma", ours=ours, peers=peers)
 
 
 def summed(batch: int, channels: int, side: int) -> Problem:

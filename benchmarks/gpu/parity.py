@@ -1,6 +1,7 @@
 """The tests of the kernels on a device, and of whole chains: every result against the reference.
 
 As "triton", those of the Triton kernels in bfloat16 alone: compiling them for every dtype takes minutes.
+As "wgmma", those of attention by wgmma, which may hang.
 """
 
 import importlib.util
@@ -16,7 +17,8 @@ from .part import Finding, Job, Run
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "kernels"
 SELECTIONS = {
-    "parity": ("not triton", 8),
+    "parity": ("not triton and not wgmma", 8),
+    "wgmma": ("wgmma", 0),
     "triton": ("triton and not torch.float32 and not torch.float16", 16),
 }
 OFTEN = 5.0  # seconds between two lines about the progress of the tests

@@ -77,6 +77,30 @@ def _failures(parts: dict[str, list[Row]]) -> list[str]:
     return lines[:14]
 
 
+def _wgmma(parts: dict[str, list[Row]]) -> list[str]:
+    """Whether attention by wgmma agrees with float64, and how fast it is beside the kernel by mma."""
+    rows = parts.get("wgmma", [])
+    lines = [f"attention by wgmma was not tried: {row['refused']}" for row in _with(rows, "refused")]
+    compared = _with(rows, "errors")
+    if not compared:
+        return lines
+    wrong = [row for row in compared if row["wrong"] is not None]
+    error, other = (max(row["errors"][name] for row in compared) for name in ("wgmma", "mma"))
+    verdict = f"IS WRONG: {wrong[0]['wrong']}" if wrong else "agrees with float64"
+    lines.append(
+        f"attention by wgmma {verdict} ({len(compared) - len(wrong)} of {len(compared)} shapes, "
+        f"error {error:.2g}, by mma {other:.2g})"
+    )
+    groups: dict[tuple, list[str]] = {}
+    for row in _with(rows, "times"):
+        batch, *size = row["shape"]
+        ours, other = (row["times"][name] for name in ("wgmma", "mma"))
+        groups.setdefault(tuple(size), []).append(f"{batch}: {1e6 * ours:.1f} {other / ours:.2f}x mma")
+    for size, cells in groups.items():
+        lines.append(f"attention_wgmma {'x'.join(map(str, size))}, us by batch  {';  '.join(cells)}")
+    return lines
+
+
 def _ops(parts: dict[str, list[Row]]) -> list[str]:
     """A line for each op and shape, batches together: us, share of a copy's bandwidth, and the best peer."""
     rows = parts.get("ops", [])
@@ -155,4 +179,4 @@ def _profiles(parts: dict[str, list[Row]]) -> list[str]:
     return lines
 
 
-SECTIONS = (_device, _statuses, _failures, _ops, _sampler, _peer, _training, _profiles)
+SECTIONS = (_device, _statuses, _failures, _wgmma, _ops, _sampler, _peer, _training, _profiles)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import UNet, UNetConfig
+from diffusion.kernels.ops.attention import native
 from diffusion.models.blocks import Norm
 from diffusion.training.recipe import load_recipe
+from helpers.fake_cuda import on_fake_cuda
 from helpers.paths import ROOT
 
 sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
 
-from benchmarks.gpu import device, libraries, ops, results, stand_ins, summary
+from benchmarks.gpu import device, libraries, ops, results, sanitized, sanitizer, stand_ins, summary, wgmma
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.run import Part, Runner
 
@@ -294,6 +298,11 @@ def test_a_dry_run_goes_through_all_parts(tmp_path):
     assert sampled == {
         (precision, g, n) for precision in ("fast", "exact") for g in (1.0, 3.0) for n in (1, 2)
     }
+    (compared,) = [row for row in rows if "errors" in row]
+    assert compared["wrong"] is None
+    assert compared["errors"].keys() == wgmma.KERNELS.keys()
+    assert "attention by wgmma agrees with float64 (1 of 1 shapes" in text
+    assert {row["what"] for row in rows if "tool" in row} == {"ops", "wgmma"}
     timed = {"reverse_step_", "attention", "group_norm_silu", "biased_sum_"}
     assert {row["op"] for row in rows if "op" in row} == timed
     assert {row["way"] for row in rows if "way" in row} == {"eager", "graph", "compiled"}
@@ -370,6 +379,44 @@ def test_a_result_that_cannot_be_read_costs_no_other():
     assert "sampler cannot be shown: KeyError: 'precision'" in text
     assert "FAILED  sampler        2.0 s: no" in text
     assert "training, batch 128, ours: 9 images/s, 1.0 GiB" in text
+
+
+def test_the_summary_decides_about_wgmma():
+    """The second of these shapes takes 20 us by wgmma and 30 by mma."""
+    rows = [{"part": "wgmma", "shape": [n, 256, 256], "wrong": None} for n in (1, 64)]
+    errors = {"wgmma": 0.004, "mma": 0.002}
+    times = [{"wgmma": 2e-5, "mma": 1e-5}, {"wgmma": 2e-5, "mma": 3e-5}]
+    timed = [row | {"times": t} for row, t in zip(rows, times, strict=True)]
+    compared = [row | {"errors": errors} for row in rows]
+    assert summary.text(compared + timed).splitlines() == [
+        "attention by wgmma agrees with float64 (2 of 2 shapes, error 0.004, by mma 0.002)",
+        "attention_wgmma 256x256, us by batch  1: 20.0 0.50x mma;  64: 20.0 1.50x mma",
+    ]
+    compared[1]["wrong"] = "its error is 9, 0.1 allowed"
+    text = summary.text(compared)
+    assert "attention by wgmma IS WRONG: its error is 9, 0.1 allowed (1 of 2 shapes" in text
+    refused = summary.text([{"part": "wgmma", "refused": "no wgmma on 8.0"}])
+    assert refused == "attention by wgmma was not tried: no wgmma on 8.0\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("print('all ran')", (None, "all ran")),
+        ("print('========= Race at wgmma_kernel'); raise SystemExit(9)", "status 9: Race at wgmma_kernel"),
+        ("import time; print('========= begun', flush=True); time.sleep(600)", "killed after 3 s: begun"),
+    ],
+)
+def test_how_a_sanitizer_ends(program, expected, monkeypatch):
+    monkeypatch.setattr(sanitizer, "SECONDS", 3.0)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, "-S", "-c", program], **options)
+    result = sanitizer.finish(process, 3.0)
+    if isinstance(expected, tuple):
+        assert result == expected
+    else:
+        assert result[0].startswith(expected)
+    assert process.poll() is not None
 
 
 def test_when_libraries_are_built_here():
@@ -449,3 +496,30 @@ def test_buffers_exceed_the_cache_twice(cuda, monkeypatch):
     assert cold
     assert count * (cache // 50) > 2 * cache
     assert device.calls_beyond_cache(1, 200) == (200, False)
+
+
+def operators_of_cuda() -> set[str]:
+    """The operators that the CUDA sources implement."""
+    sources = "".join(path.read_text() for path in sorted(ROOT.glob("csrc/*/*.cu")))
+    return set(re.findall(r'm\.impl\("(\w+)"', sources))
+
+
+def test_the_sanitizer_sees_every_operator(monkeypatch):
+    """On fake tensors: the operators that run are all that the CUDA library has."""
+    ran = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "fused_diffusion":
+                ran.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def gradient(y, tensors, grad):  # without autograd's engine, which asks for a device
+        y.grad_fn.apply(grad, *[None] * (len(y.grad_fn._input_metadata) - 1))
+
+    monkeypatch.setattr(torch.autograd, "grad", gradient)
+    monkeypatch.setattr(native, "_processors", lambda index: 132)
+    with on_fake_cuda(), Watch():
+        for run in sanitized.RUN.values():
+            run("cuda")
+    assert ran == operators_of_cuda()

@@ -18,8 +18,8 @@ KEY_TILE = 64  # keys that a block of CUDA takes at a time
 MOST_PARTS = 32
 LEAST_SAVED = 128 << 10  # bytes of keys and values that a block reads less
 
-# Whether "cuda" takes the kernel by wgmma where it serves. No device has run it yet: benchmarks/gpu.sh tests
-# it and times it beside the other one.
+# Whether "cuda" takes the kernel by wgmma where it serves. No device has run it yet: the part `wgmma` of
+# benchmarks/gpu.sh decides.
 WGMMA = False
 WGMMA_QUERIES = 128  # of a block
 
