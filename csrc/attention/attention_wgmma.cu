@@ -186,7 +186,6 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kWideBlock, 1)
     attention_wgmma_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                            const __grid_constant__ CUtensorMap v, const AttentionArguments g) {
-#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = WideShape<kWidth>;
   const WideMemory<kWidth> memory(swizzled_memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -207,7 +206,6 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   } else {
     attend<T>(memory, g, place, tiles, warp, lane);
   }
-#endif
 }
 
 template <class T>

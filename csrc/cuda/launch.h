@@ -31,6 +31,14 @@ inline int multiprocessors() {
   return count;
 }
 
+// Bytes of shared memory that a block may have.
+inline int most_shared_memory() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 // The dynamic shared memory of the block.
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
@@ -38,8 +46,10 @@ extern __shared__ __align__(128) unsigned char shared_memory[];
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             const Arguments&... arguments) {
-  if (shared > (48 << 10)) {  // more than the default has to be requested
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  // More than the default has to be requested: as much as there is, because the request is the kernel's, and another
+  // thread may be about to launch it with more.
+  if (shared > (48 << 10)) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory()));
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

@@ -41,8 +41,10 @@ struct NormShared {
 
 template <class T>
 size_t shared_bytes(const NormArguments& args, int64_t groups, int64_t positions, int threads) {
-  const TileShape<T> shape(args, groups, positions, threads);
-  return NormShared<T>(nullptr, static_cast<int>(groups), shape.width, shape.room, shape.packs).bytes;
+  return most_of_blocks(args, groups, [&](int64_t groups) {
+    const TileShape<T> shape(args, groups, positions, threads);
+    return NormShared<T>(nullptr, static_cast<int>(groups), shape.width, shape.room, shape.packs).bytes;
+  });
 }
 
 template <class T, bool kChannelsLast>

@@ -38,9 +38,11 @@ struct NormGradientShared {
 // The bytes of a block's shared memory with tiles of so many positions; without the tiles if not `copies`.
 template <class T>
 size_t shared_bytes(const NormArguments& args, int64_t groups, int64_t positions, int threads, bool copies) {
-  const TileShape<T> shape(args, groups, positions, threads);
-  return NormGradientShared<T>(nullptr, static_cast<int>(groups), shape.width, shape.room, copies ? shape.packs : 0)
-      .bytes;
+  return most_of_blocks(args, groups, [&](int64_t groups) {
+    const TileShape<T> shape(args, groups, positions, threads);
+    return NormGradientShared<T>(nullptr, static_cast<int>(groups), shape.width, shape.room, copies ? shape.packs : 0)
+        .bytes;
+  });
 }
 
 template <class T, bool kChannelsLast>

@@ -311,12 +311,14 @@ struct Device {
   int64_t processors, shared;  // multiprocessors, and bytes of shared memory that a block may have
 };
 
-inline Device device_limits() {
-  int device = 0, processors = 0, shared = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return {processors, shared};
+inline Device device_limits() { return {multiprocessors(), most_shared_memory()}; }
+
+// The most of of_groups(number of groups) over all blocks. The last block may have fewer groups than the others, and
+// more threads, and so partial sums, for each of their channels.
+template <class OfGroups>
+size_t most_of_blocks(const NormArguments& args, int64_t groups, const OfGroups& of_groups) {
+  const int64_t rest = args.groups % groups;
+  return rest == 0 ? of_groups(groups) : std::max(of_groups(groups), of_groups(rest));
 }
 
 // More threads to a block where there are few blocks, or few fit on a multiprocessor.

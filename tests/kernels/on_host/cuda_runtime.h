@@ -324,10 +324,12 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** f
   return cudaSuccess;
 }
 
+// Refuses less than before: another thread may be about to launch the kernel with what it had asked for.
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  on_host::shared_asked_for[reinterpret_cast<const void*>(kernel)] = bytes;
-  return bytes <= on_host::most_shared ? cudaSuccess : cudaErrorInvalidValue;
+  int& asked = on_host::shared_asked_for[reinterpret_cast<const void*>(kernel)];
+  if (bytes < asked || bytes > on_host::most_shared) return cudaErrorInvalidValue;
+  return asked = bytes, cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
@@ -360,6 +362,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 extern "C" __attribute__((visibility("default"), used)) inline void on_host_device(int processors, int shared) {
   on_host::processors = processors;
   on_host::most_shared = shared;
+  on_host::shared_asked_for.clear();
   on_host::launched.clear();
 }
 

@@ -1,6 +1,7 @@
 """The CUDA kernels of attention and of its gradient, built for the host, against the formula in float64."""
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -12,7 +13,12 @@ from diffusion.kernels.ops.attention.cases import CASES, Case
 from diffusion.kernels.ops.attention.native import WGMMA_QUERIES, key_parts
 from helpers.attention import DTYPES, formula, torch_ops, upstream, with_gradients
 from helpers.cuda_on_host import launches, load, on_host, requires_compiler  # noqa: F401
+from helpers.paths import ROOT
 from helpers.tolerance import assert_close
+
+sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
+
+from benchmarks.gpu import sanitized
 
 # Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.
 pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures("on_host")]
@@ -273,6 +279,20 @@ def test_opcheck(dtype):
     out, logsumexp = OPS.on_host_attention(q, k, v, 0.3)
     arguments = (upstream(out), q, k, v, out, logsumexp, 0.3)
     torch.library.opcheck(OPS.on_host_attention_backward.default, arguments)
+
+
+def test_the_sanitizer_sees_every_kernel(on_host):  # noqa: F811
+    """Blocks of 64 and of 16 queries, and keys in parts; by wgmma, more tiles than there are buffers."""
+    grids = []
+    for shape in sanitized.ATTENTION:
+        on_host(132, 227 << 10)
+        attention(*Case(*shape).inputs(torch.bfloat16)[0])
+        grids.append(launches("attention"))
+    assert [(140, 1, 1)] in grids
+    assert [(3 * 2, 1, 1)] in grids
+    assert [len(launched) for launched in grids].count(2) == 1
+    for _, _, positions, width in sanitized.WGMMA[1:]:
+        assert 2 * math.ceil(positions / (64 if width == 256 else 128)) > 4
 
 
 def test_a_head_may_be_too_wide():

@@ -1,14 +1,21 @@
 """The CUDA kernels of group_norm_silu and its gradient, run on the host, against the formula in float64."""
 
+import sys
+
 import pytest
 import torch
 
 from diffusion.kernels.ops.group_norm_silu import library
 from diffusion.kernels.ops.group_norm_silu.cases import CASES, Case
-from helpers.cuda_on_host import on_host, requires_compiler  # noqa: F401
+from helpers.cuda_on_host import launches, on_host, requires_compiler  # noqa: F401
 from helpers.group_norm_silu import DTYPES, SMALL, assert_all_close, formula, torch_ops, with_gradients
+from helpers.paths import ROOT
 from helpers.tensors import cast
 from helpers.tolerance import assert_close
+
+sys.path.append(str(ROOT))  # last, so that the package is the one that is installed
+
+from benchmarks.gpu import sanitized
 
 # Compiling these kernels takes long; by default those of test_cuda_on_host.py are compiled.
 pytestmark = [requires_compiler, pytest.mark.exhaustive, pytest.mark.usefixtures("on_host")]
@@ -24,6 +31,9 @@ TILES = {  # with ends inside of a pack, of a warp's rows and of a chunk
     "one_wide_group_channels_last": Case((1, 1000, 3, 5), 1, add=True, channels_last=True),
     "long_rows": Case((1, 4, 61, 67), 2, add=True),
     "long_columns": Case((1, 32, 61, 17), 8, scale_shift=True, channels_last=True),
+    "last_block_of_one_pack_less": Case((1, 27), 3),
+    "last_block_of_two_packs_less": Case((1, 70), 14),
+    "last_block_with_the_most_partial_sums": Case((1, 133, 1, 2), 7, channels_last=True),
     "off_centre_rows": Case((1, 4, 64, 64), 2, mean=1e3),
     "off_centre_columns": Case((1, 16, 64, 32), 2, mean=1e3, channels_last=True),
 }
@@ -114,6 +124,28 @@ def test_opcheck(case):
         OPS.on_host_group_norm_silu_backward.default,
         (y, x, groups, weight, bias, add, scale, shift, True, mean, rstd),
     )
+
+
+def test_a_launch_does_not_lower_what_another_thread_asked_for(on_host):  # noqa: F811
+    """The device refuses a launch with more shared memory than was asked for last."""
+    on_host(1, 227 << 10)
+    for side in (50, 35):  # 160 and 78 KB, more than a kernel has by itself
+        args, kwargs = Case((1, 16, side, side), 16, channels_last=True).inputs(torch.float32)
+        group_norm_silu(*args, **kwargs)
+    assert launches("group_norm_silu") == [(1, 1, 1)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_sanitizer_sees_every_kernel(channels_last, dtype, on_host):  # noqa: F811
+    """Of maps that a block reads whole, and of those that are divided."""
+    counts = []
+    for shape, last in sanitized.NORMS:
+        if last == channels_last:
+            on_host(132, 227 << 10)
+            with_gradients(group_norm_silu, *Case(shape, 8, channels_last=last).inputs(dtype))
+            counts.append(len(launches("group_norm_silu")))
+    assert {2, 4} <= set(counts)
 
 
 def test_a_group_may_be_too_wide():
