@@ -86,15 +86,18 @@ class Denoiser:
     def buffers(self, spec: BufferSpec) -> Iterator[SamplerBuffers]:
         """Buffers for a batch: those of the thread's last batch, if their sizes fit, with its captured steps.
 
-        Calls of the same thread within the context, such as those of a callback, get other buffers.
+        Calls of the same thread within the context, such as those of a callback, get other buffers; so do
+        calls on another CUDA stream, which do not wait for the steps of the last one.
         """
-        cached: tuple[BufferSpec, SamplerBuffers] | None = getattr(self._thread_local, "cached", None)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        cached: tuple[tuple, SamplerBuffers] | None = getattr(self._thread_local, "cached", None)
         self._thread_local.cached = None
-        if cached is None or cached[0] != spec:
+        if cached is None or cached[0] != (spec, stream):
             cached = None  # frees the memory first
             embedding_size = self.unet.embedding_size if isinstance(self.unet, SplitUNet) else 0
             with torch.inference_mode(False):
-                cached = spec, SamplerBuffers(spec, embedding_size, self.device, self.dtype)
+                buffers = SamplerBuffers(spec, embedding_size, self.device, self.dtype)
+                cached = (spec, stream), buffers
         try:
             yield cached[1]
         finally:

@@ -167,6 +167,20 @@ def test_memory_is_let_go():
     assert torch.equal(model.sample([1, 2], steps=3), expected)
 
 
+def test_buffers_belong_to_a_stream(monkeypatch):
+    """A step on another stream would not wait for those that still use them."""
+    spec, streams = BufferSpec((3, 8, 8), 2, 1, 5, store_x0=False, injects_noise=False), iter("aaba")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
+    found = []
+    with on_fake_cuda():
+        denoiser = fake_denoiser()
+        for _ in range(4):
+            with denoiser.buffers(spec) as buffers:
+                found.append(buffers)
+    assert found[0] is found[1]
+    assert len(set(map(id, found))) == 3
+
+
 # ---- Nothing waits for the device: a fake tensor whose value is asked for raises.
 
 LABELLED = dataclasses.replace(TINY, num_classes=10)
