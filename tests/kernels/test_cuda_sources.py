@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +21,11 @@ from helpers.paths import ROOT
 from helpers.thinning import exhaustive_but
 
 CSRC = ROOT / "csrc"
+with mock.patch("setuptools.setup"):
+    SETUP = runpy.run_path(str(ROOT / "setup.py"))  # the options that it compiles with
+STEP, NORM = "reverse_step/reverse_step.cu", "group_norm_silu/group_norm_silu.cu"
+ATTENTION, WGMMA = "attention/attention.cu", "attention/attention_wgmma.cu"
 NVCC = shutil.which(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 SPILLS_OF_A_GRADIENT = 32  # bytes of a thread
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -28,10 +33,19 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 def compile_device_code(source: Path, output: Path, *flags: str) -> str:
     include = ["-I", str(CSRC), "-isystem", str(Path(torch.__file__).parent / "include")]
-    command = [NVCC, *FLAGS, *include, *flags, str(source), "-o", str(output)]
+    command = [NVCC, *SETUP["NVCC_FLAGS"], *include, *flags, str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stderr
+
+
+def archs(source: Path) -> dict[str, str]:
+    """The devices that a source is compiled for, sm_..., each with the PTX that it is made from."""
+    found = {}
+    for option in SETUP["device_code"](str(source)):
+        virtual, real = re.fullmatch(r"-gencode=arch=(\w+),code=\[([\w,]+)\]", option).groups()
+        found |= {arch: virtual for arch in real.split(",") if arch.startswith("sm_")}
+    return found
 
 
 @functools.cache
@@ -39,19 +53,30 @@ def cubin(source: Path, arch: str) -> tuple[bytes, str]:
     """The device code of a source, compiled once, and what ptxas says of its registers."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "x.cubin")
-        report = compile_device_code(source, output, "-cubin", f"-arch={arch}", "-Xptxas", "-v")
+        code = f"-gencode=arch={archs(source)[arch]},code={arch}"
+        report = compile_device_code(source, output, "-cubin", code, "-Xptxas", "-v")
         return output.read_bytes(), report
 
 
-@pytest.mark.parametrize("arch", exhaustive_but(["sm_80", "sm_90a"], default=["sm_90a"]))
+COMPILED = [(source, arch) for source in sorted(CSRC.rglob("*.cu")) for arch in archs(source)]
+
+
+def test_devices():
+    """Machine code for 8.0 and 9.0, PTX for later devices, and what only 9.0a has."""
+    assert SETUP["device_code"](ATTENTION) == ["-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]"]
+    assert SETUP["device_code"](WGMMA) == ["-gencode=arch=compute_90a,code=[sm_90a]"]
+
+
 @pytest.mark.parametrize(
-    "source",
-    exhaustive_but(sorted(CSRC.rglob("*.cu")), default=[CSRC / "reverse_step" / "reverse_step.cu"]),
-    ids=lambda path: path.stem,
+    "compiled",
+    exhaustive_but(COMPILED, default=[(CSRC / STEP, "sm_90")]),
+    ids=lambda compiled: f"{compiled[0].stem}-{compiled[1]}",
 )
-def test_register_spills(source, arch):
+def test_register_spills(compiled):
+    source, arch = compiled
     _, report = cubin(source, arch)
     assert "Used" in report
+    assert "serialized" not in report  # ptxas says so of wgmma that it makes wait for each other
     sizes = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert sizes
     allowed = SPILLS_OF_A_GRADIENT if "backward" in source.stem else 0
@@ -85,11 +110,11 @@ class MachineCode(NamedTuple):
 
 @functools.cache
 def machine_code(source: str) -> dict[str, MachineCode]:
-    """Each kernel in csrc/<source> for sm_90a, by its mangled name."""
+    """Each kernel in csrc/<source> for compute capability 9.0, by its mangled name."""
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump")
-    code, report = cubin(CSRC / source, "sm_90a")
+    code, report = cubin(CSRC / source, list(archs(CSRC / source))[-1])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "x.cubin")
         file.write_bytes(code)
@@ -124,18 +149,43 @@ def counts_of(source: str, kernel: str) -> Counter[str]:
     return code_of(source, kernel).counts()
 
 
+DOCUMENTED = {  # rows of docs/gpu.md
+    "reverse step of RGB images": (STEP, "reverse_step_rgb_kernelINS_8BFloat16ELi3E"),
+    "reverse step of others": (STEP, "reverse_step_kernelINS_8BFloat16E"),
+    "`group_norm_silu` whole": (NORM, "whole_kernelINS_8BFloat16ELb1E"),
+    "`group_norm_silu` moments": (NORM, "moments_kernelINS_8BFloat16ELb1E"),
+    "`group_norm_silu` apply": (NORM, "apply_kernelINS_8BFloat16ELb1E"),
+    "`biased_sum_`": ("biased_sum/biased_sum.cu", "biased_sum_kernelINS_8BFloat16ELi8EjE"),
+    "64 queries": (ATTENTION, "attention_kernelINS_8BFloat16ELi256ELi1E"),
+    "16 queries": (ATTENTION, "attention_kernelINS_8BFloat16ELi256ELi4E"),
+    "merging the parts": (ATTENTION, "merge_parts_kernelINS_8BFloat16E"),
+    "128 queries by wgmma": (WGMMA, "attention_wgmma_kernelINS_8BFloat16ELi256E"),
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    exhaustive_but(DOCUMENTED, default=["reverse step of RGB images", "reverse step of others"]),
+)
+def test_the_counts_of_the_documentation(row):
+    """Of nvcc 13.0; another one may differ by some instructions."""
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    found = re.search(rf"^\| {re.escape(row)} \| ([\d,]+)[^|]*\| (\d+)", text, re.MULTILINE)
+    instructions, registers = (int(number.replace(",", "")) for number in found.groups())
+    code = code_of(*DOCUMENTED[row])
+    assert code.counts().total() == pytest.approx(instructions, rel=0.02)
+    if "wgmma" not in row:  # whose warps set their registers themselves
+        assert abs(code.registers - registers) <= 2
+
+
 def test_a_reverse_step_divides_once_at_most():
     """A division of 64 bits is some hundred instructions, with a conversion to floating point for each."""
-    source = "reverse_step/reverse_step.cu"
-    rgb = counts_of(source, "reverse_step_rgb_kernelINS_8BFloat16ELi3E")
+    rgb = counts_of(STEP, "reverse_step_rgb_kernelINS_8BFloat16ELi3E")
     assert rgb["I2F"] == 0
     assert rgb.total() <= 2500  # of 12 numbers; it was 3485 for 4
-    one = counts_of(source, "reverse_step_kernelINS_8BFloat16E")
+    one = counts_of(STEP, "reverse_step_kernelINS_8BFloat16E")
     assert one["I2F"] <= 3  # it was 31
     assert one.total() <= 2900
-
-
-NORM = "group_norm_silu/group_norm_silu.cu"
 
 
 @pytest.mark.exhaustive
@@ -170,16 +220,15 @@ def test_instructions_of_a_norm_for_each_number():
 @pytest.mark.exhaustive
 def test_attention_divides_once_for_each_query():
     """Each of a lane's numbers was divided by the sum of the weights: some ten instructions, and a call."""
-    source = "attention/attention.cu"
-    many = counts_of(source, "attention_kernelINS_8BFloat16ELi256ELi1E")
+    many = counts_of(ATTENTION, "attention_kernelINS_8BFloat16ELi256ELi1E")
     assert (many["LDSM"], many["HMMA"]) == (144, 256)
     assert many.total() <= 3500
     assert many["CALL"] <= 1
-    few = counts_of(source, "attention_kernelINS_8BFloat16ELi256ELi4E")
+    few = counts_of(ATTENTION, "attention_kernelINS_8BFloat16ELi256ELi4E")
     assert (few["LDSM"], few["HMMA"]) == (48, 64)
     assert few.total() <= 4300
     assert few["CALL"] <= 1
-    merged = counts_of(source, "merge_parts_kernelINS_8BFloat16E")
+    merged = counts_of(ATTENTION, "merge_parts_kernelINS_8BFloat16E")
     assert merged.total() <= 1100
 
 
@@ -188,7 +237,7 @@ def test_attention_divides_once_for_each_query():
 def test_attention_by_wgmma_multiplies_whole_tiles(width, products):
     """Keys, 16 columns at a time, and values, 16 rows at a time; neither goes through registers."""
     kernel = f"attention_wgmma_kernelINS_8BFloat16ELi{width}E"
-    counts = counts_of("attention/attention_wgmma.cu", kernel)
+    counts = counts_of(WGMMA, kernel)
     assert counts["HGMMA"] == products
     assert counts["HMMA"] == counts["LDSM"] == counts["LDL"] == counts["STL"] == 0
     assert counts["UTMALDG"] > 0
