@@ -174,29 +174,43 @@ class BuildLibraries(build_ext):
 
     def build_extensions(self):
         record = {"sources": digest_of_sources()}
-        for extension in self.extensions:
-            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-        for extension in self.extensions:
-            name = extension.name.rpartition("_")[2]
-            target = Path(self.get_ext_fullpath(extension.name))
-            try:
-                record[name] = self.build_library(extension, target, find_compiler())
-            except CannotBuild as error:
-                record[name] = {"reason": str(error)}
-                what = "installing pure Python" if name == "cpp" else f"no {name} library"
-                print(f"fused-diffusion: {what}: {error}", file=sys.stderr)
-                if name == "cpp":
-                    record["cuda"] = {"reason": str(error)}
-                    break
+        objects = Path(self.get_finalized_command("build").build_base, "objects")
+        objects.mkdir(parents=True, exist_ok=True)
+        targets = {e.name.rpartition("_")[2]: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
+        for target in targets.values():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+        # One pool for the sources of both, so that no core waits for the slowest source of the first library.
+        with ThreadPoolExecutor(os.cpu_count()) as compilers, ThreadPoolExecutor() as linkers:
+            builds = [
+                linkers.submit(self.build_library, extension, target, objects, compilers)
+                for extension, target in zip(self.extensions, targets.values(), strict=True)
+            ]
+            for name, build in zip(targets, builds, strict=True):
+                try:
+                    record[name] = build.result()
+                except CannotBuild as error:
+                    record[name] = {"reason": str(error)}
+                    what = "installing pure Python" if name == "cpp" else f"no {name} library"
+                    print(f"fused-diffusion: {what}: {error}", file=sys.stderr)
+                    if name == "cpp":
+                        record["cuda"] = {"reason": str(error)}
+                        compilers.shutdown(cancel_futures=True)
+                        break
+        for name, target in targets.items():
+            if "reason" in record[name]:
+                target.unlink(missing_ok=True)
         self.built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
         (target.parent / "_build.json").write_text(json.dumps(record, indent=1))
 
-    def build_library(self, extension, target: Path, cxx: list[str]) -> dict[str, str]:
-        torch = find_torch()
+    def build_library(
+        self, extension: Extension, target: Path, folder: Path, compilers: ThreadPoolExecutor
+    ) -> dict[str, str]:
+        cxx, torch = find_compiler(), find_torch()
         if torch is None:
             raise CannotBuild("there is no torch>={}.{} to build with".format(*TORCH_MINIMUM))
         cuda = extension.name.endswith("_cuda")
+        module_options = [] if cuda else self.module_options()
         include = ["-I", "csrc", "-isystem", str(torch / "include")]
         if cuda:
             nvcc = [find_nvcc(), "-ccbin", cxx[0]]
@@ -207,21 +221,17 @@ class BuildLibraries(build_ext):
             compile_command = [*cxx, *flags, *CXX_FLAGS, *include]
             link_command = [*cxx, *flags, "-shared"]
 
-        folder = Path(self.get_finalized_command("build").build_base, "objects")
-        folder.mkdir(parents=True, exist_ok=True)
         objects = [folder / (source.replace("/", "_") + ".o") for source in extension.sources]
 
         def compile_one(source: str, target: Path) -> None:
-            options = self.module_options() if source == MODULE else device_code(source) if cuda else []
+            options = device_code(source) if cuda else module_options if source == MODULE else []
             compile_source([*compile_command, *options], source, target)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, extension.sources, objects))
+        list(compilers.map(compile_one, extension.sources, objects))
         if sys.platform == "darwin":  # symbols are looked up in the libraries that torch has loaded
             libraries = ["-undefined", "dynamic_lookup"]
         else:  # libtorch.so stands for libtorch_cuda.so, which a CPU torch does not have
             libraries = [f"-L{torch / 'lib'}", *(["-ltorch"] if cuda else []), "-ltorch_cpu"]
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
         run([*link_command, "-o", str(partial), *map(str, objects), *libraries])
         partial.rename(target)
