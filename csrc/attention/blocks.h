@@ -31,15 +31,20 @@ __device__ __forceinline__ void copy_tile(T* to, const HeadRows<T>& rows, int64_
                                           bool vector) {
   constexpr int kPack = 16 / sizeof(T), kPacks = kWidth / kPack;
   const int column = static_cast<int>(threadIdx.x) % kPacks * kPack;
+  const int first_row = static_cast<int>(threadIdx.x) / kPacks;
+  if (vector) {
 #pragma unroll 4
-  for (int r = static_cast<int>(threadIdx.x) / kPacks; r < kCount; r += kBlock / kPacks) {
-    T* at = to + r * kPitch<T, kWidth> + column;
-    const bool inside = first + r < positions && column < width;
-    const T* from = inside ? rows.data + (first + r) * rows.stride + column : rows.data;
-    if (vector) {
-      copy_16_bytes(at, from, inside);
-    } else {
-      for (int i = 0; i < kPack; ++i) at[i] = inside && column + i < width ? from[i] : T{};
+    for (int r = first_row; r < kCount; r += kBlock / kPacks) {
+      const bool inside = first + r < positions && column < width;
+      const T* from = inside ? rows.data + (first + r) * rows.stride + column : rows.data;
+      copy_16_bytes(to + r * kPitch<T, kWidth> + column, from, inside);
+    }
+  } else {
+#pragma unroll 2
+    for (int r = first_row; r < kCount; r += kBlock / kPacks) {
+      T* at = to + r * kPitch<T, kWidth> + column;
+      const T* from = rows.data + (first + r) * rows.stride + column;
+      for (int i = 0; i < kPack; ++i) at[i] = first + r < positions && column + i < width ? from[i] : T{};
     }
   }
 }
