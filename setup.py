@@ -19,8 +19,10 @@ import site
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -180,32 +182,39 @@ class BuildLibraries(build_ext):
         for target in targets.values():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
+        links = {}  # what is left to do when the sources are compiled
+
+        def attempt(name: str, step: Callable[..., Any], *args: Any) -> Any:
+            """The result of a step; None where the library cannot be built, which is told and recorded."""
+            try:
+                return step(*args)
+            except CannotBuild as error:
+                record[name] = {"reason": str(error)}
+                what = "installing pure Python" if name == "cpp" else f"no {name} library"
+                print(f"fused-diffusion: {what}: {error}", file=sys.stderr)
+                return None
+
         # One pool for the sources of both, so that no core waits for the slowest source of the first library.
-        with ThreadPoolExecutor(os.cpu_count()) as compilers, ThreadPoolExecutor() as linkers:
-            builds = [
-                linkers.submit(self.build_library, extension, target, objects, compilers)
-                for extension, target in zip(self.extensions, targets.values(), strict=True)
-            ]
-            for name, build in zip(targets, builds, strict=True):
-                try:
-                    record[name] = build.result()
-                except CannotBuild as error:
-                    record[name] = {"reason": str(error)}
-                    what = "installing pure Python" if name == "cpp" else f"no {name} library"
-                    print(f"fused-diffusion: {what}: {error}", file=sys.stderr)
-                    if name == "cpp":
-                        record["cuda"] = {"reason": str(error)}
-                        compilers.shutdown(cancel_futures=True)
-                        break
-        for name, target in targets.items():
-            if "reason" in record[name]:
-                target.unlink(missing_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            for (name, target), extension in zip(targets.items(), self.extensions, strict=True):
+                links[name] = attempt(name, self.begin_library, extension, target, objects, compilers)
+                if links["cpp"] is None:
+                    break
+            for name, link in links.items():
+                built = None if link is None else attempt(name, link)
+                if built is not None:
+                    record[name] = built
+                elif name == "cpp":
+                    record["cuda"] = record["cpp"]
+                    compilers.shutdown(cancel_futures=True)
+                    break
         self.built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
         (target.parent / "_build.json").write_text(json.dumps(record, indent=1))
 
-    def build_library(
+    def begin_library(
         self, extension: Extension, target: Path, folder: Path, compilers: ThreadPoolExecutor
-    ) -> dict[str, str]:
+    ) -> Callable[[], dict[str, str]]:
+        """Begins to compile; returns what waits for the objects, links them, and tells what was built."""
         cxx, torch = find_compiler(), find_torch()
         if torch is None:
             raise CannotBuild("there is no torch>={}.{} to build with".format(*TORCH_MINIMUM))
@@ -227,15 +236,21 @@ class BuildLibraries(build_ext):
             options = device_code(source) if cuda else module_options if source == MODULE else []
             compile_source([*compile_command, *options], source, target)
 
-        list(compilers.map(compile_one, extension.sources, objects))
+        compiled = compilers.map(compile_one, extension.sources, objects)
         if sys.platform == "darwin":  # symbols are looked up in the libraries that torch has loaded
             libraries = ["-undefined", "dynamic_lookup"]
         else:  # libtorch.so stands for libtorch_cuda.so, which a CPU torch does not have
             libraries = [f"-L{torch / 'lib'}", *(["-ltorch"] if cuda else []), "-ltorch_cpu"]
-        partial = target.with_suffix(".partial")
-        run([*link_command, "-o", str(partial), *map(str, objects), *libraries])
-        partial.rename(target)
-        return {"archs": " ".join(CUDA_ARCHS + WGMMA_ARCHS)} if cuda else {}
+
+        def link() -> dict[str, str]:
+            for _ in compiled:
+                pass
+            partial = target.with_suffix(".partial")
+            run([*link_command, "-o", str(partial), *map(str, objects), *libraries])
+            partial.rename(target)
+            return {"archs": " ".join(CUDA_ARCHS + WGMMA_ARCHS)} if cuda else {}
+
+        return link
 
     def module_options(self) -> list[str]:
         """For MODULE: Python's and pybind11's headers, and what the module says of its build."""

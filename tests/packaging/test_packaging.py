@@ -214,6 +214,46 @@ def test_the_cuda_library_knows_no_python():
         assert symbol not in binary
 
 
+COMPILER = """#!/bin/bash
+# Tells what it compiles, makes empty files, and fails where it is told to.
+compiles=
+while [ $# -gt 0 ]; do
+  case $1 in -o) out=$2;; -c) compiles=$2;; -MF) echo "x: setup.py" > "$2";; esac
+  shift
+done
+echo "$compiles" >> {log}
+{then}
+: > "$out"
+"""
+
+
+@pytest.mark.parametrize("fails", ["neither", "cpp", "cuda"])
+def test_both_libraries_are_compiled_at_once(fails, sdist, tmp_path):
+    """The C++ library's sources begin first; without it, there is no CUDA library."""
+    tree, log = unpacked(sdist, tmp_path), tmp_path / "log"
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    for name, path in (("cpp", "cc"), ("cuda", "cuda/bin/nvcc")):
+        program = tmp_path / path
+        program.parent.mkdir(parents=True, exist_ok=True)
+        then = "echo 'error: no' >&2; exit 1" if name == fails else ""
+        program.write_text(COMPILER.format(log=log, then=then))
+        program.chmod(0o755)
+    settings = {"CXX": str(tmp_path / "cc"), "CUDA_HOME": str(tmp_path / "cuda")}
+    run([sys.executable, "setup.py", "build_ext", "--build-lib", "built"], tree, **settings)
+    built = tree / "built" / "diffusion" / "kernels"
+    record = json.loads((built / "_build.json").read_text())
+    names = {"cpp": _native.CPP_FILE, "cuda": "_cuda.so"}
+    left_out = {"neither": (), "cpp": ("cpp", "cuda"), "cuda": ("cuda",)}[fails]
+    for name, file in names.items():
+        assert (built / file).exists() == (name not in left_out)
+        assert ("failed: error: no" in record[name].get("reason", "")) == (name in left_out)
+    if fails == "neither":
+        sources = log.read_text().split()
+        assert len(sources) == len(set(sources)) == len(list(ROOT.glob("csrc/*/*.c*")))
+        assert sources[0].endswith(".cpp")
+        assert record["cuda"]["archs"] == "sm_80 sm_90 compute_80 sm_90a"
+
+
 @pytest.mark.slow
 def test_native_wheel(sdist, tmp_path):
     wheel, _ = build_wheel(sdist, tmp_path)
