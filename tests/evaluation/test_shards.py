@@ -141,7 +141,8 @@ def test_one_of_ranks_that_end_together_tells_of_all(tmp_path):
             path.unlink()
 
 
-@pytest.mark.parametrize("now", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
+@pytest.mark.parametrize("now", [1, 3])
 def test_a_killed_rank_is_replaced(now, whole, folder, tmp_path):
     out = tmp_path / "out"
     dying = start(folder, out, 0, 2, asks=True)

@@ -52,9 +52,9 @@ def test_every_file_is_the_one_of_its_digest(folder):
     assert "weights_sha256" in digests
 
 
-@pytest.mark.parametrize(("count", "right"), [(30, 28), pytest.param(100, 96, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("count", "right"), [(20, 18), pytest.param(100, 96, marks=pytest.mark.exhaustive)])
 def test_class_accuracy(count, right, mnist):
-    """A tenth of the samples of `diffusion evaluate`, where the target is 98 % of 1,000."""
+    """A part of the samples of `diffusion evaluate`, where the target is 98 % of 1,000."""
     labels = [i % 10 for i in range(count)]
     x = mnist.sample(labels, guidance_scale=2.0, sampler="ddim", steps=50)
     classifier, _ = load_classifier()
@@ -115,11 +115,11 @@ def test_cifar10_is_small_and_made_by_its_recipe(cifar10):
     assert cifar10.sampler_options == SAMPLER_OPTIONS
 
 
-@pytest.mark.parametrize(("count", "right"), [(20, 12), pytest.param(100, 72, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("count", "right"), [(10, 6), pytest.param(100, 72, marks=pytest.mark.exhaustive)])
 def test_class_accuracy_of_cifar10(count, right, cifar10):
     """A part of the samples of `diffusion evaluate --model cifar10`, where the target is 80 % of 1,000.
 
-    Of a model that reaches it, fewer than 12 of 20 are right in 1 % of cases, fewer than 72 of 100 in 2 %.
+    Of a model that reaches it, fewer than 6 of 10 are right in 3 % of cases, fewer than 72 of 100 in 2 %.
     """
     labels = [i % 10 for i in range(count)]
     x = cifar10.sample(labels, precision="fast")

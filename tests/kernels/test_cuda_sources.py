@@ -69,7 +69,7 @@ def test_devices():
 
 @pytest.mark.parametrize(
     "compiled",
-    exhaustive_but(COMPILED, default=[(CSRC / STEP, "sm_90")]),
+    exhaustive_but(COMPILED, default=[(CSRC / "philox" / "philox.cu", "sm_90")]),
     ids=lambda compiled: f"{compiled[0].stem}-{compiled[1]}",
 )
 def test_register_spills(compiled):

@@ -19,14 +19,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("marks", [None, pytest.param("exhaustive", marks=pytest.mark.exhaustive)], ids=str)
-def test_in_the_interpreter(marks):
+# Without compilations, and each op in float32 alone.
+REPRESENTATIVES = "not compiles and not opcheck and not float16 and not tiling and not split"
+
+
+@pytest.mark.parametrize(
+    ("marks", "selection"),
+    [
+        (None, f"{SELECTION} and {REPRESENTATIVES}"),
+        pytest.param(None, f"{SELECTION} and not ({REPRESENTATIVES})", marks=pytest.mark.slow),
+        pytest.param("exhaustive", SELECTION, marks=pytest.mark.exhaustive),
+    ],
+    ids=["representatives", "others", "exhaustive"],
+)
+def test_in_the_interpreter(marks, selection):
     """The parametrisations that run by default, or those that are left for .ci/run."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     command += [] if marks is None else ["-m", marks]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [*command, "-k", SELECTION, *(str(OPS / f"test_{name}.py") for name in FILES)],
+        [*command, "-k", selection, *(str(OPS / f"test_{name}.py") for name in FILES)],
         env=environment,
         cwd=ROOT,
         capture_output=True,

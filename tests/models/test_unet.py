@@ -343,6 +343,7 @@ def test_weights_beyond_memory_are_refused_before_they_are_made(monkeypatch):
         UNet(TINY)
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     unet = randomized(replace(CONDITIONAL, scale_shift=True))
     x, t = inputs(CONDITIONAL)

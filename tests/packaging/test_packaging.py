@@ -1,6 +1,6 @@
 """The contents of an installation, with a compiler and without one.
 
-The default run builds pure Python from a source distribution; `-m slow` compiles, and installs editable.
+The default run asks setup.py alone; `-m slow` builds from a source distribution, compiles and installs.
 """
 
 import json
@@ -69,6 +69,7 @@ def unpacked(sdist: Path, folder: Path) -> Path:
     return tree
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_sources_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -87,7 +88,8 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
             **{"id": "asked_for", "marks": pytest.mark.exhaustive},
         ),
         pytest.param(
-            *(dict(CXX="/nonexistent/g++"), "there is no C++ compiler /nonexistent/g++"), id="no_compiler"
+            *(dict(CXX="/nonexistent/g++"), "there is no C++ compiler /nonexistent/g++"),
+            **{"id": "no_compiler", "marks": pytest.mark.slow},
         ),
         pytest.param(
             *(dict(CXX=f"{sys.executable} -c raise(SystemExit(1))"), "failed: status 1"),
@@ -134,6 +136,7 @@ def test_pure_python_wheel(sdist, tmp_path, settings, reason):
     assert "tensor([[" in said
 
 
+@pytest.mark.slow
 def test_pytorch_is_fetched_to_build_with_where_there_is_none(sdist, tmp_path):
     """By an environment of setuptools alone; none is fetched without a compiler, or beside a PyTorch."""
     tree = unpacked(sdist, tmp_path)

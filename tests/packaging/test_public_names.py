@@ -7,6 +7,7 @@ import pytest
 
 import diffusion
 from helpers.processes import start_python
+from helpers.thinning import exhaustive_but
 
 
 def test_the_package_shows_its_public_names_only():
@@ -29,17 +30,17 @@ def test_an_unknown_name():
         from diffusion import nonsense  # noqa: F401
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from diffusion.steps import ddim; import diffusion.samplers as s; assert ddim is s.ddim",
-        "import diffusion.steps, diffusion.samplers; assert diffusion.steps is diffusion.samplers",
-        "import diffusion; assert diffusion.steps is __import__('sys').modules['diffusion.samplers']",
-        "import diffusion.kernels as k; import diffusion; assert diffusion.kernels is k and k.attention",
-        "import diffusion; assert diffusion.samplers.ddim and diffusion.data.load_dataset",
-        "from diffusion import *; assert load and steps.ddim and kernels.attention",
-    ],
-)
+MODULES_AS_NAMES = [
+    "from diffusion.steps import ddim; import diffusion.samplers as s; assert ddim is s.ddim",
+    "import diffusion.steps, diffusion.samplers; assert diffusion.steps is diffusion.samplers",
+    "import diffusion; assert diffusion.steps is __import__('sys').modules['diffusion.samplers']",
+    "import diffusion.kernels as k; import diffusion; assert diffusion.kernels is k and k.attention",
+    "import diffusion; assert diffusion.samplers.ddim and diffusion.data.load_dataset",
+    "from diffusion import *; assert load and steps.ddim and kernels.attention",
+]
+
+
+@pytest.mark.parametrize("code", exhaustive_but(MODULES_AS_NAMES, default=MODULES_AS_NAMES[::5]))
 def test_names_that_are_modules(code):
     process = start_python(code)  # has imported PyTorch alone
     _, errors = process.communicate(timeout=60)

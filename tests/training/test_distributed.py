@@ -63,6 +63,7 @@ def test_ranks_that_disagree_all_stop(recipe, options, expected, tmp_path):
     assert not (tmp_path / "state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_stops_the_others_and_the_run_resumes(two_ranks, tmp_path):
     out = tmp_path / "cut"
     dies = "ranks.rank == 1 and trainer.step == 3 and os.kill(os.getpid(), signal.SIGKILL)"

@@ -54,7 +54,13 @@ def test_checkpointing_keeps_less():
     assert kept(True) < 0.6 * kept(False)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+        pytest.param("inductor", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compiled_steps_are_the_same(backend, monkeypatch):
     """By default the traced graph runs without code generation, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
