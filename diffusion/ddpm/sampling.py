@@ -1,5 +1,6 @@
 """Sampling from a model: `sample` of `DDPM`."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from ..importers.diffusers_words import refuse_keywords
+from ..importers.diffusers_words import refuse_keywords, refuse_unknown
 from ..inference import loop
 from ..inference.arguments import (
     check_batch_size,
@@ -22,6 +23,7 @@ from ..inference.buffers import Noise
 from ..inference.start import Start
 from ..models.structure import config_of
 from ..process.value_range import change_range
+from ..samplers import SHARED_OPTIONS, own_options
 from ..storage.given_images import given_images, given_mask
 from ..storage.image_types import as_output, check_output
 from ..storage.images import to_uint8
@@ -170,6 +172,7 @@ class Sampling(Execution):
         seed = whole_number("seed", seed, 0, 2**64 - 1)
         check_output(output, config_of(self.unet).in_channels)
         refuse_keywords("sample", sampler_options)
+        refuse_unknown("sample", sampler_options, [*_ARGUMENTS, *SHARED_OPTIONS, *own_options()])
         batch_size = check_batch_size(batch_size, labels, num_samples, sample_ids, noise, image)
         check_functions(noise, callback)
         check_backend(backend)
@@ -235,3 +238,7 @@ class Sampling(Execution):
         if self.clip_output:
             images = images.clamp(*self.diffused_range)
         return change_range(images, self.diffused_range, self.value_range)
+
+
+# The arguments of `sample` itself, in its order.
+_ARGUMENTS = tuple(inspect.signature(Sampling.sample).parameters)[1:-1]

@@ -1,7 +1,8 @@
-"""The words of diffusers that people write out of habit, with those of this package."""
+"""The words of other projects that people write out of habit, with those of this package."""
 
+import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 from .diffusers_scheduler import EXACT, NEAREST, SIGMAS
@@ -38,6 +39,14 @@ KEYWORDS = {
     "variance_type": 'write variance=, with sampler="ddpm"',
     "width": "write noise=, a tensor [N, C, H, W]",
 }
+# Keyword arguments of the notebooks of stable-diffusion-from-scratch and of their kind.
+NOTEBOOKS = {
+    "cfg_scale": "write guidance_scale=, 1 for no guidance",
+    "classes": "write labels=, a class for each image",
+    "n_samples": "write num_samples=, the number of images",
+    "size": "leave it out: images are of the model's size, or of that of noise=",
+    "w": "write guidance_scale=, which is 1 + w",
+}
 # Keyword arguments of `from_pretrained`, with what to do instead in `load`.
 LOADING = {
     "cache_dir": "set HF_HOME in the environment",
@@ -56,14 +65,26 @@ def refuse_keywords(
     arguments: Collection[str] | None = None,
     keywords: dict[str, str] = KEYWORDS,
 ) -> None:
-    """TypeError for the first name that is a keyword of diffusers; it names this package's argument.
+    """TypeError for the first name that is a keyword of diffusers or of the notebooks; it names ours.
 
     arguments: those of the function, if not all that the advice names; other keywords are left to the caller.
     """
+    owners = ((keywords, "diffusers'"), (NOTEBOOKS if keywords is KEYWORDS else {}, "the notebooks'"))
     for name in names:
-        advice = keywords.get(name)
-        if advice and (arguments is None or set(re.findall(r"(\w+)=", advice)) <= set(arguments)):
-            raise TypeError(f"{function}() has no argument {name!r}, which is diffusers'; {advice}")
+        for words, owner in owners:
+            advice = words.get(name)
+            if advice and (arguments is None or set(re.findall(r"(\w+)=", advice)) <= set(arguments)):
+                raise TypeError(f"{function}() has no argument {name!r}, which is {owner}; {advice}")
+
+
+def refuse_unknown(function: str, names: Iterable[str], arguments: Sequence[str]) -> None:
+    """TypeError for the first name that is none of the arguments; it names the one that is written alike."""
+    for name in names:
+        if name not in arguments:
+            near = difflib.get_close_matches(name, arguments, 1)
+            alike = near + [argument for argument in arguments if name in argument.split("_")]
+            hint = f"do you mean {alike[0]}=?" if alike else f"see help(model.{function})"
+            raise TypeError(f"{function}() has no argument {name!r}; {hint}")
 
 
 def refuse_loading(names: Iterable[str]) -> None:

@@ -13,10 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from ..process.value_range import SIGNED, change_range, check_range
 from ..utils.errors import printable
 from ..utils.validation import number, shown, whole_number, whole_numbers
+from ..utils.words import counted
 from .atomic import replacing
 from .image_types import as_tensor
 
 MAX_PIXELS = 2**28  # pixels of a picture
+MAX_VALUE = 10  # in an image in [-1, 1] without negative values; those of 0..255 have larger ones
 CAPTION = 14  # rows of pixels below an image in which its caption is written, in Pillow's own font
 PICTURES: dict[str, dict[str, Any]] = {  # how Pillow writes the files of these names
     ".png": {"format": "PNG"},
@@ -35,14 +37,23 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(x: torch.Tensor, value_range: tuple[float, float] = SIGNED) -> torch.Tensor:
     """Images [..., C, H, W] in value_range to uint8 0..255, rounded to nearest; values outside are clipped.
 
-    Images in uint8 are returned unchanged. ValueError for other types.
+    Images in uint8 are returned unchanged. ValueError for other types, and for floats of 0..255 in another
+    range, which would all be white.
     """
     if x.dtype == torch.uint8:
         return x
     if not x.is_floating_point():
         low, high = value_range
         raise ValueError(f"images must be floats in [{low:g}, {high:g}], or uint8 in 0..255, not {x.dtype}")
+    low, high = value_range
     x = change_range(x.float(), check_range("value_range", value_range), SIGNED)
+    if (
+        x.numel() and x.min() >= -1 and x.max() > MAX_VALUE
+    ):  # noise and unclipped samples have negative values
+        raise ValueError(
+            f"images of floats must be in [{low:g}, {high:g}], and these look like those of 0..255; give "
+            "x.to(torch.uint8), or another value_range"
+        )
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -58,12 +69,15 @@ def check_grid(
     if columns is not None:
         whole_number("columns", columns, 1)
     if len(shape) != 4 or shape[0] == 0:
-        raise ValueError(f"a picture needs images [N, C, H, W] with N > 0, not {list(shape)}")
+        hint = "; of one image [C, H, W], take x[None]" if len(shape) == 3 else ""
+        raise ValueError(f"a picture needs images [N, C, H, W] with N > 0, not {list(shape)}{hint}")
     channels = shape[1]
     if channels not in (1, 3):
         raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
     if captions is not None and (isinstance(captions, str) or len(captions) != shape[0]):
-        raise ValueError(f"captions must be {shape[0]} texts, one for each image, not {shown(captions)}")
+        raise ValueError(
+            f"captions must be {counted(shape[0], 'text')}, one for each image, not {shown(captions)}"
+        )
     height, width = _canvas(shape, columns, padding, scale, CAPTION if captions is not None else 0)
     if height * width > MAX_PIXELS:
         raise ValueError(f"a picture of {width:,} x {height:,} pixels is too large")
@@ -170,8 +184,10 @@ def save_gif(
     """Writes an endless GIF whose frames are batches of images, each drawn by `make_grid`.
 
     duration: seconds that a frame is shown; hold: seconds that the last one is shown; both at most 600.
-    ValueError without frames, for other images, or if the file cannot be written.
+    ValueError without frames, for other images, another ending than .gif, or if the file cannot be written.
     """
+    if Path(path).suffix.lower() != ".gif":
+        raise ValueError(f"the name of a GIF ends in .gif, not as {path}; save_grid writes other pictures")
     duration, hold = number("duration", duration, 0, 600), number("hold", hold, 0, 600)
     if isinstance(frames, torch.Tensor | np.ndarray) and frames.ndim < 5:
         raise ValueError(

@@ -27,7 +27,7 @@ from ..storage.images import to_float
 from ..utils.device import resolve_device
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
-from ..utils.validation import whole_number, whole_numbers
+from ..utils.validation import refuse, whole_number, whole_numbers
 from .fine_tuning import start_from
 from .images import check_data, images_as_tensor
 from .log_line import LogLine
@@ -95,6 +95,8 @@ class Trainer:
         workers: int = 0,
         command: dict[str, Any] | None = None,
     ):
+        if not isinstance(recipe, Recipe):
+            refuse("recipe", "a diffusion.Recipe (diffusion.train also takes a recipe's name)", recipe)
         self.ranks = ranks or Ranks()
         config = UNetConfig.from_dict(recipe.unet)
         if not isinstance(images, SomeImages | DatasetImages):

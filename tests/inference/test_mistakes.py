@@ -9,7 +9,7 @@ import torch
 
 import diffusion
 from diffusion import DDPM, kernels
-from diffusion.importers.diffusers_words import KEYWORDS
+from diffusion.importers.diffusers_words import KEYWORDS, NOTEBOOKS
 from diffusion.samplers import SAMPLERS, options_of
 from diffusion.utils.device import BACKENDS
 from helpers.models import make_model
@@ -39,6 +39,41 @@ def test_a_keyword_of_diffusers_names_an_argument_of_this_package(model, word):
     known = {*inspect.signature(DDPM.sample).parameters, *(o for s in SAMPLERS for o in options_of(s))}
     assert word not in known
     assert set(re.findall(r"(\w+)=", text)) <= known
+
+
+@pytest.mark.parametrize("word", NOTEBOOKS)
+def test_a_keyword_of_the_notebooks_names_an_argument_of_this_package(model, word):
+    text = error(TypeError, model.sample, 3, **{word: 0.2})
+    assert text == f"sample() has no argument {word!r}, which is the notebooks'; {NOTEBOOKS[word]}"
+    assert set(re.findall(r"(\w+)=", text)) <= set(inspect.signature(DDPM.sample).parameters)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("num", "do you mean num_samples=?"),
+        ("label", "do you mean labels=?"),
+        ("step", "do you mean steps=?"),
+        ("cfg_rescale", "do you mean guidance_rescale=?"),
+        ("sigma", "do you mean sigmas=?"),
+        ("zzz", "see help(model.sample)"),
+    ],
+)
+def test_an_unknown_argument_names_the_one_that_is_written_alike(model, word, hint):
+    assert error(TypeError, model.sample, 3, **{word: 4}) == f"sample() has no argument {word!r}; {hint}"
+
+
+def test_a_trainer_takes_no_name_of_a_recipe():
+    assert error(
+        ValueError, diffusion.Trainer, "mnist", torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None
+    ) == ("recipe must be a diffusion.Recipe (diffusion.train also takes a recipe's name), not 'mnist'")
+
+
+def test_an_image_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    diffusion.save_grid(torch.zeros(1, 1, 8, 8), "a.png")
+    text = error(ValueError, diffusion.load, "a.png")
+    assert text == "a.png is an image, not a model; model.sample(image=Image.open('a.png')) changes it"
 
 
 @pytest.mark.parametrize(

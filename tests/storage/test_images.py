@@ -10,6 +10,8 @@ from PIL import Image
 from diffusion import save_gif, save_grid
 from diffusion.storage.images import save_npz, to_uint8
 
+SAVE = [save_grid, save_npz, lambda x, path: save_gif([x], path.with_suffix(".gif"))]
+
 
 def test_rounding_to_bytes():
     x = torch.tensor([-2.0, -1.0, -1 + 1 / 255, 0.0, 1 - 1.01 / 255, 1.0, 3.0])
@@ -60,19 +62,49 @@ def test_other_shapes_are_refused(shape, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("save", SAVE)
+def test_floats_of_0_to_255_need_their_range(save, tmp_path):
+    """They would all be white. Samples that were not clipped are drawn, because some are below 0."""
+    x = torch.linspace(0, 255, 16).view(1, 1, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"must be in \[-1, 1\], and these look like those of 0\.\.255; give x"
+    ):
+        save(x, tmp_path / "a.png")
+    save(x - 1.5, tmp_path / "a.png")
+
+
+def test_floats_of_0_to_255_with_their_range(tmp_path):
+    x = torch.linspace(0, 255, 16).round().view(1, 1, 4, 4)
+    save_grid(x, tmp_path / "a.png", padding=0, value_range=(0, 255))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), x[0, 0].numpy())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a"])
+def test_a_gif_is_not_written_by_another_name(name, tmp_path):
+    with pytest.raises(ValueError, match=r"the name of a GIF ends in \.gif, not as "):
+        save_gif([torch.zeros(1, 1, 4, 4)], tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_image_without_a_batch_gets_a_hint(tmp_path):
+    with pytest.raises(ValueError, match=r"of one image \[C, H, W\], take x\[None\]"):
+        save_grid(torch.zeros(1, 4, 4), tmp_path / "a.png")
+
+
 def test_a_gif_without_frames_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one frame"):
         save_gif([], tmp_path / "a.gif")
 
 
-@pytest.mark.parametrize("save", [save_grid, save_npz, lambda x, path: save_gif([x], path)])
+@pytest.mark.parametrize("save", SAVE)
 def test_targets_that_cannot_be_written(save, tmp_path):
     (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.gif").mkdir()
     with pytest.raises(ValueError, match="cannot write"):
         save(torch.zeros(1, 1, 4, 4), tmp_path / "file" / "a.png")
     with pytest.raises(ValueError, match="cannot write"):
-        save(torch.zeros(1, 1, 4, 4), tmp_path)
-    assert os.listdir(tmp_path) == ["file"]
+        save(torch.zeros(1, 1, 4, 4), tmp_path / "folder.gif")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.gif"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -109,7 +141,7 @@ def test_arrays_of_floats_are_those_of_tensors(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize("save", [save_grid, save_npz, lambda x, path: save_gif([x], path)])
+@pytest.mark.parametrize("save", SAVE)
 @pytest.mark.parametrize(
     ("x", "message"),
     [
