@@ -20,6 +20,7 @@ from ..storage.reading import (
     stored_digest,
 )
 from ..utils.errors import one_line
+from ..utils.names import own_name
 from .network import Classifier, ClassifierConfig
 from .reference import Reference
 
@@ -49,11 +50,13 @@ def load_classifier(
     """The classifier in a folder, ready for inference on the CPU, and the reference stored beside it.
 
     folder: written by `python -m diffusion.classifier`, or the name of a bundled classifier, such as
-    "cifar10-classifier"; by default the bundled classifier of digits. verify: refuse files whose SHA-256
+    "cifar10-classifier", which goes before a folder (see `names.own_name`); by default the bundled classifier
+    of digits. verify: refuse files whose SHA-256
     differs from the one in config.json, if it has one. ValueError if a file is missing, damaged or of another
     architecture.
     """
-    folder = BUNDLED if folder is None else bundled_classifiers().get(str(folder), Path(folder))
+    bundled = own_name(folder, bundled_classifiers(), "classifier")
+    folder = BUNDLED if folder is None else WEIGHTS / bundled if bundled else Path(folder)
     try:
         config = read_json(folder / "config.json")
         if config.get("format") != FORMAT:

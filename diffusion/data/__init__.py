@@ -3,6 +3,7 @@
 import os
 
 from ..utils.modules import importing
+from ..utils.names import own_name
 from .image_folder import read_images
 from .image_set import ImageSet
 from .torchvision_sets import NAMED_SETS, NamedSet, load_cifar10, load_mnist
@@ -25,16 +26,19 @@ def load_dataset(
 ) -> ImageSet:
     """The images of a data set of NAMED_SETS, such as "mnist", or of a folder or zip.
 
+    A name goes before a folder, see `names.own_name`.
+
     data_dir, split, download: for a named set, see `NamedSet`. channels, size, cache, progress: for a folder
     or zip, see `image_folder.read_images`. ValueError if the images cannot be read, or a named set is asked
     for without data_dir.
     """
     if not os.fspath(source):
         raise ValueError("there is no data set, folder or zip ''")
-    named = NAMED_SETS.get(str(source))
-    if named is None:
+    name = own_name(source, NAMED_SETS, "data set")
+    if name is None:
         return read_images(source, channels=channels, size=size, cache=cache, progress=progress)
     if data_dir is None:
         raise ValueError(f"{source} needs --data-dir, the folder that torchvision downloads to")
+    named = NAMED_SETS[name]
     images, labels = named.load(data_dir, split, download)
-    return ImageSet(images, labels, named.classes, f"{source}, {split} split")
+    return ImageSet(images, labels, named.classes, f"{name}, {split} split")

@@ -9,7 +9,9 @@ import torch
 
 from ..storage.reading import is_folder, open_regular, read_json, reading_archive
 from ..storage.shard_files import run_digest, was_altered
+from ..utils.names import own_name
 from ..utils.validation import whole_numbers
+from ..utils.words import counted
 from . import NAMED_SETS, load_dataset
 from .image_set import ImageSet
 
@@ -37,9 +39,9 @@ def load_images(
     else, for fewer than two images, for a folder that `shards.sample_shards` has not finished, and for a size
     with images that are no folder or zip.
     """
-    path = Path(source)
-    shards = sorted(path.glob("shard-*.npz")) if is_folder(path) else []
-    if size is not None and (shards or path.suffix.lower() == ".npz" or str(source) in NAMED_SETS):
+    path, named = Path(source), own_name(source, NAMED_SETS, "data set") is not None
+    shards = sorted(path.glob("shard-*.npz")) if is_folder(path) and not named else []
+    if size is not None and (shards or path.suffix.lower() == ".npz" or named):
         raise ValueError(f"--resize is for a folder or zip of images, and --reference is {source}")
     if shards:
         found = _joined([_read(shard) for shard in shards], path)
@@ -51,7 +53,7 @@ def load_images(
             source, split=split, data_dir=data_dir, channels=channels, size=size, progress=progress
         )
     if len(found.images) < 2:
-        raise ValueError(f"{source} holds {len(found.images)} images; a distance needs at least 2")
+        raise ValueError(f"{source} holds {counted(len(found.images), 'image')}; a distance needs at least 2")
     return found
 
 
@@ -99,7 +101,9 @@ def _check_run(path: Path, shards: list[Path], count: int) -> None:
         return
     settings = read_json(path / "run.json")
     if settings.get("num") != count:
-        raise ValueError(f"{path} holds {count} images of {settings.get('num')}; finish sampling first")
+        raise ValueError(
+            f"{path} holds {counted(count, 'image')} of {settings.get('num')}; finish sampling first"
+        )
     for shard in shards:
         if was_altered(shard, run_digest(settings)):
             raise ValueError(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..classifier import classify, load_classifier
 from ..storage.reading import load_weights, open_regular, read_torch, sha256
 from ..utils.errors import first_line
+from ..utils.names import own_name
 
 EFFICIENTNET_SIZE = 224  # side, in pixels, of the images that EfficientNet-Lite0 was trained on
 
@@ -67,11 +68,12 @@ def load_features(name: str | os.PathLike) -> Features:
     diffusion.classifier` wrote. ValueError for another name, or if the package or the weights that the first
     two need are missing.
     """
-    if str(name) == "inception":
+    own = own_name(name, ("inception", "efficientnet-lite0", "classifier"), "feature network")
+    if own == "inception":
         return _inception()
-    if str(name) == "efficientnet-lite0":
+    if own == "efficientnet-lite0":
         return _efficientnet()
-    return _classifier(None if str(name) == "classifier" else name)
+    return _classifier(None if own == "classifier" else name)
 
 
 def _classifier(folder: str | os.PathLike | None) -> Features:

@@ -73,6 +73,10 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
         if flags:
             raise ValueError(f"{name} takes no flag {min(flags)}: it says itself how it was trained")
         return Imported(*checkpoint.read(path, verify))
+    if path.suffix.lower() in PICTURES and path.is_file():
+        raise ValueError(
+            f"{name} is an image, not a model; model.sample(image=Image.open({str(name)!r})) changes it"
+        )
     foreign, wanted = Checkpoint(path), flags.pop("format", None)
     if importer := importer_of(foreign, wanted):
         imported = _load(importer, foreign, flags)
@@ -115,7 +119,7 @@ def locate(name: str | os.PathLike) -> Path:
     A folder that is no model itself stands for the one checkpoint in it; ValueError if there are several.
     """
     patterns = (*checkpoint.FILES, *(pattern for importer in REGISTRY for pattern in importer.HUB_FILES))
-    path = checkpoint.locate(str(name), patterns)
+    path = checkpoint.locate(name, patterns)
     if not path.is_dir() or any(path.glob("*.json")) or importer_of(Checkpoint(path)):
         return path
     files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]

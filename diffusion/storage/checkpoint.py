@@ -16,6 +16,7 @@ from ..models.structure import config_of, configured
 from ..process.noise_levels import NoiseLevels, process_from_config
 from ..process.schedule import NoiseSchedule
 from ..utils.errors import first_line
+from ..utils.names import own_name
 from ..utils.validation import plain_number
 from .atomic import replacing
 from .reading import (
@@ -162,23 +163,26 @@ def load_network(config: NetworkConfig, weights: dict[str, torch.Tensor], path: 
     return network
 
 
-def locate(name: str, patterns: Iterable[str] = FILES) -> Path:
+def locate(name: str | os.PathLike, patterns: Iterable[str] = FILES) -> Path:
     """The file or folder of a model: a bundled one by name, a path, or "hf:owner/name", which is fetched.
+
+    A bundled name goes before a folder, see `names.own_name`.
 
     patterns: of the names of the files to fetch, such as "*.json". ValueError if there is no such model, or
     if the hub cannot be reached.
     """
-    if not name:
+    if not os.fspath(name):
         raise ValueError("the name of a model must not be empty")
-    if name.startswith("hf:"):
+    if isinstance(name, str) and name.startswith("hf:"):
         return _download(name[3:], patterns)
-    if name in bundled_models():
-        return BUNDLED / name
+    if bundled := own_name(name, bundled_models(), "model"):
+        return BUNDLED / bundled
     path = Path(name)
     if is_folder(path) or path.exists():
         return path
     raise ValueError(
-        f"unknown model {name!r}: no such folder or file; bundled models: {', '.join(bundled_models())}; "
+        f"unknown model {os.fspath(name)!r}: no such folder or file; bundled models: "
+        f"{', '.join(bundled_models())}; "
         'models on the hub are written "hf:owner/name"'
     )
 
