@@ -8,6 +8,8 @@ import torch
 
 from ..data import NAMED_SETS, ImageSet, load_dataset
 from ..storage.atomic import check_writable
+from ..utils.validation import choice, whole_number
+from ..utils.words import counted
 from .network import ARCHITECTURES, ClassifierConfig
 from .reference import draw_samples, measure_reference
 from .storage import save_classifier, stored
@@ -57,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     check_writable(Path(options.out) / "config.json")
+    for name, most in (("epochs", 10**6), ("width", 65536), ("features", 65536)):
+        if getattr(options, name) is not None:
+            whole_number(f"--{name}", getattr(options, name), 1, most)
+    if options.architecture is not None:
+        choice("architecture", options.architecture, ARCHITECTURES)
     train, test = _load(options)
     channels, height, width = train.images.shape[1:]
     if height != width:
@@ -72,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         size = min(SAMPLE_SIZE, classes * int(torch.bincount(test.known_labels(), minlength=classes).min()))
     draw_samples(test, classes, size)  # fails now rather than after the training
     print(
-        f"{train.name}: {len(train.images):,} images to train on, {len(test.images):,} to test with",
+        f"{train.name}: {counted(len(train.images), 'image')} to train on, {len(test.images):,} to test with",
         flush=True,
     )
     start = time.monotonic()
@@ -87,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     training = {
         "command": "python -m diffusion.classifier",
         "parameters": config.num_parameters,
-        "data": f"{Path(train.name).resolve().name}: {len(train.images):,} training images",
+        "data": f"{Path(train.name).resolve().name}: {counted(len(train.images), 'training image')}",
         "epochs": options.epochs,
         "seconds": round(time.monotonic() - start),
         "threads": torch.get_num_threads(),
@@ -147,7 +154,7 @@ def hold_out(data: ImageSet, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         if len(own) < 2:
             name = data.classes[label] if data.classes else label
             raise ValueError(
-                f"the class {name} of {data.name} has {len(own)} image{'' if len(own) == 1 else 's'}, and "
+                f"the class {name} of {data.name} has {counted(len(own), 'image')}, and "
                 "needs two, of which one is a test image; or give --test-data"
             )
         held_out[own[: max(1, len(own) // TEST_SHARE)]] = True

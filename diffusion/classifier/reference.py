@@ -8,6 +8,7 @@ import torch
 from ..data import ImageSet
 from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import number, numbers, refuse, typed, whole_number
+from ..utils.words import counted
 from .network import Classifier, classify
 
 
@@ -68,8 +69,9 @@ def measure_reference(
         sample_size=sample_size,
         test_accuracy=(found == test.known_labels()).double().mean().item(),
         source=(
-            f"{Path(train.name).resolve().name}: {len(train.images):,} training images; "
-            f"{len(test.images):,} test images shuffled with seed {seed}, {len(random)} disjoint samples at "
+            f"{Path(train.name).resolve().name}: {counted(len(train.images), 'training image')}; "
+            f"{counted(len(test.images), 'test image')} shuffled with seed {seed}, "
+            f"{counted(len(random), 'disjoint sample')} at "
             f"random, {len(balanced)} balanced"
         ),
     )
@@ -84,7 +86,7 @@ def draw_samples(
     digits. ValueError if there are too few images.
     """
     sample_size = whole_number("sample_size", sample_size)
-    too_few = f"{test.name} has {len(test.images):,} test images, too few for {sample_size:,}"
+    too_few = f"{test.name} has {counted(len(test.images), 'test image')}, too few for {sample_size:,}"
     if sample_size > len(test.images):
         raise ValueError(too_few)
     wanted = torch.bincount(balanced_labels(sample_size, classes), minlength=classes).tolist()
@@ -100,7 +102,9 @@ def draw_samples(
 def balanced_labels(count: int, classes: int = 10) -> torch.Tensor:
     """Labels 0, 1, ..., classes - 1, 0, ..., int64 [count]; ValueError if count is below classes."""
     if whole_number("the number of images", count, most=2**31 - 1) < classes:
-        raise ValueError(f"a balanced sample needs at least {classes} images, one of each class, not {count}")
+        raise ValueError(
+            f"a balanced sample needs at least {counted(classes, 'image')}, one of each class, not {count}"
+        )
     return torch.arange(count, device="cpu") % classes
 
 

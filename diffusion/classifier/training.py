@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..storage.images import to_float
 from ..utils.device import multiplies_bfloat16
 from ..utils.validation import number, whole_number
+from ..utils.words import counted
 from .network import Classifier, ClassifierConfig
 
 MUON_RATE = 0.05  # largest learning rate: the length of a step of each row of a kernel
@@ -74,8 +75,9 @@ def train_classifier(
     """Trains a classifier on images uint8 [N, C, H, W] with labels int64 [N]; it is ready for inference.
 
     config: the architecture, by default that of the bundled classifier. epochs: passes over the images.
-    batch_size: by default 250, or 125 for a residual network. lr: largest learning rate of AdamW. The same
-    seed gives the same weights on one machine with one number of threads. progress: show a bar.
+    batch_size: by default 250, or 125 for a residual network, or all images if there are fewer. lr: largest
+    learning rate of AdamW. The same seed gives the same weights on one machine with one number of threads.
+    progress: show a bar.
 
     The learning rate follows one cycle (Smith and Topin 2017, arXiv 1708.07120) that ends at zero; labels are
     smoothed by 0.05. A plain network is trained by AdamW, on images that `augment` changes and, with flip,
@@ -88,7 +90,7 @@ def train_classifier(
     config = config or ClassifierConfig()
     residual = config.architecture == "residual"
     if batch_size is None:
-        batch_size = 125 if residual else 250
+        batch_size = max(1, min(125 if residual else 250, len(images)))
     batch_size, epochs = (
         whole_number("batch_size", batch_size, 1, 2**20),
         whole_number("epochs", epochs, 1, 10**6),
@@ -96,7 +98,7 @@ def train_classifier(
     lr, seed = number("lr", lr, above=0), whole_number("seed", seed, 0)
     steps = len(images) // batch_size
     if steps == 0:
-        raise ValueError(f"training needs at least {batch_size} images, not {len(images)}")
+        raise ValueError(f"training needs at least {counted(batch_size, 'image')}, not {len(images)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("cpu"):

@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import NAMED_SETS, ImageSet
 from ..data.npz import load_images
 from ..ddpm import DDPM, load
 from ..evaluation.accuracy import evaluate, format_report
-from ..evaluation.compare import METRICS, compare, format_result
+from ..evaluation.compare import METRICS, check_comparison, compare, format_result
 from ..evaluation.features import load_features
-from ..evaluation.guidance_sweep import save_sweep, sweep
+from ..evaluation.guidance_sweep import check_curves, save_sweep, sweep
 from ..evaluation.likelihood import bits_per_dimension
 from ..evaluation.protocol import ema_decay
 from ..samplers import SAMPLERS
 from ..storage.atomic import check_writable, replacing
 from ..storage.images import to_uint8
 from ..utils.validation import whole_number
+from ..utils.words import counted
 from .options import (
     DEFAULT_SAMPLER,
     add_computation_options,
@@ -109,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--metrics",
         nargs="+",
+        action="extend",
         help=f"measures of the comparison (default: {' '.join(METRICS)})",
     )
     add(
@@ -204,8 +208,11 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         reference = _reference(args, samples.images.shape[1:])
     else:
         model = _model(args)
-        reference = _reference(args, (model.unet.config.in_channels, *model.unet.config.image_shape))
+        shape = (model.unet.config.in_channels, *model.unet.config.image_shape)
+        reference = _reference(args, shape)
         labels, num = choose_labels(model, None, args.num)
+        # now rather than after the sampling
+        check_comparison(torch.empty(num, *shape, device="meta"), reference.images, features, args.metrics)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         options = _sampling(args, model)
         x = model.sample(labels, num_samples=num, guidance_scale=scale, progress=True, **options)
@@ -243,7 +250,7 @@ def _bits(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text = (
         f"bits per dimension  {result['bits_per_dim']:.4f} +- {result['standard_error']:.4f} "
         f"(variational bound, {result['variance']}, prior {result['prior']:.5f})\n"
-        f"  on {result['images']} images of {images.name}, {given} labels, seed {args.seed}, "
+        f"  on {counted(result['images'], 'image')} of {images.name}, {given} labels, seed {args.seed}, "
         f"EMA decay {result['ema_decay'] or 'not known'}"
     )
     return result, text
@@ -254,6 +261,7 @@ def _sweep(args: argparse.Namespace) -> None:
         raise ValueError("--out is missing: the .json file of the curve, beside which its .png is written")
     if Path(args.out).suffix.lower() != ".json":
         raise ValueError(f"--out must end in .json, not {args.out}; the .png is written beside it")
+    check_curves(args.out)
     options = {name: getattr(args, name) for name in ("batch_size", "dtype", "backend", "precision")}
     result = sweep(
         _model(args), num=args.num, classifier=args.classifier, seed=args.seed, progress=True, **options

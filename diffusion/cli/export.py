@@ -4,8 +4,9 @@ import argparse
 
 from ..ddpm import load
 from ..exporters.diffusers import to_diffusers
-from ..exporters.onnx import to_onnx
+from ..exporters.onnx import check_onnx, to_onnx
 from ..exporters.program import save_program
+from ..storage.atomic import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,10 @@ def run(args: argparse.Namespace) -> None:
     for name in ("sampler", "steps"):
         if getattr(args, name) is not None and not args.out:
             raise ValueError(f"--{name} needs --out, the folder of the pipeline")
+    if args.onnx:  # all checks come before any file
+        check_onnx(args.onnx)
+    if args.program:
+        check_writable(args.program)
     model = load(args.model)
     if args.out:
         call = to_diffusers(model, args.out, sampler=args.sampler, steps=args.steps)

@@ -8,6 +8,7 @@ from .. import importers
 from ..certificates import FILE as CERTIFICATE
 from ..certificates import measure, summary, write_certificate
 from ..ddpm import DDPM
+from ..storage.atomic import check_writable
 
 OPTIONS = ("format", "schedule", "size", "null_label")  # flags that have an option of their own
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.reference and not args.certify:
         raise ValueError("--reference belongs to --certify")
     flags |= {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    check_writable(Path(args.out, "config.json"))
     imported = importers.read(args.source, flags=flags)
     if assumed := imported.assumed_text():
         print(f"assumed flags, which --flag NAME=VALUE changes: {assumed}")

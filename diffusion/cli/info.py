@@ -8,6 +8,7 @@ import torch
 from .. import __version__, kernels
 from ..ddpm import load
 from ..storage.checkpoint import bundled_models
+from ..utils.words import counted
 from .options import default_device
 
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     lines = {
         "fused-diffusion": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__}, {counted(torch.get_num_threads(), 'thread')}",
         "device": default_device(),
         **kernels.build_info(),
         "bundled models": ", ".join(bundled_models()),
@@ -47,7 +48,8 @@ def explanations(device: str) -> list[str]:
 
 def describe(name: str) -> None:
     model = load(name)
-    print(f"{name}: {model.unet.config.num_parameters:,} parameters, {model.num_classes or 'no'} classes")
+    classes = "no classes" if model.num_classes is None else counted(model.num_classes, "class")
+    print(f"{name}: {model.unet.config.num_parameters:,} parameters, {classes}")
     print(
         f"{model.schedule.summary}, {model.prediction_type} prediction, {model.variance}, clip {model.clip}"
     )

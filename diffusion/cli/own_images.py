@@ -1,6 +1,7 @@
 """Options of `diffusion sample` for images to start from or to invert, and for animations between noises."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from ..samplers import EVALUATE_TWICE, options_of
 from ..samplers.table import first_step
 from ..storage.images import save_gif, save_grid
 from ..utils.validation import whole_number
+from ..utils.words import counted
 from .options import choose_labels
 
 START_OPTIONS = ("strength", "mask", "resamples", "jump_length", "invert")  # of --image
 # An inversion has no noise, and a clipped step has no inverse.
-NOT_INVERTED = ("strength", "mask", "clip", "eta", "noise_in_last_step")
+NOT_INVERTED: tuple[str, ...] = ("strength", "mask", "clip", "eta", "noise_in_last_step")
 NOT_INVERTED += ("dynamic_threshold", "dynamic_threshold_max")  # which clip, too
+INVERTED: dict[str, Any] = {"clip": None, "eta": 0.0}  # with which the noise of an inversion is sampled
 ITERATIONS = 5
 
 
@@ -31,6 +34,7 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--image",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="images to change; their middle is scaled to the model's size (default labels: none)",
     )
@@ -124,6 +128,23 @@ def start_arguments(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
     return found | {name: value for name, value in given.items() if value is not None}
 
 
+class _Begun(Exception):
+    """Sampling has taken its arguments, and a step."""
+
+
+def check_samples(model: DDPM, labels: list[int] | None, num: int, options: dict[str, Any]) -> None:
+    """ValueError if `DDPM.sample` would refuse these arguments after an inversion, which takes long.
+
+    The first step is taken, so that every check of `DDPM.sample` has its say.
+    """
+
+    def stop(i: int, x: torch.Tensor, x0: torch.Tensor) -> None:
+        raise _Begun
+
+    with contextlib.suppress(_Begun):
+        model.sample(labels, num_samples=num, callback=stop, **(options | INVERTED))
+
+
 def inversion(
     args: argparse.Namespace, model: DDPM, images: list[Image.Image], num: int, options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -133,7 +154,8 @@ def inversion(
     """
     if len(args.invert or ()) > len(images):
         raise ValueError(
-            f"--invert has {len(args.invert)} labels for {len(images)} of --image: give each image its label"
+            f"--invert has {counted(len(args.invert), 'label')} for {len(images)} of --image: "
+            "give each image its label"
         )
     labels, _ = choose_labels(model, args.invert or ["none"], len(images))
     shared = ("steps", "guidance_rescale", "guidance_parallel", "batch_size", "backend", "precision", "dtype")
@@ -143,18 +165,18 @@ def inversion(
     iterations = ITERATIONS if args.iterations is None else args.iterations
     noise = model.invert(images, labels, iterations=iterations, progress=True, **how)
     chosen = torch.arange(num, device=noise.device) % len(noise)
-    return {"noise": noise[chosen], "clip": None, "eta": 0.0}
+    return {"noise": noise[chosen], **INVERTED}
 
 
 def steps_taken(start: dict[str, Any], steps: int, sampler: str) -> str:
     """The steps that a sampler of so many takes with the arguments of `start_arguments`, in words."""
     taken = steps - first_step(steps, start.get("strength", 1.0))
-    share = f"{taken} of {steps} steps" if "strength" in start else f"{steps} steps"
+    share = f"{taken} of {counted(steps, 'step')}" if "strength" in start else counted(steps, "step")
     if "mask" not in start:
         return share
     resamples = 1 if sampler in EVALUATE_TWICE else RESAMPLES
     repeats = start.get("resamples", resamples), start.get("jump_length", JUMP_LENGTH)
-    return f"{share}, taken {len(repaint_rows(taken, *repeats))} times in all"
+    return f"{share}, taken {counted(len(repaint_rows(taken, *repeats)), 'time')} in all"
 
 
 def _picture(path: str, model: DDPM) -> Image.Image:

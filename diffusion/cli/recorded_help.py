@@ -17,6 +17,7 @@ TYPES = {"int": int, "float": float, "str": str}
 ACTIONS: dict[str, Any] = {
     "_StoreTrueAction": "store_true",
     "_AppendAction": "append",
+    "_ExtendAction": "extend",
     "BooleanOptionalAction": argparse.BooleanOptionalAction,
 }
 

@@ -16,6 +16,7 @@ from ..samplers.timesteps import SPACINGS, STRIDES
 from ..storage.atomic import check_writable
 from ..storage.images import PICTURES, check_grid, save_gif, save_grid, save_npz, to_uint8
 from ..utils.ranks import current_ranks
+from ..utils.words import counted
 from .options import (
     DEFAULT_SAMPLER,
     add_computation_options,
@@ -27,6 +28,7 @@ from .options import (
 )
 from .own_images import (
     add_start_options,
+    check_samples,
     check_start_options,
     interpolated,
     inversion,
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--labels",
         nargs="+",
+        action="extend",
         metavar="LABEL",
         help="class labels, such as 0-9, 3 1 4, cat dog, or none (default: all)",
     )
@@ -182,7 +185,10 @@ def run(args: argparse.Namespace) -> None:
         del options["seed"]
         x = interpolated(model, labels, num, args.interpolate, args.seed, options)
         save_interpolated(x, out, model, args.columns, args.scale)
-        print(f"{out}: {len(x)} frames of {num} images in {time.perf_counter() - began:.1f} s")
+        print(
+            f"{out}: {counted(len(x), 'frame')} of {counted(num, 'image')} in "
+            f"{time.perf_counter() - began:.1f} s"
+        )
         return
     if sharded:
         done = sample_shards(
@@ -191,6 +197,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(report(out, done, ranks)))
         return
     if args.invert is not None:
+        check_samples(model, labels, num, options)
         start = inversion(args, model, start["image"], num, options)
     chosen = options | {"strength": start["strength"]} if "strength" in start else options
     layout: dict[str, Any]
@@ -232,7 +239,7 @@ def run(args: argparse.Namespace) -> None:
         captions = captions and captions[: len(images)]
         save_grid(images, out, **layout, value_range=model.value_range, captions=captions)
     how = steps_taken(start, steps or model.schedule.max_steps, sampler)
-    print(f"{out}: {len(images)} images in {seconds:.1f} s ({sampler}, {how})")
+    print(f"{out}: {counted(len(images), 'image')} in {seconds:.1f} s ({sampler}, {how})")
     if interrupted is not None:
         raise interrupted
 

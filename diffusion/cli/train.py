@@ -11,7 +11,7 @@ import torch
 
 from ..data import NAMED_SETS
 from ..ddpm import DDPM, load
-from ..evaluation.features import load_features
+from ..evaluation.features import Features, load_features
 from ..evaluation.held_out import HeldOutDistance
 from ..models.config import UNetConfig
 from ..training.distributed import process_group
@@ -26,8 +26,10 @@ from ..training.trainer import Trainer
 from ..utils.device import check_dtype, torch_multiplies_bfloat16
 from ..utils.errors import first_line
 from ..utils.memory import is_out_of_memory
+from ..utils.names import own_name
 from ..utils.ranks import current_ranks
 from ..utils.validation import number, whole_number
+from ..utils.words import counted
 from .options import choose_device
 from .train_options import (
     AUTOCAST,
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if args.data is None:
         args.data = args.recipe.partition("-")[0] if args.recipe in RECIPES else "mnist"
         args.data = args.data if args.data in NAMED_SETS else None
+    own_name(args.data, NAMED_SETS, "data set")  # tells of a folder of this name
     init = None if args.init is None else load(args.init)
     recipe = choose_recipe(args, init)
     if args.show:
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
     intervals = {name: getattr(args, name) for name in INTERVALS}
     for name, steps in intervals.items():
         whole_number(f"--{name.replace('_', '-')}", steps, 1)
+    if args.micro_batch is not None:
+        whole_number("--micro-batch", args.micro_batch, 1)
     if not args.out:
         raise ValueError("--out is missing: the folder for the model, log, samples and checkpoint")
     if args.data is None:
@@ -89,8 +94,9 @@ def run(args: argparse.Namespace) -> None:
     ranks = current_ranks()
     device = choose_device(args.device, ranks)
     autocast = choose_autocast(args.autocast, device)
+    features = None if args.features in (None, "none") else load_features(args.features)
     data = load_data(args, recipe, progress=ranks.rank == 0)
-    measure = choose_measure(args, data)
+    measure = choose_measure(args, data, features)
     recipe = data.recipe
     with process_group(ranks, device), _suggest_options(device):
         trainer = Trainer(
@@ -155,7 +161,9 @@ def _minutes_left(minutes: float | None, begun: float) -> float | None:
 def _steps_taken(trainer: Trainer) -> str:
     steps = trainer.recipe.steps
     return (
-        f"{steps} steps" if trainer.step == steps else f"{trainer.step} of {steps} steps, saved for --resume,"
+        counted(steps, "step")
+        if trainer.step == steps
+        else f"{trainer.step} of {counted(steps, 'step')}, saved for --resume,"
     )
 
 
@@ -204,11 +212,14 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
     return recipe
 
 
-def choose_measure(args: argparse.Namespace, data: TrainingData) -> HeldOutDistance | None:
+def choose_measure(
+    args: argparse.Namespace, data: TrainingData, features: Features | None
+) -> HeldOutDistance | None:
     """The distance to the held-out images in the features of the options, or None for none.
 
-    Without the option, it is measured in EfficientNet-Lite0's, for a recipe of any size, where these are
-    installed and enough images are held out; `args.features` then says which it is.
+    features: those that --features names. Without the option, it is measured in EfficientNet-Lite0's, for a
+    recipe of any size, where these are installed and enough images are held out; `args.features` then says
+    which it is.
     """
     if args.features is None:
         few = data.validation is None or len(data.validation[0]) < MIN_MEASURED
@@ -218,15 +229,14 @@ def choose_measure(args: argparse.Namespace, data: TrainingData) -> HeldOutDista
         return None
     if data.validation is None:
         raise ValueError("--features needs held-out images: add --hold-out N or --validation-data")
-    default = args.features is None
-    args.features = args.features or "efficientnet-lite0"
-    try:
-        return HeldOutDistance(*data.validation, load_features(args.features))
-    except ValueError:
-        if not default:
-            raise
-        args.features = "none"  # it is not installed
-        return None
+    if features is None:
+        args.features = "efficientnet-lite0"
+        try:
+            features = load_features(args.features)
+        except ValueError:
+            args.features = "none"  # it is not installed
+            return None
+    return HeldOutDistance(*data.validation, features)
 
 
 def choose_autocast(choice: str, device: torch.device) -> torch.dtype | None:

@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--set",
         nargs="+",
+        action="extend",
         metavar="FIELD=VALUE",
         help="other fields of the recipe, such as unet.channels=64 loss_weighting=min_snr",
     )

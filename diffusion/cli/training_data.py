@@ -15,6 +15,7 @@ from ..training.fitting import (
     SMALL,
     about_classes,
     as_in_run,
+    check_classes,
     held_out_by_default,
     labels_by_name,
     most_held_out,
@@ -28,6 +29,7 @@ from ..training.loop import STATE
 from ..training.recipe import RECIPES, Recipe, load_recipe
 from ..training.state import read_state
 from ..utils.validation import whole_number
+from ..utils.words import counted
 
 VALIDATION_IMAGES = 1000
 
@@ -96,6 +98,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
         if getattr(args, name):
             kind = "a folder or zip of images" if named else f"the data sets {', '.join(NAMED_SETS)}"
             raise ValueError(f"--{name.replace('_', '-')} is for {kind}, and --data is {args.data}")
+    if args.validation_data:
+        survey(args.validation_data)  # a wrong path fails before images are decoded
     fixed, wanted = _fixed_fields(args, recipe), UNetConfig.from_dict(recipe.unet)
     data = load_dataset(args.data, split="train", **named) if named else None
     if args.resume:
@@ -103,6 +107,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
     else:
         own = surveyed(args).channels if data is None else data.images.shape[1]
         recipe, about_channels = with_channels(recipe, own, fixed, args.data)
+        if data is None and (count := surveyed(args).classes):  # told before images are decoded
+            check_classes(recipe, count, surveyed(args).class_names, fixed, args.data)
     config = UNetConfig.from_dict(recipe.unet)
     options = {"channels": config.in_channels, "cache": args.cache, "progress": progress}
     if args.resize:
@@ -152,8 +158,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, progress: bool = False) 
     recipe, about_batch = _with_batch(args, recipe, len(images))
     height, width = config.image_shape
     scaled = " (the middle square, scaled)" if args.resize else ""
-    channels = f"{config.in_channels} channel{'' if config.in_channels == 1 else 's'}{about_channels}"
-    found = f"{len(data.images):,} images{about_held_out}, {width} x {height}{scaled}, {channels}"
+    channels = f"{counted(config.in_channels, 'channel')}{about_channels}"
+    found = f"{counted(len(data.images), 'image')}{about_held_out}, {width} x {height}{scaled}, {channels}"
     found = f"{one_line_name(data.name)}: {found}, {found_classes}{about_batch}"
     return TrainingData(recipe, images, labels, data.classes, _some(validation, config), found)
 

@@ -85,7 +85,9 @@ def open_image(source: ImageFiles, name: str) -> Image.Image:
 
 def _undecodable(source: ImageFiles, name: str, error: Exception) -> ValueError:
     reason = "no image" if isinstance(error, PIL.UnidentifiedImageError) else error
-    return ValueError(f"{source.path}/{name} cannot be decoded: {reason}".replace("\n", " "))
+    return ValueError(
+        f"{source.path}/{name} cannot be decoded: {reason}; mend or remove it".replace("\n", " ")
+    )
 
 
 class Decoder:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..utils.memory import check_fits
+from ..utils.words import counted
 from .decoding import Decoder, channels_of_files, decode_into_cache, sizes_of_files
 from .image_files import LABELS_FILE, ImageFiles, open_files
 from .image_set import ImageSet, Survey
@@ -49,7 +50,7 @@ def read_images(
             channels = channels_of_files(source)
         decoder = Decoder(source, channels, size)
         if cache is None:
-            check_fits(f"{len(source.names):,} images of {path}", decoder.bytes, torch.device("cpu"))
+            check_fits(f"{counted(len(source.names), 'image')} of {path}", decoder.bytes, torch.device("cpu"))
             images = np.empty(decoder.shape, np.uint8)
             decoder.fill(images, progress)
         else:
@@ -68,7 +69,8 @@ def survey(path: str | os.PathLike) -> Survey:
     found = Survey.of(len(source.names), channels, sizes, labels is not None)
     if labels is None:
         return found
-    return found._replace(classes=len(classes) if classes else int(labels.max()) + 1)
+    count = len(classes) if classes else int(labels.max()) + 1
+    return found._replace(classes=count, class_names=classes)
 
 
 def _labels(source: ImageFiles) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:

@@ -31,7 +31,8 @@ class Survey(NamedTuple):
 
     images: their number. channels: 1 if all images are grey, otherwise 3. size: height and width if all
     images have the same, otherwise None. side: the median of their shorter sides, in pixels. labelled: they
-    have labels. classes: number of their classes; None if it is not known yet.
+    have labels. classes: number of their classes; None if it is not known yet. class_names: their names, or
+    None.
     """
 
     images: int
@@ -40,6 +41,7 @@ class Survey(NamedTuple):
     side: int
     labelled: bool
     classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, images: int, channels: int, sizes: list[tuple[int, int]], labelled: bool) -> "Survey":

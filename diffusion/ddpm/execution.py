@@ -16,6 +16,7 @@ from ..utils.device import check_backend
 from ..utils.memory import check_fits
 from ..utils.plain_pytorch import tell_of_plain_pytorch
 from ..utils.validation import number, whole_number
+from ..utils.words import counted
 from .conventions import Conventions
 
 
@@ -49,7 +50,7 @@ class Execution(Conventions):
         """`count` as an int; ValueError unless the device has memory for so many images."""
         count, config = whole_number(name, count, 1), config_of(self.unet)
         size = 4 * count * config.in_channels * math.prod(config.image_shape)
-        check_fits(f"{count:,} images", size, next(self.unet.parameters()).device)
+        check_fits(counted(count, "image"), size, next(self.unet.parameters()).device)
         return count
 
     def _images(

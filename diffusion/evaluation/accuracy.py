@@ -20,6 +20,7 @@ from ..data import NAMED_SETS, load_dataset
 from ..storage.reading import sha256
 from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import number, whole_number
+from ..utils.words import counted
 from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay, image_shape
 
 
@@ -86,8 +87,8 @@ def evaluate(
 
     Returns a dict that JSON can hold, with `classifier` (among others the SHA-256 of its weights), `protocol`
     (all other conditions, and the decay of the averaged weights if the model names it), `class_accuracy`
-    (None for an unconditional model) and `frechet`; `format_report` formats it. ValueError for a model of
-    other images, num below K, or samples that are not finite.
+    (None for an unconditional model; with the model's `class_names`, or None) and `frechet`; `format_report`
+    formats it. ValueError for a model of other images, num below K, or samples that are not finite.
     """
     network, reference = load_classifier(
         classifier_of(image_shape(model)) if classifier is None else classifier
@@ -113,6 +114,7 @@ def evaluate(
         samples = model.sample(labels=labels.tolist(), guidance_scale=guidance_scale, **options)
         accuracy = class_accuracy(classify_samples(network, samples, model.value_range)[1], labels)
         accuracy["guidance_scale"] = guidance_scale
+        accuracy["class_names"] = model.class_names and list(model.class_names)
         samples = model.sample(labels=labels.tolist(), guidance_scale=1.0, **options)
     else:
         samples = model.sample(num_samples=num, **options)
@@ -158,7 +160,7 @@ def format_report(result: dict[str, Any]) -> str:
     """The result of `evaluate` as lines to print."""
     classifier, protocol = result["classifier"], result["protocol"]
     accuracy, frechet = result["class_accuracy"], result["frechet"]
-    steps = "full chain" if protocol["steps"] is None else f"{protocol['steps']} steps"
+    steps = "full chain" if protocol["steps"] is None else counted(protocol["steps"], "step")
     lines = [
         f"classifier  {classifier['path']}, {classifier['test_accuracy']:.2%} of real test images, "
         f"SHA-256 {classifier['sha256']}",
@@ -170,9 +172,17 @@ def format_report(result: dict[str, Any]) -> str:
             f"accuracy    {accuracy['accuracy']:.1%} class accuracy "
             f"({accuracy['correct']:,} of {accuracy['samples']:,}, guidance {accuracy['guidance_scale']:g})"
         )
-        shares = (f"{entry['asked']}: {entry['accuracy']:.1%}" for entry in accuracy["by_class"])
+        names = accuracy["class_names"]
+
+        def named(label: int) -> str:
+            return str(label) if names is None else names[label]
+
+        shares = (f"{named(entry['asked'])}: {entry['accuracy']:.1%}" for entry in accuracy["by_class"])
         lines.append(f"by class    {', '.join(shares)}")
-        pairs = (f"{pair['asked']} as {pair['seen']}: {pair['count']}" for pair in accuracy["misread"])
+        pairs = (
+            f"{named(pair['asked'])} as {named(pair['seen'])}: {pair['count']}"
+            for pair in accuracy["misread"]
+        )
         lines.append(f"misread     {', '.join(pairs) or 'none'}")
     features = f"{os.path.basename(classifier['path'])} features"
     lines.append(
@@ -181,12 +191,13 @@ def format_report(result: dict[str, Any]) -> str:
     )
     for drawn, how in (("balanced", "as many of each class"), ("random", "at random")):
         real = frechet["real"][drawn]
-        ratio = f"no ratio to {protocol['samples']:,} samples; --data-dir measures real images for it"
+        ratio = f"no ratio to {counted(protocol['samples'], 'sample')}: for one, give "
+        ratio += f"--num {frechet['real_samples']}, or measure real images by --data-dir"
         if real["ratio"] is not None:
             ratio = f"ratio {real['ratio']:.2f}"
         lines.append(
             f"real        {real['distance']:.4f} (+- {real['spread']:.4f}) that of "
-            f"{frechet['real_samples']:,} real test images, {how}: {ratio}"
+            f"{counted(frechet['real_samples'], 'real test image')}, {how}: {ratio}"
         )
     lines.append(f"reference   {frechet['reference']}")
     lines.append(f"versions    {protocol['versions']}")

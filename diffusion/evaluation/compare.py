@@ -1,6 +1,6 @@
 """Distances between two sets of images, with the protocol of how they were measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -55,8 +55,6 @@ def _inception_score(
 def _precision_recall(
     ours: torch.Tensor, theirs: torch.Tensor, logits: torch.Tensor | None
 ) -> tuple[float, ...]:
-    if min(len(ours), len(theirs)) <= NEIGHBOURS:
-        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on each side")
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     values = prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, verbose=False)
@@ -108,11 +106,7 @@ def compare(
     and so on. ValueError for an unknown metric, images that do not fit the features, or without
     torch-fidelity.
     """
-    for name in metrics or [""]:
-        choice("metric", name, METRICS)
-    by_fidelity = any(METRICS[name].by_fidelity for name in metrics)
-    if by_fidelity:
-        import_fidelity()
+    check_comparison(samples.images, reference.images, features, metrics)
     ours, logits = features.of(features.in_channels(samples.images), progress)
     theirs, _ = features.of(features.in_channels(reference.images), progress)
     found: dict[str, float] = {}
@@ -134,9 +128,29 @@ def compare(
             **({"feature network's input": features.input} if features.input else {}),
             **({"Fréchet distance": FRECHET} if "fid" in metrics else {}),
             **(protocol or {}),
-            "versions": _versions(by_fidelity or features.is_inception),
+            "versions": _versions(_by_fidelity(metrics) or features.is_inception),
         },
     }
+
+
+def check_comparison(
+    samples: torch.Tensor, reference: torch.Tensor, features: Features, metrics: Sequence[str]
+) -> None:
+    """ValueError if `compare` would refuse images [N, C, H, W] of these shapes; their values are not read."""
+    for name in metrics or [""]:
+        choice("metric", name, METRICS)
+    if _by_fidelity(metrics):
+        import_fidelity()
+    for images, what in ((samples, "samples"), (reference, "reference images")):
+        features.check(features.in_channels(images))
+        for name in metrics:
+            least = NEIGHBOURS + 1 if name == "precision-recall" else 2
+            if len(images) < least:
+                raise ValueError(f"{name} needs at least {least} {what}, not {len(images)}")
+
+
+def _by_fidelity(metrics: Sequence[str]) -> bool:
+    return any(METRICS[name].by_fidelity for name in metrics)
 
 
 def format_result(result: dict[str, Any]) -> str:

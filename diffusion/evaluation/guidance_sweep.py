@@ -8,10 +8,11 @@ from typing import Any
 
 from ..classifier import balanced_labels, classifier_of, load_classifier
 from ..samplers import EVALUATE_TWICE, SAMPLERS
-from ..storage.atomic import replacing
+from ..storage.atomic import check_writable, replacing
 from ..storage.reading import sha256
 from ..utils.frechet import frechet_distance, moments
 from ..utils.validation import whole_number
+from ..utils.words import counted
 from .protocol import ROUNDING, check_model, check_num, classify_samples, ema_decay, image_shape
 
 
@@ -44,11 +45,14 @@ def sweep(
     conditional = model.num_classes is not None
     labels = balanced_labels(num, network.config.classes)
     asked = {"labels": labels.tolist()} if conditional else {"num_samples": num}
+    wanted = [(count, 1.0) for count in steps]
+    if conditional:
+        wanted += [(steps[-1], scale) for scale in guidance if (steps[-1], scale) not in wanted]
+    for sampler in samplers:  # fails now rather than after some of the points
+        for count, scale in wanted:
+            model.steps(sampler, count, guidance_scale=scale)
     points = []
     for sampler in samplers:
-        wanted = [(count, 1.0) for count in steps]
-        if conditional:
-            wanted += [(steps[-1], scale) for scale in guidance if (steps[-1], scale) not in wanted]
         for count, scale in wanted:
             x = model.sample(
                 **asked,
@@ -79,14 +83,21 @@ def sweep(
     return {"points": points, "protocol": protocol}
 
 
-def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes the result of `sweep` as JSON, and the curves beside it as PNG; needs matplotlib."""
+def check_curves(path: str | os.PathLike) -> type[Any]:
+    """matplotlib's Figure; ValueError if `save_sweep` could not write to `path`, or matplotlib is missing."""
+    check_writable(path, Path(path).with_suffix(".png"))
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
             f'the curves need matplotlib ({error}); pip install "fused-diffusion[evaluate]"'
         ) from error
+    return Figure
+
+
+def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes the result of `sweep` as JSON, and the curves beside it as PNG; needs matplotlib."""
+    Figure = check_curves(path)
     path, points = Path(path), result["points"]
     last = max(point["steps"] for point in points)
     counts = sorted({p["evaluations"] for p in points if p["evaluations"] == p["steps"]})
@@ -103,9 +114,12 @@ def save_sweep(result: dict[str, Any], path: str | os.PathLike) -> None:
     left.set_ylim(bottom=0)
     left.set_xticks(counts, [str(count) for count in counts])
     left.minorticks_off()
-    right.set(xlabel=f"guidance scale, {last} steps", ylim=(0, None))
+    right.set(xlabel=f"guidance scale, {counted(last, 'step')}", ylim=(0, None))
     left.legend()
-    title = f"{result['protocol']['distance']}; {result['protocol']['number of samples']} samples a point"
+    title = (
+        f"{result['protocol']['distance']}; "
+        f"{counted(result['protocol']['number of samples'], 'sample')} a point"
+    )
     figure.suptitle(title.encode(errors="backslashreplace").decode())  # the name of a folder may not be UTF-8
     with replacing(path, path.with_suffix(".png")) as (as_json, as_png):
         as_json.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,6 +10,7 @@ from ..process.value_range import SIGNED
 from ..storage.images import to_uint8
 from ..utils.memory import check_fits
 from ..utils.validation import whole_number
+from ..utils.words import counted
 
 ROUNDING = "8 bits, to nearest"
 
@@ -24,7 +25,7 @@ def ema_decay(model: Any) -> float | None:
 def check_num(classifier: Classifier, num: int) -> int:
     """`num` as an int; ValueError if it is below 1, or if so many images do not fit into memory."""
     num = whole_number("num", num, 1)
-    check_fits(f"{num:,} images", 4 * num * math.prod(classifier.shape), torch.device("cpu"))
+    check_fits(counted(num, "image"), 4 * num * math.prod(classifier.shape), torch.device("cpu"))
     return num
 
 
@@ -40,8 +41,9 @@ def check_model(model: Any, classifier: Classifier) -> None:
     if shape != classifier.shape or model.num_classes not in (None, classes):
         raise ValueError(
             f"the classifier {classifier.folder} is for images {'x'.join(map(str, classifier.shape))} with "
-            f"{classes} classes or none; this model has {'x'.join(map(str, shape))} with "
-            f"{model.num_classes or 'no'} classes; give another --classifier"
+            f"{counted(classes, 'class')} or none; this model has {'x'.join(map(str, shape))} with "
+            f"{model.num_classes or 'no'} classes; give another by --classifier, which "
+            "python -m diffusion.classifier trains"
         )
 
 
@@ -54,5 +56,5 @@ def classify_samples(
     """
     if not samples.isfinite().all():
         bad = int((~samples.flatten(1).isfinite()).any(1).sum())
-        raise ValueError(f"{bad} of the model's {len(samples)} samples hold NaN or infinite values")
+        raise ValueError(f"NaN or infinite values in {bad} of the model's {counted(len(samples), 'sample')}")
     return classify(classifier, to_uint8(samples.cpu(), value_range))

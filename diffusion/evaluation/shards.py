@@ -29,6 +29,7 @@ from ..storage.shard_files import run_digest, what_is_wrong, write_shard
 from ..utils.errors import one_line
 from ..utils.ranks import Ranks
 from ..utils.validation import plain_number, whole_number, whole_numbers
+from ..utils.words import counted
 
 FORMAT = "fused-diffusion-shards"
 FORMAT_VERSION = 2  # 1: shards without a digest
@@ -195,8 +196,8 @@ def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> lis
     """
     rate = done["images"] / done["seconds"] if done["images"] else 0.0
     lines = [
-        f"rank {ranks.rank} of {ranks.world_size}: {done['images']} images, {rate:.2f} images/s, "
-        f"{done['kept']} shards were there"
+        f"rank {ranks.rank} of {ranks.world_size}: {counted(done['images'], 'image')}, {rate:.2f} images/s, "
+        f"{counted(done['kept'], 'shard')} kept"
     ]
     if remade := done["remade"]:
         more = f"; and {len(remade) - MAX_NAMED} more" if len(remade) > MAX_NAMED else ""
@@ -217,7 +218,8 @@ def report(folder: str | os.PathLike, done: dict[str, Any], ranks: Ranks) -> lis
         wall = max(entry["ended"] for entry in every) - min(entry["started"] for entry in every)
         busy = sum(entry["images"] / entry["seconds"] for entry in every if entry["images"])
         lines.append(
-            f"{ranks.world_size} ranks: {total} images in {wall:.1f} s, {total / wall:.2f} images/s, "
+            f"{ranks.world_size} ranks: {counted(total, 'image')} in {wall:.1f} s, "
+            f"{total / wall:.2f} images/s, "
             f"efficiency {total / wall / busy:.0%}"
         )
     return lines

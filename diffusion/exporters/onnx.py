@@ -18,6 +18,18 @@ MIN_WEIGHT = 2**14
 MAX_FILE = 2**31 - 2**24  # bytes; a protocol buffer holds less than 2 GiB, here with room for the graph
 
 
+def check_onnx(*targets: str | os.PathLike) -> None:
+    """ValueError if ONNX files cannot be written to these paths, or what writes them is not installed."""
+    check_writable(*targets)
+    try:
+        for name in ("onnx", "onnxscript"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            'ONNX files need onnx and onnxscript: pip install "fused-diffusion[onnx]"'
+        ) from error
+
+
 def to_onnx(model: DDPM, path: str | os.PathLike) -> None:
     """Writes the network of a model to an ONNX file, in float32.
 
@@ -33,14 +45,7 @@ def to_onnx(model: DDPM, path: str | os.PathLike) -> None:
     path = Path(path)
     size = sum(4 * tensor.numel() for tensor in model.unet.state_dict().values())
     targets = [path] if size < MAX_FILE else [path, path.with_name(f"{path.name}.data")]
-    check_writable(*targets)
-    try:
-        for name in ("onnx", "onnxscript"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            'ONNX files need onnx and onnxscript: pip install "fused-diffusion[onnx]"'
-        ) from error
+    check_onnx(*targets)
     import onnx_ir  # which onnxscript needs
 
     program = to_exported_program(model)

@@ -10,6 +10,7 @@ from ..importers.diffusers_scheduler import SIGMAS, read_scheduler
 from ..kernels import StepCoefficients
 from ..process.schedule import NoiseSchedule
 from ..samplers import options_of
+from ..utils.words import counted
 
 # kind of schedule -> its name in diffusers, where the other arguments are the same
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid"}
@@ -163,6 +164,7 @@ def _check_steps(model: DDPM, name: str, steps: int, scheduler: dict[str, Any], 
     near = torch.allclose(read.schedule.alphas_cumprod, model.schedule.alphas_cumprod, rtol=1e-3, atol=1e-6)
     if not same or not near:
         raise ValueError(
-            f"the sampler {name} with its options and {steps} steps cannot be exported: diffusers' "
+            f"the sampler {name} with its options and {counted(steps, 'step')} cannot be "
+            "exported: diffusers' "
             f"{scheduler['_class_name']} takes other steps"
         )

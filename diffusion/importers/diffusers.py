@@ -10,6 +10,7 @@ from ..process.schedule import NoiseSchedule
 from ..storage.checkpoint import OPTIONAL, REQUIRED
 from ..storage.reading import load_weights, read_json
 from ..utils.validation import known_names, typed
+from ..utils.words import counted
 from .checkpoint_file import Checkpoint
 from .diffusers_files import EXPORTED, UNETS, Layout, exported, find, is_unet, located, read_weights
 from .diffusers_scheduler import Scheduler, read_scheduler
@@ -84,11 +85,13 @@ def check_fit(unet: UNet, config: dict[str, Any], pipeline: str | None) -> Sched
     if unet.config.learned_variance != (variance == "learned_range"):
         raise ValueError(
             f"a variance of type {variance!r} does not go with a UNet of "
-            f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
+            f"{counted(unet.config.in_channels, 'channel')} in and {unet.config.out_channels} out"
         )
     rows = unet.config.learned_timesteps
     if rows is not None and rows < T:
-        raise ValueError(f"the UNet has learned {rows} timesteps, fewer than the {T} of the schedule")
+        raise ValueError(
+            f"the UNet has learned {counted(rows, 'timestep')}, fewer than the {T} of the schedule"
+        )
     return scheduler
 
 

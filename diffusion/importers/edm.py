@@ -17,6 +17,7 @@ from ..process.noise_levels import NoiseLevels
 from ..storage.checkpoint import load_network
 from ..storage.reading import check_finite, check_weights, open_regular
 from ..utils.validation import choice, known_names, number
+from ..utils.words import counted
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
 
@@ -139,12 +140,15 @@ def read_config(tensors: Mapping[str, Tensor], precond: str, sigma_data: float, 
     ):
         if width % channels:
             raise ValueError(
-                f"{origin}: a {name} of {width} channels is no multiple of the base width {channels}"
+                f"{origin}: a {name} of {counted(width, 'channel')} is no multiple of the "
+                f"base width {channels}"
             )
     outputs = shape("out_conv.weight" if adm else f"dec.{sizes[0]}_aux_conv.weight")[0]
     if outputs != first[1] * (2 if precond == "iddpm" else 1):
         hint = "; the flag precond=iddpm takes two" if outputs == 2 * first[1] else ""
-        raise ValueError(f"{origin} has {outputs} output channels for {first[1]} of the images{hint}")
+        raise ValueError(
+            f"{origin} has {counted(outputs, 'output channel')} for {first[1]} of the images{hint}"
+        )
     options: dict[str, Any] = {}
     if not adm:
         auxiliary = [name for name in ("skip", "residual") if _has(tensors, f"enc.{{}}_aux_{name}.", sizes)]

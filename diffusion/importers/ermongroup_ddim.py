@@ -11,6 +11,7 @@ from ..models.unet import UNetConfig
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.checkpoint import load_network
 from ..utils.validation import choice, known_names, number, switch, whole_number
+from ..utils.words import counted
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
 from .naming import Parts, Source, convert, separate_attention
@@ -144,7 +145,8 @@ def _config(tensors: dict[str, torch.Tensor], flags: dict[str, Any], origin: str
         raise ValueError(f"{origin} holds no whole UNet of ermongroup/ddim")
     if last.shape[0] != first.shape[1]:
         raise ValueError(
-            f"{origin} cannot be sampled: it takes {first.shape[1]} channels and predicts {last.shape[0]}"
+            f"{origin} cannot be sampled: it takes {counted(first.shape[1], 'channel')} and "
+            f"predicts {last.shape[0]}"
         )
     channels, widths = first.shape[0], [conv.shape[0] for conv in convs if conv is not None]
     attention = tuple(i for i in range(levels) if f"down.{i}.attn.0.norm.weight" in tensors)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.lucidrains_config import LucidrainsConfig
+from ..utils.words import counted
 from .flags import Flags
 
 Tensors = dict[str, torch.Tensor]
@@ -98,7 +99,9 @@ def check_kind(tensors: Tensors, origin: str) -> None:
         raise ValueError(f"{origin} is of denoising-diffusion-pytorch before release 0.21, which is not read")
     first = tensors["init_conv.weight"]
     if first.ndim != 4:
-        raise ValueError(f"{origin} holds a network for data of {first.ndim - 2} dimensions, not for images")
+        raise ValueError(
+            f"{origin} holds a network for data of {counted(first.ndim - 2, 'dimension')}, not for images"
+        )
 
 
 def network_config(
@@ -133,7 +136,9 @@ def network_config(
     images = outputs if self_condition else inputs
     if outputs not in (images, 2 * images):
         hint = " (WeightedObjectiveGaussianDiffusion)" if outputs == 2 * images + 2 else ""
-        raise ValueError(f"{origin} makes {outputs} channels of {inputs}{hint}, which cannot be sampled")
+        raise ValueError(
+            f"{origin} makes {counted(outputs, 'channel')} of {inputs}{hint}, which cannot be sampled"
+        )
     places = [f"downs.{i}.2" for i in range(levels)] + ["mid_attn"]
     full = [
         any(name.startswith(f"{place}.") and name.endswith("to_out.weight") for name in tensors)
@@ -196,7 +201,8 @@ def _heads(
         width = shape(name, 4)[0] // 3
         if count < 1 or width % count:
             raise ValueError(
-                f"flag attn_heads: {width} channels of {name} cannot be divided into {count} heads"
+                f"flag attn_heads: {counted(width, 'channel')} of {name} cannot be divided "
+                f"into {counted(count, 'head')}"
             )
         heads.append((count, width // count))
     return heads, 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.unet import UNetConfig
+from ..utils.words import counted
 from .naming import Parts, Source, convert
 
 # Tensors of every such UNet; the classifiers of guided-diffusion have no output_blocks.
@@ -40,7 +41,8 @@ def read_architecture(tensors: dict[str, torch.Tensor], origin: str) -> Architec
     def size(name: str, dim: int) -> int:
         if name not in tensors or tensors[name].ndim <= dim:
             raise ValueError(
-                f"{origin} holds no whole UNet of guided-diffusion: no {name} of {dim + 1} dimensions"
+                f"{origin} holds no whole UNet of guided-diffusion: no {name} of "
+                f"{counted(dim + 1, 'dimension')}"
             )
         return tensors[name].shape[dim]
 
@@ -58,7 +60,7 @@ def read_architecture(tensors: dict[str, torch.Tensor], origin: str) -> Architec
     if blocks < 1 or count != levels * (blocks + 1) or max(inputs) != levels * (blocks + 1) - 1:
         raise ValueError(
             f"{origin} holds no whole UNet of guided-diffusion: {len(inputs)} input_blocks and "
-            f"{len(outputs)} output_blocks do not make {levels} levels"
+            f"{len(outputs)} output_blocks do not make {counted(levels, 'level')}"
         )
     first = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]  # block of each level
     channels, widths = (
@@ -72,7 +74,8 @@ def read_architecture(tensors: dict[str, torch.Tensor], origin: str) -> Architec
         )
     if out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
-            f"{origin} cannot be sampled: it takes {in_channels} channels and predicts {out_channels}"
+            f"{origin} cannot be sampled: it takes {counted(in_channels, 'channel')} and "
+            f"predicts {out_channels}"
         )
     return Architecture(
         in_channels=in_channels,

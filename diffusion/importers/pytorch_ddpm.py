@@ -9,6 +9,7 @@ from ..models.unet import UNetConfig
 from ..process.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..storage.checkpoint import load_network
 from ..utils.validation import choice, known_names, number, typed, whole_number
+from ..utils.words import counted
 from .checkpoint_file import Checkpoint, state_dict
 from .imported import Imported
 from .naming import Parts, Source, convert, separate_attention
@@ -73,7 +74,7 @@ def load(checkpoint: Checkpoint, /, **flags: Any) -> Imported:
     config = _config(tensors, options, str(checkpoint))
     T = tensors[_TABLE].shape[0]
     if whole_number("flag T", flags.get("T", T), 1, MAX_TIMESTEPS) != T:
-        raise ValueError(f"{checkpoint} has {T} timesteps, and flag T is {flags['T']}")
+        raise ValueError(f"{checkpoint} has {counted(T, 'timestep')}, and flag T is {flags['T']}")
     if options["mean_type"] == "xprev":
         raise ValueError("mean_type 'xprev' cannot be imported: the network must predict epsilon or xstart")
     unet = load_network(config, _convert(config, tensors, str(checkpoint)), checkpoint.path)
@@ -135,7 +136,8 @@ def _config(tensors: dict[str, torch.Tensor], options: dict[str, Any], origin: s
         raise ValueError(f"{origin} holds no whole UNet of pytorch-ddpm")
     if tail.shape[0] != head.shape[1]:
         raise ValueError(
-            f"{origin} cannot be sampled: it takes {head.shape[1]} channels and predicts {tail.shape[0]}"
+            f"{origin} cannot be sampled: it takes {counted(head.shape[1], 'channel')} and "
+            f"predicts {tail.shape[0]}"
         )
     channels = head.shape[0]
     return UNetConfig(

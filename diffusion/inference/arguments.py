@@ -13,6 +13,7 @@ from ..models.structure import config_of
 from ..samplers.thresholding import thresholded_step
 from ..utils.device import check_dtype, multiplies_bfloat16, resolve_device, resolve_dtype
 from ..utils.validation import choice, number, refuse, shown, whole_number, whole_numbers
+from ..utils.words import counted
 from .denoiser import Denoiser, own_dtype
 from .loop import Threshold
 
@@ -40,7 +41,7 @@ def check_batch_size(batch_size: Any, labels: Any, *others: Any) -> int | None:
     one = labels is None or isinstance(labels, int) or getattr(labels, "ndim", 1) == 0
     if batch_size > 1 and one and all(other is None for other in others):
         raise ValueError(
-            f"batch_size is the number of images made at a time; for {batch_size} images "
+            f"batch_size is the number of images made at a time; for {counted(batch_size, 'image')} "
             f"give num_samples={batch_size}"
         )
     return batch_size
@@ -103,11 +104,11 @@ def labels_and_ids(
     if labels is not None and len(labels) == 1:
         labels = labels.expand(count).clone()
     if labels is not None and len(labels) != count:
-        raise ValueError(f"there are {len(labels)} labels for {count} images")
+        raise ValueError(f"there are {counted(len(labels), 'label')} for {counted(count, 'image')}")
     if sample_ids is None:
         sample_ids = torch.arange(count, device="cpu")
     if len(sample_ids) != count:
-        raise ValueError(f"there are {len(sample_ids)} sample_ids for {count} images")
+        raise ValueError(f"sample_ids must be {count}, one for each image, not {len(sample_ids)}")
     return labels, sample_ids
 
 

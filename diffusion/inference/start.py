@@ -7,6 +7,7 @@ import torch
 from ..models.network import NetworkConfig
 from ..samplers.table import StepTable
 from ..utils.validation import check_dense, check_finite, number, whole_number
+from ..utils.words import counted
 from .buffers import Batch, Noise, drawn_first
 from .repaint import can_resample, repaint_rows
 
@@ -45,7 +46,9 @@ class Start:
                 sizes = [" x ".join(map(str, tensor.shape[2:])) for tensor in (mask, images)]
                 raise ValueError(f"mask must be of the image's size, and they are {' and '.join(sizes)}")
             if len(mask) not in (1, len(images)) and len(images) != 1:
-                raise ValueError(f"there are {len(mask)} masks for {len(images)} images")
+                raise ValueError(
+                    f"there are {counted(len(mask), 'mask')} for {counted(len(images), 'image')}"
+                )
         if mask is None and (resamples is not None or jump_length is not None):
             raise ValueError(f"{'jump_length' if resamples is None else 'resamples'} needs a mask")
         self._resamples = None if resamples is None else whole_number("resamples", resamples, 1)
@@ -92,7 +95,9 @@ class Start:
         if self._mask is None:
             return None
         if self._jump_length >= len(table) > 1:
-            raise ValueError(f"jump_length must be less than the {len(table)} steps, not {self._jump_length}")
+            raise ValueError(
+                f"jump_length must be less than the {counted(len(table), 'step')}, not {self._jump_length}"
+            )
         resamples = self._resamples
         if resamples is None:
             resamples = RESAMPLES if can_resample(table) else 1
@@ -106,5 +111,5 @@ class Start:
 
 def _repeated(name: str, tensor: torch.Tensor, count: int) -> torch.Tensor:
     if len(tensor) not in (1, count):
-        raise ValueError(f"there are {len(tensor)} {name} for {count} samples")
+        raise ValueError(f"there are {len(tensor)} {name} for {counted(count, 'sample')}")
     return tensor.expand(count, *tensor.shape[1:])

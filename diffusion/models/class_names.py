@@ -5,13 +5,14 @@ from typing import Any
 
 from ..utils.errors import printable
 from ..utils.validation import refuse, shown
+from ..utils.words import counted
 
 MAX_NAMED = 10  # classes named in a message
 
 
 def check_names(names: Sequence[str], classes: int | None) -> tuple[str, ...]:
     """The names of so many classes; ValueError for another number of names, one twice, or no text."""
-    words = f"{classes} different names" if classes is not None else "None for a model without classes"
+    words = counted(classes, "different name") if classes is not None else "None for a model without classes"
     if isinstance(names, str) or not isinstance(names, Sequence):
         refuse("class_names", words, names)
     found = tuple(names)

@@ -4,6 +4,7 @@ from torch import nn
 
 from ..process.noise_levels import NoiseLevels
 from ..process.schedule import NoiseSchedule
+from ..utils.words import counted
 from .structure import config_of
 
 UNITS = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
@@ -19,7 +20,7 @@ def described(name: str, unet: nn.Module, prediction_type: str, schedule: NoiseS
     except ValueError:
         return f"{name}({type(unet).__name__}, {prediction_type}, {schedule.name})"
     size = "x".join(map(str, (*config.image_shape, config.in_channels)))
-    classes = "no classes" if config.num_classes is None else f"{config.num_classes} classes"
+    classes = "no classes" if config.num_classes is None else counted(config.num_classes, "class")
     parameters = list(unet.parameters())
     count = in_short(sum(parameter.numel() for parameter in parameters))
     device = parameters[0].device

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..utils.validation import known_names, number, numbers, refuse, typed
+from ..utils.words import counted
 from .schedule import NoiseSchedule
 
 KIND = "noise_levels"
@@ -91,7 +92,7 @@ class NoiseLevels:
 
     def __repr__(self) -> str:
         """One line, in which known levels are shown by their number."""
-        levels = "" if self.levels is None else f", {len(self.levels)} levels"
+        levels = "" if self.levels is None else f", {counted(len(self.levels), 'level')}"
         return f"NoiseLevels(sigma_min={self.sigma_min:g}, sigma_max={self.sigma_max}{levels})"
 
     @property

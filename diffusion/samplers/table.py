@@ -12,6 +12,7 @@ import torch
 from ..kernels import StepCoefficients
 from ..process.prediction import x0_coefficients
 from ..utils.validation import number, switch
+from ..utils.words import counted
 from .guidance import guidance_scales
 
 HEAD, TAIL = 5, 3  # rows that are shown of a long table
@@ -84,7 +85,7 @@ class StepTable:
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in zip(*columns, strict=True)
         ]
-        return "\n".join([f"StepTable of {len(self)} rows{about}:", *lines])
+        return "\n".join([f"StepTable of {counted(len(self), 'row')}{about}:", *lines])
 
     @cached_property
     def timesteps(self) -> torch.Tensor:
@@ -153,7 +154,9 @@ def first_step(steps: int, strength: float) -> int:
     """
     taken = int(steps * number("strength", strength, above=0, most=1) + 1e-9)  # 0.29 of 100 steps are 29
     if taken == 0:
-        raise ValueError(f"strength {strength:g} of {steps} steps leaves none; give at least {1 / steps:.2g}")
+        raise ValueError(
+            f"strength {strength:g} of {counted(steps, 'step')} leaves none; give at least {1 / steps:.2g}"
+        )
     return steps - taken
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ..process.schedule import NoiseSchedule
 from ..utils.validation import choice, whole_number
+from ..utils.words import counted
 
 # sqrt(alphas_cumprod) where sampling starts, beyond that at T - 1. Above it, 2 % of the pixels in the bundled
 # model's background are grey; at 0.7, nearly all.
@@ -82,7 +83,9 @@ def spaced_timesteps(
     else:
         points = steps + skip_zero
         if points > end:
-            raise ValueError(f"there are no {steps} timesteps below {end} to take; take fewer steps")
+            raise ValueError(
+                f"there are no {counted(steps, 'timestep')} below {end} to take; take fewer steps"
+            )
         multiples = np.arange(points) * (end // points)
         increasing = multiples if spacing == "leading" else np.linspace(0, end - 1, points).round()
         increasing = increasing[skip_zero:]
@@ -90,7 +93,8 @@ def spaced_timesteps(
         increasing = increasing + whole_number("steps_offset", steps_offset, 0)
         if increasing[-1] >= T:
             raise ValueError(
-                f"steps_offset {steps_offset} with {steps} steps leads to timestep {increasing[-1]:.0f}, "
+                f"steps_offset {steps_offset} with {counted(steps, 'step')} leads to timestep "
+                f"{increasing[-1]:.0f}, "
                 f"beyond the last, {T - 1}; take fewer steps, or steps_offset=0"
             )
     return _descending(increasing)
@@ -104,7 +108,9 @@ def _sections(T: int, steps: int | None, spacing: str) -> list[int]:
     """The timesteps of sections with the counts in `spacing`, such as "10,15,20"."""
     counts = [int(count) for count in spacing.split(",")]
     if sum(counts) == 0 or steps not in (None, sum(counts)):
-        raise ValueError(f"spacing {spacing!r} has {sum(counts)} steps, not {steps or 'at least 1'}")
+        raise ValueError(
+            f"spacing {spacing!r} has {counted(sum(counts), 'step')}, not {steps or 'at least 1'}"
+        )
     return _respaced(T, counts)
 
 
@@ -116,7 +122,7 @@ def _respaced(T: int, counts: list[int]) -> list[int]:
     for i, count in enumerate(counts):
         section = size + (i < longer)
         if count > section:
-            raise ValueError(f"spacing cannot take {count} timesteps of a section of {section}")
+            raise ValueError(f"spacing cannot take {counted(count, 'timestep')} of a section of {section}")
         stride = (section - 1) / (count - 1) if count > 1 else 1.0
         # Sums, because a product rounds some halves to the other side.
         points = itertools.islice(itertools.accumulate(itertools.repeat(stride), initial=0.0), count)
@@ -131,7 +137,8 @@ def _smallest_stride(T: int, steps: int) -> int:
     if steps not in strides:
         nearest = sorted(strides, key=lambda count: abs(count - steps))[:2]
         raise ValueError(
-            f"spacing 'stride' has no {steps} of {T} timesteps, because no whole stride gives so many; "
+            f"spacing 'stride' has no {steps} of {counted(T, 'timestep')}, because no whole "
+            "stride gives so many; "
             f"the nearest numbers of steps are {' and '.join(map(str, sorted(nearest)))}"
         )
     return strides[steps]

@@ -11,6 +11,7 @@ from typing import Any
 from ..models.structure import config_of
 from ..utils.errors import first_line
 from ..utils.validation import shown
+from ..utils.words import counted
 from .reading import read_json
 
 Result = Mapping[str, Any] | str | os.PathLike
@@ -184,7 +185,7 @@ def _usage(model: Any, name: str) -> str:
 def _facts(model: Any) -> Iterator[tuple[str, str]]:
     config, sampler = config_of(model.unet), model.sampler or {"name": "ddpm"}
     height, width = config.image_shape
-    channels = f"{config.in_channels} channel{'' if config.in_channels == 1 else 's'}"
+    channels = counted(config.in_channels, "channel")
     yield "images", f"{width} x {height}, {channels}, values {list(model.value_range)}"
     names = getattr(model, "class_names", None)
     if model.num_classes is not None:

@@ -13,6 +13,7 @@ from ..data.datasets import LoadedSet
 from ..data.image_files import is_hidden
 from ..data.image_set import Survey
 from ..models.config import UNetConfig
+from ..utils.words import counted
 from .recipe import Recipe, load_recipe
 from .seeds import seed_of
 
@@ -67,7 +68,7 @@ def with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) ->
         unet = recipe.unet | {"in_channels": own, "out_channels": outputs}
         return replace(recipe, unet=unet), f" (the recipe had {wanted})"
     if data in NAMED_SETS:  # these are never converted
-        raise ValueError(f"{data} has {own} channels, but unet.in_channels is {wanted} in {where}")
+        raise ValueError(f"{data} has {counted(own, 'channel')}, but unet.in_channels is {wanted} in {where}")
     if own > wanted and where != "--set":
         raise ValueError(
             f"{data} holds colour, which {where} would lose: unet.in_channels is {wanted}; keep it by --set "
@@ -105,15 +106,25 @@ def with_classes(recipe: Recipe, data: Labelled, fixed: dict[str, str]) -> Recip
             "class, or a dataset.json, or add --unconditional"
         )
     count = len(data.classes) if data.classes else int(data.labels.max()) + 1
-    wanted = recipe.unet["num_classes"]
-    if count != wanted and "num_classes" in fixed:
-        names = f" ({listed(data.classes)})" if data.classes else ""
+    check_classes(recipe, count, data.classes, fixed, data.name)
+    return replace(recipe, unet=recipe.unet | {"num_classes": count})
+
+
+def check_classes(
+    recipe: Recipe, count: int, classes: tuple[str, ...] | None, fixed: dict[str, str], data: str
+) -> None:
+    """ValueError if the user wrote another number of classes than the `count` of the data of this name.
+
+    classes: their names, or None. fixed: as that of `with_channels`.
+    """
+    wanted = recipe.unet.get("num_classes")
+    if count != wanted and wanted is not None and "num_classes" in fixed:
+        names = f" ({listed(classes)})" if classes else ""
         raise ValueError(
-            f"{data.name} has {count} classes{names}, but unet.num_classes is {wanted} in "
+            f"{data} has {counted(count, 'class')}{names}, but unet.num_classes is {wanted} in "
             f"{fixed['num_classes']}; the labels of the images must be those of the model: --set "
             f"unet.num_classes={count}"
         )
-    return replace(recipe, unet=recipe.unet | {"num_classes": count})
 
 
 def labels_by_name(data: Labelled, classes: tuple[str, ...] | None, owner: str) -> torch.Tensor | None:
@@ -148,7 +159,7 @@ def about_classes(
     missing = [label for label in range(count) if label not in seen] if len(seen) < count else []
     names = f": {listed(tuple(classes))}" if classes else ""
     without = f"; no images of {listed([classes[k] if classes else str(k) for k in missing])}"
-    return f"{count} class{'' if count == 1 else 'es'}{remark}{names}{without if missing else ''}"
+    return f"{counted(count, 'class')}{remark}{names}{without if missing else ''}"
 
 
 def check_apart(data: str | os.PathLike, out: str | os.PathLike, name: str = "data") -> None:

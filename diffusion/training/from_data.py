@@ -19,6 +19,7 @@ from ..models.class_names import check_names
 from ..models.config import UNetConfig
 from ..utils.device import resolve_device, torch_multiplies_bfloat16
 from ..utils.validation import known_names, refuse, shown, whole_number, whole_numbers
+from ..utils.words import counted
 from . import loop
 from .fitting import (
     SMALL,
@@ -163,7 +164,7 @@ def train(
         height, width = found.images.shape[2:]
         held = f" ({held_out:,} held out)" if held_out else ""
         size = f"{width} x {height}{about_size}{found.remark}"
-        line = f"{found.name}: {len(found.images):,} images{held}, {size}"
+        line = f"{found.name}: {counted(len(found.images), 'image')}{held}, {size}"
         done = 0 if state is None else state["step"]
         tqdm.write(f"{line}, {classes}; {outlook(trainer, name, done)}", file=sys.stderr)
         tqdm.write(disk_use(trainer, out, done), file=sys.stderr)
@@ -231,7 +232,7 @@ def _read(
             )
         numbers = None if labels is None else whole_numbers("labels", labels, 0, 2**31 - 1)
         if numbers is not None and len(numbers) != count:
-            raise ValueError(f"there are {len(numbers)} labels for {count} images")
+            raise ValueError(f"labels must be {count}, one for each image, not {len(numbers)}")
         choose(Survey(count, channels, (height, width), min(height, width), numbers is not None))
         if scaled:
             size = UNetConfig.from_dict(chosen[0][1].unet).image_shape

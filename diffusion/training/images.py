@@ -6,6 +6,7 @@ from ..data.datasets import DatasetImages
 from ..data.image_set import SomeImages
 from ..models.config import UNetConfig
 from ..storage.image_types import as_tensor
+from ..utils.words import counted
 
 
 def images_as_tensor(images: object) -> torch.Tensor:
@@ -46,5 +47,5 @@ def check_data(
     if not 0 <= labels.min() <= labels.max() < config.num_classes:
         raise ValueError(
             f"the labels of the {what} reach from {labels.min()} to {labels.max()}, but must be in "
-            f"0..{config.num_classes - 1} for a model of {config.num_classes} classes"
+            f"0..{config.num_classes - 1} for a model of {counted(config.num_classes, 'class')}"
         )

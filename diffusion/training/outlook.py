@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..utils.memory import amount
+from ..utils.words import counted
 from .trainer import Trainer
 
 PROBED = 8  # images of the step that is timed on a CPU
@@ -22,7 +23,7 @@ def outlook(trainer: Trainer, name: str | None, done: int = 0) -> str:
     recipe_name = "" if name is None else f"recipe {name}: "
     parameters = trainer.model.unet.config.num_parameters
     size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
-    text = f"{recipe_name}{size} parameters, {left:,} steps of {recipe.batch_size} images"
+    text = f"{recipe_name}{size} parameters, {counted(left, 'step')} of {counted(recipe.batch_size, 'image')}"
     seconds = seconds_per_step(trainer)
     return text if seconds is None else f"{text}, about {duration(left * seconds)} on {trainer.device}"
 
@@ -83,7 +84,6 @@ def duration(seconds: float) -> str:
     """A time in words, such as "40 seconds" or "9.3 hours"."""
     for unit, size in (("second", 1), ("minute", 60)):
         if seconds < 90 * size:
-            number = max(1, round(seconds / size))
-            return f"{number} {unit}{'' if number == 1 else 's'}"
+            return counted(max(1, round(seconds / size)), unit)
     hours = seconds / 3600
     return f"{hours:.1f} hours" if hours < 100 else f"{hours / 24:,.0f} days"

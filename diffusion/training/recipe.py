@@ -134,6 +134,8 @@ class Recipe:
 def load_recipe(name: str | os.PathLike) -> Recipe:
     """A recipe of the package by name ("mnist", "cifar10", ...), or from a JSON file of its fields.
 
+    A file is told from a name by its ending, .json.
+
     ValueError if there is no such recipe, or the file holds none.
     """
     path = FOLDER / f"{name}.json" if str(name) in RECIPES else Path(name)

@@ -56,6 +56,7 @@ def test_another_sampler_than_the_models(tmp_path, monkeypatch, capsys):
         (["--sampler", "ddim", "--onnx", "a.onnx"], "--sampler needs --out"),
         (["--out", "a", "--model", "quad"], "spacing 'quad' cannot be exported"),
         (["--onnx", "."], "cannot write .: it is a folder"),
+        (["--out", "a", "--program", "."], "cannot write .: it is a folder"),
         (["--model", "nowhere", "--onnx", "a.onnx"], "unknown model 'nowhere'"),
     ],
 )

@@ -125,6 +125,30 @@ def test_mistakes_are_one_line(words, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--solver-order", 2], "unknown option of ddim 'solver_order'; samplers with it: dpm++"),
+        (["--labels", 30], "labels must be whole numbers in 0..9, not 30"),
+        (["--guidance-scale", 3], "guidance_scale needs labels to guide towards"),
+        (["--guidance-interval", 5, 1], "guidance_interval must be two numbers (low, high)"),
+        (["--seed", -1], "seed must be a whole number in 0..2^64-1"),
+        (["--spacing", "wide"], "unknown spacing 'wide'"),
+        (["--precision", "half"], "unknown precision 'half'"),
+    ],
+    ids=str,
+)
+def test_mistakes_about_the_samples_are_told_before_the_inversion(words, message, capsys, monkeypatch):
+    """An inversion takes longer than sampling."""
+    monkeypatch.setattr(diffusion.DDPM, "invert", lambda *_, **__: pytest.fail("it was inverted"))
+    with pytest.raises(SystemExit) as stopped:
+        run("--image", "a.png", "--invert", *words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("words", "own", "labels", "scale"),
     [
         (["--invert"], None, None, 1),

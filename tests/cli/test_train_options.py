@@ -218,3 +218,32 @@ def test_each_class_keeps_an_image_to_train_on(pets, tmp_path, capsys):
     assert "no images of" not in found
     words = ["train", "--data", pets, "--out", tmp_path / "other", "--hold-out", "6"]
     assert "--hold-out must be a whole number in 0..5" in told(words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--features", "nonesuch"], "nonesuch holds no usable classifier"),
+        (["--micro-batch", 0], "--micro-batch must be a whole number"),
+        (["--validation-data", "nowhere"], "nowhere"),
+        (
+            ["--set", "unet.num_classes=10"],
+            "pets has 2 classes (cat, dog), but unet.num_classes is 10 in --set",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_images_are_decoded(words, message, pets, tmp_path, monkeypatch, capsys):
+    def decode(*arguments, **options):
+        pytest.fail("it decoded the images")
+
+    monkeypatch.setattr("diffusion.cli.training_data.load_dataset", decode)
+    assert message in told(["train", "--data", pets, "--out", tmp_path / "run", *words], capsys)
+
+
+def test_options_of_many_values_add_up(pets, tmp_path, capsys):
+    """`--set A --set B` is `--set A B`."""
+    changes = ["--set", "batch_size=3", "--set", "unet.channels=24", "warmup_steps=7"]
+    main(["train", "--data", str(pets), "--show", *changes])
+    recipe = json.loads(capsys.readouterr().out)
+    assert (recipe["batch_size"], recipe["unet"]["channels"], recipe["warmup_steps"]) == (3, 24, 7)

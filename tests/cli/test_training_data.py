@@ -196,7 +196,7 @@ def test_named_sets_are_what_they_are():
     for change, expected in (
         (
             "unet.in_channels=3 unet.out_channels=3",
-            "mnist has 1 channels, but unet.in_channels is 3 in --set",
+            "mnist has 1 channel, but unet.in_channels is 3 in --set",
         ),
         ("unet.num_classes=12", "has 10 classes"),
         ("unet.sample_size=32", "28 x 28, and the recipe is for 32 x 32: add --set unet.sample_size=28"),

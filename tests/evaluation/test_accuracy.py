@@ -222,7 +222,7 @@ def test_training_command_ends_in_one_line_without_data(tmp_path, capsys):
         (["--sample-size", "1000"], "too few for 1,000"),
         (["--sample-size", "0"], "at least 10 images"),
         (["--width", "65536"], "such a classifier has"),
-        (["--width", "0"], "width must be a whole number in 1..65536, not 0"),
+        (["--width", "0"], "--width must be a whole number in 1..65536, not 0"),
     ],
 )
 def test_training_command_looks_before_it_trains(words, expected, tmp_path, monkeypatch, capsys):
@@ -332,6 +332,20 @@ def test_the_data_of_a_classifier_are_found_among_sets_of_one_shape(monkeypatch)
     assert _named_set(classifier, "a folder: 9 training images") == "mnist"
 
 
+def test_the_report_names_the_models_classes():
+    digits = FakeModel(real_digits)
+    digits.class_names = tuple(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    )
+    result = evaluate(digits, num=100)
+    assert result["class_accuracy"]["class_names"] == list(digits.class_names)
+    text = format_report(result)
+    assert "by class    zero: " in text
+    assert ", nine: " in text
+    result["class_accuracy"]["misread"] = [{"asked": 4, "seen": 9, "count": 3}]
+    assert "misread     four as nine: 3\n" in format_report(result)
+
+
 def test_the_two_measurements_use_their_own_guidance():
     """Digits under guidance, noise without it: accuracy is high and the distance large."""
     model = FakeModel(lambda labels, g: real_digits(labels, g) if g == 4 else noise(labels, g))
@@ -404,7 +418,7 @@ def test_the_report_says_what_was_measured():
         (
             FakeModel(lambda labels, g: real_digits(labels, g) / 0),
             {"num": 20},
-            "20 samples hold NaN or infinite",
+            "NaN or infinite values in 20 of the model's 20 samples",
         ),
     ],
 )

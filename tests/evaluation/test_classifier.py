@@ -140,6 +140,14 @@ def test_training_is_reproducible():
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+def test_fewer_images_than_a_batch_are_one():
+    images, labels = photographs(30)
+    first, second = (
+        train_classifier(images, labels, config=CONFIG, epochs=1, batch_size=size) for size in (None, 30)
+    )
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The classifier that the command trains on two zips of photographs."""

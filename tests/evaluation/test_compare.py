@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import DDPM
 from diffusion.classifier import load_classifier
 from diffusion.cli import evaluate, main
 from diffusion.data import ImageSet
@@ -306,7 +307,7 @@ def bad_npz(kind: str) -> bytes:
         ("floats", "must be uint8"),
         ("flat", "must be uint8"),
         ("channels", "1 or 3"),
-        ("one", "holds 1 images"),
+        ("one", "holds 1 image;"),
         ("labels", "labels in .* must be integers"),
         ("objects", "cannot read"),
         ("truncated", "cannot read"),
@@ -323,6 +324,45 @@ def test_arrays_that_are_no_images(kind, expected, tmp_path, capsys):
     assert "a.npz" in lines[0]
     with pytest.raises(ValueError, match=expected):
         load_images(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metrics", "fid", "nonsense"], "unknown metric 'nonsense'"),
+        (["--metrics", "fid", "--num", "1"], "fid needs at least 2 samples, not 1"),
+        (["--metrics", "precision-recall", "--num", "3"], "precision-recall needs at least 4 samples, not 3"),
+        (["--features", "cifar10-classifier", "--metrics", "fid"], "takes images [3, 32, 32], not [3, 8, 8]"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_told_before_the_sampling(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model(channels=3).save("model")
+    np.savez("a.npz", images=np.zeros((9, 8, 8, 3), np.uint8))
+    judge = Features("judge", "0" * 64, None, lambda x: (x.flatten(1).float(), x.flatten(1).float()))
+    if "--features" not in words:
+        monkeypatch.setattr("diffusion.cli.evaluate.load_features", lambda name: judge)
+    monkeypatch.setattr(DDPM, "sample", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--model", "model", "--reference", "a.npz", *words])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_curve_that_cannot_be_drawn_is_told_before_the_sampling(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DDPM, "sample", lambda *_, **__: pytest.fail("it sampled"))
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--sweep", "--out", "a.json"])
+    assert caught.value.code == 2
+    assert "cannot write a.png: it is a folder" in capsys.readouterr().err
+    model = FakeModel(real_digits)
+    model.steps = make_model(T=30).steps
+    with pytest.raises(ValueError, match=r"steps must be a whole number in 1\.\.30, not 50"):
+        sweep(model, num=20)
+    assert model.calls == []
 
 
 def test_too_large_arrays(tmp_path, monkeypatch):

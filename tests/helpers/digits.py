@@ -27,12 +27,15 @@ def read_digits(data_dir, split):
 class FakeModel:
     """`draw(labels, guidance_scale)` in place of a diffusion model; remembers how it was called."""
 
-    value_range = (-1.0, 1.0)
+    value_range, class_names = (-1.0, 1.0), None
 
     def __init__(self, draw, num_classes=10, shape=(1, 28, 28)):
         self.draw, self.num_classes, self.calls = draw, num_classes, []
         self.metadata = {"training": {"ema_decay": 0.99}}
         self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=shape[0], image_shape=shape[1:]))
+
+    def steps(self, sampler, steps, **options):
+        """No step table: every sampler and number of steps is taken."""
 
     def sample(self, labels=None, *, num_samples=None, guidance_scale=1.0, **options):
         self.calls.append({"labels": labels, "guidance_scale": guidance_scale, **options})

@@ -205,7 +205,7 @@ def test_wrong_flags(flags, message, tmp_path):
         ({"input_blocks__0__0__weight": torch.ones(32, 6, 3, 3)}, "holds a super-resolution model"),
         ({"input_blocks__0__0__weight": torch.ones(32, 4, 3, 3)}, "takes 4 channels and predicts 3"),
         ({"out__2__weight": torch.ones(4, 32, 3, 3)}, "takes 3 channels and predicts 4"),
-        ({"out__2__weight": torch.ones(())}, "no out.2.weight of 1 dimensions"),
+        ({"out__2__weight": torch.ones(())}, "no out.2.weight of 1 dimension"),
         ({"input_blocks__1__0__emb_layers__1__weight": None}, "no input_blocks.1.0.emb_layers.1.weight"),
         (
             {"middle_block__0__in_layers__0__weight": None},

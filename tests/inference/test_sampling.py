@@ -334,7 +334,10 @@ BAD = {
     "noise of no function": ({"noise": 3}, "noise must be a function, a tensor .* or None, not 3"),
     "noise of another shape": ({"noise": torch.zeros(1)}, "noise must be a dense tensor .1, 2, 8, 8."),
     "batch size": ({"batch_size": 0}, "batch_size"),
-    "sample ids": ({"num_samples": 2, "sample_ids": [1, 2, 3]}, "3 sample_ids for 2 images"),
+    "sample ids": (
+        {"num_samples": 2, "sample_ids": [1, 2, 3]},
+        "sample_ids must be 2, one for each image, not 3",
+    ),
     "negative sample id": ({"sample_ids": [-1]}, "sample_ids"),
     "backend": ({"backend": "vulkan"}, "backend 'vulkan'"),
     "device": ({"device": "cuda:99"}, "device"),

@@ -82,7 +82,7 @@ def test_a_short_step_table():
 def test_a_long_step_table_shows_both_ends():
     table = make_model().steps("ddpm")
     title, _, *rows = repr(table).splitlines()
-    assert title == "StepTable of 1000 rows:"
+    assert title == "StepTable of 1,000 rows:"
     assert [row.split()[0] for row in rows] == ["0", "1", "2", "3", "4", "...", "997", "998", "999"]
     assert [row.split()[1] for row in rows if "..." not in row] == [
         *("999", "998", "997", "996", "995"),

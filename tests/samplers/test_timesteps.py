@@ -97,7 +97,7 @@ def test_truncated_spacing_is_that_of_denoising_diffusion_pytorch(T, steps):
 @pytest.mark.parametrize(
     ("steps", "spacing", "message"),
     [
-        (300, "stride", "no 300 of 1000 timesteps.* the nearest numbers of steps are 250 and 334"),
+        (300, "stride", "no 300 of 1,000 timesteps.* the nearest numbers of steps are 250 and 334"),
         (10, "10,15", r"spacing '10,15' has 25 steps, not 10"),
         (None, "0", r"spacing '0' has 0 steps"),
         (None, "501,3", "cannot take 501 timesteps of a section of 500"),

@@ -141,7 +141,7 @@ def test_the_images_choose_the_recipe(tmp_path, capsys):
     line = capsys.readouterr().err.strip().splitlines()
     found = next(text for text in line if "no labels" in text)
     assert "6 images, 64 x 64 (the middle square, scaled), no labels; recipe small-64: " in found
-    assert "1 steps of 6 images" in found
+    assert "1 step of 6 images" in found
     assert model.num_classes is None
     found = survey_dataset(photographs)
     assert (found.images, found.channels, found.size, found.side, found.labelled) == (6, 3, None, 70, False)
@@ -163,7 +163,7 @@ def test_a_folder(tmp_path):
     ("change", "expected"),
     [
         ({"data": some_pixels() / np.float32(255)}, "must be uint8 in 0..255, not float32; make them so by"),
-        ({"labels": [0, 1]}, "there are 2 labels for 24 images"),
+        ({"labels": [0, 1]}, "labels must be 24, one for each image, not 2"),
         ({"data": some_pixels(24, (16, 16, 3))}, "the images are 16 x 16, and the recipe's 8 x 8"),
         ({"step": 7}, "field of a recipe"),
         ({"recipe": "small-33"}, "small-33"),

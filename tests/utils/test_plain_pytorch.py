@@ -68,7 +68,9 @@ def test_commands_without_the_library(tmp_path, monkeypatch):
         main(["sample", "--steps", "1", "--num", "1", "--precision", "fast", "--out", "a.png"])
         model = diffusion.load("mnist")
         where = [where_to_sample(model.unet, None, None, precision) for precision in ("fast", "exact")]
-        assert where[0] == where[1]
+        assert where[0] == where[1] == (torch.device("cpu"), torch.float32)
+        images = [model.sample(3, steps=2, precision=precision) for precision in ("fast", "exact")]
+        assert torch.equal(*images)
         net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.SiLU())
         x = torch.randn(1, 1, 8, 8)
         expected = net(x)
