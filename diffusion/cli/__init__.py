@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, Protocol
 
 from .. import __version__
@@ -59,7 +59,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     try:
         check_environment()
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _teller_of_warnings()
             yield
     except Stopped as error:
         print(f"\nstopped at step {error.step}; go on with --resume", file=sys.stderr)
@@ -108,9 +108,17 @@ def _cleaning_up(command: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """Prints a warning in one line, without its position in the code."""
-    print(f"diffusion: warning: {printable(str(message))}", file=sys.stderr)
+def _teller_of_warnings() -> Callable[..., None]:
+    """Prints each warning once, in one line, without its position in the code."""
+    told = set()
+
+    def tell(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+        line = f"diffusion: warning: {printable(str(message))}"
+        if line not in told:
+            told.add(line)
+            print(line, file=sys.stderr)
+
+    return tell
 
 
 def escape_unencodable_names() -> None:

@@ -103,6 +103,17 @@ def test_training_tells_of_a_folder_with_the_name_of_a_data_set(tmp_path, monkey
     ]
 
 
+def test_a_command_tells_a_warning_once(tmp_path, monkeypatch, capsys):
+    """The name is looked up by the command, and again by what reads the images."""
+    monkeypatch.chdir(tmp_path)
+    Path("cifar10").mkdir()
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "cifar10", "--data", "cifar10", "--data-dir", "nowhere", "--out", "run"])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("diffusion: warning: cifar10 is the data set of the package;")
+    assert "nowhere" in error
+
+
 def test_a_recipe_is_told_from_a_file_by_its_ending(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mnist").write_text("{}")
