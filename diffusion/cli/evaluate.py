@@ -15,7 +15,7 @@ from ..data import NAMED_SETS, ImageSet
 from ..data.npz import load_images
 from ..ddpm import DDPM, load
 from ..evaluation.accuracy import evaluate, format_report
-from ..evaluation.compare import METRICS, check_comparison, compare, format_result
+from ..evaluation.compare import METRICS, check_comparison, check_metrics, compare, format_result
 from ..evaluation.features import load_features
 from ..evaluation.guidance_sweep import check_curves, save_sweep, sweep
 from ..evaluation.likelihood import bits_per_dimension
@@ -201,6 +201,7 @@ def _sampling(args: argparse.Namespace, model: DDPM) -> dict[str, Any]:
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     if not args.reference:
         raise ValueError("--reference is missing: the images to compare --samples with")
+    check_metrics(args.metrics)  # before features are fetched
     features = load_features(args.features)
     protocol: dict[str, Any] = {}
     if args.samples:

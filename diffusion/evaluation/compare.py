@@ -137,16 +137,21 @@ def check_comparison(
     samples: torch.Tensor, reference: torch.Tensor, features: Features, metrics: Sequence[str]
 ) -> None:
     """ValueError if `compare` would refuse images [N, C, H, W] of these shapes; their values are not read."""
-    for name in metrics or [""]:
-        choice("metric", name, METRICS)
-    if _by_fidelity(metrics):
-        import_fidelity()
+    check_metrics(metrics)
     for images, what in ((samples, "samples"), (reference, "reference images")):
         features.check(features.in_channels(images))
         for name in metrics:
             least = NEIGHBOURS + 1 if name == "precision-recall" else 2
             if len(images) < least:
                 raise ValueError(f"{name} needs at least {least} {what}, not {len(images)}")
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """ValueError if one is unknown, if there is none, or without the torch-fidelity that one needs."""
+    for name in metrics or [""]:
+        choice("metric", name, METRICS)
+    if _by_fidelity(metrics):
+        import_fidelity()
 
 
 def _by_fidelity(metrics: Sequence[str]) -> bool:

@@ -350,6 +350,13 @@ def test_what_cannot_be_compared_is_told_before_the_sampling(words, message, tmp
     assert message in capsys.readouterr().err
 
 
+def test_an_unknown_metric_is_told_before_features_are_fetched(monkeypatch, capsys):
+    monkeypatch.setattr("diffusion.cli.evaluate.load_features", lambda name: pytest.fail("it fetched"))
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--samples", "a.npz", "--reference", "b.npz", "--metrics", "fid", "--metrics", "x"])
+    assert "unknown metric 'x'" in capsys.readouterr().err
+
+
 def test_a_curve_that_cannot_be_drawn_is_told_before_the_sampling(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DDPM, "sample", lambda *_, **__: pytest.fail("it sampled"))
