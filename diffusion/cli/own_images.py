@@ -99,7 +99,8 @@ def check_start_options(args: argparse.Namespace, suffix: str, sharded: bool) ->
 
 def _check_inversion(args: argparse.Namespace) -> None:
     for name in NOT_INVERTED:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # and 0 is given, too
             raise ValueError(f"--invert has no noise and no clipping: leave out --{name.replace('_', '-')}")
     if args.sampler not in (None, "ddim"):
         raise ValueError(f"--invert is of the sampler ddim, not {args.sampler}: leave out --sampler")

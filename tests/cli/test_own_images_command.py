@@ -104,6 +104,7 @@ def test_between_two_noises():
         (["--iterations", 3], "--iterations needs --invert"),
         (["--image", "a.png", "--invert", "--strength", 0.5], "no clipping: leave out --strength"),
         (["--image", "a.png", "--invert", "--eta", 1], "no clipping: leave out --eta"),
+        (["--image", "a.png", "--invert", "--eta", 0], "no clipping: leave out --eta"),
         (["--image", "a.png", "--invert", "--sampler", "heun"], "of the sampler ddim, not heun"),
         (["--image", "a.png", "--invert", 30], "labels"),
         (["--x0", "--out", "c.npz"], "--x0 makes a .gif or a picture"),
