@@ -75,7 +75,8 @@ def read(name: str | os.PathLike, *, verify: bool = True, flags: dict[str, Any] 
         return Imported(*checkpoint.read(path, verify))
     if path.suffix.lower() in PICTURES and path.is_file():
         raise ValueError(
-            f"{name} is an image, not a model; model.sample(image=Image.open({str(name)!r})) changes it"
+            f"{name} is an image, not a model; diffusion sample --image changes it, and in Python "
+            f"model.sample(image=Image.open({str(name)!r}))"
         )
     foreign, wanted = Checkpoint(path), flags.pop("format", None)
     if importer := importer_of(foreign, wanted):

@@ -42,14 +42,12 @@ def to_uint8(x: torch.Tensor, value_range: tuple[float, float] = SIGNED) -> torc
     """
     if x.dtype == torch.uint8:
         return x
-    if not x.is_floating_point():
-        low, high = value_range
-        raise ValueError(f"images must be floats in [{low:g}, {high:g}], or uint8 in 0..255, not {x.dtype}")
     low, high = value_range
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floats in [{low:g}, {high:g}], or uint8 in 0..255, not {x.dtype}")
     x = change_range(x.float(), check_range("value_range", value_range), SIGNED)
-    if (
-        x.numel() and x.min() >= -1 and x.max() > MAX_VALUE
-    ):  # noise and unclipped samples have negative values
+    # Noise and unclipped samples have negative values.
+    if x.numel() and x.min() >= -1 and x.max() > MAX_VALUE:
         raise ValueError(
             f"images of floats must be in [{low:g}, {high:g}], and these look like those of 0..255; give "
             "x.to(torch.uint8), or another value_range"

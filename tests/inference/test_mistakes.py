@@ -73,7 +73,10 @@ def test_an_image_is_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     diffusion.save_grid(torch.zeros(1, 1, 8, 8), "a.png")
     text = error(ValueError, diffusion.load, "a.png")
-    assert text == "a.png is an image, not a model; model.sample(image=Image.open('a.png')) changes it"
+    assert text == (
+        "a.png is an image, not a model; diffusion sample --image changes it, and in Python "
+        "model.sample(image=Image.open('a.png'))"
+    )
 
 
 @pytest.mark.parametrize(
