@@ -42,10 +42,10 @@ def to_uint8(x: torch.Tensor, value_range: tuple[float, float] = SIGNED) -> torc
     """
     if x.dtype == torch.uint8:
         return x
-    low, high = value_range
+    low, high = check_range("value_range", value_range)
     if not x.is_floating_point():
         raise ValueError(f"images must be floats in [{low:g}, {high:g}], or uint8 in 0..255, not {x.dtype}")
-    x = change_range(x.float(), check_range("value_range", value_range), SIGNED)
+    x = change_range(x.float(), (low, high), SIGNED)
     # Noise and unclipped samples have negative values.
     if x.numel() and x.min() >= -1 and x.max() > MAX_VALUE:
         raise ValueError(

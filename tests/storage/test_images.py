@@ -239,3 +239,10 @@ def test_a_name_of_no_format(name, tmp_path):
     with pytest.raises(ValueError, match=r"end its name in .png, .jpg, .jpeg or .webp"):
         save_grid(torch.zeros(1, 1, 4, 4), tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value_range", [1, (1,), None, (1, 0), "ab"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_wrong_value_range_is_named(value_range, dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"^value_range must be two"):
+        save_grid(torch.zeros(1, 1, 8, 8, dtype=dtype), tmp_path / "a.png", value_range=value_range)
