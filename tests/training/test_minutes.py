@@ -43,7 +43,8 @@ def test_compiling_in_the_first_step_does_not_end_the_run(clock, tmp_path):
     assert trainer.step == 8
 
 
-@pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 1])
 def test_all_ranks_end_after_the_same_step(slow, tmp_path):
     """One rank takes 3 s a step, so another step and a checkpoint end too late after 5; the other 1 s."""
     setup = f"clocked(trainer, 3 if ranks.rank == {slow} else 1)"
