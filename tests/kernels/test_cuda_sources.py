@@ -175,6 +175,7 @@ def test_the_counts_of_the_documentation(row):
         assert abs(code.registers - registers) <= 2
 
 
+@pytest.mark.slow
 def test_a_reverse_step_divides_once_at_most():
     """A division of 64 bits is some hundred instructions, with a conversion to floating point for each."""
     rgb = counts_of(STEP, "reverse_step_rgb_kernelINS_8BFloat16ELi3E")
