@@ -12,8 +12,11 @@ from helpers.paths import ROOT
 
 OPS = ROOT / "tests" / "kernels" / "ops"
 FILES = ("triton", "philox", "reverse_step", "reverse_step_in_place")
-# Without the largest cases: they would take minutes each.
+# Without the largest cases: they would take minutes each. Without logits in the thousands in float32: the
+# gradient takes them from products of keys and queries, which NumPy may round otherwise than those of queries
+# and keys.
 SELECTION = "triton and not millions and not Distribution and not imagenet64 and not (reverse_step and many)"
+SELECTION += " and not (extreme and torch.float32)"
 pytestmark = pytest.mark.skipif(
     _triton.MISSING is not None or _triton.INTERPRETED, reason="no Triton, or already in its interpreter"
 )
