@@ -64,43 +64,40 @@ def _way_to_orthogonalise(device: torch.device) -> Callable[[Matrices, dict], Ma
 
 
 def _orthogonalised_by_amx(matrices: Matrices, group: dict) -> Matrices:
-    return [_orthogonalised(matrix.bfloat16(), newton_schulz, group) for matrix in matrices]
+    return [_orthogonalised(matrix, group) for matrix in matrices]
 
 
-def orthogonalised_in_float32(matrices: Matrices, group: dict) -> Matrices:
-    """One after the other, where PyTorch would compute products of bfloat16 number by number."""
-    return [_orthogonalised(matrix.float(), _iterated, group) for matrix in matrices]
-
-
-def _orthogonalised(x: torch.Tensor, iterated: Callable[..., torch.Tensor], group: dict) -> torch.Tensor:
+def _orthogonalised(matrix: torch.Tensor, group: dict) -> torch.Tensor:
+    x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = (x.T if tall else x).contiguous()
-    x = x / torch.linalg.vector_norm(x).clamp(min=group["eps"])
-    x = iterated(x, group["ns_steps"], *group["ns_coefficients"])
+    x /= torch.linalg.vector_norm(x).clamp(min=group["eps"])
+    x = newton_schulz(x, group["ns_steps"], *group["ns_coefficients"])
     return x.T if tall else x
 
 
-def _iterated(x: torch.Tensor, steps: int, a: float, b: float, c: float) -> torch.Tensor:
-    """The iteration of Jordan et al. 2024: X <- a X + (b X X^T + c (X X^T)^2) X."""
-    plus_product = torch.baddbmm if x.ndim == 3 else torch.addmm
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = plus_product(x, plus_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+def orthogonalised_in_float32(matrices: Matrices, group: dict) -> Matrices:
+    """Where PyTorch would compute products of bfloat16 number by number."""
+    return orthogonalised_in_batches(matrices, group, torch.float32)
 
 
-def orthogonalised_in_batches(matrices: Matrices, group: dict) -> Matrices:
-    """Those of one shape together, in bfloat16."""
+def orthogonalised_in_batches(
+    matrices: Matrices, group: dict, dtype: torch.dtype = torch.bfloat16
+) -> Matrices:
+    """Those of one shape together, by the same iteration: X <- a X + (b X X^T + c (X X^T)^2) X."""
     alike: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         alike.setdefault(matrix.shape, []).append(i)
+    a, b, c = group["ns_coefficients"]
     results = list(matrices)
     for shape, indices in alike.items():
-        x = torch.stack([matrices[i] for i in indices]).bfloat16()
+        x = torch.stack([matrices[i] for i in indices]).to(dtype)
         tall = shape[0] > shape[1]
         x = (x.mT if tall else x).contiguous()
         x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-        x = _iterated(x, group["ns_steps"], *group["ns_coefficients"])
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         for i, result in zip(indices, x.mT if tall else x, strict=True):
             results[i] = result
     return results

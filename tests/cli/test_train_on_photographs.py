@@ -25,7 +25,7 @@ from diffusion.training.recipe import load_recipe
 from diffusion.training.trainer import Trainer
 from helpers.paths import ROOT
 from helpers.training import make_trainer, run
-from helpers.unets import size_and_flops
+from helpers.work import size_and_flops
 
 # A network of a few thousand parameters in place of a recipe's, for the same data.
 TINY = ["unet.channels=8", "unet.channel_mult=[1,1,1]", "unet.num_res_blocks=1", "unet.attention_levels=[]"]

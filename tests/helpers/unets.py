@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.models.unet import UNet, UNetConfig
 
@@ -35,18 +33,6 @@ def inputs(config: UNetConfig, batch: int = 2, size=None):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, config.in_channels, *(size or config.image_shape), generator=generator)
     return x, torch.arange(batch) * 400 + 3
-
-
-def size_and_flops(config: UNetConfig) -> tuple[int, int]:
-    """The parameters, and PyTorch's count for an image, which knows attention as two products only."""
-    unet = UNet(config).eval()
-    x, t = inputs(config, batch=1)
-    label = None if config.num_classes is None else torch.zeros(1, dtype=torch.int64)
-    with torch.no_grad():
-        embedding = unet.embed(t, label)  # once a timestep, whatever the number of images
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            unet.denoise(x, embedding, "reference")
-    return sum(parameter.numel() for parameter in unet.parameters()), counter.get_total_flops()
 
 
 VARIANTS = {

@@ -105,10 +105,10 @@ def test_it_is_diffusers(options, prediction_type, spacing, steps):
     )
     theirs.set_timesteps(steps)
     # In float64: diffusers rounds its noise levels to float32, and a long step multiplies that.
-    visited = [*theirs.timesteps.tolist(), *([0] if "final_sigmas_type" in options else [])]
-    alphas = SCHEDULE.alphas_cumprod.double()[visited]
-    levels = ((1 - alphas) / alphas).sqrt()
-    theirs.sigmas = levels if "final_sigmas_type" in options else torch.cat([levels, levels.new_zeros(1)])
+    alphas = SCHEDULE.alphas_cumprod.double()[[*theirs.timesteps.tolist(), 0]]
+    theirs.sigmas = ((1 - alphas) / alphas).sqrt()
+    if "final_sigmas_type" not in options:
+        theirs.sigmas[-1] = 0
     model = Denoiser(SCHEDULE, prediction_type, dtype=torch.float64)
     noise = [z.double() for z in noises(steps)]
     x, trajectory = noise[0], []

@@ -11,7 +11,7 @@ from diffusion import NoiseSchedule, UNet, UNetConfig
 from diffusion.cli import main
 from diffusion.training.recipe import RECIPES, Recipe, changed, load_recipe, recipe_from
 from helpers.paths import ROOT
-from helpers.unets import size_and_flops
+from helpers.work import size_and_flops
 
 
 def test_the_recipes_of_the_package():
