@@ -12,6 +12,7 @@ from . import calls
 from .graph import Graph, Node, Value, shares_memory
 from .known_functions import in_order
 from .lowering import lower
+from .shapes import empty_result
 
 
 class Untraceable(Exception):
@@ -57,7 +58,9 @@ class Tracer(TorchFunctionMode):
         options = in_order(name, kwargs or {})
         before = calls.tensors_in((args, options))
         versions = list(map(_version, before))
-        result = function(*args, **options)
+        result = empty_result(function, args, options)
+        if result is None:
+            result = function(*args, **options)
         results = calls.tensors_in(result)
         if name in ("set", "as_strided"):  # memory is laid out in another way here
             raise Untraceable(f"it looks at the memory of tensors, by {name}")
