@@ -75,3 +75,12 @@ def test_an_offset_can_be_a_models_default():
     model = make_model()
     own = diffusion.DDPM(model.unet, model.schedule, sampler_options={"ddim": {"steps_offset": 1}})
     assert own.steps("ddim", 5).timesteps[-1] == 1
+
+
+def test_a_models_options_are_checked_by_their_type():
+    """Equal values of other types, after the right ones were found to serve."""
+    unet = make_model().unet
+    for right, wrong in (({"solver_order": 1}, {"solver_order": True}), ({"sde": True}, {"sde": 1})):
+        diffusion.DDPM(unet, NoiseSchedule.linear(), sampler_options={"dpm++": right})
+        with pytest.raises((TypeError, ValueError), match=r"sampler_options\['dpm\+\+'\]"):
+            diffusion.DDPM(unet, NoiseSchedule.linear(), sampler_options={"dpm++": wrong})
