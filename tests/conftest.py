@@ -1,7 +1,9 @@
 """Fixtures of all tests: small models, and each instruction set in turn."""
 
+import functools
 import gc
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import settings
 
 from diffusion import DDPM
 from diffusion.kernels import _native
+from diffusion.planner.state import ModuleState
 from helpers.models import make_model
 from helpers.native import TESTED
 from helpers.thinning import in_eighth, mark_exhaustive
@@ -66,13 +69,27 @@ def few_steps(monkeypatch):
     monkeypatch.setattr("diffusion.samplers.timesteps._warned", True)
 
 
+@functools.cache
+def _made(num_classes: int | None) -> tuple[DDPM, ModuleState]:
+    model = make_model(num_classes)
+    return model, ModuleState(model)
+
+
+def _shared(num_classes: int | None) -> Iterator[DDPM]:
+    """The model of the tests before, with the plans made for it; a new one after a test that altered it."""
+    model, state = _made(num_classes)
+    yield model
+    if not state.holds(whole=True):
+        _made.cache_clear()
+
+
 @pytest.fixture
-def model() -> DDPM:
+def model():
     """An unconditional model."""
-    return make_model()
+    yield from _shared(None)
 
 
 @pytest.fixture
-def conditional() -> DDPM:
+def conditional():
     """A model of ten classes."""
-    return make_model(10)
+    yield from _shared(10)

@@ -575,8 +575,9 @@ def replayed(monkeypatch):
         ({"dynamic_threshold": 0.9, "sampler": "dpm++", "guidance_rescale": 0.7}, 1),
     ],
 )
-def test_captured_steps_need_nothing_but_their_buffers(conditional, replayed, monkeypatch, options, graphs):
+def test_captured_steps_need_nothing_but_their_buffers(replayed, monkeypatch, options, graphs):
     """The same images with steps that are captured once, and replayed for all others and another batch."""
+    conditional = make_model(10)  # which has captured nothing
     options = {"sampler": "ddim", "steps": 10, "guidance_scale": 2.0, "seed": 3} | options
     labels = [3, 1, 4, 1, 5]
     first = conditional.sample(labels, **options)
