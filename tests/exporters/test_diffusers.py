@@ -14,6 +14,7 @@ from diffusion.exporters.diffusers import FILES, to_diffusers
 from diffusion.models.conv_stack import ConvStackConfig
 from diffusion.models.registry import build
 from helpers.models import make_model
+from helpers.thinning import exhaustive_but
 from helpers.unets import VARIANTS, randomized
 
 TOLERANCE = 1e-4
@@ -98,7 +99,11 @@ def assert_same_images(model: DDPM, folder, monkeypatch) -> dict:
     return call
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+# Those of `test_predictions`, and those whose options others have.
+OTHERS = ("ddpm", "ddim", "dpm++", "ddpm of all steps", "dpm++ trailing")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(SAMPLERS, default=SAMPLERS.keys() - OTHERS))
 def test_the_pipeline_gives_the_images_of_the_own_sampler(name, tmp_path, monkeypatch):
     model = make_model(channels=3, T=T, sampler=SAMPLERS[name], prediction_type="v_prediction")
     call = assert_same_images(model, tmp_path, monkeypatch)

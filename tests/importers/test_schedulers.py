@@ -12,6 +12,7 @@ import torch
 import diffusion
 from diffusion.importers.diffusers_scheduler import read_scheduler
 from diffusion.samplers import SAMPLERS, SpacingWarning
+from helpers.thinning import covering
 
 CONFIG = {
     "sample_size": 4,
@@ -158,14 +159,23 @@ UNIPC = [
     {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.2},
     {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
 ]
+
+
+def every_value(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fewest that hold each value of each option, with the one of the defaults."""
+    names = sorted({name for config in configs for name in config})
+    rows = [tuple(repr(config.get(name)) for name in names) for config in configs]
+    return [{}, *(configs[i] for i in covering(rows, 1))]
+
+
 CASES = [
-    *((diffusers.DDPMScheduler, config) for config in DDPM),
-    *((diffusers.DDIMScheduler, config) for config in DDIM),
-    *((diffusers.DPMSolverMultistepScheduler, config) for config in SOLVER),
-    *((diffusers.UniPCMultistepScheduler, config) for config in UNIPC),
     *(
         pytest.param(scheduler, config, marks=pytest.mark.exhaustive if config not in default else ())
         for scheduler, configs, default in (
+            (diffusers.DDPMScheduler, DDPM, every_value(DDPM)),
+            (diffusers.DDIMScheduler, DDIM, every_value(DDIM)),
+            (diffusers.DPMSolverMultistepScheduler, SOLVER, every_value(SOLVER)),
+            (diffusers.UniPCMultistepScheduler, UNIPC, every_value(UNIPC)),
             (diffusers.DDPMParallelScheduler, DDPM[1:6], DDPM[5:6]),
             (diffusers.DDIMParallelScheduler, DDIM[1:6], DDIM[4:5]),
         )

@@ -40,27 +40,27 @@ def on_the_cpu(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.thinned
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_outputs_are_the_networks(name, dtype, on_the_cpu):
+def test_outputs_are_the_networks(name, dtype, batch, on_the_cpu):
     make, inputs = NETWORKS[name]
-    for batch in (1, 3):
-        network = make()
-        given = inputs(batch)
-        in_double = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
-        expected = make().double()(**in_double).sample
-        given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
-        network = network.to(dtype)
-        peer = network(**given).sample
-        actual = diffusion.accelerate(network)(**given).sample
-        assert "calls of group_norm_silu" in network.report()
-        assert actual.dtype == dtype
-        assert actual.shape == expected.shape
-        if dtype == torch.float32:
-            assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-        else:
-            error, allowed = ((y - expected).square().mean().sqrt() for y in (actual, peer))
-            assert error <= 2 * allowed
+    network = make()
+    given = inputs(batch)
+    in_double = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
+    expected = make().double()(**in_double).sample
+    given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
+    network = network.to(dtype)
+    peer = network(**given).sample
+    actual = diffusion.accelerate(network)(**given).sample
+    assert "calls of group_norm_silu" in network.report()
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    if dtype == torch.float32:
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    else:
+        error, allowed = ((y - expected).square().mean().sqrt() for y in (actual, peer))
+        assert error <= 2 * allowed
 
 
 @torch.no_grad()

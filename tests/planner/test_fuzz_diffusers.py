@@ -24,7 +24,7 @@ CROSS_DOWN = ["DownBlock2D", "CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D
 CROSS_UP = ["UpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"]
 MIDS = ["UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D"]
 WIDTH = 12  # of the encoder's states
-DEFAULT = range(6)  # seeds: each kind of network in each mode
+DEFAULT = (0, 3, 4)  # seeds: both kinds of network, and each mode
 
 
 @pytest.fixture(autouse=True)

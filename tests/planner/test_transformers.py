@@ -109,7 +109,8 @@ def exact(network: nn.Module, given: dict) -> Tensor:
     return copy.deepcopy(network).double()(**given).sample
 
 
-OTHERS = ("conditional", "class labels", "slow attention")  # of which another test has one of the kind
+# Of which another test, or another network, has one of the kind.
+OTHERS = ("conditional", "class labels", "slow attention", "images that are not square", "vectors as labels")
 
 
 @torch.no_grad()
