@@ -18,7 +18,8 @@ DIFFUSION_NO_CUDA=1 CXX=$work/compiler python3 setup.py build_ext --inplace >bui
 compgen -G 'kernels/_cpp.*.so' >build.so || { tail build.log; exit 1; }
 if [ $# = 0 ]; then
     set -- tests/kernels/ops tests/kernels/test_recorded_calls.py tests/inference/test_cpu_plan.py
-    set -- "$@" -k "not compile and not opcheck"
+    # AddressSanitizer ends a process whose address space is limited.
+    set -- "$@" -k "not compile and not opcheck and not without_memory"
 fi
 export PYTHONPATH=$work LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1

@@ -1,6 +1,7 @@
 """The command line: what it writes, and one line and status 2 for what it cannot do."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,13 +17,21 @@ from helpers.models import make_model
 from helpers.processes import start_python
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with a conditional and an unconditional model."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a conditional and an unconditional model."""
+    folder = tmp_path_factory.mktemp("models")
     # Pictures have one channel or three.
     for name, classes in (("digits", 10), ("plain", None)):
-        make_model(classes, channels=1).save(name)
+        make_model(classes, channels=1).save(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(saved, tmp_path, monkeypatch):
+    """Every test works in a folder of its own with these models."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
 def run(*words):

@@ -8,7 +8,7 @@ import signal
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from threading import Barrier
 
 import numpy as np
@@ -26,6 +26,8 @@ from helpers.models import make_model
 from helpers.processes import start_python
 
 OPTIONS = ["--steps", "4", "--sampler", "ddim", "--shard-size", "3", "--num", "11", "--seed", "5"]
+
+model_of = cache(make_model)  # with the plans of the tests before
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +247,7 @@ def damaged(path, damage: str) -> None:
     ],
 )
 def test_a_shard_that_was_altered_is_made_again(damage, reason, tmp_path):
-    make = partial(sample_shards, make_model(10), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
+    make = partial(sample_shards, model_of(10), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
     make()
     before = shards_of(tmp_path)
     damaged(tmp_path / "shard-00001.npz", damage)
@@ -263,7 +265,7 @@ def test_a_shard_that_was_altered_is_made_again(damage, reason, tmp_path):
     "damage", ["flipped labels", "zero images", "a flipped pixel", "no digest", "one more"]
 )
 def test_a_shard_that_was_altered_is_not_evaluated(damage, tmp_path):
-    sample_shards(make_model(10, channels=1), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
+    sample_shards(model_of(10, channels=1), tmp_path, 6, [3, 1, 4], shard_size=3, steps=2)
     found = load_images(tmp_path)
     assert found.labels.tolist() == [3, 1, 4, 3, 1, 4]
     damaged(tmp_path / "shard-00001.npz", damage)
@@ -275,7 +277,7 @@ def test_a_shard_that_was_altered_is_not_evaluated(damage, tmp_path):
 
 def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
     """Bytes that belong to no array, such as the times in a zip, are left out."""
-    make = partial(sample_shards, make_model(10), tmp_path, 3, [3, 1, 4], shard_size=3, steps=2)
+    make = partial(sample_shards, model_of(10), tmp_path, 3, [3, 1, 4], shard_size=3, steps=2)
     make()
     path = tmp_path / "shard-00000.npz"
     whole = path.read_bytes()
@@ -301,15 +303,15 @@ def test_any_flipped_byte_of_a_shard_is_noticed(tmp_path):
 def test_a_shard_of_another_run_is_made_again(tmp_path):
     """The shard holds other images, with a digest that is right for them."""
     for seed in (0, 1):
-        sample_shards(make_model(), tmp_path / str(seed), 2, shard_size=2, steps=2, seed=seed)
+        sample_shards(model_of(), tmp_path / str(seed), 2, shard_size=2, steps=2, seed=seed)
     before, path = shards_of(tmp_path / "0"), tmp_path / "0" / "shard-00000.npz"
     path.write_bytes((tmp_path / "1" / "shard-00000.npz").read_bytes())
-    assert len(sample_shards(make_model(), tmp_path / "0", 2, shard_size=2, steps=2)["remade"]) == 1
+    assert len(sample_shards(model_of(), tmp_path / "0", 2, shard_size=2, steps=2)["remade"]) == 1
     assert shards_of(tmp_path / "0") == before
 
 
 def test_many_damaged_shards_are_one_line(tmp_path):
-    make = partial(sample_shards, make_model(), tmp_path, 8, shard_size=1, steps=1)
+    make = partial(sample_shards, model_of(), tmp_path, 8, shard_size=1, steps=1)
     make()
     for path in tmp_path.glob("shard-*"):
         path.write_bytes(b"")
@@ -319,7 +321,7 @@ def test_many_damaged_shards_are_one_line(tmp_path):
 
 
 def test_a_small_file_does_not_become_a_large_array(tmp_path):
-    make = partial(sample_shards, make_model(), tmp_path, 1, shard_size=1, steps=1)
+    make = partial(sample_shards, model_of(), tmp_path, 1, shard_size=1, steps=1)
     make()
     with np.load(tmp_path / "shard-00000.npz") as shard:
         arrays = dict(shard) | {"images": np.zeros((2**26,), np.uint8)}
@@ -381,19 +383,19 @@ def test_an_option_that_is_left_out_is_another_setting(option, expected, folder,
 
 def test_none_is_another_setting_than_nothing(tmp_path):
     """`clip=None` samples without a limit, and the model's own limit is another one."""
-    sample_shards(make_model(), tmp_path, 2, steps=2, clip=None)
+    sample_shards(model_of(), tmp_path, 2, steps=2, clip=None)
     with pytest.raises(ValueError, match="holds images of another clip; choose another folder"):
-        sample_shards(make_model(), tmp_path, 2, steps=2)
+        sample_shards(model_of(), tmp_path, 2, steps=2)
 
 
 def test_a_whole_number_is_an_equal_float(tmp_path):
-    sample_shards(make_model(10), tmp_path, 2, [1], steps=2, guidance_scale=2)
-    assert sample_shards(make_model(10), tmp_path, 2, [1], steps=2, guidance_scale=2.0)["kept"] == 1
+    sample_shards(model_of(10), tmp_path, 2, [1], steps=2, guidance_scale=2)
+    assert sample_shards(model_of(10), tmp_path, 2, [1], steps=2, guidance_scale=2.0)["kept"] == 1
 
 
 @pytest.mark.parametrize("damage", [[], 5, None, "text", "no options", "a list", "one more"])
 def test_a_run_json_that_was_altered_is_named(damage, tmp_path):
-    make = partial(sample_shards, make_model(), tmp_path, 2, steps=2)
+    make = partial(sample_shards, model_of(), tmp_path, 2, steps=2)
     make()
     settings = json.loads((tmp_path / "run.json").read_text())
     expected = r"run\.json is damaged: .*; remove the folder, or choose another$"
@@ -417,7 +419,7 @@ def test_a_run_json_that_was_altered_is_named(damage, tmp_path):
 )
 def test_a_link_in_a_shards_place_is_replaced(target, tmp_path):
     """The link is not followed: the shard that it leads to stays unchanged."""
-    make = partial(sample_shards, make_model(channels=1), tmp_path, 3, shard_size=1, steps=2)
+    make = partial(sample_shards, model_of(channels=1), tmp_path, 3, shard_size=1, steps=2)
     make()
     before = shards_of(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -434,7 +436,7 @@ def test_a_link_in_a_shards_place_is_replaced(target, tmp_path):
 
 
 def test_a_link_to_the_right_shard_is_kept(tmp_path):
-    make = partial(sample_shards, make_model(), tmp_path / "out", 3, shard_size=1, steps=2)
+    make = partial(sample_shards, model_of(), tmp_path / "out", 3, shard_size=1, steps=2)
     make()
     path = tmp_path / "out" / "shard-00001.npz"
     path.rename(tmp_path / "elsewhere.npz")
@@ -445,7 +447,7 @@ def test_a_link_to_the_right_shard_is_kept(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_what_is_no_file_in_a_shards_place_is_refused(kind, tmp_path):
-    make = partial(sample_shards, make_model(), tmp_path, 3, shard_size=1, steps=2)
+    make = partial(sample_shards, model_of(), tmp_path, 3, shard_size=1, steps=2)
     make()
     path = tmp_path / "shard-00001.npz"
     path.unlink()
@@ -455,12 +457,12 @@ def test_what_is_no_file_in_a_shards_place_is_refused(kind, tmp_path):
 
 
 def test_another_model_is_refused(folder, tmp_path):
-    sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+    sample_shards(model_of(10), tmp_path, 2, [1], steps=2)
     with pytest.raises(ValueError, match="images of another model"):
-        sample_shards(make_model(10, seed=1), tmp_path, 2, [1], steps=2)
+        sample_shards(model_of(10, seed=1), tmp_path, 2, [1], steps=2)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
-        sample_shards(make_model(10), tmp_path, 2, [1], steps=2)
+        sample_shards(model_of(10), tmp_path, 2, [1], steps=2)
 
 
 @pytest.mark.parametrize("other", [{"guidance_rescale": 0.5}, {"guidance_parallel": 0.5}])
@@ -495,25 +497,25 @@ def test_a_full_disk_leaves_finished_shards(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(diffusion.storage.images.np, "savez_compressed", fails)
     with pytest.raises(ValueError, match="No space left"):
-        sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)
+        sample_shards(model_of(), tmp_path, 9, shard_size=2, steps=2)
     assert sorted(os.listdir(tmp_path))[-2:] == ["shard-00000.npz", "shard-00001.npz"]
     monkeypatch.undo()
-    assert sample_shards(make_model(), tmp_path, 9, shard_size=2, steps=2)["images"] == 5
+    assert sample_shards(model_of(), tmp_path, 9, shard_size=2, steps=2)["images"] == 5
 
 
 def test_batches_do_not_matter(tmp_path):
     for name, size in (("a", 1), ("b", 4)):
-        sample_shards(make_model(), tmp_path / name, 7, shard_size=5, steps=2, batch_size=size)
+        sample_shards(model_of(), tmp_path / name, 7, shard_size=5, steps=2, batch_size=size)
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
 
 
 def test_nonsense(tmp_path, capsys, folder):
     for shard_size in (0, True, 2**70, "5"):
         with pytest.raises(ValueError, match="shard_size must be"):
-            sample_shards(make_model(), tmp_path, 3, shard_size=shard_size)
+            sample_shards(model_of(), tmp_path, 3, shard_size=shard_size)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
-        sample_shards(make_model(), tmp_path / "file", 3)
+        sample_shards(model_of(), tmp_path / "file", 3)
 
 
 def test_several_ranks_need_a_folder(folder, tmp_path, capsys, monkeypatch):
