@@ -24,6 +24,7 @@ from diffusion.training.outlook import disk_use, duration
 from diffusion.training.recipe import load_recipe
 from diffusion.training.trainer import Trainer
 from helpers.paths import ROOT
+from helpers.thinning import exhaustive_but
 from helpers.training import make_trainer, run
 from helpers.work import size_and_flops
 
@@ -210,7 +211,7 @@ def test_show_prints_the_recipe_that_the_images_choose(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["unet"]["sample_size"] == 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", exhaustive_but([signal.SIGINT, signal.SIGTERM], default=[signal.SIGTERM]))
 def test_a_signal_says_how_to_go_on(number, tmp_path, capsys, monkeypatch):
     """The bar counts steps, as the options do."""
     folder = make_photographs(tmp_path / "pets", [(8, 8)] * 4)

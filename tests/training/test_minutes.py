@@ -97,9 +97,9 @@ def test_a_grid_ends_with_the_minutes(clock, tmp_path, monkeypatch):
 
 def test_the_steps_are_fitted_to_the_minutes(clock, tmp_path):
     """The learning rate falls over the steps that there will be, however many the recipe has."""
-    trainer = clock(make_trainer(replace(RECIPE, steps=10**6)), first=11)
+    trainer = clock(make_trainer(replace(RECIPE, steps=10**6)), first=41)
     run(tmp_path, trainer, minutes=1, save_every=1000)
-    assert trainer.step == 45  # 11 s and 44 further steps; another one and 5 s would be 61 s
+    assert trainer.step == 15  # 41 s and 14 further steps; another one and 5 s would be 61 s
     fitted = clock(make_trainer(replace(RECIPE, steps=10**6)), first=11)
     run(tmp_path / "fitted", fitted, minutes=1, save_every=1000, fit_steps=True)
     # After half, of 60 s: 4 % are kept, and twice 5 s.

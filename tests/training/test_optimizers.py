@@ -31,6 +31,7 @@ WAYS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_muon_moves_the_matrices_of_the_levels_and_adam_the_rest(channels_last, way, monkeypatch):
