@@ -9,7 +9,7 @@
 namespace fused_diffusion {
 
 // Packed weights: kernels/_limits.py has the same constants.
-constexpr int64_t kPanel = 64;        // output channels of a panel of weights
+constexpr int64_t kPanel = 64;        // output channels that are computed together
 constexpr int64_t kPackedLanes = 16;  // output channels are padded to a multiple
 constexpr int kPairChunk = 32;        // channels of bfloat16 that AMX multiplies together
 constexpr int kByteChunk = 64;        // channels of int8 that AMX multiplies together
@@ -52,6 +52,7 @@ struct Convolution {
   int64_t x_pixel, residual_pixel, out_pixel;   // distances, in elements
   int64_t kernel, stride, padding;              // padding: on the left and above
   int64_t scale;                                // 2: each pixel of x is read as 2 x 2
+  int64_t panel;                                // output channels whose weights lie together: kPanel or kPackedLanes
   bool silu;
   Activation activation;
   float factor;  // of the sum
@@ -60,8 +61,8 @@ struct Convolution {
   FD_HD int64_t in_width() const { return width * scale; }
   FD_HD int64_t panels() const { return (out_channels + kPanel - 1) / kPanel; }
   FD_HD int64_t padded_out() const { return round_up(out_channels, kPackedLanes); }
-  FD_HD int64_t panel_width(int64_t panel) const {
-    const int64_t remaining = padded_out() - panel * kPanel;
+  FD_HD int64_t panel_width(int64_t index) const {
+    const int64_t remaining = padded_out() - index * kPanel;
     return remaining < kPanel ? remaining : kPanel;
   }
 };
@@ -91,6 +92,9 @@ struct WinogradBlock {
 
   FD_HD int64_t frequencies() const { return (size + 2) * (size + 2); }
   FD_HD int64_t count() const { return strips * wide; }
+
+  // Rows of the inputs of an image's part of the block, at most.
+  FD_HD int64_t plane_rows() const { return (strips < high ? strips : high) * size + 2; }
 };
 
 // A block of a direct convolution: a few whole images, or some rows of one; and the inputs that it needs, with their

@@ -38,7 +38,6 @@ struct ConvolutionKernels {
   void (*winograd_output)(const Convolution&, const WinogradBlock&, const float* m, int64_t begin, int64_t end);
   void (*direct_input)(const Convolution&, const DirectBlock&, void* to, int64_t begin, int64_t end);
   void (*direct_multiply)(const Convolution&, const DirectBlock&, const void* from, int64_t begin, int64_t end);
-  int64_t lanes;
 };
 
 // The kernels for AMX, for one element type of the images and one format of what is multiplied.
@@ -113,9 +112,9 @@ void winograd(const Convolution& g, const ConvolutionKernels& set, int64_t size,
     float* v = buffer(block.frequencies() * block.input_step, 0);
     float* m = buffer(block.frequencies() * block.output_step, 1);
     const int64_t images = (first + block.strips - 1) / block.high - first / block.high + 1;
-    const int64_t vectors = round_up(g.channels, 16) / set.lanes;
-    const int64_t plane = (std::min(block.strips, block.high) * size + 2) * (block.wide * size + 2) * set.lanes;
-    divide_work(images * vectors, block.count() / images * 200, kWorkPerThread,
+    const int64_t lines = round_up(g.channels, kPackedLanes) / kPackedLanes;
+    const int64_t plane = block.plane_rows() * (block.wide * size + 2) * kPackedLanes;
+    divide_work(images * lines, block.count() / images * 200, kWorkPerThread,
                 [&](int64_t begin, int64_t end) { set.winograd_input(g, block, v, buffer(plane, 2), begin, end); });
     const int64_t items = block.frequencies() * g.panels();
     divide_work(items, block.count() * g.channels * kPanel / (16 * pack), kWorkPerThread,
@@ -252,7 +251,7 @@ void convolve_by_amx(Convolution g, const AmxConvolutionKernels& set, ScalarType
 void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, int64_t padding, int64_t scale,
                   int64_t winograd_m, int64_t amx_limbs, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& affine, bool silu, const std::optional<Tensor>& residual, Tensor out,
-                  int64_t activation, double factor) {
+                  int64_t activation, double factor, int64_t panel) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && out.scalar_type() == type && x.size(0) == out.size(0),
                   "x and out must be [N, C, H, W] of one dtype");
@@ -272,6 +271,8 @@ void convolution_(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t
   // AMX's bfloat16 has 16 values beside their 16 gates; elsewhere values and gates take turns.
   g.out_channels = !gated ? g.results : 2 * (amx_limbs == 1 ? round_up(g.results, kPackedLanes) : g.results);
   g.out_height = out.size(2), g.out_width = out.size(3);
+  STD_TORCH_CHECK(panel == kPackedLanes || panel == kPanel, "a panel must be 16 or 64 channels wide");
+  g.panel = panel;
   g.kernel = kernel, g.stride = stride, g.padding = padding, g.scale = scale, g.silu = silu;
   STD_TORCH_CHECK((kernel == 1 || kernel == 3) && stride >= 1 && (scale == 1 || scale == 2) && padding >= 0,
                   "the kernel must be 1 or 3 wide, the scale 1 or 2");

@@ -22,8 +22,8 @@
 
 template <class T, class Math = Float32>
 ConvolutionKernels kernels_of() {
-  return {winograd_input<T, Math>, winograd_multiply<Math>,  winograd_output<T, Math>,
-          direct_input<T, Math>,   direct_multiply<T, Math>, kLanes};
+  return {winograd_input<T, Math>, winograd_multiply<Math>, winograd_output<T, Math>, direct_input<T, Math>,
+          direct_multiply<T, Math>};
 }
 
 #endif

@@ -62,15 +62,18 @@ void direct_multiply(const Convolution& g, const DirectBlock& block, const void*
         if (++row == block.rows) row = 0, ++image;
       }
     }
-    const float* weight = g.weight + panel * kPanel * taps * depth;
-    multiply_panel<Math>(GatheredRows{rows, offsets, taps, depth}, 0, count, weight, g.panel_width(panel),
-                         g.panel_width(panel), [&](int64_t row, int64_t column, Vec sum) FD_INLINE {
-                           const int64_t channel = panel * kPanel + column, lanes = lanes_at(g, channel);
-                           if (lanes <= 0) return;
-                           const Vec product = sum + bias_at(g, channel, lanes);
-                           if (__builtin_expect(gated, 0)) gated_outputs.add(g, at[row], channel, lanes, product);
-                           else finish_pixel<T>(g, at[row], channel, lanes, product);
-                         });
+    const int64_t end_channel = panel * kPanel + g.panel_width(panel);
+    for (int64_t begin_channel = panel * kPanel; begin_channel < end_channel; begin_channel += g.panel) {
+      const int64_t width = end_channel - begin_channel < g.panel ? end_channel - begin_channel : g.panel;
+      multiply_panel<Math>(GatheredRows{rows, offsets, taps, depth}, 0, count, g.weight + begin_channel * taps * depth,
+                           width, width, [&](int64_t row, int64_t column, Vec sum) FD_INLINE {
+                             const int64_t channel = begin_channel + column, lanes = lanes_at(g, channel);
+                             if (lanes <= 0) return;
+                             const Vec product = sum + bias_at(g, channel, lanes);
+                             if (__builtin_expect(gated, 0)) gated_outputs.add(g, at[row], channel, lanes, product);
+                             else finish_pixel<T>(g, at[row], channel, lanes, product);
+                           });
+    }
   }
   gated_outputs.finish(g);
 }

@@ -97,26 +97,34 @@ template <Transform kTransform, int kTile, class T, class Math>
 void transform_planes(const Convolution& g, const WinogradBlock& block, float* v, float* plane, int64_t begin,
                       int64_t end) {
   typedef typename Math::Element Element;
-  const int64_t columns = block.wide * kTile + 2, vectors = round_up(g.channels, 16) / kLanes;
+  const int64_t columns = block.wide * kTile + 2, lines = round_up(g.channels, kPackedLanes) / kPackedLanes;
+  const int64_t plane_size = block.plane_rows() * columns * kLanes;
   Element* to = reinterpret_cast<Element*>(v);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t channel = item % vectors * kLanes;
-    const int64_t image = block.first / block.high + item / vectors;
+    const int64_t first_channel = item % lines * kPackedLanes;
+    const int64_t image = block.first / block.high + item / lines;
     const int64_t from = block.first > image * block.high ? block.first - image * block.high : 0;
     const int64_t last = block.first + block.strips - image * block.high;
     const int64_t strips = (last < block.high ? last : block.high) - from;
-    fill_plane<kTransform, T>(g, image, channel, from * kTile - 1, strips * kTile + 2, columns, plane);
+    for (int64_t i = 0; i < kPackedLanes / kLanes; ++i) {
+      fill_plane<kTransform, T>(g, image, first_channel + i * kLanes, from * kTile - 1, strips * kTile + 2, columns,
+                                plane + i * plane_size);
+    }
     int64_t tile = (image * block.high + from - block.first) * block.wide;
     for (int64_t strip = 0; strip < strips; ++strip) {
       for (int64_t i = 0; i < block.wide; ++i, ++tile) {
-        transform_tile<kTile>(plane + (strip * columns + i) * kTile * kLanes, columns,
-                              to + tile * block.inputs * Math::kPack + channel, block.input_step * Math::kPack);
+        for (int64_t j = 0; j < kPackedLanes / kLanes; ++j) {
+          transform_tile<kTile>(plane + j * plane_size + (strip * columns + i) * kTile * kLanes, columns,
+                                to + tile * block.inputs * Math::kPack + first_channel + j * kLanes,
+                                block.input_step * Math::kPack);
+        }
       }
     }
   }
 }
 
-// Items: vectors of channels of the images that the block has a part of. v: [frequency][tile][channel]; plane: scratch.
+// Items: kPackedLanes channels, so that whole lines of v are written at a time, of the images that the block has a part
+// of. v: [frequency][tile][channel]; plane: scratch for those channels.
 template <class T, class Math>
 void winograd_input(const Convolution& g, const WinogradBlock& block, float* v, float* plane, int64_t begin,
                     int64_t end) {
@@ -140,15 +148,18 @@ void winograd_multiply(const Convolution& g, const WinogradBlock& block, const f
   for (int64_t item = begin; item < end; ++item) {
     const int64_t frequency = item / panels, panel = item % panels, width = g.panel_width(panel);
     const float* weight = g.weight + (frequency * block.outputs + panel * kPanel) * depth;
+    const int64_t step = width < g.panel ? width : g.panel;
     for (int64_t first = 0; first < block.count(); first += kMaxRows) {
       const int64_t count = block.count() - first < kMaxRows ? block.count() - first : kMaxRows;
       for (int64_t i = 0; i < count; ++i) {
         rows[i] = reinterpret_cast<const char*>(v + frequency * block.input_step + (first + i) * block.inputs);
       }
-      float* to = m + frequency * block.output_step + first * block.outputs + panel * kPanel;
-      multiply_panel<Math>(GatheredRows{rows, &no_offset, 1, depth}, 0, count, weight, width, width,
-                           [&](int64_t row, int64_t column, Vec sum)
-                               FD_INLINE { store(to + row * block.outputs + column, sum); });
+      for (int64_t begin_column = 0; begin_column < width; begin_column += step) {
+        float* to = m + frequency * block.output_step + first * block.outputs + panel * kPanel + begin_column;
+        multiply_panel<Math>(GatheredRows{rows, &no_offset, 1, depth}, 0, count, weight + begin_column * depth, step,
+                             step, [&](int64_t row, int64_t column, Vec sum)
+                                       FD_INLINE { store(to + row * block.outputs + column, sum); });
+      }
     }
   }
 }
@@ -188,7 +199,8 @@ __attribute__((noinline)) void sum_directly(const Convolution& g, const Winograd
                                             int64_t top, int64_t first_column, int64_t out_channel,
                                             Vec (&y)[kTile][kTile]) {
   constexpr int kSize = kTile + 2;
-  const int64_t panel = out_channel / kPanel, column = out_channel % kPanel, width = g.panel_width(panel);
+  const int64_t panel = out_channel / kPanel * kPanel, narrow = (out_channel - panel) / g.panel * g.panel;
+  const int64_t column = out_channel % g.panel, width = g.panel_width(panel / kPanel);
   const int64_t depth = (g.channels + Math::kPack - 1) / Math::kPack;
   alignas(64) float patch[kSize * kSize][kLanes];
   for (int i = 0; i < kTile * kTile; ++i) y[i / kTile][i % kTile] = Vec{};
@@ -211,8 +223,8 @@ __attribute__((noinline)) void sum_directly(const Convolution& g, const Winograd
     for (int i = 0; i < kSize; ++i) {
       Vec u[kSize];
       for (int j = 0; j < kSize; ++j) {
-        const float* weight = g.weight + ((i * kSize + j) * block.outputs + panel * kPanel) * depth;
-        u[j] = Math::columns(weight, width, channel, column);
+        const float* weight = g.weight + ((i * kSize + j) * block.outputs + panel + narrow) * depth;
+        u[j] = Math::columns(weight, width < g.panel ? width : g.panel, channel, column);
       }
       recover_taps<kTile>(u, halfway[i]);
     }

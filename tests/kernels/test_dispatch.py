@@ -265,7 +265,7 @@ def test_the_environment_caps_the_instruction_sets(cap):
     """
     done = run_capped(cap, code)
     assert done.returncode == 0, done.stderr
-    info, (_, pairs, parts), multiplies, autocast, refusal = json.loads(done.stdout)
+    info, (_, pairs, parts, panel), multiplies, autocast, refusal = json.loads(done.stdout)
     own = _native.VARIANTS[: _native.VARIANTS.index(_native.library().best_simd()) + 1]
     best = cap if cap in own else own[-1]
     assert info["simd"] == best
@@ -275,6 +275,7 @@ def test_the_environment_caps_the_instruction_sets(cap):
     assert multiplies == (best in ("avx512_bf16", "amx"))
     assert parts == (best == "amx")
     assert pairs == (best == "avx512_bf16")
+    assert panel == (16 if best in ("baseline", "avx2") else 64)
     if cap != "amx":
         assert autocast == "None"
         assert refusal.startswith(f"DIFFUSION_SIMD={cap} allows no 'amx'")

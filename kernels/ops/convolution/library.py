@@ -21,7 +21,7 @@ class ConvolutionArguments(NamedTuple):
     """The arguments of `convolution_`, in the order of its schema.
 
     x, residual, out: [N, C, H, W] of one dtype in channels_last, or ranges of the channels of such tensors.
-    weight, winograd_m, amx_limbs: see `packing.PackedWeight`. kernel: 1 or 3, the side of the filter.
+    weight, winograd_m, amx_limbs, panel: see `packing.PackedWeight`. kernel: 1 or 3, the side of the filter.
     padding: zeros on the left and above; out's size says how many are on the right and below.
     scale: 2 reads each pixel of x as 2 x 2 pixels, 1 as one.
     bias: float32 [K].
@@ -46,6 +46,7 @@ class ConvolutionArguments(NamedTuple):
     out: Tensor
     activation: int
     factor: float
+    panel: int
 
 
 def convolution_arguments(
@@ -86,6 +87,7 @@ def convolution_arguments(
         out=out,
         activation=ACTIVATIONS.index(activation),
         factor=factor,
+        panel=weight.packing.panel,
     )
 
 
@@ -93,7 +95,7 @@ convolution_ = define(
     "convolution_",
     "(Tensor x, Tensor weight, int kernel, int stride, int padding, int scale, int winograd_m, "
     "int amx_limbs, Tensor? bias, Tensor? affine, bool silu, Tensor? residual, Tensor(a!) out, "
-    "int activation=0, float factor=1.0) -> ()",
+    "int activation=0, float factor=1.0, int panel=64) -> ()",
 )
 
 # Nearest-neighbour upsampling. x: [N, C, H, W] in channels_last, or a range of the channels of such a tensor.

@@ -40,11 +40,15 @@ class Packing(NamedTuple):
     bf16_pairs: pairs of channels, rounded to bfloat16, for AVX512_BF16.
     amx_limbs: tiles for AMX; 0 without AMX. 1: one bfloat16 for each number. 3: three int8 limbs and a scale;
     of the nine products of two numbers' limbs, the six largest are computed.
+    panel: output channels whose weights lie together, 64 or 16. It is as many as the sums of a row in a
+    processor's registers, or a multiple; at 64, AVX2's 16 would be a quarter of each line, so that the
+    first cache holds fewer of them.
     """
 
     winograd_m: int = 0
     bf16_pairs: bool = False
     amx_limbs: int = 0
+    panel: int = PANEL
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,9 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     dtype = torch.bfloat16 if packing.bf16_pairs else torch.float32
     rows, columns = -(-c // pack) * pack, -(-k // LANES) * LANES
     panels: list[Tensor] = []
-    for panel in weight.split(PANEL):  # one panel at a time, since float64 takes twice the memory
+    for panel in weight.split(packing.panel):  # one panel at a time, since float64 takes twice the memory
         factors = _factors(panel.double(), packing.winograd_m)
-        padded = factors.new_zeros(len(factors), rows, min(PANEL, columns - PANEL * len(panels)))
+        padded = factors.new_zeros(len(factors), rows, min(packing.panel, columns - packing.panel * len(panels)))
         padded[:, :c, : factors.shape[2]] = factors
         rounded = padded.to(dtype).unflatten(1, (-1, pack)).transpose(2, 3)  # [F, rows / pack, K, pack]
         panels.append(rounded.flatten(1) if packing.winograd_m else rounded.reshape(1, -1))
@@ -203,8 +207,9 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     int8.
     """
     height, width = weight.shape[2:]
-    m, bf16_pairs, limbs = packing
+    m, bf16_pairs, limbs, panel = packing
     known = m in (0, 2, 4) and limbs in (0, 1, 3) and not (limbs and (m or bf16_pairs))
+    known = known and panel in (LANES, PANEL)
     if not known or height != width or height not in (1, 3) or (m and height != 3):
         raise ValueError(f"a weight {list(weight.shape)} cannot be packed as {packing}")
     plain = weight.detach().cpu()
@@ -217,7 +222,7 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     else:
         panels = _vector_panels(plain, packing)
     if m and not panels.isfinite().all():
-        return pack(weight, Packing(bf16_pairs=bf16_pairs))
+        return pack(weight, Packing(bf16_pairs=bf16_pairs, panel=panel))
     return PackedWeight(weight.detach(), panels, packing)
 
 
@@ -242,6 +247,7 @@ def choose_packing(
     bf16_pairs, transformed = bf16 and simd in ("avx512_bf16", "amx"), winograd and side >= 3
     if simd == "amx" and not few and (bf16 or math.prod(shape[1:]) <= MAX_PRODUCTS):
         return Packing(amx_limbs=1 if bf16 else 3)
+    panel = LANES if simd in ("baseline", "avx2") else PANEL
     if few or not transformed:
-        return Packing(bf16_pairs=bf16_pairs)
-    return Packing(4 if not bf16_pairs and side >= (6 if small else 12) else 2, bf16_pairs)
+        return Packing(bf16_pairs=bf16_pairs, panel=panel)
+    return Packing(4 if not bf16_pairs and side >= (6 if small else 12) else 2, bf16_pairs, panel=panel)

@@ -19,6 +19,7 @@ from helpers.tensors import channels_last
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply; others are left out, as there is nothing to run them on.
 PACKINGS = [Packing(0), Packing(2), Packing(4)]
+PACKINGS += [Packing(0, panel=16), Packing(2, panel=16), Packing(4, panel=16)]
 PACKINGS += [Packing(0, bf16_pairs=True), Packing(2, bf16_pairs=True)] if multiplies_bf16_pairs() else []
 PACKINGS += [Packing(amx_limbs=1), Packing(amx_limbs=3)] if "amx" in _native.simd_variants() else []
 EXACT = [packing for packing in PACKINGS if not packing.bf16_pairs and packing.amx_limbs != 1]
@@ -213,7 +214,8 @@ def check_other_convolution(kernel, stride, padding, below, normalised, dtype, p
     packed = pack(weight, packing)
     residual = before[:, 11:81].clone(memory_format=torch.channels_last)
     convolution_(
-        x, packed.data, kernel, stride, padding, 1, 0, packing.amx_limbs, bias, map, False, out, out
+        *(x, packed.data, kernel, stride, padding, 1, 0, packing.amx_limbs, bias, map, False, out, out),
+        panel=packing.panel,
     )  # the residual is out
 
     def plain(dtype):
@@ -303,6 +305,7 @@ def test_large_numbers_whose_sums_are_finite(size, dtype, scale, simd):
         convolution_(
             x.to(dtype),
             *(packed.data, 3, 1, 1, scale, packing.winograd_m, packing.amx_limbs, bias, map, False, out, out),
+            panel=packing.panel,
         )
         for actual, image in zip(out, expected, strict=True):
             error = (actual.double() - image).abs().max() / image.abs().max()
@@ -528,6 +531,9 @@ def test_packings_by_size(size, small, large, pairs):
     assert choose_packing((96, 96, 3, 3), size, size, half, "avx512") == Packing(small)
     assert choose_packing((96, 96, 3, 3), size, size, single, vectors, winograd=False) == Packing()
     assert choose_packing((64, 3, 3, 3), size, size, single, "amx") == Packing()
+    for narrow in ("avx2", "baseline"):
+        assert choose_packing((96, 96, 3, 3), size, size, single, narrow) == Packing(small, panel=16)
+        assert choose_packing((64, 3, 3, 3), size, size, half, narrow) == Packing(panel=16)
     for shape in ((96, 96, 3, 3), (256, 256, 3, 3), (256, 256, 1, 1)):
         assert choose_packing(shape, size, 64, single, "amx", winograd=shape[2] == 3) == Packing(amx_limbs=3)
     assert choose_packing((16, 3884, 3, 3), size, size, single, "amx") == Packing(large)
@@ -542,6 +548,7 @@ def test_packings_by_size(size, small, large, pairs):
         ((8, 8, 5, 5), Packing()),
         ((8, 8, 3, 3), Packing(3)),
         ((8, 8, 3, 3), Packing(amx_limbs=2)),
+        ((8, 8, 3, 3), Packing(panel=32)),
         ((8, 8, 3, 3), Packing(2, amx_limbs=1)),
         ((8, 8, 3, 3), Packing(4, amx_limbs=3)),
         ((8, 8, 3, 3), Packing(bf16_pairs=True, amx_limbs=1)),

@@ -15,7 +15,7 @@ from helpers.tensors import channels_last
 pytestmark = requires_native
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every packing that this processor can multiply.
-PACKINGS = [Packing()]
+PACKINGS = [Packing(), Packing(panel=16)]
 PACKINGS += [Packing(bf16_pairs=True)] if multiplies_bf16_pairs() else []
 PACKINGS += [Packing(amx_limbs=1), Packing(amx_limbs=3)] if "amx" in _native.simd_variants() else []
 # Images, positions, channels, outputs: those of one tile, of less and of more, and of many blocks.

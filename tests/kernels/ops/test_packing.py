@@ -30,6 +30,11 @@ def test_panels_of_64_outputs(weight):
     assert torch.equal(pack(weight, Packing()).data.flatten(), torch.cat(expected))
 
 
+def test_panels_of_16_outputs(weight):
+    expected = [taps(panel).transpose(1, 2).flatten() for panel in weight.split(LANES)]
+    assert torch.equal(pack(weight, Packing(panel=16)).data.flatten(), torch.cat(expected))
+
+
 def test_panels_of_pairs(weight):
     expected = [
         taps(panel).transpose(1, 2).unflatten(1, (-1, 2)).transpose(2, 3).flatten()
