@@ -92,7 +92,8 @@ def _vector_panels(weight: Tensor, packing: Packing) -> Tensor:
     panels: list[Tensor] = []
     for panel in weight.split(packing.panel):  # one panel at a time, since float64 takes twice the memory
         factors = _factors(panel.double(), packing.winograd_m)
-        padded = factors.new_zeros(len(factors), rows, min(packing.panel, columns - packing.panel * len(panels)))
+        width = min(packing.panel, columns - packing.panel * len(panels))
+        padded = factors.new_zeros(len(factors), rows, width)
         padded[:, :c, : factors.shape[2]] = factors
         rounded = padded.to(dtype).unflatten(1, (-1, pack)).transpose(2, 3)  # [F, rows / pack, K, pack]
         panels.append(rounded.flatten(1) if packing.winograd_m else rounded.reshape(1, -1))
