@@ -5,7 +5,8 @@ Times are CPU seconds of this process, the least of several steps, so that other
 for little. A step counts as three times the multiplications and additions of the network's forward pass
 (PyTorch's count): the gradients of its inputs and of its weights cost as much each. Optimizer, averages,
 normalisations and activations take time and count as no work, so the share of the matrix rate is that of the
-whole step.
+whole step. Convolutions by Winograd's algorithm, in float32, count as if they multiplied directly, so the
+share can exceed 100 %.
 """
 
 import argparse

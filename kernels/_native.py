@@ -168,7 +168,8 @@ def use_simd(variant: str) -> None:
 
     Results have the same bits on every instruction set, with these exceptions: attention in bfloat16, which
     avx512_bf16 multiplies in pairs and amx in tiles; group_norm_silu, which sums a contiguous tensor in the
-    order of the vectors; and conv3x3, whose weights are packed for one instruction set. conv2d needs amx.
+    order of the vectors; conv3x3, whose weights are packed for one instruction set; and conv2d's gradients
+    in float32, which round products on the baseline. In bfloat16 conv2d needs amx.
     ValueError if the processor does not have it, or DIFFUSION_SIMD does not allow it.
     """
     global _simd

@@ -8,7 +8,11 @@ import torch
 
 import diffusion
 from diffusion import NoiseSchedule
+from diffusion.kernels import _native
+from diffusion.kernels.ops.convolution import winograd
+from diffusion.models.blocks import Conv2d
 from diffusion.process.objective import LOSS_WEIGHTINGS, loss_weight
+from helpers.native import requires_native
 from helpers.training import PLAIN, RECIPE, assert_same_run, make_trainer, run, run_until
 
 
@@ -67,6 +71,20 @@ def test_compiled_steps_are_the_same(backend, monkeypatch):
     torch.testing.assert_close(weights_after(2, compile=True), weights_after(2), rtol=0, atol=3e-5)
 
 
+@requires_native
+@pytest.mark.skipif(_native.simd_in_use() == "baseline", reason="the baseline convolves by PyTorch")
+def test_a_compiled_network_calls_the_compiled_convolution():
+    targets = set()
+
+    def record(module: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs = [part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+        targets.update(str(node.target) for graph in graphs for node in graph.nodes)
+        return module
+
+    torch.compile(Conv2d(64, 64, 3, padding=1), backend=record, fullgraph=True)(torch.zeros(16, 64, 8, 8))
+    assert "fused_diffusion.pack_winograd" in targets
+
+
 def sixty_steps(autocast: torch.dtype | None) -> tuple[float, float]:
     """The validation loss after them, and the norm of the last gradient."""
     trainer = make_trainer(replace(PLAIN, steps=60, learning_rate=3e-3), autocast=autocast)
@@ -106,6 +124,26 @@ def test_a_run_goes_on_in_another_precision(tmp_path):
         trainer = make_trainer(recipe, autocast=autocast)
         run(tmp_path, trainer, resume=True, accept_changes=True)
         assert trainer.step == recipe.steps
+
+
+# A network and a batch large enough for Winograd's convolutions in float32.
+WIDE = replace(PLAIN, unet=PLAIN.unet | {"channels": 64, "channel_mult": [1, 1]}, batch_size=16, steps=8)
+
+
+@requires_native
+@pytest.mark.skipif(_native.simd_in_use() == "baseline", reason="the baseline convolves by PyTorch")
+def test_steps_by_winograds_convolutions(tmp_path, monkeypatch):
+    """They resume bit for bit, also with checkpointing; PyTorch's convolutions change rounding only."""
+    run(tmp_path / "whole", make_trainer(WIDE))
+    run_until(6, tmp_path / "cut", make_trainer(WIDE))
+    run(tmp_path / "cut", make_trainer(WIDE), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    weights = weights_after(4, WIDE)
+    assert torch.equal(weights_after(4, WIDE, activation_checkpointing=True), weights)
+    monkeypatch.setattr(winograd, "slower", lambda arguments: "PyTorch's own op is wanted")
+    expected = weights_after(4, WIDE)
+    assert not torch.equal(weights, expected)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(10), NoiseSchedule.cosine()])

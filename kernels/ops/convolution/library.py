@@ -1,6 +1,6 @@
 """The operators of csrc/convolution/ for torch.library: schemas and fakes.
 
-Each writes into tensors of the caller, or computes a gradient that conv2d's autograd function asks for; none
+Each writes into tensors of the caller, or computes something that conv2d's autograd functions ask for; none
 has a derivative of its own.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._library import define
+from ..._limits import LANES
 from .packing import PackedWeight
 
 # Activations of an output, in the order of the enum Activation of csrc/convolution/args.h. "gelu" is
@@ -120,4 +121,27 @@ convolution_weight_gradient = define(
     "convolution_weight_gradient",
     "(Tensor grad, Tensor x, int side, int stride, int padding) -> (Tensor weight, Tensor bias)",
     _fake_weight_gradient,
+)
+
+
+def _fake_pack_winograd(weight: Tensor, transposed: bool) -> Tensor:
+    outputs, channels = reversed(weight.shape[:2]) if transposed else weight.shape[:2]
+    return weight.new_empty(36 * (-(-outputs // LANES) * LANES) * channels)
+
+
+# Packs a weight, float32 [K, C, 3, 3] of any strides, for `convolution_` with winograd_m = 4; or, transposed,
+# that of the gradient of the input: [C, K, 3, 3] with the taps in reverse order.
+pack_winograd = define("pack_winograd", "(Tensor weight, bool transposed) -> Tensor", _fake_pack_winograd)
+
+
+def _fake_winograd_weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    return _fake_weight_gradient(grad, x, 3)
+
+
+# grad: [N, K, H, W], x: [N, C, H, W], float32 in channels_last, or ranges of the channels of such tensors.
+# Gives the gradients of a 3 x 3 convolution with stride and padding 1: weight [K, 3, 3, C], bias [K].
+winograd_weight_gradient = define(
+    "winograd_weight_gradient",
+    "(Tensor grad, Tensor x) -> (Tensor weight, Tensor bias)",
+    _fake_winograd_weight_gradient,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..._registry import Subject
 from ..group_norm_silu.peers import group_norm_silu_of_torch
+from . import winograd
 from .arguments import Conv3x3Arguments
 from .cases import CONV2D_BENCHMARKED, CONV2D_CASES, CONV3X3_BENCHMARKED, CONV3X3_CASES, Conv3x3Case
 from .fused import pack_conv3x3
@@ -50,8 +51,9 @@ SUBJECTS = {
         CONV2D_BENCHMARKED | CONV2D_CASES,
         _conv2d,
         tuple(CONV2D_BENCHMARKED),
-        dtypes=(torch.bfloat16,),
+        dtypes=(torch.float32, torch.bfloat16),
         differentiable=True,
+        accuracy=lambda args: winograd.ACCURACY if args[0].dtype == torch.float32 else 0.0,
     ),
     "conv3x3": Subject(
         CONV3X3_BENCHMARKED | CONV3X3_CASES,

@@ -10,13 +10,11 @@ from ... import _native
 from .arguments import Conv2dArguments
 from .library import convolution_weight_gradient
 
+MANNER = "the gradient of the weight by AMX"
+
 
 def supports(arguments: Conv2dArguments) -> str | None:
     x, weight, bias, stride, padding = arguments
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"it runs on the CPU, not on {x.device}"
-    if _native.CPP_MISSING:
-        return _native.CPP_MISSING
     if _native.simd_in_use() != "amx":
         return "this processor has no AMX"
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}

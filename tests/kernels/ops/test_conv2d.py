@@ -217,7 +217,8 @@ def test_what_runs_where(simd):
     assert explain(conv2d, x, weight, bias, **options).startswith("conv2d: reference")
     with torch.autocast("cpu", torch.bfloat16):
         serving = explain(conv2d, x, weight, bias, **options).splitlines()
-        assert serving[0] == ("conv2d: cpp" if simd == "amx" else "conv2d: reference")
+        by_amx = "conv2d: cpp, the gradient of the weight by AMX"
+        assert serving[0] == (by_amx if simd == "amx" else "conv2d: reference")
         for change in ({"stride": 3, "padding": 1}, {"padding": 3}):
             assert explain(conv2d, x, weight, bias, **change).startswith("conv2d: reference")
     with torch.autocast("cpu", torch.float16):

@@ -1,0 +1,185 @@
+// Winograd's convolution for training on one instruction set, for convolution/winograd_training.cpp.
+
+#include "simd/exp.h"
+// gelu.h uses exp.h.
+#include "simd/gelu.h"
+#include "simd/gemm.h"
+
+#include "convolution/pixels_cpu.h"
+// winograd.h uses pixels_cpu.h.
+#include "convolution/winograd.h"
+
+// ---- Packing of a weight.
+
+// G w: the three taps of a filter's row or column at six frequencies.
+FD_HD void transform_taps(const Vec (&w)[3], Vec (&u)[kSize]) {
+  const Vec sixth = spread(-1.0f / 6), ends = mul_add(w[2], spread(1.0f / 6), w[0] * spread(1.0f / 24));
+  const Vec middle = w[1] * spread(1.0f / 12);
+  u[0] = w[0] * spread(0.25f);
+  u[1] = (w[0] + w[2] + w[1]) * sixth;
+  u[2] = (w[0] + w[2] - w[1]) * sixth;
+  u[3] = ends + middle;
+  u[4] = ends - middle;
+  u[5] = w[2];
+}
+
+// Items: channels of the weight for each panel of outputs. to: as docs/packed-weights.md describes.
+void pack_rows(const TrainedWeight& w, float* to, int64_t begin, int64_t end) {
+  const int64_t padded = round_up(w.outputs, kPackedLanes);
+  alignas(64) float row[kFrequencies][kPanel];  // written to `to` in whole cache lines
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t panel = item / w.channels * kPanel, channel = item % w.channels;
+    const int64_t width = padded - panel < kPanel ? padded - panel : kPanel;
+    for (int64_t column = 0; column < width; column += kLanes) {
+      const float* from = w.data + (panel + column) * w.output_step + channel * w.channel_step;
+      const int64_t lanes = w.outputs - panel - column;
+      Vec halfway[kSize][3];
+      for (int s = 0; s < 3; ++s) {
+        Vec taps[3], u[kSize];
+        for (int r = 0; r < 3; ++r) {
+          float numbers[kLanes] = {};
+          const float* tap = from + r * w.row_step + s * w.column_step;
+          if (lanes >= kLanes) {
+            for (int i = 0; i < kLanes; ++i) numbers[i] = tap[i * w.output_step];
+          } else {
+            for (int i = 0; i < lanes; ++i) numbers[i] = tap[i * w.output_step];
+          }
+          taps[r] = load(numbers);
+        }
+        transform_taps(taps, u);
+        for (int i = 0; i < kSize; ++i) halfway[i][s] = u[i];
+      }
+      for (int i = 0; i < kSize; ++i) {
+        Vec u[kSize];
+        transform_taps(halfway[i], u);
+        for (int j = 0; j < kSize; ++j) store(row[i * kSize + j] + column, u[j]);
+      }
+    }
+    float* next = to + panel * w.channels + channel * width;
+    for (int64_t i = 0; i < kFrequencies; ++i) memcpy(next + i * padded * w.channels, row[i], width * sizeof(float));
+  }
+}
+
+// ---- The gradient of a weight.
+
+// A y: four gradients of a tile's row or column at six frequencies.
+FD_HD void transform_gradients(const Vec (&y)[kTile], Vec (&z)[kSize]) {
+  const Vec even = y[0] + y[2], odd = y[1] + y[3];
+  const Vec even2 = mul_add(spread(4.0f), y[2], y[0]), odd2 = mul_add(spread(4.0f), y[3], y[1]) * spread(2.0f);
+  z[0] = y[0];
+  z[1] = even + odd;
+  z[2] = even - odd;
+  z[3] = even2 + odd2;
+  z[4] = even2 - odd2;
+  z[5] = y[3];
+}
+
+// Transforms one tile of gradients: [frequency] at `to`, `step` elements apart.
+FD_HD void transform_gradient_tile(const float* plane, int64_t columns, float* to, int64_t step) {
+  Vec halfway[kSize][kTile];
+#pragma GCC unroll 4
+  for (int j = 0; j < kTile; ++j) {
+    Vec y[kTile], z[kSize];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) y[i] = load(plane + (i * columns + j) * kLanes);
+    transform_gradients(y, z);
+#pragma GCC unroll 6
+    for (int i = 0; i < kSize; ++i) halfway[i][j] = z[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kSize; ++i) {
+    Vec z[kSize];
+    transform_gradients(halfway[i], z);
+#pragma GCC unroll 6
+    for (int j = 0; j < kSize; ++j) store(to + (i * kSize + j) * step, z[j]);
+  }
+}
+
+// Items: vectors of channels of the images that the block has a part of. is_grad: whether the image is a gradient of
+// the output, transformed by A, or an input, transformed by B^T. plane: scratch.
+void transform_factor(const Convolution& g, const WinogradBlock& block, const TransformedFactor& factor, bool is_grad,
+                      float* plane, int64_t begin, int64_t end) {
+  const int64_t columns = block.wide * kTile + 2, vectors = factor.channels / kLanes;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t channel = item % vectors * kLanes, group = channel / kTogether, width = factor.width(group);
+    const int64_t image = block.first / block.high + item / vectors;
+    const int64_t from = block.first > image * block.high ? block.first - image * block.high : 0;
+    const int64_t last = block.first + block.strips - image * block.high;
+    const int64_t strips = (last < block.high ? last : block.high) - from;
+    fill_plane<Transform::plain, float>(g, image, channel, from * kTile - 1, strips * kTile + 2, columns, plane);
+    float* to = factor.group(0, group) + (image * block.high + from - block.first) * block.wide * width +
+                channel % kTogether;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      for (int64_t i = 0; i < block.wide; ++i, to += width) {
+        const float* corner = plane + (strip * columns + i) * kTile * kLanes;
+        if (is_grad) transform_gradient_tile(corner + (columns + 1) * kLanes, columns, to, factor.step());
+        else transform_tile<kTile>(corner, columns, to, factor.step());
+      }
+    }
+  }
+}
+
+// Adds the gradients of all pixels to the gradient of the bias: the frequency (1, 1) of a tile is their sum.
+void add_bias_gradient(const TransformedFactor& grad, int64_t outputs, float* bias) {
+  for (int64_t channel = 0; channel < outputs; channel += kLanes) {
+    const int64_t group = channel / kTogether, width = grad.width(group);
+    const float* from = grad.group(kSize + 1, group) + channel % kTogether;
+    Vec sum = {};
+    for (int64_t tile = 0; tile < grad.tiles; ++tile) sum += load(from + tile * width);
+    const int64_t lanes = outputs - channel < kLanes ? outputs - channel : kLanes;
+    store(bias + channel, load(bias + channel, lanes) + sum, lanes);
+  }
+}
+
+// Items: groups of outputs of all frequencies. Adds the products of the block's tiles to the sums, or begins them.
+void multiply_factors(const TransformedFactor& grad, const TransformedFactor& x, const WeightSums& sums, bool begins,
+                      int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t frequency = item / grad.groups(), outputs = item % grad.groups();
+    const int64_t width = grad.width(outputs), first = outputs * kTogether;
+    const int64_t rows = sums.outputs - first < width ? sums.outputs - first : width;
+    const StridedRows lhs{reinterpret_cast<const char*>(grad.group(frequency, outputs)), 4, 4 * width, grad.tiles};
+    for (int64_t channels = 0; channels < x.groups(); ++channels) {
+      float* to = sums.data + frequency * sums.step() + first * sums.padded_channels + channels * kTogether;
+      multiply_panel<Float32>(lhs, 0, rows, x.group(frequency, channels), x.width(channels), x.width(channels),
+                              [&](int64_t row, int64_t column, Vec sum) FD_INLINE {
+                                float* at = to + row * sums.padded_channels + column;
+                                store(at, begins ? sum : load(at) + sum);
+                              });
+    }
+  }
+}
+
+// G^T m: from six frequencies to three taps.
+FD_HD void recover_gradients(const Vec (&m)[kSize], Vec (&w)[3]) {
+  const Vec sixth = spread(1.0f / 6), ones = (m[1] + m[2]) * sixth, twos = m[3] + m[4];
+  w[0] = mul_add(spread(0.25f), m[0], mul_add(spread(1.0f / 24), twos, -ones));
+  w[1] = mul_add(spread(1.0f / 12), m[3] - m[4], (m[2] - m[1]) * sixth);
+  w[2] = mul_add(sixth, twos, m[5] - ones);
+}
+
+// Items: outputs. to: [output][3][3][channel].
+void transform_sums(const WeightSums& sums, float* to, int64_t begin, int64_t end) {
+  for (int64_t output = begin; output < end; ++output) {
+    for (int64_t channel = 0; channel < sums.channels; channel += kLanes) {
+      const float* from = sums.data + output * sums.padded_channels + channel;
+      const int64_t lanes = sums.channels - channel < kLanes ? sums.channels - channel : kLanes;
+      Vec halfway[3][kSize];
+      for (int j = 0; j < kSize; ++j) {
+        Vec m[kSize], w[3];
+        for (int i = 0; i < kSize; ++i) m[i] = load(from + (i * kSize + j) * sums.step());
+        recover_gradients(m, w);
+        for (int r = 0; r < 3; ++r) halfway[r][j] = w[r];
+      }
+      for (int r = 0; r < 3; ++r) {
+        Vec w[3];
+        recover_gradients(halfway[r], w);
+        for (int s = 0; s < 3; ++s) {
+          float* tap = to + ((output * 3 + r) * 3 + s) * sums.channels + channel;
+          if (lanes == kLanes) store(tap, w[s]);
+          else store(tap, w[s], lanes);
+        }
+      }
+    }
+  }
+}
