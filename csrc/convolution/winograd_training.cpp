@@ -86,7 +86,8 @@ Convolution image_of(const Tensor& x, const char* name) {
   return g;
 }
 
-Tensor pack_winograd(const Tensor& weight, bool transposed) {
+Tensor pack_winograd(const Tensor& weight, bool transposed, int64_t panel) {
+  STD_TORCH_CHECK(panel == kPackedLanes || panel == kPanel, "a panel must be 16 or 64 channels wide");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && weight.size(2) == 3 &&
                       weight.size(3) == 3 && weight.size(0) > 0 && weight.size(1) > 0,
                   "weight must be float32 [K, C, 3, 3]");
@@ -108,7 +109,7 @@ Tensor pack_winograd(const Tensor& weight, bool transposed) {
   float* to = static_cast<float*>(packed.mutable_data_ptr());
   const auto pack = FD_DISPATCH(simd_in_use(), pack_rows);
   divide_work(divide_up(padded, kPanel) * w.channels, kPanel * kFrequencies / 4, kWorkPerThread,
-              [&](int64_t begin, int64_t end) { pack(w, to, begin, end); });
+              [&](int64_t begin, int64_t end) { pack(w, panel, to, begin, end); });
   return packed;
 }
 

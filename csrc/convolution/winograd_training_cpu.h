@@ -23,8 +23,9 @@ FD_HD void transform_taps(const Vec (&w)[3], Vec (&u)[kSize]) {
   u[5] = w[2];
 }
 
-// Items: channels of the weight for each panel of outputs. to: as docs/packed-weights.md describes.
-void pack_rows(const TrainedWeight& w, float* to, int64_t begin, int64_t end) {
+// Items: channels of the weight for each kPanel outputs. to: as docs/packed-weights.md describes, in panels of
+// `panel_width` outputs.
+void pack_rows(const TrainedWeight& w, int64_t panel_width, float* to, int64_t begin, int64_t end) {
   const int64_t padded = round_up(w.outputs, kPackedLanes);
   alignas(64) float row[kFrequencies][kPanel];  // written to `to` in whole cache lines
   for (int64_t item = begin; item < end; ++item) {
@@ -55,8 +56,13 @@ void pack_rows(const TrainedWeight& w, float* to, int64_t begin, int64_t end) {
         for (int j = 0; j < kSize; ++j) store(row[i * kSize + j] + column, u[j]);
       }
     }
-    float* next = to + panel * w.channels + channel * width;
-    for (int64_t i = 0; i < kFrequencies; ++i) memcpy(next + i * padded * w.channels, row[i], width * sizeof(float));
+    const int64_t piece = width < panel_width ? width : panel_width;
+    for (int64_t i = 0; i < kFrequencies; ++i) {
+      float* next = to + (i * padded + panel) * w.channels + channel * piece;
+      for (int64_t j = 0; j < width; j += piece, next += piece * w.channels) {
+        memcpy(next, row[i] + j, piece * sizeof(float));
+      }
+    }
   }
 }
 

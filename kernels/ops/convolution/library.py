@@ -124,14 +124,16 @@ convolution_weight_gradient = define(
 )
 
 
-def _fake_pack_winograd(weight: Tensor, transposed: bool) -> Tensor:
+def _fake_pack_winograd(weight: Tensor, transposed: bool, panel: int) -> Tensor:
     outputs, channels = reversed(weight.shape[:2]) if transposed else weight.shape[:2]
     return weight.new_empty(36 * (-(-outputs // LANES) * LANES) * channels)
 
 
 # Packs a weight, float32 [K, C, 3, 3] of any strides, for `convolution_` with winograd_m = 4; or, transposed,
-# that of the gradient of the input: [C, K, 3, 3] with the taps in reverse order.
-pack_winograd = define("pack_winograd", "(Tensor weight, bool transposed) -> Tensor", _fake_pack_winograd)
+# that of the gradient of the input: [C, K, 3, 3] with the taps in reverse order. panel: as `packing.Packing`.
+pack_winograd = define(
+    "pack_winograd", "(Tensor weight, bool transposed, int panel) -> Tensor", _fake_pack_winograd
+)
 
 
 def _fake_winograd_weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:

@@ -227,6 +227,11 @@ def pack(weight: Tensor, packing: Packing) -> PackedWeight:
     return PackedWeight(weight.detach(), panels, packing)
 
 
+def panel_of(simd: str) -> int:
+    """The output channels of a panel that an instruction set reads fastest."""
+    return LANES if simd in ("baseline", "avx2") else PANEL
+
+
 def choose_packing(
     shape: Sequence[int], height: int, width: int, dtype: torch.dtype, simd: str, winograd: bool = True
 ) -> Packing:
@@ -248,7 +253,7 @@ def choose_packing(
     bf16_pairs, transformed = bf16 and simd in ("avx512_bf16", "amx"), winograd and side >= 3
     if simd == "amx" and not few and (bf16 or math.prod(shape[1:]) <= MAX_PRODUCTS):
         return Packing(amx_limbs=1 if bf16 else 3)
-    panel = LANES if simd in ("baseline", "avx2") else PANEL
+    panel = panel_of(simd)
     if few or not transformed:
         return Packing(bf16_pairs=bf16_pairs, panel=panel)
     return Packing(4 if not bf16_pairs and side >= (6 if small else 12) else 2, bf16_pairs, panel=panel)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ... import _native
 from .arguments import Conv2dArguments
 from .library import convolution_, pack_winograd, winograd_weight_gradient
+from .packing import panel_of
 
 TILE = 4  # F(4 x 4, 3 x 3)
 ACCURACY = 2e-5  # of output and gradients, relative to the largest; see `_tolerance.wrong`
@@ -63,8 +64,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool =
     """The convolution of x, or, if transposed, the gradient of its input from x, that of its output."""
     shape = len(x), weight.shape[1 if transposed else 0], *x.shape[2:]
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    packed = pack_winograd(weight, transposed)
-    convolution_(x, packed, 3, 1, 1, 1, TILE, 0, bias, None, False, None, out)
+    panel = panel_of(_native.simd_in_use())
+    packed = pack_winograd(weight, transposed, panel)
+    convolution_(x, packed, 3, 1, 1, 1, TILE, 0, bias, None, False, None, out, panel=panel)
     return out
 
 

@@ -64,8 +64,10 @@ def test_the_packed_weight_is_that_of_planned_networks(outputs, channels, memory
     """`pack` transforms in float64. The gradient of the input is a convolution by the transposed weight."""
     weight = torch.randn(outputs, channels, 3, 3).contiguous(memory_format=memory_format)
     for transposed, plain in ((False, weight), (True, weight.transpose(0, 1).flip(2, 3))):
-        expected = pack(plain, Packing(4)).data.flatten()
-        torch.testing.assert_close(pack_winograd(weight, transposed), expected, rtol=1e-6, atol=1e-6)
+        for panel in (16, 64):
+            expected = pack(plain, Packing(4, panel=panel)).data.flatten()
+            actual = pack_winograd(weight, transposed, panel)
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
@@ -128,7 +130,7 @@ def test_checkpointing_and_compilation_change_nothing():
 def test_opcheck():
     weight = torch.randn(24, 40, 3, 3)
     for transposed in (False, True):
-        torch.library.opcheck(pack_winograd.default, (weight, transposed))
+        torch.library.opcheck(pack_winograd.default, (weight, transposed, 16))
     grad = torch.randn(2, 24, 6, 5).contiguous(memory_format=torch.channels_last)
     x = torch.randn(2, 40, 6, 5).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(winograd_weight_gradient.default, (grad, x))
@@ -171,7 +173,7 @@ def test_the_gradient_refuses(change, message):
 )
 def test_packing_refuses(weight):
     with pytest.raises(RuntimeError, match="weight must be float32"):
-        pack_winograd(weight, False)
+        pack_winograd(weight, False, 64)
 
 
 @pytest.mark.parametrize("shapes", [((0, 4, 3, 3), (0, 6, 3, 3)), ((2, 4, 0, 3), (2, 6, 0, 3))])
