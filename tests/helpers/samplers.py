@@ -1,8 +1,8 @@
 """The samplers with each of their options, and the schedulers of diffusers that they equal.
 
 A new sampler is tested by its entry here: its tables (test_steps), its trajectories (test_sampler_parity,
-test_sampling), the timesteps that its steps lead to (test_where_steps_lead), and its independence of the
-default device.
+test_against_diffusers), the timesteps that its steps lead to (test_where_steps_lead), and its independence of
+the default device.
 """
 
 from collections.abc import Callable
