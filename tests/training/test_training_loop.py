@@ -1,4 +1,4 @@
-"""Training: what a step does, and runs that stop, fail or are killed and go on as if they had not."""
+"""The training loop: its steps, its files, and runs that go on where they stopped."""
 
 import csv
 import os
@@ -14,21 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import diffusion
-from diffusion.cli import main
-from diffusion.data import load_mnist
-from diffusion.training.recipe import load_recipe
 from diffusion.training.state import load_state, read_state, save_state
-from diffusion.training.trainer import Trainer
 from helpers.processes import start_python
 from helpers.training import (
-    DATA,
     RECIPE,
     assert_same_run,
     make_trainer,
     run,
     run_until,
     state_of,
-    torchvision_works,
 )
 
 
@@ -287,43 +281,6 @@ def test_a_log_on_a_full_disk(tmp_path, monkeypatch):
         run(tmp_path / "new", patched)
 
 
-@pytest.mark.thinned
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *((name, kind) for name in ("samples", "ema-0.5") for kind in ("file", "pipe", "loop", "device")),
-        *(
-            (name, kind)
-            for name in ("model.safetensors", "ema-0.5/config.json")
-            for kind in ("folder", "pipe")
-        ),
-        ("samples/step-0000003.png", "folder"),
-    ],
-)
-@pytest.mark.parametrize("resume", [False, True])
-def test_what_cannot_be_written_is_refused_before_a_step(name, kind, resume, tmp_path):
-    recipe = replace(RECIPE, steps=6, more_ema_decays=(0.5,))
-    if resume:
-        save_state(make_trainer(recipe), tmp_path / "state.safetensors")
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "file":
-        path.touch()
-    else:
-        path.symlink_to(path.name if kind == "loop" else "/dev/zero")
-    before = sorted(os.listdir(tmp_path))
-    trainer = make_trainer(recipe)
-    trainer.train_step = None
-    with pytest.raises(ValueError, match=f"cannot write .*{name}") as caught:
-        run(tmp_path, trainer, resume=resume, sample_every=3)
-    assert "\n" not in str(caught.value)
-    assert sorted(os.listdir(tmp_path)) == before
-
-
 @pytest.mark.filterwarnings("ignore:.*lacks lines")
 @pytest.mark.parametrize("name", ["samples", "log.csv"])
 def test_the_state_is_saved_before_a_failure_to_write(name, unbroken, tmp_path):
@@ -347,157 +304,3 @@ def test_the_state_is_saved_before_a_failure_to_write(name, unbroken, tmp_path):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     grids = [f"step-{step:07d}.png" for step in (4, 8, 12)]
     assert sorted(os.listdir(tmp_path / "samples")) == grids
-
-
-def test_a_run_on_other_data_is_refused(unbroken):
-    for name in ("images", "labels"):
-        trainer = make_trainer()
-        setattr(trainer, name, getattr(trainer, name).clone())
-        getattr(trainer, name)[7] += 1
-        with pytest.raises(ValueError, match="on other images or labels"):
-            run(unbroken, trainer, resume=True)
-
-
-def test_changes_are_accepted_where_they_are_asked_for(unbroken, tmp_path):
-    """Fields that say how it is trained, not what; the loss's growth is then measured anew."""
-    for path in unbroken.iterdir():
-        if path.is_file():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    longer = replace(RECIPE, steps=14, learning_rate=1e-5)
-    with pytest.raises(ValueError, match="it differs in steps, learning_rate"):
-        run(tmp_path, make_trainer(longer), resume=True)
-    averaged = make_trainer(replace(longer, ema_decay=0.5))
-    with pytest.raises(ValueError, match="it differs in ema_decay"):
-        run(tmp_path, averaged, resume=True, accept_changes=True)
-    trainer = make_trainer(longer)
-    trainer.images = trainer.images + 1
-    run(tmp_path, trainer, resume=True, accept_changes=True)
-    assert read_state(tmp_path / "state.safetensors")["step"] == 14
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
-    assert [int(row["step"]) for row in rows][-2:] == [12, 14]
-    assert float(rows[-1]["learning_rate"]) < 1e-5
-    first_loss = read_state(tmp_path / "state.safetensors")["first_loss"]
-    weighted = make_trainer(replace(longer, loss_weighting="p2", steps=16))
-    run(tmp_path, weighted, resume=True, accept_changes=True)
-    assert read_state(tmp_path / "state.safetensors")["first_loss"] != first_loss
-
-
-def test_what_cannot_be_resumed(unbroken, tmp_path):
-    with pytest.raises(ValueError, match="no run to resume"):
-        run(tmp_path / "empty", resume=True)
-    with pytest.raises(ValueError, match="holds a run already"):
-        run(unbroken)
-    with pytest.raises(ValueError, match="another recipe: it differs in batch_size, seed"):
-        run(unbroken, make_trainer(replace(RECIPE, seed=1, batch_size=4)), resume=True)
-    whole = (unbroken / "state.safetensors").read_bytes()
-    for damage in (whole[:-1], whole[:100], b"", b"no tensors"):
-        (tmp_path / "state.safetensors").write_bytes(damage)
-        with pytest.raises(ValueError, match="damaged") as caught:
-            run(tmp_path, resume=True)
-        assert "\n" not in str(caught.value)
-    tensors = state_of(unbroken)
-    save_file({k: v for k, v in tensors.items() if "exp_avg" not in k}, tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match="no training state"):
-        run(tmp_path, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"steps": 0}, "steps"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"ema_decay": 1.0}, "ema_decay"),
-        ({"label_dropout": -0.1}, "label_dropout"),
-        ({"warmup_steps": -1}, "warmup_steps"),
-    ],
-)
-def test_recipes_of_nonsense(change, expected):
-    with pytest.raises(ValueError, match=expected):
-        replace(RECIPE, **change)
-
-
-def test_data_that_do_not_fit():
-    images, labels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
-    for bad_images, bad_labels, expected in (
-        (images.float(), labels, r"uint8 in 0\.\.255, not float32"),
-        (images.expand(20, 3, 8, 8), labels, r"\[N, 1, 8, 8\] for this recipe, not \[20, 3, 8, 8\]"),
-        (images[:4], labels[:4], "one batch"),
-        (images, None, "needs labels"),
-        (images, labels[:5], "int64"),
-        (images, labels + 3, r"from 3 to 3, but must be in 0\.\.2 for a model of 3 classes"),
-        (images[..., :6], labels, r"must be \[N, 1, 8, 8\]"),
-    ):
-        with pytest.raises(ValueError, match=expected):
-            Trainer(RECIPE, bad_images, bad_labels)
-
-
-@pytest.mark.skipif(torchvision_works(), reason="torchvision can be imported here")
-def test_without_torchvision_the_way_out_is_told(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "--data-dir", str(DATA), "--out", "run"])
-    assert caught.value.code == 2
-    assert "fused-diffusion[train]" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not torchvision_works(), reason="the data set is read by torchvision")
-class TestMnist:
-    def test_digits_are_read(self):
-        images, labels = load_mnist(DATA, "train")
-        assert images.shape == (256, 1, 28, 28)
-        assert images.dtype == torch.uint8
-        assert set(labels.tolist()) == set(range(10))
-
-    def test_the_command_trains_and_resumes(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("diffusion.training.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
-        words = ["train", "--data", "mnist", "--data-dir", str(DATA), "--out", str(tmp_path / "run")]
-        words += ["--steps", "4", "--batch-size", "4", "--save-every", "2"]
-        monkeypatch.setattr("diffusion.training.run.save_samples", lambda *arguments: True)
-        main(words)
-        output = capsys.readouterr()
-        assert "4 steps in" in output.out
-        assert "images/s" in output.err
-        assert "loss" in output.err
-        model = diffusion.load(tmp_path / "run")
-        assert model.unet.config.to_dict().items() >= load_recipe("mnist").unet.items()
-        with pytest.raises(SystemExit):
-            main(words)
-        assert "resume" in capsys.readouterr().err
-        main([*words, "--resume"])  # has nothing left to do
-
-    def test_a_recipes_data_are_those_of_its_name(self, tmp_path, capsys):
-        for words, data in (([], "mnist"), (["--recipe", "cifar10-unconditional"], "cifar10")):
-            with pytest.raises(SystemExit):
-                main(["train", *words, "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")])
-            assert f"cannot read {data} in".lower() in capsys.readouterr().err.lower()
-
-    def test_an_unconditional_model(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusion.training.trainer.Trainer.validation_loss", lambda self, **options: 0.5)
-        monkeypatch.setattr("diffusion.training.run.save_samples", lambda *arguments: True)
-        out = tmp_path / "run"
-        main(["train", "--data-dir", str(DATA), "--out", str(out), "--steps", "2", "--unconditional"])
-        assert diffusion.load(out).num_classes is None
-
-    @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
-    def test_damaged_files_are_refused(self, damage, tmp_path):
-        folder = tmp_path / "MNIST" / "raw"
-        folder.mkdir(parents=True)
-        for path in (DATA / "MNIST" / "raw").iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        victim = folder / "train-images-idx3-ubyte"
-        if damage == "truncated":
-            victim.write_bytes(victim.read_bytes()[:1000])
-        elif damage == "garbage":
-            victim.write_bytes(b"\x01" * 1000)
-        else:
-            victim.unlink()
-        with pytest.raises(ValueError, match="cannot read MNIST") as caught:
-            load_mnist(tmp_path, "train")
-        assert "\n" not in str(caught.value)
-
-    def test_unknown_split_and_missing_folder(self, tmp_path):
-        with pytest.raises(ValueError, match="split"):
-            load_mnist(DATA, "validation")
-        with pytest.raises(ValueError, match="there is no"):
-            load_mnist(tmp_path, "train")
