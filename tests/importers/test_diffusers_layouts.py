@@ -1,7 +1,6 @@
-"""The files of diffusers in each layout that its users hold, laid out by diffusers itself or like it."""
+"""Folders and files of diffusers, in each of their layouts."""
 
 import json
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -10,41 +9,17 @@ from safetensors.torch import load_file, save_file
 
 import diffusion
 from diffusion.cli import main
+from helpers.diffusers_folders import (
+    LINEAR,
+    NAME,
+    assert_is,
+    load,
+    outputs,
+    save_checkpoint,
+    save_pipeline,
+    scaled,
+)
 from helpers.unet2d import SMALL, original
-
-NAME = "diffusion_pytorch_model"
-LINEAR = {"schedule": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
-
-
-def outputs(unet, labels=None) -> torch.Tensor:
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    t = torch.tensor([3, 700])
-    with torch.no_grad():
-        if isinstance(unet, diffusers.UNet2DModel):
-            return unet(x, t, class_labels=labels).sample
-        return unet(x, t, labels)
-
-
-def scaled(model: diffusers.UNet2DModel, factor: float = 0.5) -> diffusers.UNet2DModel:
-    """Another model of the same configuration."""
-    other = diffusers.UNet2DModel.from_config(model.config).eval()
-    other.load_state_dict({name: factor * tensor for name, tensor in model.state_dict().items()})
-    return other
-
-
-def save_pipeline(folder: Path, model: diffusers.UNet2DModel, **options) -> None:
-    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(
-        folder, **options
-    )
-
-
-def load(path: Path, **flags) -> diffusion.DDPM:
-    return diffusion.load(path, flags=flags)
-
-
-def assert_is(model: diffusion.DDPM, expected: diffusers.UNet2DModel, tolerance: float = 1e-5) -> None:
-    found, right = outputs(model.unet), outputs(expected)
-    assert (found - right).abs().max() <= tolerance * right.abs().max()
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
@@ -146,74 +121,6 @@ def test_a_file_of_weights(tmp_path):
     found = load(tmp_path / f"{NAME}.safetensors")
     assert_is(found, model)
     assert found.clip == 2.0
-
-
-# Fields that EMAModel.save_pretrained adds to the configuration.
-AVERAGE = {
-    "decay": 0.9999,
-    "inv_gamma": 1.0,
-    "min_decay": 0.0,
-    "optimization_step": 500,
-    "power": 0.75,
-    "update_after_step": 0,
-    "use_ema_warmup": True,
-}
-
-
-def save_checkpoint(
-    folder: Path, model: diffusers.UNet2DModel, average: diffusers.UNet2DModel | None
-) -> None:
-    """A folder checkpoint-N of diffusers' train_unconditional.py, whose accelerator saves its state there."""
-    model.save_pretrained(folder / "unet")
-    if average is not None:
-        average.save_pretrained(folder / "unet_ema")
-        path = folder / "unet_ema" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | AVERAGE))
-    torch.save({"state": {}, "param_groups": [{"lr": 1e-4}]}, folder / "optimizer.bin")
-    torch.save({"last_epoch": 500}, folder / "scheduler.bin")
-    (folder / "random_states_0.pkl").write_bytes(b"\x80\x04.")
-
-
-def test_the_keys_of_an_average():
-    """AVERAGE has the keys that diffusers' own EMAModel writes."""
-    from diffusers.training_utils import EMAModel
-
-    ema = EMAModel(original(SMALL).parameters(), use_ema_warmup=True)
-    assert ema.state_dict().keys() - {"shadow_params"} == AVERAGE.keys()
-
-
-def test_a_checkpoint_of_the_training_script(tmp_path):
-    model = original(SMALL)
-    folder = tmp_path / "checkpoint-500"
-    save_checkpoint(folder, model, None)
-    with pytest.raises(
-        ValueError, match=r"checkpoint-500 has no scheduler_config\.json, .*--schedule.*linear"
-    ):
-        load(folder)
-    found = load(folder, schedule="linear", num_train_timesteps=100, prediction_type="sample")
-    assert_is(found, model)
-    assert (found.schedule.T, found.prediction_type) == (100, "sample")
-
-
-def test_averages_are_preferred(tmp_path):
-    model = original(SMALL)
-    save_checkpoint(tmp_path, model, scaled(model))
-    with pytest.warns(UserWarning, match="assumed: weights=unet_ema num_train_timesteps=1000"):
-        found = load(tmp_path, schedule="cosine")
-    assert_is(found, scaled(model))
-    assert_is(load(tmp_path, weights="unet", **LINEAR), model)
-    with pytest.raises(ValueError, match="unknown part of weights 'ema'; choose from: unet, unet_ema"):
-        load(tmp_path, schedule="cosine", weights="ema")
-
-
-def test_a_pipeline_says_that_it_has_an_average_too(tmp_path):
-    """diffusers itself loads `unet`, which the pipeline's index names."""
-    model = original(SMALL)
-    save_pipeline(tmp_path, model)
-    scaled(model).save_pretrained(tmp_path / "unet_ema")
-    with pytest.warns(UserWarning, match="assumed: weights=unet$"):
-        assert_is(load(tmp_path), model)
-    assert_is(load(tmp_path, weights="unet_ema"), scaled(model))
 
 
 SCHEDULES = {
@@ -340,128 +247,6 @@ def test_timesteps_that_the_network_did_not_learn(tmp_path):
     save_pipeline(tmp_path, original(SMALL | {"time_embedding_type": "learned", "num_train_timesteps": 100}))
     with pytest.raises(ValueError, match="has learned 100 timesteps, fewer than the 1000 of the schedule"):
         load(tmp_path)
-
-
-# Components that make something else of the UNet's output, or feed it.
-COMPONENTS = {
-    "vqvae": ["diffusers", "VQModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "mel": ["diffusers", "Mel"],
-    "bert": ["latent_diffusion", "LDMBertModel"],
-    "movq": None,
-}
-
-
-@pytest.mark.parametrize("name", COMPONENTS)
-def test_components_of_pipelines(name, tmp_path):
-    save_pipeline(tmp_path, original(SMALL))
-    path = tmp_path / "model_index.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {name: COMPONENTS[name], "vqgan": [None, None]})
-    )
-    if COMPONENTS[name] is None:
-        load(tmp_path)
-        return
-    with pytest.raises(ValueError, match=rf"model_index\.json: .* the component {name} \(") as error:
-        load(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_components_without_an_index(tmp_path):
-    """With an index, also where the UNet's own folder, or its file, is given."""
-    save_pipeline(tmp_path, original(SMALL))
-    (tmp_path / "vqvae").mkdir()
-    (tmp_path / "vqvae" / "config.json").write_text('{"_class_name": "VQModel"}')
-    index = json.loads((tmp_path / "model_index.json").read_text()) | {"vqvae": COMPONENTS["vqvae"]}
-    unet = tmp_path / "unet"
-    for text in (json.dumps(index), None):
-        (tmp_path / "model_index.json").unlink()
-        if text is not None:
-            (tmp_path / "model_index.json").write_text(text)
-        paths = (tmp_path, unet, unet / f"{NAME}.safetensors") if text else (tmp_path,)
-        for path in paths:
-            with pytest.raises(ValueError, match="a pipeline with the component vqvae") as error:
-                load(path, schedule="linear")
-            assert "\n" not in str(error.value)
-
-
-def test_models_side_by_side(tmp_path):
-    """Other models in the same folder are no components of each other."""
-    model = original(SMALL)
-    model.save_pretrained(tmp_path / "unet")
-    save_pipeline(tmp_path / "flat", scaled(model))
-    scaled(model, 0.25).save_pretrained(tmp_path / "vae")
-    assert_is(load(tmp_path / "unet", **LINEAR), model)
-    assert_is(load(tmp_path / "flat"), scaled(model))
-    assert_is(load(tmp_path / "vae", **LINEAR), scaled(model, 0.25))
-
-
-def test_the_index_of_a_flat_pipeline_is_read_too(tmp_path):
-    original(SMALL).save_pretrained(tmp_path)
-    diffusers.DDPMScheduler().save_pretrained(tmp_path)
-    (tmp_path / "model_index.json").write_text(json.dumps({"vqvae": COMPONENTS["vqvae"]}))
-    with pytest.raises(ValueError, match="a pipeline with the component vqvae"):
-        load(tmp_path)
-
-
-def damage(folder: Path, how: str) -> None:
-    """Damages a sharded pipeline."""
-    unet = folder / "unet"
-    index = unet / f"{NAME}.safetensors.index.json"
-    shards = sorted(unet.glob("*.safetensors"))
-    places = json.loads(index.read_text())["weight_map"]
-    first = next(iter(places))
-    if how == "truncated":
-        shards[0].write_bytes(shards[0].read_bytes()[:-9])
-    elif how == "missing":
-        shards[1].unlink()
-    elif how == "index":
-        index.write_text(index.read_text()[:-40])
-    elif how == "list":
-        index.write_text('{"weight_map": ["a"]}')
-    elif how == "outside":
-        index.write_text(json.dumps({"weight_map": places | {first: "../../secret.safetensors"}}))
-    elif how == "elsewhere":
-        other = next(path.name for path in shards if path.name != places[first])
-        index.write_text(json.dumps({"weight_map": places | {first: other}}))
-    elif how == "pickle":
-        shards[0].write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.")
-    elif how == "config":
-        config = json.loads((unet / "config.json").read_text())
-        (unet / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
-    elif how == "pipeline":
-        (folder / "model_index.json").write_text("{")
-    elif how == "scheduler":
-        (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name"')
-
-
-@pytest.mark.parametrize(
-    ("how", "file"),
-    [
-        ("truncated", "-00001-of-"),
-        ("missing", "-00002-of-"),
-        ("index", "index.json"),
-        ("list", "index.json"),
-        ("outside", "index.json"),
-        ("elsewhere", "index.json"),
-        ("pickle", "-00001-of-"),
-        ("config", "index.json"),
-        ("pipeline", "model_index.json"),
-        ("scheduler", "scheduler_config.json"),
-    ],
-)
-def test_damaged_folders(how, file, tmp_path, capsys):
-    """One line that names the file, exit status 2, and nothing is written."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    save_pipeline(source, original(SMALL), max_shard_size="20KB")
-    damage(source, how)
-    with pytest.raises(SystemExit, match="2"):
-        main(["import", str(source), "--out", str(out)])
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1
-    assert file in printed.err
-    assert printed.out == ""
-    assert not out.exists()
 
 
 def test_the_command(tmp_path, capsys):
