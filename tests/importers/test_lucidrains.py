@@ -246,6 +246,7 @@ SNR_WEIGHTS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("gamma", [math.inf, 5.0, 0.5])
 @pytest.mark.parametrize("objective", SNR_WEIGHTS)
 def test_objective_is_read_off_the_loss_weights(objective, gamma, tmp_path):

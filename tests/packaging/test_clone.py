@@ -53,6 +53,7 @@ def test_the_installation_serves(clone):
     assert str(clone[1] / "diffusion" / "kernels") in found
 
 
+@pytest.mark.exhaustive
 def test_other_sources(clone):
     (clone[0] / "csrc" / "convolution" / "args.h").write_text("// changed\n")
     assert "are not of this clone's sources; run: pip install ." in info(*clone)

@@ -1,6 +1,7 @@
 """accelerate: UNets in plain functions of PyTorch, as EDM and guided-diffusion write theirs."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -92,12 +93,20 @@ def test_modules_in_sixteen_bits(name, dtype):
     assert is_as_accurate(actual, peer, expected)
 
 
+@cache
+@torch.no_grad()
+def planned(name: str) -> nn.Module:
+    """The network after a call."""
+    network = small(NETWORKS[name]())
+    diffusion.accelerate(network)(*inputs(network, 3, (8, 8)))
+    return network
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_everything_on_maps_is_fused(name):
     """Only functions of vectors, and of the images that come and go, stay calls of PyTorch."""
-    network = small(NETWORKS[name]())
-    diffusion.accelerate(network)(*inputs(network, 3, (8, 8)))
+    network = planned(name)
     unfused = [line.split(" x ")[1].split(" [") for line in network.report().splitlines() if " x " in line]
     shapes = [(function, [int(n) for n in shape.rstrip("]").split(",")]) for function, shape in unfused]
     on_maps = {function for function, shape in shapes if len(shape) > 2 and shape[1] > 3 and shape[-1] > 1}
@@ -108,8 +117,7 @@ def test_everything_on_maps_is_fused(name):
 @pytest.mark.parametrize("name", ["scaled_heads", "pooled", "pooled_heads_first"])
 def test_attention_reads_heads_in_place(name):
     """Neither queries, keys and values nor what attention gives are copied."""
-    network = small(NETWORKS[name]())
-    diffusion.accelerate(network)(*inputs(network, 3, (8, 8)))
+    network = planned(name)
     report = network.report()
     assert "3 attentions" in report
     plan = network.forward._thread_local.last.plan
