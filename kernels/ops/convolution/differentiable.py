@@ -23,13 +23,26 @@ def _supports(arguments: Conv2dArguments) -> str | None:
     return _native.CPP_MISSING or _way(arguments).supports(arguments)
 
 
+def _slower(arguments: Conv2dArguments) -> str | None:
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "a traced or exported network is made of PyTorch's own ops"
+    return _way(arguments).slower(arguments)
+
+
+def _run(arguments: Conv2dArguments) -> torch.Tensor:
+    """In PyTorch's layout: channels_last if x or weight is stored so, else contiguous."""
+    out = _way(arguments).conv2d(arguments)
+    stored_so = any(t.stride(1) == 1 and not t.is_contiguous() for t in arguments[:2])
+    return out if stored_so else out.contiguous()
+
+
 op = Op(
     "conv2d",
     {
         "cpp": Backend(
-            lambda arguments: _way(arguments).conv2d(arguments),
+            _run,
             _supports,
-            slower=lambda arguments: _way(arguments).slower(arguments),
+            slower=_slower,
             manner=lambda arguments: _way(arguments).MANNER,
         ),
         "reference": Backend(reference.conv2d, always),
@@ -53,12 +66,14 @@ def conv2d(
     weight: [K, C, R, S].
     bias: [K].
     stride: at least 1. padding: at least 0, of zeros on every side.
-    Returns [N, K, H', W'] in x's dtype, or autocast's. The C++ backend in float32 is Winograd's algorithm
-    (Lavin & Gray 2016, arXiv:1509.09308), for kernels of 3 x 3 with stride and padding 1. The errors of its
-    output and gradients are below 2e-5 of the largest number of each. In bfloat16, on processors with AMX, it
-    sums the gradients of weight and bias in float32 and returns them in the dtypes of weight and bias. A
-    non-finite input gives NaN in every gradient that depends on it, perhaps in more. ValueError: shapes
-    that do not fit, or a backend that cannot serve the call. TypeError: an argument of another type.
+    Returns [N, K, H', W'] in x's dtype, or autocast's, and in the layout of PyTorch's. The C++ backend in
+    float32 is Winograd's algorithm (Lavin & Gray 2016, arXiv:1509.09308), for kernels of 3 x 3 with stride
+    and padding 1. The errors of its output and gradients are near 1e-5 of the largest number of each, and
+    2e-5 with 512 or more channels. A gradient of the weight beyond 1e33 may overflow to infinity or NaN. In
+    bfloat16, on processors with AMX, it sums the gradients of weight and bias in float32 and returns them in
+    the dtypes of weight and bias. A non-finite input makes every gradient that depends on it non-finite,
+    perhaps more. A network that torch.jit traces or torch.export exports has PyTorch's own op. ValueError:
+    shapes that do not fit, or a backend that cannot serve the call. TypeError: an argument of another type.
     Forward-mode derivatives and torch.func are the reference's.
     """
     return op(Conv2dArguments(x, weight, bias, stride, padding), backend)

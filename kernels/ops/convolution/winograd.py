@@ -75,19 +75,19 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
         if x.shape[1] < MIN_CONVOLVED:
             return F.conv2d(x, weight, bias, padding=1)
         return _convolve(x, weight, None if bias is None else bias.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (x, weight, bias) = grads, ctx.saved_tensors
+        (grad,), (x, weight) = grads, ctx.saved_tensors
         of_x, of_weight, of_bias = wanted = ctx.needs_input_grad
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # of create_graph, for a second derivative
-            return _gradients_of_torch(grad, x, weight, bias, wanted)
+        # Compiled steps have neither a second derivative (create_graph) nor a batch of gradients.
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _batched(grad)):
+            return _gradients_of_torch(grad, x, weight, ctx.bias_sizes, wanted)
         grad, d_x, d_weight, d_bias = _channels_last(grad), None, None, None
         if of_x and weight.shape[0] < MIN_CONVOLVED:
             d_x = _gradients_of_torch(grad, x, weight, None, (True, False, False))[0]
@@ -102,9 +102,14 @@ class _Conv2d(torch.autograd.Function):
         )
 
 
+def _batched(grad: Tensor) -> bool:
+    """Whether it stands for several gradients, as in torch.autograd.grad(..., is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+
+
 def _gradients_of_torch(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    sizes = None if bias is None else list(bias.shape)
-    options = sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, list(wanted)
+    options = bias_sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, list(wanted)
     return torch.ops.aten.convolution_backward(grad, x, weight, *options)

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.kernels import conv2d, explain
+from diffusion.kernels import _native, conv2d, explain
 from diffusion.kernels._tolerance import wrong
 from diffusion.kernels.ops.convolution.cases import CONV2D_CASES, Conv2dCase
 from diffusion.kernels.ops.convolution.library import pack_winograd, winograd_weight_gradient
 from diffusion.kernels.ops.convolution.packing import Packing, pack
 from diffusion.kernels.ops.convolution.winograd import ACCURACY
+from diffusion.models.blocks import Conv2d
 from helpers.native import every_variant, requires_native
 
 pytestmark = requires_native
@@ -96,6 +97,57 @@ def test_an_upstream_gradient_of_any_strides():
     assert all(map(torch.equal, results(conv2d, leaves(arguments), one, backend="cpp", **options), expected))
 
 
+def test_a_batch_of_upstream_gradients():
+    arguments, options, upstream = example()
+    several = torch.stack([upstream, upstream.flip(0), -upstream])
+    tensors = leaves(arguments)
+    actual = torch.autograd.grad(
+        conv2d(*tensors, backend="cpp", **options), tensors, several, is_grads_batched=True
+    )
+    peer, expected = (
+        [torch.stack(three) for three in zip(*(results(F.conv2d, leaves(arguments, dtype), one, **options)[1:]
+                                               for one in several), strict=True)]
+        for dtype in (torch.float32, torch.double)
+    )  # fmt: skip
+    for three in zip(actual, peer, expected, strict=True):
+        assert wrong(*three, accuracy=ACCURACY) is None
+
+
+@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+def test_the_output_is_stored_as_pytorchs(x_format, weight_format):
+    """So that a caller can view the output of a contiguous network, as when it is not trained."""
+    weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=weight_format).requires_grad_()
+    for channels in (64, 128):  # the latter a range of the channels
+        wide = torch.randn(2, channels, 16, 16).contiguous(memory_format=x_format)
+        x = wide[:, :64]
+        expected = F.conv2d(x, weight, padding=1)
+        assert conv2d(x, weight, padding=1, backend="cpp").stride() == expected.stride()
+
+
+def test_a_bias_may_change_before_the_backward_pass():
+    arguments, options, upstream = example()
+    expected = results(conv2d, leaves(arguments), upstream, backend="cpp", **options)[1:]
+    tensors = leaves(arguments)
+    out = conv2d(*tensors, backend="cpp", **options)
+    with torch.no_grad():
+        tensors[2].add_(1)
+    assert all(map(torch.equal, torch.autograd.grad(out, tensors, upstream), expected))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:FutureWarning")
+@pytest.mark.skipif(_native.simd_in_use() == "baseline", reason="the baseline convolves by PyTorch")
+def test_traced_and_exported_networks_are_of_pytorchs_ops():
+    module, x = Conv2d(64, 64, 3, padding=1), torch.randn(16, 64, 8, 8)
+    assert "Winograd" in explain(conv2d, x, module.weight, padding=1)
+    exported = torch.export.export(module, (x,))
+    assert [node.target for node in exported.graph.nodes if node.op == "call_function"] == [
+        torch.ops.aten.conv2d.default
+    ]
+    traced = torch.jit.trace(module, x)
+    assert {node.kind() for node in traced.inlined_graph.nodes()} >= {"aten::_convolution"}
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("second", [0, 1, 2])
 def test_second_derivatives_are_those_of_pytorch(first, second):
@@ -134,6 +186,33 @@ def test_opcheck():
     grad = torch.randn(2, 24, 6, 5).contiguous(memory_format=torch.channels_last)
     x = torch.randn(2, 40, 6, 5).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(winograd_weight_gradient.default, (grad, x))
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_weight", "upstream"), [(1e36, 1, 1), (1e20, 1e17, 1), (1, 1e36, 1e-3), (1e15, 1, 1e15)]
+)
+def test_large_numbers_whose_sums_are_finite(of_x, of_weight, upstream, simd):
+    """The transforms of output and gradient of the input overflow; those are then summed directly."""
+    (x, weight, bias), options, grad = example()
+    tensors, grad = (x * of_x, weight * of_weight, bias), grad * upstream
+    actual = results(conv2d, leaves(tensors), grad, backend="cpp", **options)
+    peer = results(F.conv2d, leaves(tensors), grad, **options)
+    expected = results(F.conv2d, leaves(tensors, torch.double), grad, **options)
+    for name, *three in zip(("out", "x", "weight", "bias"), actual, peer, expected, strict=True):
+        if name != "weight" or expected[2].abs().max() < 1e33:
+            assert wrong(*three, accuracy=ACCURACY) is None, name
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_non_finite_inputs_reach_every_gradient_that_depends_on_them(value):
+    arguments, options, upstream = example()
+    for which in range(2):
+        tensors, grad = [t.clone() for t in arguments], upstream.clone()
+        (tensors[0], grad)[which][1, 5, 7, 7] = value
+        actual = results(conv2d, leaves(tensors), grad, backend="cpp", **options)
+        expected = results(F.conv2d, leaves(tensors), grad, **options)
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one.isfinite(), other.isfinite())
 
 
 def test_a_nan_stays_in_its_pixels_and_channel():
