@@ -1,6 +1,7 @@
 """The measurements of networks as a page with a picture, and as JSON."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..sampling.report import slug
@@ -37,39 +38,42 @@ def short_table(entry: dict) -> str:
     return "\n".join(lines)
 
 
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[int] = ()) -> list[str]:
+    """A Markdown table. optional: columns that are left out where no row says anything in them."""
+    empty = [i for i in optional if not any(row[i] for row in rows)]
+    kept = [i for i in range(len(titles)) if i not in empty]
+    lines = [titles, ["---"] * len(titles), *rows]
+    return ["| " + " | ".join(line[i] for i in kept) + " |" for line in lines]
+
+
 def _aims(result: dict) -> list[str]:
-    lines = [
-        "| network | batch | `exact`, to the faster engine | aim | `fast`, to OpenVINO in bfloat16 | aim | "
-        "`exact`, to the module |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ["network", "batch", "`exact`, to the faster engine", "aim"]
+    titles += ["`fast`, to OpenVINO in bfloat16", "aim", "`exact`, to the module"]
+    lines = []
     for entry in result["networks"]:
         rows, model = entry["ways"], MODELS[entry["network"]]
         exact, fast = (_times(ratio(rows, own, ENGINES[i])) for i, own in enumerate((EXACT, FAST)))
+        aims = [f"{aim:.1f}x" if own else "" for own, aim in ((exact, model.exact), (fast, model.fast))]
         plain = _times(ratio(rows, EXACT, (MODULE,)))
-        lines.append(
-            f"| {model.origin} | {entry['batch']} | {exact} | {model.exact:.1f}x | {fast} | "
-            f"{model.fast:.1f}x | {plain} |"
-        )
-    return lines
+        lines.append([model.origin, str(entry["batch"]), exact, aims[0], fast, aims[1], plain])
+    return _table(titles, lines, optional=(2, 3, 4, 5, 6))
 
 
 def _details(entry: dict) -> list[str]:
     rows = entry["ways"]
-    lines = [f"## {MODELS[entry['network']].origin}, batch {entry['batch']}", ""]
-    lines += ["| | ms per evaluation | difference | peak memory | `accelerate` in this precision is |"]
-    lines += ["|---|---|---|---|---|"]
+    titles = ["", "ms per evaluation", "difference", "peak memory", "`accelerate` in this precision is"]
+    lines = []
     for name, row in rows.items():
         label = LABELS.get(name, name)
         if "seconds" not in row:
-            lines.append(f"| {label} | {row['reason']} | | | |")
+            lines.append([label, row["reason"], "", "", ""])
             continue
         memory = f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else ""
         faster = _times(ratio(rows, EXACT if WAYS[name].single else FAST, (name,)))
-        lines.append(
-            f"| {label} | {1e3 * row['seconds']:.2f} | {row['difference']:.1e} | {memory} | {faster} |"
-        )
-    return lines
+        time, difference = f"{1e3 * row['seconds']:.2f}", f"{row['difference']:.1e}"
+        lines.append([label, time, difference, memory, faster])
+    heading = f"## {MODELS[entry['network']].origin}, batch {entry['batch']}"
+    return [heading, "", *_table(titles, lines, optional=(3,))]
 
 
 def _growth(points: list[dict]) -> list[str]:
@@ -103,8 +107,8 @@ def markdown(result: dict, picture: Path | None) -> str:
         "package's modules for those checkpoints, in plain PyTorch; the others are their own packages'. "
         "OpenVINO and ONNX Runtime run the module exported as ONNX. Differences are of one output, root mean "
         "square, relative to PyTorch in float32. A ratio of 2x means that `exact` or `fast` takes half of "
-        "the time. Memory is the peak of a process that makes one way and evaluates it, with Python and "
-        "PyTorch in it. Made by `python -m benchmarks.networks`.",
+        "the time. Memory, where it was measured, is the peak of a process that makes one way and evaluates "
+        "it, with Python and PyTorch in it. Made by `python -m benchmarks.networks`.",
         "",
         *_aims(result),
     ]

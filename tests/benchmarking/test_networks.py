@@ -136,11 +136,22 @@ def test_the_report(tmp_path):
     assert "| 8 | 2.50x | 1.8x | 2.00x | 1.5x | 4.00x |" in text  # 0.25 / 0.1, 0.1 / 0.05, 0.4 / 0.1
     assert "| PyTorch | 400.00 | 0.0e+00 | 1.00 GiB | 4.00x |" in text
     assert "| OpenVINO, bf16 | 100.00 | 1.0e-02 |  | 2.00x |" in text
-    assert "| ONNX Runtime | ModuleNotFoundError: no onnxruntime | | | |" in text
+    assert "| ONNX Runtime | ModuleNotFoundError: no onnxruntime |  |  |  |" in text
     assert "| batch (threads 2, size 32) | 1 | 2 |" in text
     assert "| accelerate, exact | 100.00 | 200.00 |" in text
     assert "![Time of an evaluation of each network](networks.png)" in text
     assert Image.open(paths[2]).size[0] > 400
+
+
+def test_what_was_not_measured_has_no_column():
+    rows = {"module": {"seconds": 0.4, "difference": 0.0}, "exact": {"seconds": 0.1, "difference": 1e-6}}
+    rows["OpenVINO"] = {"seconds": 0.25, "difference": 1e-6}
+    result = {"device": "A", "threads": 2, "date": "2026-01-31", "small": False, "steps": 3, "versions": {}}
+    result |= {"build": {}, "growth": [], "networks": [{"network": "edm-cifar10", "batch": 8, "ways": rows}]}
+    text = report.markdown(result, None)
+    assert "| network | batch | `exact`, to the faster engine | aim | `exact`, to the module |" in text
+    assert "| 8 | 2.50x | 1.8x | 4.00x |" in text
+    assert "| PyTorch | 400.00 | 0.0e+00 | 4.00x |" in text
 
 
 def test_precisions_choose_ways():
