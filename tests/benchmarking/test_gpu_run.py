@@ -219,6 +219,7 @@ def test_triton(): assert False
 """
 
 
+@pytest.mark.exhaustive
 def test_tests_are_counted_with_failures_and_skips(faults, tmp_path):
     (tmp_path / "test_gpu.py").write_text(TESTS)
     module = (

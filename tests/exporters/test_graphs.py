@@ -44,6 +44,7 @@ def test_onnx_runtime_gives_the_same(name, tmp_path):
         assert_close(torch.from_numpy(found), expected_of(model, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", exhaustive_but(MODELS, default=["conditional"]))
 def test_a_saved_program_gives_the_same(name, tmp_path):
     model, path = MODELS[name](), tmp_path / "network.pt2"

@@ -116,7 +116,10 @@ def test_cifar10_is_small_and_made_by_its_recipe(cifar10):
     assert cifar10.sampler_options == SAMPLER_OPTIONS
 
 
-@pytest.mark.parametrize(("count", "right"), [(10, 6), pytest.param(100, 72, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("count", "right"),
+    [pytest.param(10, 6, marks=pytest.mark.slow), pytest.param(100, 72, marks=pytest.mark.exhaustive)],
+)
 def test_class_accuracy_of_cifar10(count, right, cifar10):
     """A part of the samples of `diffusion evaluate --model cifar10`, where the target is 80 % of 1,000.
 

@@ -40,6 +40,7 @@ def six_models() -> list:
     ]
 
 
+@pytest.mark.exhaustive
 def test_eight_threads_on_six_models():
     """Every thread samples from three models, beginning with another one, and gets what one thread gets."""
     models = six_models()

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Without compilations, and each op in float32 alone.
-REPRESENTATIVES = "not compiles and not opcheck and not float16 and not tiling and not split"
+# A case of each kernel.
+REPRESENTATIVES = "(test_norm and odd_channels_last and float32 or test_attention and packed and float32"
+REPRESENTATIVES += " or test_value and multistep and float32 or test_channels_of_a_wider or box_muller)"
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @requires_native
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_memory_falls_by_the_weights():

@@ -17,7 +17,7 @@ from helpers.reverse_step import formula
 from helpers.tensors import cast
 from helpers.tolerance import assert_close
 
-pytestmark = [requires_compiler, pytest.mark.usefixtures("on_host")]
+pytestmark = [requires_compiler, pytest.mark.slow, pytest.mark.usefixtures("on_host")]
 ON_HOST = ("philox", "reverse_step")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
