@@ -94,12 +94,9 @@ class _Conv2d(torch.autograd.Function):
         elif of_x:
             d_x = _convolve(grad, weight, None, transposed=True)
         if of_weight or of_bias:
-            d_weight, d_bias = winograd_weight_gradient(grad, x)
-        return (
-            d_x,
-            d_weight.permute(0, 3, 1, 2) if of_weight else None,
-            d_bias if of_bias else None,
-        )
+            by_channels, d_bias = winograd_weight_gradient(grad, x)
+            d_weight = by_channels.permute(0, 3, 1, 2)
+        return d_x, d_weight if of_weight else None, d_bias if of_bias else None
 
 
 def _batched(grad: Tensor) -> bool:
