@@ -70,28 +70,50 @@ FD_HD void transform_outputs(const Vec (&m)[kTile + 2], Vec (&y)[kTile]) {
   }
 }
 
-// Transforms one tile: [frequency] at `to`, `step` elements apart.
-template <int kTile, class Element>
-FD_HD void transform_tile(const float* plane, int64_t columns, Element* to, int64_t step) {
-  constexpr int kSize = kTile + 2;
-  Vec halfway[kSize][kSize];
+// Transforms a tile of kRows x kRows vectors, whose rows are `columns` vectors apart, to kFrequencies x kFrequencies at
+// `to`, `step` elements apart. transform(const Vec (&)[kRows], Vec (&)[kFrequencies]): of a row or column.
+template <int kRows, int kFrequencies, class Element, class Of>
+FD_HD void transform_square(const float* plane, int64_t columns, Element* to, int64_t step, const Of& transform) {
+  Vec halfway[kFrequencies][kRows];
 #pragma GCC unroll 6
-  for (int j = 0; j < kSize; ++j) {
-    Vec d[kSize], t[kSize];
+  for (int j = 0; j < kRows; ++j) {
+    Vec d[kRows], t[kFrequencies];
 #pragma GCC unroll 6
-    for (int i = 0; i < kSize; ++i) d[i] = load(plane + (i * columns + j) * kLanes);
-    transform_inputs<kTile>(d, t);
+    for (int i = 0; i < kRows; ++i) d[i] = load(plane + (i * columns + j) * kLanes);
+    transform(d, t);
 #pragma GCC unroll 6
-    for (int i = 0; i < kSize; ++i) halfway[i][j] = t[i];
+    for (int i = 0; i < kFrequencies; ++i) halfway[i][j] = t[i];
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kSize; ++i) {
-    Vec t[kSize];
-    transform_inputs<kTile>(halfway[i], t);
+  for (int i = 0; i < kFrequencies; ++i) {
+    Vec t[kFrequencies];
+    transform(halfway[i], t);
 #pragma GCC unroll 6
-    for (int j = 0; j < kSize; ++j) store(to + (i * kSize + j) * step, t[j]);
+    for (int j = 0; j < kFrequencies; ++j) store(to + (i * kFrequencies + j) * step, t[j]);
   }
 }
+
+// Transforms one tile of inputs: [frequency] at `to`, `step` elements apart.
+template <int kTile, class Element>
+FD_HD void transform_tile(const float* plane, int64_t columns, Element* to, int64_t step) {
+  transform_square<kTile + 2, kTile + 2>(plane, columns, to, step,
+                                         [](const Vec(&d)[kTile + 2], Vec(&t)[kTile + 2])
+                                             FD_INLINE { transform_inputs<kTile>(d, t); });
+}
+
+// The strips of an image that a block has: the first of them, counted in the image, how many, and the block's tile with
+// which they begin.
+struct ImageStrips {
+  int64_t from, count, tile;
+
+  FD_HD ImageStrips(const WinogradBlock& block, int64_t image) {
+    const int64_t start = image * block.high;
+    from = block.first > start ? block.first - start : 0;
+    const int64_t last = block.first + block.strips - start;
+    count = (last < block.high ? last : block.high) - from;
+    tile = (start + from - block.first) * block.wide;
+  }
+};
 
 template <Transform kTransform, int kTile, class T, class Math>
 void transform_planes(const Convolution& g, const WinogradBlock& block, float* v, float* plane, int64_t begin,
@@ -103,15 +125,13 @@ void transform_planes(const Convolution& g, const WinogradBlock& block, float* v
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first_channel = item % lines * kPackedLanes;
     const int64_t image = block.first / block.high + item / lines;
-    const int64_t from = block.first > image * block.high ? block.first - image * block.high : 0;
-    const int64_t last = block.first + block.strips - image * block.high;
-    const int64_t strips = (last < block.high ? last : block.high) - from;
+    const ImageStrips strips(block, image);
     for (int64_t i = 0; i < kPackedLanes / kLanes; ++i) {
-      fill_plane<kTransform, T>(g, image, first_channel + i * kLanes, from * kTile - 1, strips * kTile + 2, columns,
-                                plane + i * plane_size);
+      fill_plane<kTransform, T>(g, image, first_channel + i * kLanes, strips.from * kTile - 1, strips.count * kTile + 2,
+                                columns, plane + i * plane_size);
     }
-    int64_t tile = (image * block.high + from - block.first) * block.wide;
-    for (int64_t strip = 0; strip < strips; ++strip) {
+    int64_t tile = strips.tile;
+    for (int64_t strip = 0; strip < strips.count; ++strip) {
       for (int64_t i = 0; i < block.wide; ++i, ++tile) {
         for (int64_t j = 0; j < kPackedLanes / kLanes; ++j) {
           transform_tile<kTile>(plane + j * plane_size + (strip * columns + i) * kTile * kLanes, columns,
@@ -199,8 +219,8 @@ __attribute__((noinline)) void sum_directly(const Convolution& g, const Winograd
                                             int64_t top, int64_t first_column, int64_t out_channel,
                                             Vec (&y)[kTile][kTile]) {
   constexpr int kSize = kTile + 2;
-  const int64_t panel = out_channel / kPanel * kPanel, narrow = (out_channel - panel) / g.panel * g.panel;
-  const int64_t column = out_channel % g.panel, width = g.panel_width(panel / kPanel);
+  const int64_t first = out_channel / g.panel * g.panel, column = out_channel - first;
+  const int64_t remaining = block.outputs - first, width = remaining < g.panel ? remaining : g.panel;
   const int64_t depth = (g.channels + Math::kPack - 1) / Math::kPack;
   alignas(64) float patch[kSize * kSize][kLanes];
   for (int i = 0; i < kTile * kTile; ++i) y[i / kTile][i % kTile] = Vec{};
@@ -223,8 +243,7 @@ __attribute__((noinline)) void sum_directly(const Convolution& g, const Winograd
     for (int i = 0; i < kSize; ++i) {
       Vec u[kSize];
       for (int j = 0; j < kSize; ++j) {
-        const float* weight = g.weight + ((i * kSize + j) * block.outputs + panel + narrow) * depth;
-        u[j] = Math::columns(weight, width < g.panel ? width : g.panel, channel, column);
+        u[j] = Math::columns(g.weight + ((i * kSize + j) * block.outputs + first) * depth, width, channel, column);
       }
       recover_taps<kTile>(u, halfway[i]);
     }

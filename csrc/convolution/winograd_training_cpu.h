@@ -82,23 +82,8 @@ FD_HD void transform_gradients(const Vec (&y)[kTile], Vec (&z)[kSize]) {
 
 // Transforms one tile of gradients: [frequency] at `to`, `step` elements apart.
 FD_HD void transform_gradient_tile(const float* plane, int64_t columns, float* to, int64_t step) {
-  Vec halfway[kSize][kTile];
-#pragma GCC unroll 4
-  for (int j = 0; j < kTile; ++j) {
-    Vec y[kTile], z[kSize];
-#pragma GCC unroll 4
-    for (int i = 0; i < kTile; ++i) y[i] = load(plane + (i * columns + j) * kLanes);
-    transform_gradients(y, z);
-#pragma GCC unroll 6
-    for (int i = 0; i < kSize; ++i) halfway[i][j] = z[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < kSize; ++i) {
-    Vec z[kSize];
-    transform_gradients(halfway[i], z);
-#pragma GCC unroll 6
-    for (int j = 0; j < kSize; ++j) store(to + (i * kSize + j) * step, z[j]);
-  }
+  transform_square<kTile, kSize>(plane, columns, to, step, [](const Vec(&y)[kTile], Vec(&z)[kSize])
+                                                               FD_INLINE { transform_gradients(y, z); });
 }
 
 // Items: vectors of channels of the images that the block has a part of. is_grad: whether the image is a gradient of
@@ -109,13 +94,11 @@ void transform_factor(const Convolution& g, const WinogradBlock& block, const Tr
   for (int64_t item = begin; item < end; ++item) {
     const int64_t channel = item % vectors * kLanes, group = channel / kTogether, width = factor.width(group);
     const int64_t image = block.first / block.high + item / vectors;
-    const int64_t from = block.first > image * block.high ? block.first - image * block.high : 0;
-    const int64_t last = block.first + block.strips - image * block.high;
-    const int64_t strips = (last < block.high ? last : block.high) - from;
-    fill_plane<Transform::plain, float>(g, image, channel, from * kTile - 1, strips * kTile + 2, columns, plane);
-    float* to = factor.group(0, group) + (image * block.high + from - block.first) * block.wide * width +
-                channel % kTogether;
-    for (int64_t strip = 0; strip < strips; ++strip) {
+    const ImageStrips strips(block, image);
+    fill_plane<Transform::plain, float>(g, image, channel, strips.from * kTile - 1, strips.count * kTile + 2, columns,
+                                        plane);
+    float* to = factor.group(0, group) + strips.tile * width + channel % kTogether;
+    for (int64_t strip = 0; strip < strips.count; ++strip) {
       for (int64_t i = 0; i < block.wide; ++i, to += width) {
         const float* corner = plane + (strip * columns + i) * kTile * kLanes;
         if (is_grad) transform_gradient_tile(corner + (columns + 1) * kLanes, columns, to, factor.step());
