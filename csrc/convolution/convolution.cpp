@@ -24,7 +24,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockFloats = 1 << 20;        // of both buffers of a Winograd block, or of a direct one's inputs
+constexpr int64_t kBlockFloats = 1 << 20;        // of a direct block's inputs, or of both buffers of a Winograd block
+constexpr int64_t kMaxBlockFloats = 1 << 22;     // of the latter, where the weights are as many
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs: half of a core's second cache
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // of weights that stay in that cache beside the inputs
 constexpr int64_t kPixelRow = 64;                // of a 1x1 convolution, at most
@@ -104,7 +105,11 @@ void winograd(const Convolution& g, const ConvolutionKernels& set, int64_t size,
   WinogradBlock block(g, size, pack, 1);
   const int64_t strips = g.images * block.high,
                 strip_floats = block.frequencies() * block.wide * (block.inputs + block.outputs);
-  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, kBlockFloats / strip_floats));
+  // The weights are read once for each block. Where they fill more than the cache beside it, that takes as long as the
+  // products, so the blocks are as large as the weights.
+  const int64_t weights = block.frequencies() * divide_up(g.channels, pack) * block.outputs;
+  const int64_t floats = std::min(std::max(kBlockFloats, weights), kMaxBlockFloats);
+  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, floats / strip_floats));
   const int64_t strips_per_block = divide_up(strips, blocks);
   for (int64_t first = 0; first < strips; first += strips_per_block) {
     block = WinogradBlock(g, size, pack, std::min(strips_per_block, strips - first));
@@ -134,7 +139,7 @@ void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, S
   block.pixel = in_place ? g.x_pixel * element : round_up(g.channels, 16) * weight_element;
   const int64_t row_floats = block.columns * block.pixel / 4;
   const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
-  const int64_t whole = in_place ? g.images : kBlockFloats / (image_rows * row_floats);
+  const int64_t whole = kBlockFloats / (image_rows * row_floats);
   const int64_t rows = std::max<int64_t>(1, (kBlockFloats / row_floats - g.kernel) / g.stride);
   block.images = std::max<int64_t>(1, whole);
   const int64_t step = whole > 0 ? g.out_height : std::min(g.out_height, rows);
@@ -145,7 +150,7 @@ void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, S
       block.rows = std::min(step, g.out_height - block.row);
       block.in_rows = (block.rows - 1) * g.stride + g.kernel;
       block.image_step = block.in_rows * block.columns * block.pixel;
-      const void* from = g.x;
+      const void* from = static_cast<const char*>(g.x) + (block.image * g.height + block.row) * g.width * block.pixel;
       if (!in_place) {
         float* to = buffer(block.images * block.image_step / 4, 0);
         divide_work(block.images * block.in_rows, block.columns * g.channels, kWorkPerThread,

@@ -31,8 +31,9 @@ using torch::stable::Tensor;
 constexpr int64_t kTile = 4;
 constexpr int64_t kSize = kTile + 2;
 constexpr int64_t kFrequencies = kSize * kSize;
-constexpr int64_t kTransformedFloats = 1 << 18;  // of both factors of a block: twice the second-level cache
-constexpr int64_t kWorkPerThread = 1 << 14;      // vector operations, some five microseconds
+constexpr int64_t kBlockFloats = 1 << 18;     // of both factors of a block: twice the second-level cache
+constexpr int64_t kMaxBlockFloats = 1 << 21;  // of the same, where the sums are as many
+constexpr int64_t kWorkPerThread = 1 << 14;   // vector operations, some five microseconds
 
 // Channels that lie together in a transformed factor: a multiple of the rows and of the columns of the sums that a
 // product keeps in registers. The distance from tile to tile, three cache lines, uses every set of the cache.
@@ -144,7 +145,9 @@ std::tuple<Tensor, Tensor> winograd_weight_gradient(const Tensor& grad, const Te
 
   const int64_t padded = round_up(outputs, kPackedLanes) + sums.padded_channels;
   const int64_t wide = divide_up(of_x.width, kTile), high = divide_up(of_x.height, kTile), strips = of_x.images * high;
-  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, kTransformedFloats / (kFrequencies * wide * padded)));
+  // Each block reads and writes all sums, so it is as large as they are.
+  const int64_t floats = std::min(std::max(kBlockFloats, kFrequencies * sums.step()), kMaxBlockFloats);
+  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, floats / (kFrequencies * wide * padded)));
   const int64_t strips_per_block = divide_up(strips, blocks);
   for (int64_t first = 0; first < strips; first += strips_per_block) {
     const WinogradBlock block = [&] {
@@ -155,7 +158,7 @@ std::tuple<Tensor, Tensor> winograd_weight_gradient(const Tensor& grad, const Te
     TransformedFactor factors[2] = {{round_up(outputs, kPackedLanes), block.count(), nullptr},
                                     {sums.padded_channels, block.count(), nullptr}};
     const int64_t images = (first + block.strips - 1) / high - first / high + 1;
-    const int64_t plane = (std::min(block.strips, high) * kTile + 2) * (wide * kTile + 2) * lanes;
+    const int64_t plane = block.plane_rows() * (wide * kTile + 2) * lanes;
     for (int i = 0; i < 2; ++i) {
       factors[i].data = buffer(kFrequencies * factors[i].step(), i);
       divide_work(images * factors[i].channels / lanes, block.count() / images * 200, kWorkPerThread,

@@ -28,6 +28,7 @@ CASES = {
     "batch_of_4": Conv2dCase((4, 64, 15, 15), 33, layout="slice"),
     "batch_of_5": Conv2dCase((5, 15, 14, 13), 130),
     "several_blocks": Conv2dCase((9, 96, 18, 31), 96),
+    "large_weight": Conv2dCase((5, 160, 17, 16), 192),  # two blocks, as large as the sums
 }
 
 
