@@ -14,8 +14,12 @@ struct GatedOutputs {
       return;
     }
     const Vec results = even_lanes(waiting, product) * gelu<T>(odd_lanes(waiting, product));
-    store_pixel<T>(g, at, channel, lanes, results);
-    store_pixel<T>(g, at_, channel_ / 2, lanes_ / 2, upper_then_lower(results, results));
+    if (at_ == at && channel_ == 2 * channel + kLanes && lanes_ == kLanes) {
+      store_pixel<T>(g, at, channel, kLanes, results);
+    } else {
+      store_pixel<T>(g, at, channel, lanes, results);
+      store_pixel<T>(g, at_, channel_ / 2, lanes_ / 2, upper_then_lower(results, results));
+    }
     lanes = 0;
   }
 

@@ -118,6 +118,7 @@ FD_HD Vec load(const T* from, int64_t count) {
   if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(mask, from);
   else return widened((Bits16)_mm256_maskz_loadu_epi16(mask, from), static_cast<T*>(nullptr));
 #else
+  if (count == kLanes) return load(from);  // the copy below takes as long as some twenty additions
   T lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
   return load(lanes);
@@ -132,6 +133,7 @@ FD_HD void store(T* to, Vec value, int64_t count) {
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, mask, value);
   else _mm256_mask_storeu_epi16(to, mask, (__m256i)narrowed(value, to));
 #else
+  if (count == kLanes) return store(to, value);
   T lanes[kLanes];
   store(lanes, value);
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
