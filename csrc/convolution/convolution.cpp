@@ -136,8 +136,9 @@ void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, S
   const bool in_place = g.kernel == 1 && g.stride == 1 && g.scale == 1 && g.padding == 0 && g.centre == nullptr &&
                         g.out_height == g.height && g.out_width == g.width && same_type && g.channels % pack == 0;
   block.columns = (g.out_width - 1) * g.stride + g.kernel;
-  block.pixel = in_place ? g.x_pixel * element : round_up(g.channels, 16) * weight_element;
-  const int64_t row_floats = block.columns * block.pixel / 4;
+  const int64_t copied = round_up(g.channels, 16) * weight_element;  // bytes of a pixel
+  block.pixel = in_place ? g.x_pixel * element : copied;
+  const int64_t row_floats = block.columns * copied / 4;
   const int64_t image_rows = (g.out_height - 1) * g.stride + g.kernel;
   const int64_t whole = kBlockFloats / (image_rows * row_floats);
   const int64_t rows = std::max<int64_t>(1, (kBlockFloats / row_floats - g.kernel) / g.stride);
@@ -150,8 +151,10 @@ void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, S
       block.rows = std::min(step, g.out_height - block.row);
       block.in_rows = (block.rows - 1) * g.stride + g.kernel;
       block.image_step = block.in_rows * block.columns * block.pixel;
-      const void* from = static_cast<const char*>(g.x) + (block.image * g.height + block.row) * g.width * block.pixel;
-      if (!in_place) {
+      const void* from;
+      if (in_place) {  // x is then one image, by reshape_pixels
+        from = static_cast<const char*>(g.x) + block.row * g.width * block.pixel;
+      } else {
         float* to = buffer(block.images * block.image_step / 4, 0);
         divide_work(block.images * block.in_rows, block.columns * g.channels, kWorkPerThread,
                     [&](int64_t begin, int64_t end) { set.direct_input(g, block, to, begin, end); });

@@ -70,26 +70,26 @@ FD_HD void transform_outputs(const Vec (&m)[kTile + 2], Vec (&y)[kTile]) {
   }
 }
 
-// Transforms a tile of kRows x kRows vectors, whose rows are `columns` vectors apart, to kFrequencies x kFrequencies at
-// `to`, `step` elements apart. transform(const Vec (&)[kRows], Vec (&)[kFrequencies]): of a row or column.
-template <int kRows, int kFrequencies, class Element, class Of>
+// Transforms a tile of kRows x kRows vectors, whose rows are `columns` vectors apart, to kSize x kSize at `to`,
+// `step` elements apart. transform(const Vec (&)[kRows], Vec (&)[kSize]): of a row or column.
+template <int kRows, int kSize, class Element, class Of>
 FD_HD void transform_square(const float* plane, int64_t columns, Element* to, int64_t step, const Of& transform) {
-  Vec halfway[kFrequencies][kRows];
+  Vec halfway[kSize][kRows];
 #pragma GCC unroll 6
   for (int j = 0; j < kRows; ++j) {
-    Vec d[kRows], t[kFrequencies];
+    Vec d[kRows], t[kSize];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) d[i] = load(plane + (i * columns + j) * kLanes);
     transform(d, t);
 #pragma GCC unroll 6
-    for (int i = 0; i < kFrequencies; ++i) halfway[i][j] = t[i];
+    for (int i = 0; i < kSize; ++i) halfway[i][j] = t[i];
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kFrequencies; ++i) {
-    Vec t[kFrequencies];
+  for (int i = 0; i < kSize; ++i) {
+    Vec t[kSize];
     transform(halfway[i], t);
 #pragma GCC unroll 6
-    for (int j = 0; j < kFrequencies; ++j) store(to + (i * kFrequencies + j) * step, t[j]);
+    for (int j = 0; j < kSize; ++j) store(to + (i * kSize + j) * step, t[j]);
   }
 }
 

@@ -19,7 +19,7 @@ PACKINGS = [Packing(), Packing(panel=16)]
 PACKINGS += [Packing(bf16_pairs=True)] if multiplies_bf16_pairs() else []
 PACKINGS += [Packing(amx_limbs=1), Packing(amx_limbs=3)] if "amx" in _native.simd_variants() else []
 # Images, positions, channels, outputs: those of one tile, of less and of more, and of many blocks.
-SIZES = [(2, 77, 96, 70), (3, 1, 32, 16), (1, 3, 64, 33), (5, 16, 20, 3), (2, 7, 33, 131), (2, 6007, 64, 40)]
+SIZES = [(2, 77, 96, 70), (3, 1, 32, 16), (1, 3, 64, 33), (5, 16, 20, 3), (2, 7, 33, 131), (2, 16411, 64, 40)]
 FUNCTIONS = {
     "none": lambda y: y,
     "silu": F.silu,
