@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
+from ..utils.device import multiplies_bfloat16
 from .buffers import Pool
 from .eager_plan import EagerPlan
 from .graph import FLOATS, Graph, Value
@@ -54,7 +55,8 @@ def accelerate(module: M, *, precision: str = "exact", release_weights: bool = F
 
     module: any module in eval mode, such as the `unet` of a pipeline of diffusers.
     precision: "exact" computes in the dtype of the weights, and differs from PyTorch by rounding; "fast"
-        computes the feature maps of float32 modules in bfloat16; on a GPU, as `torch.autocast` does.
+        computes the feature maps of float32 modules in bfloat16, on processors that multiply it (AVX512_BF16,
+        AMX), and elsewhere as "exact" does; on a GPU, as `torch.autocast` does.
     release_weights: moves the module's parameters on the CPU out of memory, into a file without a name in the
         folder of `tempfile.gettempdir()`. The plans hold packed copies, and what else reads the parameters
         reads the file. They stay there after `restore`. Numbers written through `.data` are not noticed.
@@ -250,7 +252,7 @@ class AcceleratedForward:
 
         module = self._module
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        dtype = _plan_dtype(list(named.values()), self.precision, device)
+        dtype = _plan_dtype(list(named.values()), device)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         given = {
             f"argument {i}": fake.from_tensor(torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device))
@@ -295,7 +297,9 @@ class AcceleratedForward:
         if device.type != "cpu":
             return EagerPlan(graph, device, autocast=self.precision == "fast")
         if self._weights is None or self._weights.simd != _native.simd_in_use():
-            self._weights = Weights(list(self._module.parameters()), dtype)
+            narrow = self.precision == "fast" and dtype == torch.float32 and multiplies_bfloat16(device)
+            maps = torch.bfloat16 if narrow else dtype
+            self._weights = Weights(list(self._module.parameters()), maps)
         pool = vars(self._thread_local).setdefault("pool", Pool())  # the thread runs one plan at a time
         return Plan(graph, self._weights, pool)
 
@@ -324,11 +328,10 @@ def _returns_a_number(graph: Graph, numbers: list[bool]) -> bool:
     return not alone.isdisjoint(graph.outputs)
 
 
-def _plan_dtype(tensors: list[Tensor], precision: str, device: torch.device) -> torch.dtype:
+def _plan_dtype(tensors: list[Tensor], device: torch.device) -> torch.dtype:
     found = {t.dtype for t in tensors if t.dtype.is_floating_point and isinstance(t, nn.Parameter)}
     unknown = found - set(FLOATS)
     if not found or unknown or any(t.device != device for t in tensors):
         kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors})
         raise Untraceable(f"its weights are {', '.join(kinds) or 'missing'}")
-    widest = functools.reduce(torch.promote_types, found)
-    return torch.bfloat16 if precision == "fast" and widest == torch.float32 else widest
+    return functools.reduce(torch.promote_types, found)

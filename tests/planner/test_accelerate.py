@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import diffusion
 from diffusion.planner import weights as planner_weights
+from diffusion.utils.device import multiplies_bfloat16
 from helpers.diffusers_unets import conditional, of_conditional, of_unet2d, unet2d
 from helpers.native import requires_native
 from helpers.thinning import exhaustive_but
@@ -101,6 +102,15 @@ def test_fast_is_as_accurate_as_pytorch_in_bfloat16(name):
     assert "planned, fast" in network.report()
     error, allowed = ((y - expected).square().mean().sqrt() for y in (actual, peer))
     assert error <= 2 * allowed
+
+
+@torch.no_grad()
+def test_fast_is_exact_where_bfloat16_is_not_multiplied(simd):
+    network, given = unet2d(), of_unet2d(2)
+    expected = diffusion.accelerate(copy.deepcopy(network))(**given).sample
+    actual = diffusion.accelerate(network, precision="fast")(**given).sample
+    assert "planned, fast" in network.report()
+    assert torch.equal(actual, expected) != multiplies_bfloat16(torch.device("cpu"))
 
 
 @torch.no_grad()
