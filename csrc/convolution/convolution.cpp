@@ -26,6 +26,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockFloats = 1 << 20;        // of a direct block's inputs, or of both buffers of a Winograd block
 constexpr int64_t kMaxBlockFloats = 1 << 22;     // of the latter, where the weights are as many
+constexpr int64_t kThreadFloats = 1 << 17;       // of the same, for a block of one thread, in its second cache
+constexpr int64_t kThreadWeights = 1 << 19;      // of weights that each thread reads for itself
 constexpr int64_t kAmxBytesPerThread = 1 << 20;  // of inputs: half of a core's second cache
 constexpr int64_t kAmxWeightBytes = 5 << 18;     // of weights that stay in that cache beside the inputs
 constexpr int64_t kPixelRow = 64;                // of a 1x1 convolution, at most
@@ -101,32 +103,53 @@ AmxConvolutionKernels amx_kernels(ScalarType type, int64_t limbs) {
   return type == ScalarType::BFloat16 ? amx_kernels<BFloat16>(limbs) : amx_kernels<Half>(limbs);
 }
 
+// The passes over a block: each is made by all threads together or, with `alone`, whole by the calling one.
+void winograd_block(const Convolution& g, const ConvolutionKernels& set, const WinogradBlock& block, int64_t pack,
+                    bool alone) {
+  const auto pass = [&](int64_t items, int64_t work, const auto& run) {
+    if (alone) run(0, items);
+    else divide_work(items, work, kWorkPerThread, run);
+  };
+  float* v = buffer(block.frequencies() * block.input_step, 0);
+  float* m = buffer(block.frequencies() * block.output_step, 1);
+  const int64_t images = (block.first + block.strips - 1) / block.high - block.first / block.high + 1;
+  const int64_t lines = round_up(g.channels, kPackedLanes) / kPackedLanes;
+  const int64_t plane = block.plane_rows() * (block.wide * block.size + 2) * kPackedLanes;
+  pass(images * lines, block.count() / images * 200,
+       [&](int64_t begin, int64_t end) { set.winograd_input(g, block, v, buffer(plane, 2), begin, end); });
+  pass(block.frequencies() * g.panels(), block.count() * g.channels * kPanel / (16 * pack),
+       [&](int64_t begin, int64_t end) { set.winograd_multiply(g, block, v, m, begin, end); });
+  pass(block.count(), g.out_channels / 16 * 250,
+       [&](int64_t begin, int64_t end) { set.winograd_output(g, block, m, begin, end); });
+}
+
 void winograd(const Convolution& g, const ConvolutionKernels& set, int64_t size, int64_t pack) {
-  WinogradBlock block(g, size, pack, 1);
-  const int64_t strips = g.images * block.high,
-                strip_floats = block.frequencies() * block.wide * (block.inputs + block.outputs);
+  const WinogradBlock strip(g, size, pack, 1);
+  const int64_t strips = g.images * strip.high;
+  const int64_t strip_floats = strip.frequencies() * strip.wide * (strip.inputs + strip.outputs);
+  const int64_t weights = strip.frequencies() * divide_up(g.channels, pack) * strip.outputs;
+  const auto blocks_of = [&](int64_t floats) { return divide_up(strips, std::max<int64_t>(1, floats / strip_floats)); };
+  const auto run_block = [&](int64_t first, int64_t count, bool alone) {
+    WinogradBlock block(g, size, pack, std::min(count, strips - first));
+    block.first = first;
+    winograd_block(g, set, block, pack, alone);
+  };
+  // With small weights each thread makes blocks of its own, which stay in its second cache, and waits for the others
+  // once.
+  const int64_t strip_work = strip.wide * weights / 16, busy = strips * strip_work / kWorkPerThread;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, busy));
+  const int64_t own_blocks = round_up(blocks_of(kThreadFloats), threads);
+  if (weights <= kThreadWeights && strips >= own_blocks) {
+    const int64_t count = divide_up(strips, own_blocks);
+    divide_work(divide_up(strips, count), count * strip_work, kWorkPerThread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run_block(i * count, count, true);
+    });
+    return;
+  }
   // The weights are read once for each block. Where they fill more than the cache beside it, that takes as long as the
   // products, so the blocks are as large as the weights.
-  const int64_t weights = block.frequencies() * divide_up(g.channels, pack) * block.outputs;
-  const int64_t floats = std::min(std::max(kBlockFloats, weights), kMaxBlockFloats);
-  const int64_t blocks = divide_up(strips, std::max<int64_t>(1, floats / strip_floats));
-  const int64_t strips_per_block = divide_up(strips, blocks);
-  for (int64_t first = 0; first < strips; first += strips_per_block) {
-    block = WinogradBlock(g, size, pack, std::min(strips_per_block, strips - first));
-    block.first = first;
-    float* v = buffer(block.frequencies() * block.input_step, 0);
-    float* m = buffer(block.frequencies() * block.output_step, 1);
-    const int64_t images = (first + block.strips - 1) / block.high - first / block.high + 1;
-    const int64_t lines = round_up(g.channels, kPackedLanes) / kPackedLanes;
-    const int64_t plane = block.plane_rows() * (block.wide * size + 2) * kPackedLanes;
-    divide_work(images * lines, block.count() / images * 200, kWorkPerThread,
-                [&](int64_t begin, int64_t end) { set.winograd_input(g, block, v, buffer(plane, 2), begin, end); });
-    const int64_t items = block.frequencies() * g.panels();
-    divide_work(items, block.count() * g.channels * kPanel / (16 * pack), kWorkPerThread,
-                [&](int64_t begin, int64_t end) { set.winograd_multiply(g, block, v, m, begin, end); });
-    divide_work(block.count(), g.out_channels / 16 * 250, kWorkPerThread,
-                [&](int64_t begin, int64_t end) { set.winograd_output(g, block, m, begin, end); });
-  }
+  const int64_t count = divide_up(strips, blocks_of(std::min(std::max(kBlockFloats, weights), kMaxBlockFloats)));
+  for (int64_t first = 0; first < strips; first += count) run_block(first, count, false);
 }
 
 void direct(const Convolution& g, const ConvolutionKernels& set, int64_t pack, ScalarType type) {

@@ -182,6 +182,7 @@ CONV3X3_CASES = {
     "slice": _block((2, 32, 8, 8), 32, layout="slice"),
     "many_blocks": _block((3, 128, 40, 40), 192, residual=True),
     "large_weight": _block((5, 192, 17, 16), 192, residual=True),  # two blocks of Winograd's, as large as it
+    "blocks_of_threads": _block((3, 64, 40, 37), 32, residual=True),  # ten or so, across images
     "wide": Conv3x3Case((1, 8, 5, 300), 8),
     "empty_batch": Conv3x3Case((0, 16, 8, 8), 16, num_groups=4, activation="silu"),
     "no_outputs": Conv3x3Case((2, 16, 8, 8), 0),

@@ -116,7 +116,9 @@ def test_reference_is_the_formula():
 
 @pytest.mark.thinned
 @requires_native
-@pytest.mark.parametrize("case", ["odd", "many_blocks", "large_weight", "four_pixels", "upsampled"])
+@pytest.mark.parametrize(
+    "case", ["odd", "many_blocks", "large_weight", "blocks_of_threads", "four_pixels", "upsampled"]
+)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_an_image_does_not_depend_on_its_batch_or_the_threads(case, packing):
     args, options = CASES[case].inputs(torch.float32)
