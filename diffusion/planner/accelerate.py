@@ -17,12 +17,13 @@ from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
 from ..utils.device import multiplies_bfloat16
 from .buffers import Pool
+from .comparison import difference
 from .eager_plan import EagerPlan
 from .graph import FLOATS, Graph, Value
 from .plan import Plan
 from .release import ReleasedWeights
 from .state import ModuleState
-from .trace import Untraceable, trace
+from .trace import Untraceable, WrittenData, are_kept, trace
 from .weights import Weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,6 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 PRECISIONS = ("exact", "fast")
 MAX_PLANS = 8  # of a thread, each for inputs of one shape
 MAX_REASONS = 64  # against plans of other shapes or numbers
+MAX_CHANGES = 4  # of the module before as many calls in a row; it is not planned until a call without one
 _CPU = torch.device("cpu")
 
 
@@ -112,6 +114,13 @@ class _Planned(NamedTuple):
     plan: Plan | EagerPlan
     leaves: list[Any]  # a Value for each tensor
     structure: Any
+    constants: list[Tensor]  # on which it depends
+
+    def evaluate(self, tensors: list[Tensor]) -> Any:
+        """What the module returns for these tensors among its arguments."""
+        outputs = iter(self.plan.evaluate(tensors))
+        results = [next(outputs) if isinstance(leaf, Value) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(results, self.structure)
 
 
 class AcceleratedForward:
@@ -139,13 +148,20 @@ class AcceleratedForward:
         self._weights: Weights | None = None
         self._thread_local = threading.local()
         self._reasons: OrderedDict[tuple, str] = OrderedDict()  # against a plan, by the key of the call
+        self._changes = 0
         self._last = "it has not been called"
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return AcceleratedForward, (self._module, self.precision, self._numbers_vary)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = functools.partial(type(self._module).forward, self._module, *args, **kwargs)
+        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        @functools.cache
+        def plain() -> Any:
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                return type(self._module).forward(self._module, *args, **kwargs)
+
         device = next((p.device for p in self._module.parameters()), _CPU)
         reason = self._unfit(device)
         if reason is None:
@@ -160,16 +176,13 @@ class AcceleratedForward:
                 torch.tensor(leaf, device=device) if is_number else leaf
                 for leaf, is_number in zip(leaves, numbers, strict=True)
             ]
-            planned = self._planned(given, numbers, structure, device)
+            planned, first = self._planned(given, numbers, structure, device, plain)
             if planned is None and any(numbers):
                 given = leaves  # the network needs the numbers themselves
-                planned = self._planned(given, [False] * len(leaves), structure, device)
-            if planned is None:
-                return plain()
-            tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
-            outputs = iter(planned.plan.evaluate(tensors))
-            results = [next(outputs) if isinstance(leaf, Value) else leaf for leaf in planned.leaves]
-            return pytree.tree_unflatten(results, planned.structure)
+                planned, first = self._planned(given, [False] * len(leaves), structure, device, plain)
+            if planned is not None and not (gradients and self._wants_gradient(planned)):
+                return first[0] if first else planned.evaluate(_tensors(given))
+        return plain()
 
     # ---- Reasons against a plan.
 
@@ -207,45 +220,85 @@ class AcceleratedForward:
             return "a gradient is wanted; call it under torch.no_grad() or torch.inference_mode()"
         return None
 
+    def _wants_gradient(self, planned: _Planned) -> bool:
+        wanted = any(tensor.requires_grad for tensor in planned.constants)
+        if wanted:
+            self._last = "a gradient is wanted of a tensor that is no parameter of it"
+        return wanted
+
+    def _is_narrow(self) -> bool:
+        """Whether plans may compute in 16 bits."""
+        floats = [p.dtype for p in self._module.parameters() if p.is_floating_point()]
+        return self.precision == "fast" or any(dtype.itemsize < 4 for dtype in floats)
+
     # ---- Plans.
 
     def _planned(
-        self, leaves: list[Any], numbers: list[bool], structure: Any, device: torch.device
-    ) -> _Planned | None:
-        """The plan for a call, or None with the reason in `_last`. numbers: the leaves that stand for one."""
-        key = (structure, tuple(map(_key_of, leaves)), _native.simd_in_use())
+        self,
+        leaves: list[Any],
+        numbers: list[bool],
+        structure: Any,
+        device: torch.device,
+        plain: Callable[[], Any],
+    ) -> tuple[_Planned | None, list[Any]]:
+        """The plan for a call, or None with the reason in `_last`; and in a list what a new plan returned.
+
+        numbers: the leaves that stand for one. plain: the call of the module itself, with which a new plan is
+        compared.
+        """
+        key = (structure, tuple(map(_key_of, leaves)), tuple(numbers), _native.simd_in_use())
         with self._lock:
             known = key in vars(self._thread_local).get("plans", ()) or key in self._reasons
+        if not known:
+            plain()  # before a plan takes memory, and before the module's state is noted
+        with self._lock:
             # Another plan packs weights anew, so that all must still be those of the plans before.
-            if self._state is None or not self._state.holds(whole=not known):
+            state = self._state
+            holds = state is not None and state.holds(whole=not known)
+            self._changes = 0 if holds or state is None else self._changes + 1
+            if state is None or not holds:
+                changes = self._changes
                 self._forget()
-                self._state = ModuleState(self._module, compares_numbers=self._released is None)
-            thread_local, hooked = self._thread_local, self._state.hooked()
+                self._changes = changes
+                try:
+                    state = self._state = ModuleState(self._module, compares_numbers=self._released is None)
+                except Exception as error:
+                    self._last = f"its attributes cannot be followed, {type(error).__name__}: {error}"
+                    return None, []
+            if self._changes >= MAX_CHANGES:
+                self._last = f"it has changed before each of the last {self._changes} calls"
+                return None, []
+            thread_local, hooked = self._thread_local, state.hooked()
         if hooked is not None:
             self._last = f"a module within it, {hooked}, has a forward hook"
-            return None
+            return None, []
         if key in self._reasons:
             self._last = self._reasons[key]
-            return None
+            return None, []
         plans: OrderedDict[tuple, _Planned] = vars(thread_local).setdefault("plans", OrderedDict())
+        first: list[Any] = []
         if key not in plans:
             if len(plans) >= MAX_PLANS:
                 plans.popitem(last=False)
                 vars(thread_local).pop("pool", None)  # frees the memory that only the plan holds
             try:
                 made = self._plan(leaves, numbers, structure, device)
+                first = [made.evaluate(_tensors(leaves))]
+                wrong = difference(plain(), first[0], narrow=self._is_narrow())
+                if wrong is not None:
+                    raise Untraceable(f"a plan gives another result, {wrong}")
             except Untraceable as error:
                 self._reasons[key] = self._last = str(error)
                 while len(self._reasons) > MAX_REASONS:
                     self._reasons.popitem(last=False)
-                return None
+                return None, []
             if self._released is not None:
                 self._released.leave_memory()
             plans[key] = made
         plans.move_to_end(key)
         self._last = ""
         vars(thread_local)["last"] = plans[key]
-        return plans[key]
+        return plans[key], first
 
     def _plan(self, leaves: list[Any], numbers: list[bool], structure: Any, device: torch.device) -> _Planned:
         from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # takes 0.5 s
@@ -254,34 +307,42 @@ class AcceleratedForward:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         dtype = _plan_dtype(list(named.values()), device)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        given = {
-            f"argument {i}": fake.from_tensor(torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device))
-            for i, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor)
-        }
+        with fake:
+            given = {
+                f"argument {i}": torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+                for i, leaf in enumerate(leaves)
+                if isinstance(leaf, Tensor)
+            }
 
         def run(**arguments: Tensor) -> Any:
             values = iter(arguments.values())
             filled = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(filled, structure)
-            return type(module).forward(module, *args, **kwargs)
+            result = type(module).forward(module, *args, **kwargs)
+            left, same = pytree.tree_flatten((args, kwargs))
+            if same != structure or any(a is not b for a, b in zip(left, filled, strict=True)):
+                raise Untraceable("it changes a list or dictionary among its arguments")
+            return result
 
         try:
             held = {name: (tensor, tensor) for name, tensor in named.items()}
             try:
+                graph, result = self._traced(run, given, held)
+            except WrittenData:
                 with fake:
-                    graph, result = trace(run, given, held)
-            finally:
-                altered = self._state is not None and self._state.put_back()
-            if altered:
-                raise Untraceable("it changes its attributes as it runs")
+                    graph, result = self._traced(run, given, held)
+            arguments = list(given.values())
+            given.clear()
+            if are_kept(arguments):
+                raise Untraceable("it keeps an argument")
             tensors = (
                 number for number, leaf in zip(numbers, leaves, strict=True) if isinstance(leaf, Tensor)
             )
             if _returns_a_number(graph, list(tensors)):
                 raise Untraceable("it returns a number that it computes from numbers alone")
+            constants = graph.constants()
             if self._state is not None:
-                self._state.watch(graph.constants())
+                self._state.watch(constants)
             plan = self._made(graph, dtype, device)
         except Untraceable:
             raise
@@ -291,7 +352,21 @@ class AcceleratedForward:
             text = str(error).strip().split("\n")[0]
             raise Untraceable(f"{type(error).__name__}: {text[:200]}") from error
         results, shape = pytree.tree_flatten(result)
-        return _Planned(plan, results, shape)
+        return _Planned(plan, results, shape, constants)
+
+    def _traced(
+        self,
+        run: Callable[..., Any],
+        given: dict[str, Tensor],
+        held: dict[str, tuple[Tensor, Tensor]],
+    ) -> tuple[Graph, Any]:
+        try:
+            traced = trace(run, given, held)
+        finally:
+            altered = self._state is not None and self._state.put_back()
+        if altered:
+            raise Untraceable("it changes its attributes as it runs")
+        return traced
 
     def _made(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> Plan | EagerPlan:
         if device.type != "cpu":
@@ -313,6 +388,10 @@ class AcceleratedForward:
             return f"{type(self._module).__name__}: as its modules\n  not planned: {self._last}"
         lines = [f"{type(self._module).__name__}: planned, {self.precision}", *planned.plan.report(calls)]
         return "\n".join(lines)
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _key_of(leaf: Any) -> Any:

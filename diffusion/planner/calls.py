@@ -101,6 +101,16 @@ def writes_in_place(name: str, options: Mapping[str, Any]) -> bool:
     return name.endswith("_") or name in _IN_PLACE or name == "setitem" or bool(inplace)
 
 
+def updates_statistics(function: Callable, args: tuple, options: Mapping[str, Any]) -> bool:
+    """Whether a call updates the running statistics of a batch normalisation."""
+    place = {F.batch_norm: 1, torch.batch_norm: 3}.get(function)  # of the running mean
+    if place is None:
+        return False
+    training = args[5] if len(args) > 5 else options.get("training", False)
+    mean = args[place] if len(args) > place else options.get("running_mean")
+    return bool(training) and mean is not None
+
+
 _IN_PLACE: dict[str, Callable] = {
     "iadd": torch.add,
     "imul": torch.mul,
@@ -115,6 +125,21 @@ _PURE: dict[str, Callable] = {
     "leaky_relu": F.leaky_relu,
 }
 _ELEMENTWISE = {"add", "mul", "sub", "div", "clamp", "sigmoid", "tanh", "exp", "neg", "addcmul"}
+_ELEMENTWISE |= {
+    "masked_fill",
+    "pow",
+    "sqrt",
+    "rsqrt",
+    "square",
+    "reciprocal",
+    "abs",
+    "round",
+    "floor",
+    "ceil",
+    "log",
+    "sin",
+    "cos",
+}
 
 
 def pure(name: str) -> Callable | None:
@@ -137,4 +162,4 @@ def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
 
 
 RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"}
-RANDOM |= {"normal", "multinomial", "poisson"}
+RANDOM |= {"normal", "multinomial", "poisson", "binomial", "gumbel_softmax"}

@@ -78,13 +78,15 @@ class Graph:
     """nodes: in the order in which they run. inputs: the tensors that vary from call to call.
 
     dtype: that of the feature maps in a plan that computes as the network does; None in a plan that is to be
-    faster. visited: the node at which the planner is.
+    faster. visited: the node at which the planner is. read: constants whose numbers the network's own code
+    may have read, so that the graph depends on them.
     """
 
     def __init__(self, nodes: list[Node], inputs: list[Value], outputs: list[Value]):
         self.nodes, self.inputs, self.outputs = nodes, inputs, outputs
         self.dtype: torch.dtype | None = None
         self.visited: Node | None = None
+        self.read: list[Value] = []
 
     def visit(self) -> Iterator[Node]:
         """The present nodes, each noted as `visited` meanwhile."""
@@ -112,8 +114,8 @@ class Graph:
         return False
 
     def constants(self) -> list[Tensor]:
-        """The tensors of the network that the nodes read."""
-        values = {value for node in self.nodes for value in node.reads()} | set(self.outputs)
+        """The tensors of the network on which the graph and its outputs depend."""
+        values = {value for node in self.nodes for value in node.reads()} | {*self.outputs, *self.read}
         return [value.constant for value in values if value.constant is not None]
 
     def drop_unused(self) -> None:

@@ -73,7 +73,11 @@ def _rms_norm(
 ) -> Known:
     if len(tuple(normalized_shape)) != 1 or input.ndim < 2 or input.dtype not in FLOATS:
         return None
-    return "layer_norm", {"eps": torch.finfo(input.dtype).eps if eps is None else eps, "rms": True}
+    if eps is None:  # that of the dtype in which PyTorch computes, which in 16 bits is its own choice
+        if input.dtype != torch.float32:
+            return None
+        eps = torch.finfo(torch.float32).eps
+    return "layer_norm", {"eps": eps, "rms": True}
 
 
 def _conv1d(

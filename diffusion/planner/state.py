@@ -3,6 +3,8 @@
 import copy
 import itertools
 import operator
+import types
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -11,9 +13,26 @@ from torch import Tensor, nn
 
 from ..kernels import _native
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set, tuple)
+# Of packages whose objects are not followed: they are not of networks, and may change from call to call.
+_OPAQUE = {
+    "builtins",
+    "_io",
+    "_thread",
+    "collections",
+    "diffusion",
+    "functools",
+    "logging",
+    "loguru",
+    "numpy",
+}
+_OPAQUE |= {"PIL", "threading", "torch", "tqdm", "transformers", "weakref"}
+
+DEPTH = 3
 PARTS = 256  # calls of `ModuleState.holds` in which every number is compared
 
 _version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+_shape_of: Callable[[Tensor], torch.Size] = operator.attrgetter("shape")
 
 
 class TensorState:
@@ -34,6 +53,7 @@ class TensorState:
     def _current_places(self) -> list[Any]:
         """The address and layout of each tensor, and the version, which operators that write to it raise."""
         places: list[Any] = list(map(Tensor.data_ptr, self._tensors))
+        places += map(_shape_of, self._tensors)
         places += map(Tensor.stride, self._tensors)
         places += map(_version_of, self._versioned)
         return places
@@ -51,7 +71,8 @@ class ModuleState:
     """A module's submodules, attributes and tensors at one time, for a later comparison.
 
     The tensors are parameters, buffers, and those among other attributes and their lists and dictionaries.
-    Modules in such lists count as submodules.
+    Modules in such lists count as submodules. Attributes of other objects among them count, too, such as
+    those of an attention processor, up to DEPTH objects within each other, without the modules there.
 
     compares_numbers: whether changes that raise no version are looked for, which reads the weights.
     """
@@ -86,20 +107,28 @@ class ModuleState:
                     self.modules.append(each)
                     add_items(vars(each), vars(each).items(), isinstance)
 
-        def add_items(owner: Any, items: Iterable[tuple[Any, Any]], is_one: Callable[..., bool]) -> None:
+        def add_items(
+            owner: Any, items: Iterable[tuple[Any, Any]], is_one: Callable[..., bool], depth: int = 0
+        ) -> None:
             for key, value in items:
                 if isinstance(value, nn.Module):
-                    if all(each is not module for each in value.modules()):  # it is not around this one
+                    if depth == 0 and all(
+                        each is not module for each in value.modules()
+                    ):  # it is not around this one
                         add_module(value)
                 elif isinstance(value, Tensor):
                     self._plain.append((owner, key, value))
-                elif is_one(value, (dict, list, set, tuple)) and id(value) not in known:
+                elif is_one(value, _CONTAINERS) and id(value) not in known:
                     known.add(id(value))
                     if not isinstance(value, tuple):
                         self._containers.append(value)
                     if key not in ("_parameters", "_buffers", "_modules"):
                         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-                        add_items(value, pairs, lambda inner, types: type(inner) in types)
+                        add_items(value, pairs, _is_exactly, depth)
+                elif depth < DEPTH and id(value) not in known and _is_followed(value):
+                    known.add(id(value))
+                    self._containers.append(vars(value))
+                    add_items(vars(value), vars(value).items(), _is_exactly, depth + 1)
 
         add_module(module)
 
@@ -126,10 +155,7 @@ class ModuleState:
         return all(tensors.holds(part) for tensors in self._tensors)
 
     def _has_attributes(self) -> bool:
-        try:
-            same = self._attributes == self._values and self._containers == self._contents
-        except (RuntimeError, ValueError):  # comparing two tensors or arrays with == has no single answer
-            return False
+        same = _equal(self._attributes, self._values) and _equal(self._containers, self._contents)
         return same and all(_item(owner, key) is tensor for owner, key, tensor in self._plain)
 
     def put_back(self) -> bool:
@@ -140,11 +166,8 @@ class ModuleState:
             attributes.clear()
             attributes.update(values)
         for container, content in zip(self._containers, self._contents, strict=True):
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
+            if not _equal(container, content):
+                _fill(container, content)
         return True
 
     def hooked(self) -> str | None:
@@ -153,6 +176,40 @@ class ModuleState:
             if module._forward_hooks or module._forward_pre_hooks:
                 return type(module).__name__
         return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return a == b
+    except Exception:  # comparing two tensors or arrays with == has no single answer; a class may raise any
+        return False
+
+
+def _is_exactly(value: Any, classes: tuple[type, ...]) -> bool:
+    return type(value) in classes
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether a network may compute with the attributes of this object."""
+    package = type(value).__module__
+    if package.split(".")[0] in _OPAQUE or package.startswith(
+        ("diffusers.schedulers", "diffusers.pipelines")
+    ):
+        return False
+    if isinstance(value, type | types.FunctionType | types.MethodType | types.ModuleType):
+        return False
+    try:
+        return type(vars(value)) is dict
+    except Exception:  # TypeError: it has none; a dead proxy raises others
+        return False
+
+
+def _fill(container: Any, content: Any) -> None:
+    """Gives a container the content that it had, by the methods of Python's own classes."""
+    kinds = (OrderedDict, dict, list, deque, set)
+    kind: Any = next(kind for kind in kinds if isinstance(container, kind))
+    kind.clear(container)
+    (kind.extend if kind in (list, deque) else kind.update)(container, content)
 
 
 def _item(owner: Any, key: Any) -> Any:

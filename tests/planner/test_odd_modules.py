@@ -333,3 +333,62 @@ def test_plans_that_are_dropped_free_their_memory():
     del pool
     gc.collect()
     assert sum(ref() is not None for ref in seen[: -planner_accelerate.MAX_PLANS - 1]) == 0
+
+
+@torch.no_grad()
+def test_maps_of_one_tensor_in_two_shapes():
+    """Linear maps of the same rows, of which one has them in another shape."""
+
+    def run(m, x):
+        rows = m.conv(x).permute(0, 2, 3, 1)
+        return m.q(rows).exp().sum() + m.k(rows.reshape(2, 4, 9, 8)).sin().sum()
+
+    m = Function(run, conv=nn.Conv2d(8, 8, 1), q=nn.Linear(8, 8), k=nn.Linear(8, 8)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    expected = m(x)
+    assert (diffusion.accelerate(m)(x) - expected).abs() <= 1e-5 * expected.abs()
+    assert "planned" in m.report()
+    assert "not planned" not in m.report()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gamma", [1.0, 1e-3, 1e-8])
+def test_a_norm_times_a_small_constant(gamma, affine):
+    """As in layer scale: the constant's relative accuracy is kept."""
+    factor = nn.Parameter(gamma * torch.randn(1, 8, 1, 1))
+    m = Function(lambda m, x: m.norm(m.conv(x)) * m.factor, conv=nn.Conv2d(8, 8, 1), factor=factor)
+    m.norm = nn.GroupNorm(4, 8, affine=affine)
+    if affine:
+        nn.init.normal_(m.norm.weight)
+        nn.init.normal_(m.norm.bias)
+    x = torch.randn(2, 8, 6, 6)
+    expected = copy.deepcopy(m).double()(x.double())
+    actual = diffusion.accelerate(m.eval())(x)
+    assert "planned, exact" in m.report()
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_epsilon_that_rms_norm_chooses(dtype):
+    m = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)).to(dtype).eval()
+    x = (1e-2 * torch.randn(3, 5, 8)).to(dtype)
+    expected = m(x).float()
+    assert (diffusion.accelerate(m)(x).float() - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert "planned, exact" in m.report()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", ["masked_fill_", "pow_", "round_", "abs_", "floor_"])
+def test_writes_in_place_that_are_computed_anew(write):
+    def run(m, x):
+        y = m.conv(x)
+        given = {"masked_fill_": (x > 0, 3.0), "pow_": (2,)}.get(write, ())
+        return getattr(y, write)(*given) * 2
+
+    m = Function(run, conv=nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    expected = m(x)
+    assert torch.allclose(diffusion.accelerate(m)(x), expected, rtol=1e-5, atol=1e-5)
+    assert "planned, exact" in m.report()

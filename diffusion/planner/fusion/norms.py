@@ -38,9 +38,17 @@ def _joined(node: Node, graph: Graph) -> Joined | None:
         if user.op == "view" and user.output.shape == output.shape and map_of(user.output) is map_of(output):
             pass
         elif user.op == "mul" and scale is None and shift is None:
-            scale = vector_of(other_operand(user, output), output, plus_one=True)
-            if scale is None:
-                break
+            other = other_operand(user, output)
+            factor = (
+                None if other is None or other.constant is None else _each_channel(other.constant, output)
+            )
+            if factor is not None:
+                weight = _times(weight, factor)
+                bias = None if bias is None else _times(bias, factor)
+            else:
+                scale = vector_of(other, output, plus_one=True)
+                if scale is None:
+                    break
         elif user.op == "add" and shift is None:
             shift = vector_of(other_operand(user, output), output)
             if shift is None:
@@ -77,7 +85,7 @@ def vector_of(value: Value | None, like: Value, plus_one: bool = False) -> Value
     while value is not None and (value.shape != (n, c) or plus_one):
         node = value.node
         if node is None and value.constant is not None:
-            return _constant_vector(value, like, plus_one)
+            return None if plus_one else _constant_vector(value, like)
         if node is not None and node.op == "add" and node.options["scalar"] == 1 and plus_one:
             plus_one = False
         elif node is not None and node.op == "view":
@@ -106,12 +114,26 @@ def vector_of(value: Value | None, like: Value, plus_one: bool = False) -> Value
     return Node("view", [value], [view], apply=Chain((*chain, Reshape(view.shape)))).output
 
 
-def _constant_vector(value: Value, like: Value, plus_one: bool) -> Value | None:
-    """A constant [N or 1, C, 1, ...] as a constant [N, C], less 1 for `plus_one`; None for another value."""
+def _each_channel(constant: Tensor, like: Value) -> Tensor | None:
+    """A constant [1, C, 1, 1] as float32 [C]; None for another one."""
+    c = like.shape[1]
+    fits = constant.dtype in FLOATS and tuple(constant.shape) == (1, c, 1, 1)
+    return constant.detach().float().flatten() if fits else None
+
+
+def _times(value: Value | None, factor: Tensor) -> Value:
+    """A norm's constant weight or bias [C], by default ones, times `factor`."""
+    known = None if value is None else value.constant
+    product = factor if known is None else known.detach().float() * factor
+    return Value(product, "of a norm", constant=product)
+
+
+def _constant_vector(value: Value, like: Value) -> Value | None:
+    """A constant [N or 1, C, 1, ...] as a constant [N, C]; None for another value."""
     constant, (n, c) = value.constant, like.shape[:2]
     if constant is None or constant.dtype not in FLOATS or constant.ndim != like.ndim:
         return None
     if constant.shape[0] not in (1, n) or constant.shape[1] != c or constant.numel() != constant.shape[0] * c:
         return None
-    vector = constant.detach().float().flatten(1).expand(n, c) - (1 if plus_one else 0)
+    vector = constant.detach().float().flatten(1).expand(n, c)
     return Value(vector, "a constant vector", constant=vector)

@@ -16,12 +16,19 @@ def join_siblings(graph: Graph) -> None:
         inputs = named(node)
         plain = inputs["residual"] is None and node.options["activation"] == "none"
         if plain and tuple(node.options[name] for name in ("stride", "scale", "factor")) == (1, 1, 1):
-            layout = (node.output.ndim, node.options["reads_rows"], node.options["writes_rows"])
+            shape = list(node.output.shape)
+            del shape[_channel_of(node)]
+            layout = (*shape, node.options["reads_rows"], node.options["writes_rows"])
             groups.setdefault((inputs["x"], inputs["affine"], *layout), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
             graph.visited = nodes[0]
             _join(graph, nodes)
+
+
+def _channel_of(node: Node) -> int:
+    """The dimension of the output that holds the channels."""
+    return node.output.ndim - 1 if node.options["writes_rows"] else 1
 
 
 def _join(graph: Graph, nodes: list[Node]) -> None:
@@ -37,7 +44,7 @@ def _join(graph: Graph, nodes: list[Node]) -> None:
             for value, size, tensor in zip(biases, sizes, tensors, strict=True)
         ]
         bias = Value(torch.cat(parts), "joined biases", constant=torch.cat(parts))
-    channel = first.output.ndim - 1 if first.options["writes_rows"] else 1
+    channel = _channel_of(first)
     shape = list(first.output.shape)
     shape[channel] = sum(sizes)
     joined = Value(torch.empty(shape, dtype=first.output.dtype, device="meta"))
