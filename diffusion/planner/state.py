@@ -15,18 +15,18 @@ from ..kernels import _native
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set, tuple)
 # Of packages whose objects are not followed: they are not of networks, and may change from call to call.
-_OPAQUE = {
-    "builtins",
-    "_io",
-    "_thread",
-    "collections",
+_OPAQUE = ("PIL", "_io", "_thread", "builtins", "collections", "diffusers.pipelines", "diffusers.schedulers")
+_OPAQUE += (
     "diffusion",
     "functools",
     "logging",
     "loguru",
     "numpy",
-}
-_OPAQUE |= {"PIL", "threading", "torch", "tqdm", "transformers", "weakref"}
+    "threading",
+    "torch",
+    "tqdm",
+    "transformers",
+)
 
 DEPTH = 3
 PARTS = 256  # calls of `ModuleState.holds` in which every number is compared
@@ -112,9 +112,8 @@ class ModuleState:
         ) -> None:
             for key, value in items:
                 if isinstance(value, nn.Module):
-                    if depth == 0 and all(
-                        each is not module for each in value.modules()
-                    ):  # it is not around this one
+                    is_around = any(each is module for each in value.modules())
+                    if depth == 0 and not is_around:
                         add_module(value)
                 elif isinstance(value, Tensor):
                     self._plain.append((owner, key, value))
@@ -191,10 +190,8 @@ def _is_exactly(value: Any, classes: tuple[type, ...]) -> bool:
 
 def _is_followed(value: Any) -> bool:
     """Whether a network may compute with the attributes of this object."""
-    package = type(value).__module__
-    if package.split(".")[0] in _OPAQUE or package.startswith(
-        ("diffusers.schedulers", "diffusers.pipelines")
-    ):
+    module = type(value).__module__ + "."
+    if any(module.startswith(f"{package}.") for package in _OPAQUE):
         return False
     if isinstance(value, type | types.FunctionType | types.MethodType | types.ModuleType):
         return False
