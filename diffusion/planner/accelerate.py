@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..kernels import _native
 from ..kernels._dispatch import intercepted, transformed
 from ..utils.device import multiplies_bfloat16
+from ..utils.errors import first_line
 from .buffers import Pool
 from .comparison import difference
 from .eager_plan import EagerPlan
@@ -263,7 +264,7 @@ class AcceleratedForward:
                 try:
                     state = self._state = ModuleState(self._module, compares_numbers=self._released is None)
                 except Exception as error:
-                    self._last = f"its attributes cannot be followed, {type(error).__name__}: {error}"
+                    self._last = f"its attributes cannot be followed, {_failure(error)}"
                     return None, []
             if self._changes >= MAX_CHANGES:
                 self._last = f"it has changed before each of the last {self._changes} calls"
@@ -283,7 +284,10 @@ class AcceleratedForward:
                 vars(thread_local).pop("pool", None)  # frees the memory that only the plan holds
             try:
                 made = self._plan(leaves, numbers, structure, device)
-                first = [made.evaluate(_tensors(leaves))]
+                try:
+                    first = [made.evaluate(_tensors(leaves))]
+                except Exception as error:
+                    raise Untraceable(_failure(error)) from error
                 wrong = difference(plain(), first[0], narrow=self._is_narrow())
                 if wrong is not None:
                     raise Untraceable(f"a plan gives another result, {wrong}")
@@ -349,8 +353,7 @@ class AcceleratedForward:
         except DataDependentOutputException as error:
             raise Untraceable(f"it reads the values of tensors, by {error.func}") from error
         except Exception as error:
-            text = str(error).strip().split("\n")[0]
-            raise Untraceable(f"{type(error).__name__}: {text[:200]}") from error
+            raise Untraceable(_failure(error)) from error
         results, shape = pytree.tree_flatten(result)
         return _Planned(plan, results, shape, constants)
 
@@ -388,6 +391,10 @@ class AcceleratedForward:
             return f"{type(self._module).__name__}: as its modules\n  not planned: {self._last}"
         lines = [f"{type(self._module).__name__}: planned, {self.precision}", *planned.plan.report(calls)]
         return "\n".join(lines)
+
+
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

@@ -15,8 +15,14 @@ from ..kernels import _native
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set, tuple)
 # Of packages whose objects are not followed: they are not of networks, and may change from call to call.
-_OPAQUE = ("PIL", "_io", "_thread", "builtins", "collections", "diffusers.pipelines", "diffusers.schedulers")
-_OPAQUE += (
+_OPAQUE = (
+    "PIL",
+    "_io",
+    "_thread",
+    "builtins",
+    "collections",
+    "diffusers.pipelines",
+    "diffusers.schedulers",
     "diffusion",
     "functools",
     "logging",

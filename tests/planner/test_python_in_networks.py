@@ -408,3 +408,13 @@ def test_kept_arguments_are_those_of_each_call(x):
         network(x)
     assert sum(y is x for y in kept) == 3
     assert "not planned: it keeps an argument" in network.report()
+
+
+@torch.no_grad()
+def test_a_plan_that_fails_is_given_up(x):
+    """Its outputs are dense."""
+    network = Network(lambda m, x: m.conv(x).flatten(1).to_sparse())
+    expected = network(x)
+    diffusion.accelerate(network)
+    assert torch.equal(network(x).to_dense(), expected.to_dense())
+    assert "not planned: " in network.report()
