@@ -140,6 +140,7 @@ class AcceleratedForward:
     ):
         self._module, self.precision, self._numbers_vary = module, precision, numbers_vary
         self._lock, self._released = threading.Lock(), released
+        self._changes = 0  # of the module, before as many of the last calls
         self._forget()
         functools.update_wrapper(self, type(module).forward, updated=())
         self.__signature__ = inspect.signature(module.forward)
@@ -149,20 +150,12 @@ class AcceleratedForward:
         self._weights: Weights | None = None
         self._thread_local = threading.local()
         self._reasons: OrderedDict[tuple, str] = OrderedDict()  # against a plan, by the key of the call
-        self._changes = 0
         self._last = "it has not been called"
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return AcceleratedForward, (self._module, self.precision, self._numbers_vary)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-        @functools.cache
-        def plain() -> Any:
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-                return type(self._module).forward(self._module, *args, **kwargs)
-
         device = next((p.device for p in self._module.parameters()), _CPU)
         reason = self._unfit(device)
         if reason is None:
@@ -170,7 +163,14 @@ class AcceleratedForward:
             reason = self._unfit_inputs(leaves, device)
         if reason is not None:
             self._last = reason
-            return plain()
+            return type(self._module).forward(self._module, *args, **kwargs)
+        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        @functools.cache
+        def plain() -> Any:
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                return type(self._module).forward(self._module, *args, **kwargs)
+
         with torch.inference_mode(False), torch.no_grad():
             numbers = [self._numbers_vary and type(leaf) in (int, float) for leaf in leaves]
             given = [
@@ -258,9 +258,7 @@ class AcceleratedForward:
             holds = state is not None and state.holds(whole=not known)
             self._changes = 0 if holds or state is None else self._changes + 1
             if state is None or not holds:
-                changes = self._changes
                 self._forget()
-                self._changes = changes
                 try:
                     state = self._state = ModuleState(self._module, compares_numbers=self._released is None)
                 except Exception as error:

@@ -1,4 +1,4 @@
-"""accelerate: hooks of the module itself run, and inference mode makes no difference."""
+"""accelerate: hooks of the module itself run, inference mode changes nothing, and Dynamo sees the module."""
 
 import copy
 
@@ -86,3 +86,12 @@ def test_each_batch_size():
             for inputs in (given(batch), given(batch)[:2]):
                 close(module(*inputs), module, inputs)
                 assert "planned, exact" in module.report()
+
+
+@torch.no_grad()
+def test_dynamo_captures_an_accelerated_module_whole():
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU()).eval()
+    x = torch.randn(1, 4, 8, 8)
+    expected = network(x)
+    compiled = torch.compile(diffusion.accelerate(network), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)
