@@ -159,7 +159,11 @@ void winograd_input(const Convolution& g, const WinogradBlock& block, float* v, 
   }
 }
 
-// Items: panels of weights of all frequencies. m: [frequency][tile][output channel].
+// AVX-512's wide panels are left to the processor.
+constexpr bool kReadsAhead = FD_LANES < 16;
+
+// Items: panels of weights of all frequencies. m: [frequency][tile][output channel]. While the last rows are multiplied
+// by a panel, the next is read: with few tiles, reading the weights takes as long as the products.
 template <class Math>
 void winograd_multiply(const Convolution& g, const WinogradBlock& block, const float* v, float* m, int64_t begin,
                        int64_t end) {
@@ -176,9 +180,15 @@ void winograd_multiply(const Convolution& g, const WinogradBlock& block, const f
       }
       for (int64_t begin_column = 0; begin_column < width; begin_column += step) {
         float* to = m + frequency * block.output_step + first * block.outputs + panel * kPanel + begin_column;
-        multiply_panel<Math>(GatheredRows{rows, &no_offset, 1, depth}, 0, count, weight + begin_column * depth, step,
-                             step, [&](int64_t row, int64_t column, Vec sum)
-                                       FD_INLINE { store(to + row * block.outputs + column, sum); });
+        const float* from = weight + begin_column * depth;
+        const auto multiply = [&](auto ahead) FD_INLINE {
+          multiply_panel<Math>(
+              GatheredRows{rows, &no_offset, 1, depth}, 0, count, from, step, step,
+              [&](int64_t row, int64_t column, Vec sum) FD_INLINE { store(to + row * block.outputs + column, sum); },
+              ahead);
+        };
+        if (kReadsAhead && first + count == block.count()) multiply(PanelAhead(from + step * depth, count));
+        else multiply(NothingAhead{});
       }
     }
   }

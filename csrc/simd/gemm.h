@@ -75,11 +75,33 @@ struct StridedRows {
   FD_HD int64_t tap(int64_t) const { return 0; }
 };
 
+// ---- What is read after a product, and is brought into the cache meanwhile.
+
+struct NothingAhead {
+  FD_HD void fetch() {}
+};
+
+// The panel at `next`, as large as the one that `rows` rows are multiplied by.
+struct PanelAhead {
+  const char* next;
+  int64_t step;  // bytes for each number of depth
+
+  FD_HD PanelAhead(const float* next, int64_t rows)
+      : next(reinterpret_cast<const char*>(next)), step(kBlockVectors * kLanes * 4 / divide_up(rows, kBlockRows)) {}
+
+  FD_HD void fetch() {
+    __builtin_prefetch(next, 0, 2);
+    next += step;
+  }
+};
+
 // ---- Products.
 
 // Sums of kCount rows and kWidth vectors of columns, given to finish(row, vector, sum).
-template <class Math, int kCount, int kWidth, class Lhs, class Finish>
-FD_HD void multiply_block(const Lhs& lhs, int64_t first, const float* b, int64_t b_step, const Finish& finish) {
+template <class Math, int kCount, int kWidth, class Lhs, class Finish, class Ahead>
+FD_HD void multiply_block(const Lhs& lhs, int64_t first, const float* b, int64_t b_step, const Finish& finish,
+                          Ahead& next) {
+  Ahead ahead = next;
   Vec sum[kCount][kWidth] = {};
   const char* rows[kCount];
 #pragma GCC unroll 8
@@ -87,6 +109,7 @@ FD_HD void multiply_block(const Lhs& lhs, int64_t first, const float* b, int64_t
   for (int64_t tap = 0; tap < lhs.tap_count; ++tap) {
     int64_t at = lhs.tap(tap);
     for (int64_t k = 0; k < lhs.depth; ++k, at += lhs.step) {
+      ahead.fetch();
       Vec columns[kWidth];
 #pragma GCC unroll 8
       for (int j = 0; j < kWidth; ++j) columns[j] = load(b + j * kLanes);
@@ -99,6 +122,7 @@ FD_HD void multiply_block(const Lhs& lhs, int64_t first, const float* b, int64_t
       b += b_step;
     }
   }
+  next = ahead;
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 8
@@ -106,21 +130,21 @@ FD_HD void multiply_block(const Lhs& lhs, int64_t first, const float* b, int64_t
   }
 }
 
-template <class Math, int kWidth, class Lhs, class Finish>
+template <class Math, int kWidth, class Lhs, class Finish, class Ahead>
 FD_HD void multiply_rows(const Lhs& lhs, int64_t begin, int64_t end, const float* b, int64_t b_step,
-                         const Finish& finish) {
+                         const Finish& finish, Ahead& ahead) {
   int64_t blocks = divide_up(end - begin, kBlockRows);
   for (int64_t row = begin; row < end; --blocks) {
     const int64_t count = divide_up(end - row, blocks);  // blocks of equal height, or of two heights that differ by 1
     switch (count) {
 #if FD_LANES >= 8
-      case 6: multiply_block<Math, 6, kWidth>(lhs, row, b, b_step, finish); break;
-      case 5: multiply_block<Math, 5, kWidth>(lhs, row, b, b_step, finish); break;
+      case 6: multiply_block<Math, 6, kWidth>(lhs, row, b, b_step, finish, ahead); break;
+      case 5: multiply_block<Math, 5, kWidth>(lhs, row, b, b_step, finish, ahead); break;
 #endif
-      case 4: multiply_block<Math, 4, kWidth>(lhs, row, b, b_step, finish); break;
-      case 3: multiply_block<Math, 3, kWidth>(lhs, row, b, b_step, finish); break;
-      case 2: multiply_block<Math, 2, kWidth>(lhs, row, b, b_step, finish); break;
-      default: multiply_block<Math, 1, kWidth>(lhs, row, b, b_step, finish); break;
+      case 4: multiply_block<Math, 4, kWidth>(lhs, row, b, b_step, finish, ahead); break;
+      case 3: multiply_block<Math, 3, kWidth>(lhs, row, b, b_step, finish, ahead); break;
+      case 2: multiply_block<Math, 2, kWidth>(lhs, row, b, b_step, finish, ahead); break;
+      default: multiply_block<Math, 1, kWidth>(lhs, row, b, b_step, finish, ahead); break;
     }
     row += count;
   }
@@ -128,22 +152,24 @@ FD_HD void multiply_rows(const Lhs& lhs, int64_t begin, int64_t end, const float
 
 // Rows begin..end of the left factor times `width` columns of a panel, a multiple of kLanes, whose rows are `step`
 // floats apart. Calls finish(row, column, sum) for each vector of columns.
-template <class Math, class Lhs, class Finish>
+template <class Math, class Lhs, class Finish, class Ahead = NothingAhead>
 FD_HD void multiply_panel(const Lhs& lhs, int64_t begin, int64_t end, const float* panel, int64_t step, int64_t width,
-                          const Finish& finish) {
+                          const Finish& finish, Ahead ahead = {}) {
   int64_t column = 0;
   const auto shifted = [&](int64_t row, int vector, Vec sum) FD_INLINE { finish(row, column + vector * kLanes, sum); };
   for (; column + kBlockVectors * kLanes <= width; column += kBlockVectors * kLanes) {
-    multiply_rows<Math, kBlockVectors>(lhs, begin, end, panel + column, step, shifted);
+    multiply_rows<Math, kBlockVectors>(lhs, begin, end, panel + column, step, shifted, ahead);
   }
 #if FD_LANES == 16
   if (column + 3 * kLanes <= width) {
-    multiply_rows<Math, 3>(lhs, begin, end, panel + column, step, shifted);
+    multiply_rows<Math, 3>(lhs, begin, end, panel + column, step, shifted, ahead);
     column += 3 * kLanes;
   } else if (column + 2 * kLanes <= width) {
-    multiply_rows<Math, 2>(lhs, begin, end, panel + column, step, shifted);
+    multiply_rows<Math, 2>(lhs, begin, end, panel + column, step, shifted, ahead);
     column += 2 * kLanes;
   }
 #endif
-  for (; column < width; column += kLanes) multiply_rows<Math, 1>(lhs, begin, end, panel + column, step, shifted);
+  for (; column < width; column += kLanes) {
+    multiply_rows<Math, 1>(lhs, begin, end, panel + column, step, shifted, ahead);
+  }
 }
