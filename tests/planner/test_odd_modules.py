@@ -370,6 +370,27 @@ def test_a_norm_times_a_small_constant(gamma, affine):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 8])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 1, 1, 1), ("C", 1, 1), (1, "C", 1, 1), (1, 1, 8), (2, 1, 1, 1)]
+)
+@pytest.mark.parametrize("norm", ["group", "channels"])
+def test_a_norm_times_a_constant(norm, shape, channels):
+    """Constants for each channel, for all and for none of both, however they are broadcast."""
+    factor = nn.Parameter(torch.randn([channels if n == "C" else n for n in shape]))
+    m = Function(lambda m, x: m.norm(m.conv(x)) * m.factor, conv=nn.Conv2d(8, channels, 1), factor=factor)
+    if norm == "group":
+        m.norm = nn.GroupNorm(channels, channels, affine=False)
+    else:
+        m.norm = Function(lambda m, x: F.normalize(x, dim=1))
+    x = torch.randn(2, 8, 8, 8)
+    expected = copy.deepcopy(m).double()(x.double())
+    actual = diffusion.accelerate(m.eval())(x)
+    assert "planned, exact" in m.report()
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_epsilon_that_rms_norm_chooses(dtype):
     m = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)).to(dtype).eval()

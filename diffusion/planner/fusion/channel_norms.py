@@ -8,7 +8,7 @@ from torch import Tensor
 from ..graph import FLOATS, Graph, Node, Value, shares_memory
 from .following import Joined, join_following
 from .inputs import CHANNEL_NORM_INPUTS, first_input, other_operand
-from .norms import vector_of
+from .norms import channel_constant, vector_of
 
 SMALL = 1e-6  # largest length below which x / length is bounded that counts as a guard against zeros
 
@@ -135,7 +135,7 @@ def _joined(node: Node, graph: Graph) -> Joined | None:
     while len(output.users) == 1 and output not in graph.outputs and residual is None:
         (user,) = output.users
         other = other_operand(user, output) if user.op in ("mul", "add") else None
-        constant = None if scale is not None else _channel_constant(other, core)
+        constant = None if scale is not None else channel_constant(other, core.x, core.channel)
         if user.op == "view" and _changes_nothing(user):
             pass
         elif silu or user.output.shape != output.shape:
@@ -171,22 +171,6 @@ def _joined(node: Node, graph: Graph) -> Joined | None:
     values = [None if t is None else Value(t, "of a norm", constant=t) for t in (weight, bias)]
     options = {"eps": core.eps, "rms": core.rms, "silu": silu, "rows": not _is_map(core)}
     return Joined(nodes, (core.x, *values, scale, shift, residual), output, options)
-
-
-def _channel_constant(value: Value | None, core: _Core) -> Tensor | None:
-    """A constant of one number for each channel, or for all, as float32 [C] or []; None for another value."""
-    constant = None if value is None else value.constant
-    if constant is None or constant.dtype not in FLOATS or constant.ndim > core.x.ndim:
-        return None
-    if constant.numel() == 1:
-        return constant.detach().float().reshape(())
-    place = core.channel - core.x.ndim  # from the right
-    one_each = constant.numel() == core.x.shape[core.channel] and constant.ndim >= -place
-    return (
-        constant.detach().float().flatten()
-        if one_each and constant.shape[place] == len(constant.flatten())
-        else None
-    )
 
 
 def _changes_nothing(view: Node) -> bool:

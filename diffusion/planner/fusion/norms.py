@@ -39,9 +39,7 @@ def _joined(node: Node, graph: Graph) -> Joined | None:
             pass
         elif user.op == "mul" and scale is None and shift is None:
             other = other_operand(user, output)
-            factor = (
-                None if other is None or other.constant is None else _each_channel(other.constant, output)
-            )
+            factor = channel_constant(other, output, 1)
             if factor is not None:
                 weight = _times(weight, factor)
                 bias = None if bias is None else _times(bias, factor)
@@ -114,11 +112,19 @@ def vector_of(value: Value | None, like: Value, plus_one: bool = False) -> Value
     return Node("view", [value], [view], apply=Chain((*chain, Reshape(view.shape)))).output
 
 
-def _each_channel(constant: Tensor, like: Value) -> Tensor | None:
-    """A constant [1, C, 1, 1] as float32 [C]; None for another one."""
-    c = like.shape[1]
-    fits = constant.dtype in FLOATS and tuple(constant.shape) == (1, c, 1, 1)
-    return constant.detach().float().flatten() if fits else None
+def channel_constant(value: Value | None, like: Value, channel: int) -> Tensor | None:
+    """A constant of one number for each channel, or for all, as float32 [C]; None for another value.
+
+    channel: the dimension of the channels of `like`, with which the value is broadcast.
+    """
+    constant = None if value is None else value.constant
+    if constant is None or constant.dtype not in FLOATS or constant.ndim > like.ndim:
+        return None
+    c, place = like.shape[channel], channel - like.ndim  # from the right
+    each = constant.ndim >= -place and constant.numel() == constant.shape[place] == c
+    if not each and constant.numel() != 1:
+        return None
+    return constant.detach().float().flatten().expand(c).contiguous()
 
 
 def _times(value: Value | None, factor: Tensor) -> Value:
