@@ -24,6 +24,7 @@ from diffusion.evaluation.features import Features, load_features
 from diffusion.process.prediction import x0_coefficients
 from diffusion.storage.atomic import check_writable, replacing
 from diffusion.storage.images import to_float, to_uint8
+from diffusion.training.fine_tuning import images_seen
 from diffusion.utils.device import multiplies_bfloat16
 from diffusion.utils.frechet import frechet_distance, moments
 
@@ -114,8 +115,7 @@ def judge(
         config = model.unet.config
         if data.images.shape[1:] != (config.in_channels, *config.image_shape):
             raise ValueError(f"{folder} makes other images than {data.name}, {list(data.images.shape[1:])}")
-        about = model.metadata.get("training", {})
-        seen = about.get("step", 0) * about.get("batch_size", 0)
+        about, seen = model.metadata.get("training", {}), images_seen(model) or 0
         gflop = flops_of_unet(model.unet) / 1e9
         errors = held_out_errors(model, data.images, data.labels)
         known = [row["v"] for row in errors if row["v"] is not None]

@@ -17,6 +17,7 @@ from diffusion.classifier import classifier_of, load_classifier
 from diffusion.evaluation.accuracy import evaluate
 from diffusion.evaluation.protocol import image_shape
 from diffusion.storage.atomic import check_writable, replacing
+from diffusion.training.fine_tuning import images_seen
 
 
 class Point(NamedTuple):
@@ -29,13 +30,12 @@ class Point(NamedTuple):
     real: float
 
 
-def images_seen(model: diffusion.DDPM) -> int:
+def known_images(model: diffusion.DDPM) -> int:
     """Images that a model was trained on; ValueError if its config.json does not say it."""
-    about = model.metadata.get("training", {})
-    step, size = about.get("step"), about.get("batch_size")
-    if not isinstance(step, int) or not isinstance(size, int):
+    seen = images_seen(model)
+    if seen is None:
         raise ValueError("it is no model of `diffusion train`: its config.json has no step and batch_size")
-    return step * size
+    return seen
 
 
 def measure(model: diffusion.DDPM, args: argparse.Namespace) -> Point:
@@ -57,7 +57,7 @@ def measure(model: diffusion.DDPM, args: argparse.Namespace) -> Point:
     if accuracy is None:
         raise ValueError("it knows no classes")
     return Point(
-        images_seen(model),
+        known_images(model),
         accuracy["accuracy"],
         distances["distance"],
         distances["real"]["balanced"]["distance"],
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         points = read_points(args.out.with_suffix(".csv"))
         for folder in args.models:
             model = diffusion.load(folder)
-            if images_seen(model) in points:
+            if known_images(model) in points:
                 continue
             point = measure(model, args)
             points[point.images] = point

@@ -35,6 +35,18 @@ def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
     )
 
 
+def images_seen(model: DDPM) -> int | None:
+    """The images that a model was trained on, by its metadata, with those of the model that its training
+    started from; None if these do not tell."""
+    about = model.metadata.get("training")
+    if not isinstance(about, dict):
+        return None
+    step, size, before = about.get("step"), about.get("batch_size"), about.get("images_before", 0)
+    if not all(type(number) is int and number >= 0 for number in (step, size, before)):
+        return None
+    return before + step * size
+
+
 @torch.no_grad()
 def start_from(unet: UNet, model: Network) -> None:
     """Copies the weights of a model's UNet into one of the same architecture.

@@ -44,6 +44,7 @@ def save_state(trainer: Trainer, path: Path) -> None:
         "data": trainer.data_digest,
         "step": trainer.step,
         "seconds": trainer.seconds,
+        "images_before": trainer.images_before,
         "first_loss": trainer.log_line.first_loss,
         "losses": [loss.item() for loss in trainer.log_line.losses],
         "norms": [norm.item() for norm in trainer.log_line.norms],
@@ -116,6 +117,7 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: it lacks the scale of the loss ({error})") from error
     trainer.step, trainer.seconds = about["step"], about["seconds"]
+    trainer.images_before = about["images_before"]
     trainer.log_line = LogLine(
         torch.tensor(about["losses"], device=trainer.device),
         torch.tensor(about["norms"], device=trainer.device),
@@ -159,7 +161,8 @@ def read_state(path: Path) -> dict:
             # The gradient of a scaled loss may overflow; such a step was left out.
             "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
             "scaler": scaler,
-            # Older states have neither.
+            # Older states lack what follows.
+            "images_before": whole_number("images_before", about.get("images_before", 0), 0),
             "class_names": names and check_names(names, recipe.unet.get("num_classes")),
             "command": dict(about.get("command", {})),
         }

@@ -28,7 +28,7 @@ from ..utils.device import resolve_device
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
 from ..utils.validation import refuse, whole_number, whole_numbers
-from .fine_tuning import start_from
+from .fine_tuning import images_seen, start_from
 from .images import check_data, images_as_tensor
 from .log_line import LogLine
 from .optimizers import Optimizer
@@ -151,6 +151,7 @@ class Trainer:
         self.command = dict(command or {})
         self.step = 0
         self.seconds = 0.0
+        self.images_before = (None if init is None else images_seen(init)) or 0  # which `init` was trained on
         self.log_line = LogLine()
         self._order: tuple[int, torch.Tensor] | None = None
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from diffusion import load
 from diffusion.cli import main
-from diffusion.training.fine_tuning import recipe_for
-from helpers.training import RECIPE, make_trainer
+from diffusion.training.fine_tuning import images_seen, recipe_for
+from helpers.training import RECIPE, make_trainer, run
 
 SHORT = ["--steps", "1", "--batch-size", "4", "--autocast", "off"]
 
@@ -63,6 +63,28 @@ def test_from_an_unconditional_model_and_to_one():
         trainer = make_trainer(recipe_for(model, after), init=model)
         assert trainer.model.num_classes == after.unet["num_classes"]
         assert torch.equal(weights(trainer.model)["input_conv.weight"], weights(model)["input_conv.weight"])
+
+
+def test_the_images_seen_before_count(tmp_path):
+    """Of the model that a run starts from, also after a resume, and of the model before that."""
+    first, then = replace(RECIPE, steps=3), replace(RECIPE, steps=6, batch_size=4, warmup_steps=0)
+    run(tmp_path / "first", make_trainer(first))
+    assert images_seen(load(tmp_path / "first")) == 3 * 8
+    run(tmp_path / "then", make_trainer(replace(then, steps=2), init=load(tmp_path / "first")))
+    run(tmp_path / "then", make_trainer(then), resume=True, accept_changes=True)
+    assert images_seen(load(tmp_path / "then")) == 3 * 8 + 6 * 4
+    run(tmp_path / "last", make_trainer(then, init=load(tmp_path / "then")))
+    assert images_seen(load(tmp_path / "last")) == 3 * 8 + 6 * 4 + 6 * 4
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"training": "long"}, {"training": {"step": 3}}, {"training": {"step": 3, "batch_size": -1}}],
+)
+def test_images_seen_are_unknown(metadata):
+    model = make_trainer().model
+    model.metadata = metadata
+    assert images_seen(model) is None
 
 
 def test_another_architecture_is_refused():
