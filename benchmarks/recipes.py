@@ -5,7 +5,8 @@ Each run's averaged model, and each further average in its `ema-*/`, is judged b
 nothing of its schedule, prediction type or loss weights. One is the mean squared error of its predictions for
 held-out images at fixed noise levels ln(sigma / alpha), with the same noise for all models and the images'
 labels given. The other is the Fréchet distance of unguided samples, in the features of a classifier. Beside
-them stand the images that the run has seen, its seconds, and the work of one evaluation of its network.
+them stand the images that the run has seen, without those of a model that it started from, its seconds, and
+the work of one evaluation of its network.
 """
 
 import argparse
@@ -21,12 +22,14 @@ import diffusion
 from diffusion.classifier import balanced_labels
 from diffusion.data import ImageSet, load_dataset
 from diffusion.evaluation.features import Features, load_features
+from diffusion.evaluation.protocol import ema_decay
 from diffusion.process.prediction import x0_coefficients
 from diffusion.storage.atomic import check_writable, replacing
 from diffusion.storage.images import to_float, to_uint8
 from diffusion.training.fine_tuning import images_seen
 from diffusion.utils.device import multiplies_bfloat16
 from diffusion.utils.frechet import frechet_distance, moments
+from diffusion.utils.validation import number
 
 from .flops import flops_of_unet
 
@@ -115,17 +118,18 @@ def judge(
         config = model.unet.config
         if data.images.shape[1:] != (config.in_channels, *config.image_shape):
             raise ValueError(f"{folder} makes other images than {data.name}, {list(data.images.shape[1:])}")
-        about, seen = model.metadata.get("training", {}), images_seen(model) or 0
+        seen, about = images_seen(model), model.metadata.get("training")
+        about = about if isinstance(about, dict) else {}
         gflop = flops_of_unet(model.unet) / 1e9
         errors = held_out_errors(model, data.images, data.labels)
         known = [row["v"] for row in errors if row["v"] is not None]
         row = {
             "run": run.name,
-            "ema_decay": about.get("ema_decay"),
-            "images_seen": seen,
-            "seconds": about.get("seconds"),
+            "ema_decay": ema_decay(model),
+            "images_seen": None if seen is None else seen.own,
+            "seconds": _number(about.get("seconds")),
             "gflop_per_image": gflop,
-            "training_pflop": 3 * gflop * seen / 1e6,
+            "training_pflop": None if seen is None else 3 * gflop * seen.own / 1e6,
             "parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
             "errors": errors,
             "mean_v_error": math.fsum(known) / len(known) if len(known) == len(errors) else None,
@@ -134,6 +138,14 @@ def judge(
             row["distance"] = distance_of_samples(model, features, reference, num, **options)
         rows.append(row)
     return rows
+
+
+def _number(value: object) -> float | None:
+    """A finite number of a model's metadata; None for anything else."""
+    try:
+        return number("it", value)
+    except ValueError:
+        return None
 
 
 def markdown(rows: list[dict], name: str) -> str:

@@ -1,13 +1,15 @@
 """The samples of a model at several moments of its training:
 python -m benchmarks.snapshots MODEL [MODEL ...] --out NAME.png.
 
-Each MODEL is a folder of averaged weights that `diffusion train` wrote, kept from a moment of a run. Its
-class accuracy with guidance, and the Fréchet distance of its unguided samples, are those of `diffusion
-evaluate`. NAME.csv beside the picture holds the points; a moment that is there already is not measured again.
+Each MODEL is a folder of averaged weights that `diffusion train` wrote, kept from a moment of a run, or the
+name of a bundled model. Its class accuracy with guidance, and the Fréchet distance of its unguided samples,
+are those of `diffusion evaluate` with the same options. NAME.csv beside the picture holds the points;
+weights that are there already are not measured again, and all points have one protocol.
 """
 
 import argparse
 import csv
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,17 +19,23 @@ from diffusion.classifier import classifier_of, load_classifier
 from diffusion.evaluation.accuracy import evaluate
 from diffusion.evaluation.protocol import image_shape
 from diffusion.storage.atomic import check_writable, replacing
+from diffusion.storage.reading import add_tensors, sha256
 from diffusion.training.fine_tuning import images_seen
+from diffusion.utils.validation import number, whole_number
 
 
 class Point(NamedTuple):
-    """images: seen by then. accuracy: share of guided samples that the classifier reads as the class asked
-    for. distance: of unguided samples from the training set; real: of as many test images."""
+    """images: seen by then, with those of a model that the run started from. accuracy: share of guided
+    samples that the classifier reads as the class asked for. distance: of unguided samples from the training
+    set; real: of as many test images. weights: first digits of their SHA-256. protocol: of the samples.
+    """
 
     images: int
     accuracy: float
     distance: float
     real: float
+    weights: str
+    protocol: str
 
 
 def known_images(model: diffusion.DDPM) -> int:
@@ -35,14 +43,36 @@ def known_images(model: diffusion.DDPM) -> int:
     seen = images_seen(model)
     if seen is None:
         raise ValueError("it is no model of `diffusion train`: its config.json has no step and batch_size")
-    return seen
+    return seen.total
 
 
-def measure(model: diffusion.DDPM, args: argparse.Namespace) -> Point:
+def digest_of_weights(model: diffusion.DDPM) -> str:
+    digest = hashlib.sha256()
+    add_tensors(digest, model.unet.state_dict())
+    return digest.hexdigest()[:16]
+
+
+def protocol_of(args: argparse.Namespace, classifier: Path) -> str:
+    """The options of the samples, and the classifier in a folder, in one line."""
+    samples = f"{args.num} samples, guidance {args.guidance_scale:g}, {args.sampler}, {args.steps} steps"
+    return f"{samples}, {args.precision}, classifier {sha256(classifier / 'model.safetensors')[:16]}"
+
+
+def measure(model: diffusion.DDPM, args: argparse.Namespace, points: list[Point]) -> Point | None:
+    """A model's point; None if it is among the points. ValueError if these have another protocol."""
     classifier = args.classifier or classifier_of(image_shape(model))
-    drawn = load_classifier(classifier)[1].sample_size
-    if args.num != drawn:
-        raise ValueError(f"--num must be {drawn}, as many as the real images of {classifier}")
+    network, reference = load_classifier(classifier)
+    if args.num != reference.sample_size:
+        wanted = reference.sample_size
+        raise ValueError(f"--num must be {wanted}, as many as the real images of {classifier}")
+    images, weights = known_images(model), digest_of_weights(model)
+    protocol = protocol_of(args, network.folder)
+    for point in points:
+        if point.protocol != protocol:
+            table = args.out.with_suffix(".csv")
+            raise ValueError(f"{table} holds points of another protocol: {point.protocol}; not {protocol}")
+    if any(point.weights == weights for point in points):
+        return None
     result = evaluate(
         model,
         num=args.num,
@@ -56,27 +86,25 @@ def measure(model: diffusion.DDPM, args: argparse.Namespace) -> Point:
     accuracy, distances = result["class_accuracy"], result["frechet"]
     if accuracy is None:
         raise ValueError("it knows no classes")
-    return Point(
-        known_images(model),
-        accuracy["accuracy"],
-        distances["distance"],
-        distances["real"]["balanced"]["distance"],
-    )
+    real = distances["real"]["balanced"]["distance"]
+    return Point(images, accuracy["accuracy"], distances["distance"], real, weights, protocol)
 
 
-def read_points(path: Path) -> dict[int, Point]:
-    """The points of a CSV, by the images seen; none where there is no file. ValueError if it is damaged."""
+def read_points(path: Path) -> list[Point]:
+    """The points of a CSV; none where there is no file. ValueError if it is damaged."""
     if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        return []
     try:
-        points = [
-            Point(int(row["images"]), *(float(row[name]) for name in Point._fields[1:])) for row in rows
-        ]
-    except (KeyError, TypeError, ValueError) as error:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        points = []
+        for row in rows:
+            images = whole_number("images", int(row["images"]), 0)
+            values = (number(name, float(row[name]), 0) for name in ("accuracy", "distance", "real"))
+            points.append(Point(images, *values, str(row["weights"]), str(row["protocol"])))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no table of this command: {error!r}") from error
-    return {point.images: point for point in points}
+    return points
 
 
 def draw(points: Sequence[Point], picture: Path) -> None:
@@ -110,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("models", nargs="*", type=Path, metavar="MODEL", help="folder of averaged weights")
+    add("models", nargs="*", metavar="MODEL", help="folder of averaged weights, or a bundled model")
     add("--out", type=Path, required=True, metavar="NAME.png", help="picture to write")
     add("--num", type=int, default=1000, help="samples for each measure (default: %(default)s)")
     add("--classifier", help="as of `diffusion evaluate` (default: the bundled one of the model's images)")
@@ -119,24 +147,24 @@ def main(arguments: list[str] | None = None) -> None:
     add("--steps", type=int, default=30, help="default: %(default)s")
     add("--precision", default="exact", help="exact or fast (default: %(default)s)")
     args = parser.parse_args(arguments)
-    folder: Path | None = None
+    folder: str | None = None
     try:
         if args.out.suffix != ".png":
             raise ValueError(f"--out must end in .png: {args.out}")
         check_writable(args.out, args.out.with_suffix(".csv"))
         points = read_points(args.out.with_suffix(".csv"))
         for folder in args.models:
-            model = diffusion.load(folder)
-            if known_images(model) in points:
+            point = measure(diffusion.load(folder), args, points)
+            if point is None:
+                print(f"{folder}: measured before", flush=True)
                 continue
-            point = measure(model, args)
-            points[point.images] = point
-            draw([points[images] for images in sorted(points)], args.out)
+            points = sorted([*points, point])
+            draw(points, args.out)
             print(f"{folder}: {point}", flush=True)
         folder = None
         if not points:
             raise ValueError("there is no MODEL to measure")
-        draw([points[images] for images in sorted(points)], args.out)
+        draw(points, args.out)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {'' if folder is None else f'{folder}: '}{error}\n")
 

@@ -2,8 +2,9 @@
 python -m benchmarks.training_curve RUN [RUN ...] --out NAME.png.
 
 Each run's log.csv gives the mean loss of the steps since the row before, and the validation loss of its
-averaged weights. The FLOP are three evaluations of the network for each image seen: the forward pass, and the
-gradients of its inputs and of its weights. NAME.csv beside the picture holds the points.
+averaged weights. The images are those of the run, without those of a model that it started from. The FLOP are
+three evaluations of the network for each image: the forward pass, and the gradients of its inputs and of its
+weights. NAME.csv beside the picture holds the points.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from typing import NamedTuple
 
 import diffusion
 from diffusion.storage.atomic import check_writable, replacing
+from diffusion.training.fine_tuning import images_seen
 from diffusion.training.log_file import read_rows
+from diffusion.utils.validation import whole_number
 
 from .flops import flops_of_unet
 
@@ -32,11 +35,21 @@ class Point(NamedTuple):
 
 
 def read_points(run: Path) -> list[Point]:
-    """The points of a run's folder. ValueError if it lacks a log, or its model lacks the run's batch size."""
+    """The points of a run's folder.
+
+    ValueError if it lacks a log, or if its model does not tell the images of a step.
+    """
     model = diffusion.load(run)
-    size = model.metadata.get("training", {}).get("batch_size")
-    if not isinstance(size, int):
-        raise ValueError(f"{run} is no run of `diffusion train`: its config.json has no batch_size")
+    try:
+        about = model.metadata["training"]
+        step, size = (whole_number(name, about[name], 0) for name in ("step", "batch_size"))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{run} is no run of `diffusion train`: its config.json has no step and batch_size"
+        ) from None
+    seen = images_seen(model)
+    if seen is None or seen.own != step * size:
+        raise ValueError(f"{run} changed its batch size, so its log does not tell the images of a step")
     flop, points = 3 * flops_of_unet(model.unet), []
     for step, line in read_rows(run / "log.csv"):
         try:

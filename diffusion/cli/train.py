@@ -17,7 +17,7 @@ from ..models.config import UNetConfig
 from ..training.distributed import process_group
 from ..training.fine_tuning import recipe_for
 from ..training.fitting import SMALL, check_apart, mirroring_colour
-from ..training.loop import STATE, check_free, train
+from ..training.loop import STATE, check_free, check_steps, train
 from ..training.outlook import disk_use, outlook
 from ..training.recipe import RECIPES, Recipe, changed, load_recipe
 from ..training.state import read_state
@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
             command=kept_options(args),
         )
         start = read_state(Path(args.out) / STATE)["step"] if args.resume else 0
+        check_steps(trainer, args.out, start)
         use = disk_use(trainer, args.out, start)
         if ranks.rank == 0:
             print(f"{data.found}; {outlook(trainer, args.recipe, start)}", flush=True)
@@ -203,6 +204,12 @@ def choose_recipe(args: argparse.Namespace, init: DDPM | None = None) -> Recipe:
         if init is not None:
             recipe = recipe_for(init, recipe)
     recipe = changed(recipe, args.set or [])
+    if recipe.learning_rate_decay == "constant" and any(
+        change.startswith("decay_fraction=") for change in args.set or []
+    ):
+        raise ValueError(
+            "--set decay_fraction does nothing to a constant learning rate: add learning_rate_decay=linear"
+        )
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     recipe = replace(recipe, **given)
     if args.unconditional:

@@ -14,6 +14,7 @@ from ..training.fitting import HELD_OUT_SHARE, MAX_HELD_OUT, SMALL
 from ..training.loop import STATE, train
 from ..training.recipe import RECIPES, Recipe
 from ..training.state import read_state
+from ..utils.validation import choice, typed
 
 OVERRIDES = ("steps", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "label_dropout", "seed")
 # The arguments of `train` that are options, with their defaults there, and what happens at each interval.
@@ -28,17 +29,22 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "off": None}
 # The options that are neither None nor a list where they are not given.
 DEFAULTS: dict[str, Any] = {"autocast": "auto", "channels_last": True}
 DEFAULTS |= {name: inspect.signature(train).parameters[name].default for name in INTERVALS}
-# The options that a run keeps in its state; --resume goes on with those that are not given again.
+# The options that a run keeps in its state, with their types; --resume goes on with those that are not given
+# again.
 PATHS = ("data", "data_dir", "validation_data", "cache")
-KEPT = (*PATHS, *DEFAULTS, "resize", "hold_out", "micro_batch", "checkpointing", "compile", "features")
-KEPT = (
-    *KEPT,
-    "tensorboard",
-    "save_minutes",
-    "hold_out_seed",
-    "recipe_name",
-    "init_name",
-)  # the last three are no options
+KEPT: dict[str, Any] = {
+    **dict.fromkeys(PATHS, str),
+    **dict.fromkeys(INTERVALS, int),
+    **dict.fromkeys(("channels_last", "resize", "checkpointing", "compile", "tensorboard"), bool),
+    **dict.fromkeys(("hold_out", "micro_batch"), int),
+    "save_minutes": float,
+    "autocast": str,
+    "features": str,
+    # No options, but kept with them.
+    "hold_out_seed": int,
+    "recipe_name": str | None,
+    "init_name": str | None,
+}
 MIN_MEASURED = 50  # images held out, of which a distance is measured by default
 
 
@@ -179,7 +185,7 @@ def recall(args: argparse.Namespace) -> None:
     """Fills the options of KEPT that are not given with those of the run that is resumed."""
     if not args.out:
         raise ValueError("--out is missing: the folder of the run to resume")
-    kept = read_state(Path(args.out) / STATE)["command"]
+    kept = _kept(Path(args.out) / STATE)
     if args.init is not None and "recipe_name" in kept and absolute(args.init) != kept.get("init_name"):
         start = kept.get("init_name", "random weights")
         raise ValueError(f"the run in {args.out} began from {start}, not {args.init}; leave out --init")
@@ -189,6 +195,19 @@ def recall(args: argparse.Namespace) -> None:
     for name in KEPT:
         if getattr(args, name) is None and name in kept:
             setattr(args, name, kept[name])
+
+
+def _kept(state: Path) -> dict[str, Any]:
+    """The options in a state. ValueError if one of them has another type."""
+    kept = read_state(state)["command"]
+    try:
+        for name in KEPT.keys() & kept.keys():
+            typed(name, kept[name], KEPT[name])
+        if "autocast" in kept:
+            choice("autocast", kept["autocast"], ("auto", *AUTOCAST))
+    except ValueError as error:
+        raise ValueError(f"{state} is no training state, or damaged: {error}") from error
+    return kept
 
 
 def kept_options(args: argparse.Namespace) -> dict[str, Any]:

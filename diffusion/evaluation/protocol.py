@@ -19,7 +19,8 @@ def ema_decay(model: Any) -> float | None:
     """The decay of a model's averaged weights, by its metadata; None if these do not tell."""
     training = model.metadata.get("training")
     decay = training.get("ema_decay") if isinstance(training, dict) else None
-    return decay if isinstance(decay, int | float) else None
+    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    return decay if is_number and 0 <= decay <= 1 else None
 
 
 def check_num(classifier: Classifier, num: int) -> int:

@@ -1,6 +1,8 @@
 """Fine-tuning: a run that starts from the weights of a model instead of random ones."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +11,7 @@ from ..models.network import Network
 from ..models.registry import architecture
 from ..models.unet import UNet, UNetConfig
 from ..process.value_range import SIGNED
+from ..utils.validation import whole_number
 from .recipe import Recipe
 
 CLASSES = "label_embedding.weight"
@@ -35,25 +38,43 @@ def recipe_for(model: DDPM, recipe: Recipe) -> Recipe:
     )
 
 
-def images_seen(model: DDPM) -> int | None:
-    """The images that a model was trained on, by its metadata, with those of the model that its training
-    started from; None if these do not tell."""
+class ImagesSeen(NamedTuple):
+    """own: images of a model's run. before: those of the model whose weights the run started from."""
+
+    own: int
+    before: int
+
+    @property
+    def total(self) -> int:
+        return self.own + self.before
+
+
+def images_seen(model: DDPM) -> ImagesSeen | None:
+    """The images that a model was trained on, by its metadata; None if these do not tell."""
     about = model.metadata.get("training")
     if not isinstance(about, dict):
         return None
-    step, size, before = about.get("step"), about.get("batch_size"), about.get("images_before", 0)
-    if not all(type(number) is int and number >= 0 for number in (step, size, before)):
+    try:
+        own, before = about.get("images"), whole_number("images_before", about.get("images_before", 0), 0)
+        if own is None:  # older models do not hold it
+            step, size = (whole_number(name, about.get(name), 0) for name in ("step", "batch_size"))
+            own = step * size
+        seen = ImagesSeen(whole_number("images", own, 0), before)
+        whole_number("images", seen.total)
+    except ValueError:
         return None
-    return before + step * size
+    return seen
 
 
 @torch.no_grad()
-def start_from(unet: UNet, model: Network) -> None:
+def start_from(
+    unet: UNet, model: Network, names: Sequence[str] | None = None, names_there: Sequence[str] | None = None
+) -> None:
     """Copies the weights of a model's UNet into one of the same architecture.
 
-    If the number of classes differs, the embeddings of the classes keep their random weights, and only the
-    null label's embedding is copied. ValueError for another architecture, with the name of the first weight
-    that differs.
+    names, names_there: of the classes of `unet` and `model`. A class has the embedding of the class of its
+    name. If no name is in both, it has that of its number if both have as many classes, and else keeps its
+    random weights. ValueError for another architecture, with the name of the first weight that differs.
     """
     weights, found = dict(unet.named_parameters()), dict(model.named_parameters())
     different = [name for name in weights.keys() ^ found.keys() if name != CLASSES]
@@ -67,9 +88,16 @@ def start_from(unet: UNet, model: Network) -> None:
             f"the model to start from is of another architecture: {name} is {shapes[1]} there and "
             f"{shapes[0]} in the recipe"
         )
-    for name in weights.keys() & found.keys():
-        if weights[name].shape == found[name].shape:
-            weights[name].copy_(found[name])
+    for name in weights.keys() & found.keys() - {CLASSES}:
+        weights[name].copy_(found[name])
+    if CLASSES not in weights or CLASSES not in found:
+        return
+    known = {name: number for number, name in enumerate(names_there or ())}
+    numbers = {number: known[name] for number, name in enumerate(names or ()) if name in known}
+    if not numbers and unet.config.num_classes == model.config.num_classes:
+        numbers = {number: number for number in range(unet.config.num_classes or 0)}
     null, null_there = unet.config.null_label, model.config.null_label
-    if CLASSES in weights and CLASSES in found and None not in (null, null_there):
-        weights[CLASSES][null].copy_(found[CLASSES][null_there])
+    if null is not None and null_there is not None:
+        numbers[null] = null_there
+    for number, there in numbers.items():
+        weights[CLASSES][number].copy_(found[CLASSES][there])

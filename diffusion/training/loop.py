@@ -94,6 +94,12 @@ def train(
         return _loop(trainer, out, resume, options, measure, tensorboard, progress, limits)
 
 
+def check_steps(trainer: Trainer, out: str | os.PathLike, done: int) -> None:
+    """ValueError if a run that is resumed has taken more steps than the recipe has."""
+    if trainer.recipe.steps < done:
+        raise ValueError(f"{out} is at step {done} already, and --steps is {trainer.recipe.steps}")
+
+
 def check_free(out: str | os.PathLike) -> None:
     """ValueError if a folder holds a run or a model, or cannot hold a new run."""
     out = Path(out)
@@ -117,6 +123,7 @@ def _begin(
     """Checks that `out` may be trained into, loads the state to resume, and locks `out` on the first rank."""
     state = out / STATE
     step = read_state(state)["step"] if resume else 0  # raises before a folder is made
+    check_steps(trainer, out, step)
     if trainer.ranks.rank == 0:
         first_grid = min((step // sample_every + 1) * sample_every, trainer.recipe.steps)
         models = [folder / name for folder in average_folders(trainer, out).values() for name in MODEL_FILES]

@@ -190,7 +190,7 @@ class Run:
         """Writes each averaged model into its folder."""
         trainer = self.trainer
         about = {**asdict(trainer.recipe), "step": trainer.step, "seconds": trainer.seconds}
-        about["images_before"] = trainer.images_before
+        about |= {"images": trainer.images_seen.own, "images_before": trainer.images_seen.before}
         for decay, folder in average_folders(trainer, self.out).items():
             others = [other for other in trainer.averages if other != decay]
             own = {"ema_decay": decay, "more_ema_decays": others}

@@ -16,6 +16,7 @@ from ..storage.atomic import replacing
 from ..storage.reading import add_tensors, load_weights, name_of, open_regular, read_safetensors
 from ..utils.errors import one_line
 from ..utils.validation import number, whole_number
+from .fine_tuning import ImagesSeen
 from .log_line import LogLine
 from .recipe import Recipe, recipe_from
 from .trainer import Trainer
@@ -44,7 +45,8 @@ def save_state(trainer: Trainer, path: Path) -> None:
         "data": trainer.data_digest,
         "step": trainer.step,
         "seconds": trainer.seconds,
-        "images_before": trainer.images_before,
+        "images": trainer.images_seen.own,
+        "images_before": trainer.images_seen.before,
         "first_loss": trainer.log_line.first_loss,
         "losses": [loss.item() for loss in trainer.log_line.losses],
         "norms": [norm.item() for norm in trainer.log_line.norms],
@@ -117,7 +119,7 @@ def load_state(trainer: Trainer, path: Path, accept_changes: bool = False) -> No
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: it lacks the scale of the loss ({error})") from error
     trainer.step, trainer.seconds = about["step"], about["seconds"]
-    trainer.images_before = about["images_before"]
+    trainer.images_seen = about["images_seen"]
     trainer.log_line = LogLine(
         torch.tensor(about["losses"], device=trainer.device),
         torch.tensor(about["norms"], device=trainer.device),
@@ -162,7 +164,10 @@ def read_state(path: Path) -> dict:
             "norms": [float(norm) if scaler else number("norms", norm, 0) for norm in norms],
             "scaler": scaler,
             # Older states lack what follows.
-            "images_before": whole_number("images_before", about.get("images_before", 0), 0),
+            "images_seen": ImagesSeen(
+                whole_number("images", about.get("images", step * recipe.batch_size), 0),
+                whole_number("images_before", about.get("images_before", 0), 0),
+            ),
             "class_names": names and check_names(names, recipe.unet.get("num_classes")),
             "command": dict(about.get("command", {})),
         }

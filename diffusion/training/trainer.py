@@ -28,7 +28,7 @@ from ..utils.device import resolve_device
 from ..utils.memory import check_fits, keep_freed_memory
 from ..utils.ranks import Ranks
 from ..utils.validation import refuse, whole_number, whole_numbers
-from .fine_tuning import images_seen, start_from
+from .fine_tuning import ImagesSeen, images_seen, start_from
 from .images import check_data, images_as_tensor
 from .log_line import LogLine
 from .optimizers import Optimizer
@@ -56,8 +56,8 @@ class Trainer:
     device: of the computation; images and labels stay on the CPU.
     ranks: the share of each batch that this process works on. Several ranks take their steps within
         `distributed.shared_gradients`, as `train` does.
-    init: a model whose weights the run starts from. It has the recipe's architecture except for the number of
-        classes; see `fine_tuning.recipe_for`.
+    init: a model whose weights the run starts from. It has the recipe's architecture except for the classes;
+        see `fine_tuning.recipe_for` and `fine_tuning.start_from`.
     class_names: of the labels 0, 1, ..., which the model keeps; None for none.
     workers: processes that decode the images of a data set ahead of the steps; 0 decodes between them.
     command: JSON values that the state keeps, such as the options of the command line that made the run.
@@ -125,7 +125,7 @@ class Trainer:
             torch.manual_seed(seed_of(recipe.seed, "weights", 0))
             unet = UNet(config)
         if init is not None:
-            start_from(unet, init.unet)
+            start_from(unet, init.unet, class_names, init.class_names)
         schedule = NoiseSchedule.from_config(recipe.schedule)
         self.model = DDPM(
             unet,
@@ -151,7 +151,8 @@ class Trainer:
         self.command = dict(command or {})
         self.step = 0
         self.seconds = 0.0
-        self.images_before = (None if init is None else images_seen(init)) or 0  # which `init` was trained on
+        seen = None if init is None else images_seen(init)
+        self.images_seen = ImagesSeen(0, 0 if seen is None else seen.total)
         self.log_line = LogLine()
         self._order: tuple[int, torch.Tensor] | None = None
 
@@ -215,6 +216,7 @@ class Trainer:
             torch.distributed.all_reduce(total)
             total /= self.ranks.world_size
         self.step += 1
+        self.images_seen = self.images_seen._replace(own=self.images_seen.own + recipe.batch_size)
         self.log_line.add(total, norm.detach())
         return norm.detach()
 

@@ -190,6 +190,20 @@ def test_the_command_writes_a_row_for_each_average(runs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "training",
+    ["long", [1, 2], None, {"step": 10**400, "batch_size": 2, "seconds": "abc", "ema_decay": True}],
+)
+def test_metadata_that_do_not_tell_are_left_blank(runs, capsys, training):
+    make_model(num_classes=2, channels=1, prediction_type="v_prediction").save(
+        runs / "odd", training=training
+    )
+    zipped = str(runs / "images.zip")
+    words = ["--data", zipped, "--reference", zipped, "--features", "any", "--num", "0", "--images", "2"]
+    recipes.main([str(runs / "odd"), *words])
+    assert "| odd |  |  |  | 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         (["--num", "1"], "--num at least 2"),

@@ -62,11 +62,28 @@ def test_points_are_those_of_evaluate(folders, tmp_path, capsys):
     capsys.readouterr()
     before = (tmp_path / "a.csv").read_text()
     snapshots.main([str(folders / "10"), *words])
-    assert capsys.readouterr().out == ""  # it was measured already
+    assert capsys.readouterr().out == f"{folders / '10'}: measured before\n"
     assert (tmp_path / "a.csv").read_text() == before
+    assert {row["protocol"] for row in rows} == {rows[0]["protocol"]}
+    assert rows[0]["protocol"].startswith("20 samples, guidance 2, ddim, 2 steps, exact, classifier ")
+    with pytest.raises(SystemExit):
+        snapshots.main([str(folders / "10"), *words, "--guidance-scale", "5"])
+    assert "holds points of another protocol: 20 samples, guidance 2," in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["no run", "no models", "not png", "damaged"])
+def test_two_averages_of_one_moment(folders, tmp_path):
+    model = diffusion.load(folders / "10")
+    with torch.no_grad():
+        next(model.unet.parameters()).mul_(1.5)
+    model.save(tmp_path / "ema", **model.metadata)
+    words = ["--out", str(tmp_path / "a.png"), "--classifier", str(folders / "judge"), "--num", "20"]
+    snapshots.main([str(folders / "10"), str(tmp_path / "ema"), *words, "--steps", "2"])
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["images"] for row in rows] == ["320", "320"]
+    assert rows[0]["weights"] != rows[1]["weights"]
+
+
+@pytest.mark.parametrize("case", ["no run", "no models", "not png", "damaged", "absurd", "not text"])
 def test_mistakes_end_in_one_line(folders, tmp_path, capsys, case):
     words = [str(folders / "10"), "--out", str(tmp_path / "a.png")]
     if case == "no run":
@@ -82,8 +99,11 @@ def test_mistakes_end_in_one_line(folders, tmp_path, capsys, case):
     elif case == "not png":
         words[2], message = str(tmp_path / "a.jpg"), "--out must end in .png"
     else:
-        (tmp_path / "a.csv").write_text("images,loss\n1,2\n")
-        message = "is no table of this command"
+        table = {"damaged": "images,loss\n1,2\n", "not text": b"\xff\xfe"}.get(case)
+        if table is None:
+            table = ",".join(snapshots.Point._fields) + "\n-5,nan,-1,inf,a,b\n"
+        (tmp_path / "a.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
+        message = "a.csv is no table of this command"
     with pytest.raises(SystemExit) as error:
         snapshots.main(words)
     assert error.value.code == 2

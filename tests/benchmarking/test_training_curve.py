@@ -64,8 +64,22 @@ def test_what_cannot_be_drawn_is_one_line(run, tmp_path, capsys, log, name, expe
     assert error.count("\n") == 1
 
 
-def test_a_model_without_a_run_is_refused(tmp_path, capsys):
-    make_model().save(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        (None, "model is no run of `diffusion train`"),
+        ([1, 2], "model is no run of `diffusion train`"),
+        ("long", "model is no run of `diffusion train`"),
+        ({"batch_size": True, "step": 2}, "model is no run of `diffusion train`"),
+        ({"batch_size": -4, "step": 2}, "model is no run of `diffusion train`"),
+        ({"batch_size": 10**400, "step": 2}, "model is no run of `diffusion train`"),
+        ({"batch_size": 2, "step": 6, "images": 16}, "changed its batch size"),
+    ],
+)
+def test_a_model_without_a_run_is_refused(tmp_path, capsys, training, expected):
+    make_model().save(tmp_path / "model", training=training)
     with pytest.raises(SystemExit):
         training_curve.main([str(tmp_path / "model"), "--out", str(tmp_path / "a.png")])
-    assert "model is no run of `diffusion train`" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1

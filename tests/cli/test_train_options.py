@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import diffusion
 from diffusion.cli import main
@@ -165,6 +167,44 @@ def test_another_recipe_or_start_is_refused_on_resuming(pets, tmp_path, capsys):
     told_text = told([*resumed, "--init", "mnist"], capsys)
     assert "run began from random weights, not mnist; leave out --init" in told_text
     main([*map(str, resumed), "--recipe", "small-32"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("autocast", "bf"),
+        ("data", 5),
+        ("data", ["pets"]),
+        ("validation_data", 7),
+        ("cache", [1]),
+        ("features", 7),
+        ("channels_last", "no"),
+        ("resize", "yes"),
+        ("tensorboard", "yes"),
+        ("compile", 1),
+        ("hold_out_seed", "x"),
+        ("save_every", "often"),
+        ("save_minutes", "x"),
+    ],
+)
+def test_kept_options_of_nonsense(pets, tmp_path, capsys, name, value):
+    out = tmp_path / "run"
+    begin(pets, out)
+    path = out / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        found = json.loads(file.metadata()["training"])
+    found["command"][name] = value
+    save_file(load_file(path), path, metadata={"training": json.dumps(found)})
+    error = told(["train", "--resume", "--out", out], capsys)
+    assert "state.safetensors is no training state, or damaged: " in error
+    assert name in error
+
+
+def test_a_constant_rate_has_no_decay(pets, tmp_path, capsys):
+    words = ["train", "--data", pets, "--out", tmp_path / "run", "--set", "decay_fraction=0.5"]
+    assert "does nothing to a constant learning rate" in told(
+        [*words, "learning_rate_decay=constant"], capsys
+    )
 
 
 def test_a_run_from_python_needs_its_data(tmp_path, capsys):

@@ -122,8 +122,10 @@ def test_grey_images_are_repeated_for_a_network_of_colour(grey, tmp_path):
 
 
 def test_a_network_to_start_from_keeps_its_channels(colour, grey):
-    with pytest.raises(ValueError, match="holds colour, which --init mnist would lose"):
+    with pytest.raises(ValueError, match="holds colour, which --init mnist would lose") as error:
         loaded(colour, "--recipe", "mnist", "--init", "mnist")
+    assert "drop it by --set unet.in_channels=1" in str(error.value)
+    assert "in_channels=3" not in str(error.value)  # another architecture
     found = loaded(grey, "--recipe", "mnist", "--init", "mnist")
     assert found.recipe.unet["num_classes"] == 3
     assert channels_of(found) == (1, 1)

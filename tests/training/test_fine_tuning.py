@@ -56,6 +56,19 @@ def test_other_classes_start_anew_but_for_no_label():
     assert torch.equal(embedding[3], weights(model)["label_embedding.weight"][7])
 
 
+def test_classes_of_known_names_keep_their_embeddings():
+    model = make_trainer(replace(RECIPE, seed=5), class_names=("ant", "bee", "cat")).model
+    there = weights(model)["label_embedding.weight"]
+    recipe = recipe_for(model, replace(RECIPE, unet=RECIPE.unet | {"num_classes": 4}))
+    names = ("bee", "cat", "dog", "elk")
+    fresh = weights(make_trainer(recipe, class_names=names).model)["label_embedding.weight"]
+    own = weights(make_trainer(recipe, class_names=names, init=model).model)["label_embedding.weight"]
+    assert torch.equal(own, torch.stack([there[1], there[2], fresh[2], fresh[3], there[3]]))
+    for names in (None, ("x", "y", "z")):  # as many classes, and no name in both
+        own = weights(make_trainer(recipe_for(model, RECIPE), class_names=names, init=model).model)
+        assert torch.equal(own["label_embedding.weight"], there)
+
+
 def test_from_an_unconditional_model_and_to_one():
     plain = replace(RECIPE, unet=RECIPE.unet | {"num_classes": None})
     for before, after in ((plain, RECIPE), (RECIPE, plain)):
@@ -66,25 +79,46 @@ def test_from_an_unconditional_model_and_to_one():
 
 
 def test_the_images_seen_before_count(tmp_path):
-    """Of the model that a run starts from, also after a resume, and of the model before that."""
+    """Of the model that a run starts from, and of the model before that, whatever the size of the batches."""
     first, then = replace(RECIPE, steps=3), replace(RECIPE, steps=6, batch_size=4, warmup_steps=0)
     run(tmp_path / "first", make_trainer(first))
-    assert images_seen(load(tmp_path / "first")) == 3 * 8
+    assert images_seen(load(tmp_path / "first")) == (3 * 8, 0)
     run(tmp_path / "then", make_trainer(replace(then, steps=2), init=load(tmp_path / "first")))
-    run(tmp_path / "then", make_trainer(then), resume=True, accept_changes=True)
-    assert images_seen(load(tmp_path / "then")) == 3 * 8 + 6 * 4
+    resumed = make_trainer(replace(then, batch_size=2))
+    run(tmp_path / "then", resumed, resume=True, accept_changes=True)
+    assert images_seen(load(tmp_path / "then")) == (2 * 4 + 4 * 2, 3 * 8)
     run(tmp_path / "last", make_trainer(then, init=load(tmp_path / "then")))
-    assert images_seen(load(tmp_path / "last")) == 3 * 8 + 6 * 4 + 6 * 4
+    assert images_seen(load(tmp_path / "last")) == (6 * 4, 2 * 4 + 4 * 2 + 3 * 8)
+
+
+def test_images_of_models_that_do_not_hold_them(tmp_path):
+    run(tmp_path, make_trainer(replace(RECIPE, steps=3)))
+    model = load(tmp_path)
+    del model.metadata["training"]["images"], model.metadata["training"]["images_before"]
+    assert images_seen(model) == (3 * 8, 0)
 
 
 @pytest.mark.parametrize(
-    "metadata",
-    [{}, {"training": "long"}, {"training": {"step": 3}}, {"training": {"step": 3, "batch_size": -1}}],
+    "training",
+    [
+        "long",
+        None,
+        [1, 2],
+        {"step": 3},
+        {"step": 3, "batch_size": -1},
+        {"step": 3, "batch_size": True},
+        {"step": "3", "batch_size": 4},
+        {"step": 10**400, "batch_size": 4},
+        {"step": 2**40, "batch_size": 2**40},
+        {"step": 3, "batch_size": 4, "images_before": 2**63 - 1},
+        {"images": 1.5},
+    ],
 )
-def test_images_seen_are_unknown(metadata):
+def test_images_seen_are_unknown(training):
     model = make_trainer().model
-    model.metadata = metadata
+    model.metadata = {"training": training}
     assert images_seen(model) is None
+    assert make_trainer(init=model).images_seen == (0, 0)
 
 
 def test_another_architecture_is_refused():

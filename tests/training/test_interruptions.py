@@ -254,9 +254,10 @@ def test_all_ranks_end_where_the_first_is_refused(tmp_path):
 # --- states and logs that say nonsense
 
 
-def rewrite(out, source, **changes):
+def rewrite(out, source, without=(), **changes):
     with safe_open(source / "state.safetensors", "pt") as file:
         about = json.loads(file.metadata()["training"]) | changes
+    about = {name: value for name, value in about.items() if name not in without}
     save_file(state_of(source), out / "state.safetensors", metadata={"training": json.dumps(about)})
 
 
@@ -284,6 +285,8 @@ def rewrite(out, source, **changes):
         ("recipe", {"steps": 10**400}, "steps"),
         ("recipe", [], "batch_size"),
         ("scaler", 4, "damaged"),
+        ("images", -1, "images must be"),
+        ("images_before", 10**30, "images_before must be"),
     ],
 )
 def test_states_of_nonsense(name, value, expected, unbroken, tmp_path):
@@ -293,6 +296,12 @@ def test_states_of_nonsense(name, value, expected, unbroken, tmp_path):
     assert "state.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["state.safetensors"]
+
+
+def test_fewer_steps_than_were_taken(unbroken, tmp_path):
+    rewrite(tmp_path, unbroken)
+    with pytest.raises(ValueError, match=r"is at step 12 already, and --steps is 5"):
+        run(tmp_path, make_trainer(replace(RECIPE, steps=5)), resume=True, accept_changes=True)
 
 
 @pytest.mark.parametrize(
@@ -326,10 +335,11 @@ def test_an_older_state_lacks_what_has_a_default(unbroken, tmp_path):
     fields = ("unet", "steps", "batch_size", "warmup_steps", "ema_decay")
     older = {name: getattr(recipe, name) for name in fields}
     assert len(older) < len(vars(recipe))
-    rewrite(tmp_path, unbroken, recipe=older)
+    rewrite(tmp_path, unbroken, without=("images", "images_before"), recipe=older)
     trainer = make_trainer(replace(RECIPE, unet=RECIPE.unet | {"norm_eps": UNetConfig().norm_eps}))
     load_state(trainer, tmp_path / "state.safetensors")
     assert trainer.step == 12
+    assert trainer.images_seen == (12 * 8, 0)
 
 
 @pytest.mark.parametrize(
