@@ -19,8 +19,9 @@ def ema_decay(model: Any) -> float | None:
     """The decay of a model's averaged weights, by its metadata; None if these do not tell."""
     training = model.metadata.get("training")
     decay = training.get("ema_decay") if isinstance(training, dict) else None
-    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
-    return decay if is_number and 0 <= decay <= 1 else None
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        return None
+    return decay
 
 
 def check_num(classifier: Classifier, num: int) -> int:
