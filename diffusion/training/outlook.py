@@ -24,6 +24,8 @@ def outlook(trainer: Trainer, name: str | None, done: int = 0) -> str:
     parameters = trainer.model.unet.config.num_parameters
     size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
     text = f"{recipe_name}{size} parameters, {counted(left, 'step')} of {counted(recipe.batch_size, 'image')}"
+    if recipe.steps <= recipe.warmup_steps:
+        text = f"{text}, all in the warm-up of {recipe.warmup_steps}"
     seconds = seconds_per_step(trainer)
     return text if seconds is None else f"{text}, about {duration(left * seconds)} on {trainer.device}"
 

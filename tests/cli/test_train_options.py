@@ -200,6 +200,13 @@ def test_kept_options_of_nonsense(pets, tmp_path, capsys, name, value):
     assert name in error
 
 
+def test_a_run_within_its_warm_up_is_told(pets, tmp_path, capsys):
+    begin(pets, tmp_path / "run", "warmup_steps=7")
+    assert "1 step of 4 images, all in the warm-up of 7, about" in capsys.readouterr().out
+    begin(pets, tmp_path / "other")
+    assert "1 step of 4 images, about" in capsys.readouterr().out
+
+
 def test_a_constant_rate_has_no_decay(pets, tmp_path, capsys):
     words = ["train", "--data", pets, "--out", tmp_path / "run", "--set", "decay_fraction=0.5"]
     assert "does nothing to a constant learning rate" in told(
