@@ -120,6 +120,7 @@ def draw(points: Sequence[Point], picture: Path) -> None:
     right.plot(images, [point.real for point in points], "--", color="gray", label="real test images")
     right.set(xlabel="images seen", ylabel="Fréchet distance", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.set_xlim(left=0)
