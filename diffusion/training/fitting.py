@@ -69,17 +69,13 @@ def with_channels(recipe: Recipe, own: int, fixed: dict[str, str], data: str) ->
         return replace(recipe, unet=unet), f" (the recipe had {wanted})"
     if data in NAMED_SETS:  # these are never converted
         raise ValueError(f"{data} has {counted(own, 'channel')}, but unet.in_channels is {wanted} in {where}")
-    if own > wanted and where.startswith("--init"):
-        raise ValueError(
-            f"{data} holds colour, which {where} would lose: that model's images have "
-            f"{counted(wanted, 'channel')}; drop it by --set unet.in_channels={wanted}, or start from "
-            "another model"
-        )
     if own > wanted and where != "--set":
+        outputs = own * config.out_channels // wanted
+        wider = f"keep it by --set unet.in_channels={own} unet.out_channels={outputs}"
+        way = "start from another model" if where.startswith("--init") else wider
         raise ValueError(
-            f"{data} holds colour, which {where} would lose: unet.in_channels is {wanted}; keep it by --set "
-            f"unet.in_channels={own} unet.out_channels={own * config.out_channels // wanted}, or drop it by "
-            f"--set unet.in_channels={wanted}"
+            f"{data} holds colour, which {where} would lose: unet.in_channels is {wanted}; {way}, or drop it "
+            f"by --set unet.in_channels={wanted}"
         )
     return (
         recipe,
