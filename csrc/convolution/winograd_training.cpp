@@ -138,7 +138,6 @@ std::tuple<Tensor, Tensor> winograd_weight_gradient(const Tensor& grad, const Te
   float* bias_sums = static_cast<float*>(bias.mutable_data_ptr());
   const Simd isa = simd_in_use();
   const auto transform = FD_DISPATCH(isa, transform_factor);
-  const auto add_bias = FD_DISPATCH(isa, add_bias_gradient);
   const auto multiply = FD_DISPATCH(isa, multiply_factors);
   const auto finish = FD_DISPATCH(isa, transform_sums);
   const int64_t lanes = FD_DISPATCH(isa, kLanes);
@@ -159,14 +158,18 @@ std::tuple<Tensor, Tensor> winograd_weight_gradient(const Tensor& grad, const Te
                                     {sums.padded_channels, block.count(), nullptr}};
     const int64_t images = (first + block.strips - 1) / high - first / high + 1;
     const int64_t plane = block.plane_rows() * (wide * kTile + 2) * lanes;
+    float* pixel_sums = buffer(images * factors[0].channels, 3);
     for (int i = 0; i < 2; ++i) {
       factors[i].data = buffer(kFrequencies * factors[i].step(), i);
       divide_work(images * factors[i].channels / lanes, block.count() / images * 200, kWorkPerThread,
                   [&](int64_t begin, int64_t end) {
-                    transform(i == 0 ? of_grad : of_x, block, factors[i], i == 0, buffer(plane, 2), begin, end);
+                    transform(i == 0 ? of_grad : of_x, block, factors[i], i == 0 ? pixel_sums : nullptr,
+                              buffer(plane, 2), begin, end);
                   });
     }
-    add_bias(factors[0], outputs, bias_sums);
+    for (int64_t image = 0; image < images; ++image) {
+      for (int64_t i = 0; i < outputs; ++i) bias_sums[i] += pixel_sums[image * factors[0].channels + i];
+    }
     divide_work(kFrequencies * factors[0].groups(), block.count() * channels * kTogether / 16, kWorkPerThread,
                 [&](int64_t begin, int64_t end) { multiply(factors[0], factors[1], sums, first == 0, begin, end); });
   }

@@ -11,15 +11,20 @@
 
 // ---- Packing of a weight.
 
+// Factors of G, for the points 0, kNear and -kNear, kFar and -kFar.
+constexpr float kOfZero = 1 / (kNear2 * kFar2);
+constexpr float kOfNear = 1 / (2 * kNear2 * (kNear2 - kFar2));
+constexpr float kOfFar = 1 / (2 * kFar2 * (kFar2 - kNear2));
+
 // G w: the three taps of a filter's row or column at six frequencies.
 FD_HD void transform_taps(const Vec (&w)[3], Vec (&u)[kSize]) {
-  const Vec sixth = spread(-1.0f / 6), ends = mul_add(w[2], spread(1.0f / 6), w[0] * spread(1.0f / 24));
-  const Vec middle = w[1] * spread(1.0f / 12);
-  u[0] = w[0] * spread(0.25f);
-  u[1] = (w[0] + w[2] + w[1]) * sixth;
-  u[2] = (w[0] + w[2] - w[1]) * sixth;
-  u[3] = ends + middle;
-  u[4] = ends - middle;
+  const Vec near = mul_add(w[2], spread(kNear2), w[0]) * spread(kOfNear), near_middle = w[1] * spread(kNear * kOfNear);
+  const Vec far = mul_add(w[2], spread(kFar2), w[0]) * spread(kOfFar), far_middle = w[1] * spread(kFar * kOfFar);
+  u[0] = w[0] * spread(kOfZero);
+  u[1] = near + near_middle;
+  u[2] = near - near_middle;
+  u[3] = far + far_middle;
+  u[4] = far - far_middle;
   u[5] = w[2];
 }
 
@@ -70,8 +75,8 @@ void pack_rows(const TrainedWeight& w, int64_t panel_width, float* to, int64_t b
 
 // A y: four gradients of a tile's row or column at six frequencies.
 FD_HD void transform_gradients(const Vec (&y)[kTile], Vec (&z)[kSize]) {
-  const Vec even = y[0] + y[2], odd = y[1] + y[3];
-  const Vec even2 = mul_add(spread(4.0f), y[2], y[0]), odd2 = mul_add(spread(4.0f), y[3], y[1]) * spread(2.0f);
+  const Vec even = mul_add(spread(kNear2), y[2], y[0]), odd = mul_add(spread(kNear2), y[3], y[1]) * spread(kNear);
+  const Vec even2 = mul_add(spread(kFar2), y[2], y[0]), odd2 = mul_add(spread(kFar2), y[3], y[1]) * spread(kFar);
   z[0] = y[0];
   z[1] = even + odd;
   z[2] = even - odd;
@@ -86,10 +91,22 @@ FD_HD void transform_gradient_tile(const float* plane, int64_t columns, float* t
                                                                FD_INLINE { transform_gradients(y, z); });
 }
 
-// Items: vectors of channels of the images that the block has a part of. is_grad: whether the image is a gradient of
-// the output, transformed by A, or an input, transformed by B^T. plane: scratch.
-void transform_factor(const Convolution& g, const WinogradBlock& block, const TransformedFactor& factor, bool is_grad,
-                      float* plane, int64_t begin, int64_t end) {
+// The sum of `rows` rows of `columns` vectors.
+FD_HD Vec sum_plane(const float* plane, int64_t rows, int64_t columns) {
+  Vec sum = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    Vec of_row = {};
+    for (int64_t column = 0; column < columns; ++column, plane += kLanes) of_row += load(plane);
+    sum += of_row;
+  }
+  return sum;
+}
+
+// Items: vectors of channels of the images that the block has a part of. plane: scratch. pixel_sums: of a gradient of
+// the output, which is transformed by A, the sums of the block's pixels, [image][channel]; null for an input, which is
+// transformed by B^T.
+void transform_factor(const Convolution& g, const WinogradBlock& block, const TransformedFactor& factor,
+                      float* pixel_sums, float* plane, int64_t begin, int64_t end) {
   const int64_t columns = block.wide * kTile + 2, vectors = factor.channels / kLanes;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t channel = item % vectors * kLanes, group = channel / kTogether, width = factor.width(group);
@@ -97,26 +114,18 @@ void transform_factor(const Convolution& g, const WinogradBlock& block, const Tr
     const ImageStrips strips(block, image);
     fill_plane<Transform::plain, float>(g, image, channel, strips.from * kTile - 1, strips.count * kTile + 2, columns,
                                         plane);
+    if (pixel_sums != nullptr) {
+      const Vec sum = sum_plane(plane + columns * kLanes, strips.count * kTile, columns);
+      store(pixel_sums + item / vectors * factor.channels + channel, sum);
+    }
     float* to = factor.group(0, group) + strips.tile * width + channel % kTogether;
     for (int64_t strip = 0; strip < strips.count; ++strip) {
       for (int64_t i = 0; i < block.wide; ++i, to += width) {
         const float* corner = plane + (strip * columns + i) * kTile * kLanes;
-        if (is_grad) transform_gradient_tile(corner + (columns + 1) * kLanes, columns, to, factor.step());
+        if (pixel_sums != nullptr) transform_gradient_tile(corner + (columns + 1) * kLanes, columns, to, factor.step());
         else transform_tile<kTile>(corner, columns, to, factor.step());
       }
     }
-  }
-}
-
-// Adds the gradients of all pixels to the gradient of the bias: the frequency (1, 1) of a tile is their sum.
-void add_bias_gradient(const TransformedFactor& grad, int64_t outputs, float* bias) {
-  for (int64_t channel = 0; channel < outputs; channel += kLanes) {
-    const int64_t group = channel / kTogether, width = grad.width(group);
-    const float* from = grad.group(kSize + 1, group) + channel % kTogether;
-    Vec sum = {};
-    for (int64_t tile = 0; tile < grad.tiles; ++tile) sum += load(from + tile * width);
-    const int64_t lanes = outputs - channel < kLanes ? outputs - channel : kLanes;
-    store(bias + channel, load(bias + channel, lanes) + sum, lanes);
   }
 }
 
@@ -141,10 +150,10 @@ void multiply_factors(const TransformedFactor& grad, const TransformedFactor& x,
 
 // G^T m: from six frequencies to three taps.
 FD_HD void recover_gradients(const Vec (&m)[kSize], Vec (&w)[3]) {
-  const Vec sixth = spread(1.0f / 6), ones = (m[1] + m[2]) * sixth, twos = m[3] + m[4];
-  w[0] = mul_add(spread(0.25f), m[0], mul_add(spread(1.0f / 24), twos, -ones));
-  w[1] = mul_add(spread(1.0f / 12), m[3] - m[4], (m[2] - m[1]) * sixth);
-  w[2] = mul_add(sixth, twos, m[5] - ones);
+  const Vec near = (m[1] + m[2]) * spread(kOfNear), far = (m[3] + m[4]) * spread(kOfFar);
+  w[0] = mul_add(spread(kOfZero), m[0], near + far);
+  w[1] = mul_add(spread(kFar * kOfFar), m[3] - m[4], (m[1] - m[2]) * spread(kNear * kOfNear));
+  w[2] = mul_add(spread(kFar2), far, mul_add(spread(kNear2), near, m[5]));
 }
 
 // Items: outputs. to: [output][3][3][channel].

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import diffusion
 from diffusion.inference import denoiser, denoiser_cache
 from diffusion.inference.cpu_plan import PlannedUNet, unsupported
 from diffusion.inference.denoiser_cache import DenoiserCache
@@ -75,21 +76,33 @@ def test_in_sixteen_bits(name, dtype):
     assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["tiny", "scale_shift", "heads"])
+def errors(unet, x, t, labels=None):
+    """Root mean squared errors of the plan and of the UNet itself in float32, against float64."""
+    actual, expected = evaluate(unet, torch.float32, x, t, labels)
+    with torch.no_grad():
+        peer = unet(x, t, labels, backend="reference")
+    return ((out - expected).square().mean().sqrt() for out in (actual, peer))
+
+
+@pytest.mark.parametrize("name", ["tiny", "scale_shift", "heads", "embedding", "bare_mid_attention"])
 def test_small_networks_are_as_accurate_as_pytorch(name, monkeypatch):
-    """Their error is at most twice that of the UNet itself in float32."""
     monkeypatch.setattr(weights, "SMALL_NETWORK", 2**20)
     unet = randomized(replace(VARIANTS[name], channels=32))
     x, t = inputs(unet.config, size=(16, 16))
-    actual, expected = evaluate(unet, torch.float32, x, t, None)
-    with torch.no_grad():
-        peer = unet(x, t, backend="reference")
-    error, allowed = (actual - expected).square().mean().sqrt(), (peer - expected).square().mean().sqrt()
-    assert error <= 2 * allowed
+    error, allowed = errors(unet, x, t, labels_of(unet.config, 2))
+    assert error <= 1.5 * allowed
     planned = PlannedUNet(unet, torch.float32)
-    planned.denoise(x, unet.embed(t))
-    used = set(planned.weights.packings())
-    assert all(packing.amx_limbs == 0 and packing.winograd_m <= 2 for packing in used)
+    planned.denoise(x, unet.embed(t, labels_of(unet.config, 2)))
+    assert all(packing.amx_limbs == 0 for packing in planned.weights.packings())
+
+
+@pytest.mark.parametrize("t", [20, 500])
+def test_digits_are_as_accurate_as_pytorchs(t, vectors):
+    """Winograd's algorithm F(4 x 4, 3 x 3) with the points 1 and 2 has 1.8 times PyTorch's error."""
+    unet = diffusion.load("mnist").unet
+    x, _ = inputs(unet.config, 4)
+    error, allowed = errors(unet, x, torch.full((4,), t), torch.arange(4))
+    assert error <= 1.5 * allowed
 
 
 @pytest.mark.thinned
