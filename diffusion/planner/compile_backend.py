@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .accelerate import AcceleratedForward, check_precision
+from .accelerate import check_precision
+from .accelerated_forward import AcceleratedForward
 
 
 class _Bound(nn.Module):

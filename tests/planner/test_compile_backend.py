@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.planner import accelerate as planner_accelerate
+from diffusion.planner import accelerated_forward
 from diffusion.planner import weights as planner_weights
 from diffusion.planner.compile_backend import fused_diffusion
 from helpers.native import requires_native
@@ -43,7 +43,7 @@ def fresh(monkeypatch):
 def reasons(monkeypatch):
     """Why calls were not planned, "" for one that was."""
     seen = []
-    call = planner_accelerate.AcceleratedForward.__call__
+    call = accelerated_forward.AcceleratedForward.__call__
 
     @functools.wraps(call)
     def noted(self, *args, **kwargs):
@@ -51,7 +51,7 @@ def reasons(monkeypatch):
         seen.append(self._last)
         return result
 
-    monkeypatch.setattr(planner_accelerate.AcceleratedForward, "__call__", noted)
+    monkeypatch.setattr(accelerated_forward.AcceleratedForward, "__call__", noted)
     return seen
 
 

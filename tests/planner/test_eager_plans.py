@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion
 from diffusion import kernels
-from diffusion.planner.accelerate import AcceleratedForward
+from diffusion.planner.accelerated_forward import AcceleratedForward
 from diffusion.planner.eager_plan import EagerPlan
 from diffusion.planner.trace import trace
 from helpers.diffusers_unets import conditional, of_conditional, of_unet2d, unet2d
@@ -30,7 +30,7 @@ NETWORKS = {
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """Lets `accelerate` plan for the CPU as it does for a GPU."""
-    monkeypatch.setattr("diffusion.planner.accelerate._native.CPP_MISSING", "")
+    monkeypatch.setattr("diffusion.planner.accelerated_forward._native.CPP_MISSING", "")
 
     def made(self, graph, dtype, device):
         return EagerPlan(graph, device, autocast=self.precision == "fast")

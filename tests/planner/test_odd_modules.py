@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffusion
-from diffusion.planner import accelerate as planner_accelerate
+from diffusion.planner import accelerated_forward
 from diffusion.planner import weights as planner_weights
 from helpers.native import requires_native
 
@@ -284,9 +284,9 @@ def test_numbers_stay_numbers():
 def test_reasons_do_not_add_up():
     module = Function(lambda m, x: m.conv(x) if x.sum() else x, conv=conv(8, 8, 1)).eval()
     diffusion.accelerate(module)
-    for size in range(1, planner_accelerate.MAX_REASONS + 4):
+    for size in range(1, accelerated_forward.MAX_REASONS + 4):
         module(torch.zeros(1, 8, 1, size))
-    assert len(module.forward._reasons) == planner_accelerate.MAX_REASONS
+    assert len(module.forward._reasons) == accelerated_forward.MAX_REASONS
     assert "it reads the values" in module.report()
 
 
@@ -326,13 +326,13 @@ def test_plans_that_are_dropped_free_their_memory():
     )
     diffusion.accelerate(network.eval())
     seen = []
-    for side in range(8, 8 + 4 * planner_accelerate.MAX_PLANS):
+    for side in range(8, 8 + 4 * accelerated_forward.MAX_PLANS):
         network(torch.zeros(1, 3, side, side))
         pool = network.forward._thread_local.pool
         seen.append(weakref.ref(pool))
     del pool
     gc.collect()
-    assert sum(ref() is not None for ref in seen[: -planner_accelerate.MAX_PLANS - 1]) == 0
+    assert sum(ref() is not None for ref in seen[: -accelerated_forward.MAX_PLANS - 1]) == 0
 
 
 @torch.no_grad()
