@@ -193,8 +193,13 @@ void winograd_multiply(const Convolution& g, const WinogradBlock& block, const f
               [&](int64_t row, int64_t column, Vec sum) FD_INLINE { store(to + row * block.outputs + column, sum); },
               ahead);
         };
-        if (kReadsAhead && first + count == block.count()) multiply(PanelAhead(from + step * depth, count));
-        else multiply(NothingAhead{});
+        if constexpr (kReadsAhead) {
+          if (first + count == block.count()) {
+            multiply(PanelAhead(from + step * depth, count));
+            continue;
+          }
+        }
+        multiply(NothingAhead{});
       }
     }
   }
