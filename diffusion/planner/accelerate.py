@@ -4,6 +4,7 @@ import copyreg
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .accelerated_forward import AcceleratedForward
@@ -41,13 +42,16 @@ def accelerate(module: M, *, precision: str = "exact", release_weights: bool = F
     release_weights: moves the module's parameters on the CPU out of memory, into a file without a name in the
         folder of `tempfile.gettempdir()`. The plans hold packed copies, and what else reads the parameters
         reads the file. They stay there after `restore`. Numbers written through `.data` are not noticed.
-    TypeError: not a module. ValueError: an unknown precision, or a module whose `forward` was replaced.
+    TypeError: not a module. ValueError: an unknown precision, or a module that is scripted
+        or whose `forward` was replaced.
     OSError: the disk has no place for released weights.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, not {type(module).__name__}")
     check_precision(precision)
     restore(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError("accelerate cannot plan a scripted module: give it the module that it was made from")
     if "forward" in vars(module):
         raise ValueError(f"accelerate needs the forward of {type(module).__name__}, and it was replaced")
     released = ReleasedWeights(module) if release_weights else None
@@ -69,15 +73,21 @@ def restore(module: M) -> M:
 
 def _reduced(module: nn.Module) -> str | tuple[Any, ...]:
     """The parts for `copy` and `pickle`. A copy that is accelerated runs itself, not the original."""
-    reduced = module.__reduce_ex__(4)
-    forward = vars(module).get("forward")
-    if not isinstance(forward, AcceleratedForward) or isinstance(reduced, str):
-        return reduced
-    make, args, state, *more = reduced
-    if not isinstance(state, dict):
-        return reduced
-    state = {name: value for name, value in state.items() if name not in ("forward", "report")}
-    return _accelerated_copy, (forward.precision, make, args), state, *more
+    attributes = vars(module)
+    forward = attributes.get("forward")
+    if not isinstance(forward, AcceleratedForward):
+        return module.__reduce_ex__(4)
+    ours = {name: attributes.pop(name) for name in ("forward", "report")}
+    try:  # a class may put its attributes anywhere in its parts
+        reduced = module.__reduce_ex__(4)
+        if isinstance(reduced, str):
+            return reduced
+        make, args, *more = ((dict(part) if part is attributes else part) for part in reduced)
+        if more and isinstance(more[0], tuple):
+            more[0] = tuple(dict(part) if part is attributes else part for part in more[0])
+    finally:
+        attributes.update(ours)
+    return _accelerated_copy, (forward.precision, make, args), *more
 
 
 def _accelerated_copy(precision: str, make: Callable[..., nn.Module], args: tuple) -> nn.Module:

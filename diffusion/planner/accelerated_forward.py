@@ -3,7 +3,7 @@
 import functools
 import inspect
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,7 @@ from .comparison import difference
 from .eager_plan import EagerPlan
 from .graph import Graph
 from .plan import Plan
-from .planned_call import PlannedCall, failure, plan_call, tensors_of
+from .planned_call import PlannedCall, failure, plan_call, tensors_of, with_repeats
 from .release import ReleasedWeights
 from .state import ModuleState
 from .trace import Untraceable
@@ -28,7 +28,9 @@ from .weights import Weights
 MAX_PLANS = 8  # of a thread, each for inputs of one shape
 MAX_REASONS = 64  # against plans of other shapes or numbers
 MAX_CHANGES = 4  # of the module before as many calls in a row; it is not planned until a call without one
+CALLS_OF_PLAN = 16  # of a thread, at least, from one new plan to another for a shape that has had one
 _CPU = torch.device("cpu")
+_NUMBERS = {int: torch.int64, float: torch.float64}  # the dtypes in which Python computes
 
 
 class AcceleratedForward:
@@ -57,6 +59,7 @@ class AcceleratedForward:
         self._weights: Weights | None = None
         self._thread_local = threading.local()
         self._reasons: OrderedDict[tuple, str] = OrderedDict()  # against a plan, by the key of the call
+        self._literals: Counter[tuple] = Counter()  # plans for some values of numbers, by the rest of the key
         self._last = "it has not been called"
 
     def __reduce__(self) -> tuple[Callable, tuple]:
@@ -79,15 +82,17 @@ class AcceleratedForward:
                 return type(self._module).forward(self._module, *args, **kwargs)
 
         with torch.inference_mode(False), torch.no_grad():
-            numbers = [self._numbers_vary and type(leaf) in (int, float) for leaf in leaves]
+            leaves = with_repeats(leaves)
+            numbers = [self._numbers_vary and _fits(leaf) for leaf in leaves]
             given = [
-                torch.tensor(leaf, device=device) if is_number else leaf
+                torch.tensor(leaf, dtype=_NUMBERS[type(leaf)], device=device) if is_number else leaf
                 for leaf, is_number in zip(leaves, numbers, strict=True)
             ]
-            planned, first = self._planned(given, numbers, structure, device, plain)
-            if planned is None and any(numbers):
+            values = tuple(leaf for leaf, is_number in zip(leaves, numbers, strict=True) if is_number)
+            planned, first = self._planned(given, numbers, values, structure, device, plain)
+            if planned is None and values:
                 given = leaves  # the network needs the numbers themselves
-                planned, first = self._planned(given, [False] * len(leaves), structure, device, plain)
+                planned, first = self._planned(given, [False] * len(leaves), (), structure, device, plain)
             if planned is not None and not (gradients and self._wants_gradient(planned)):
                 return first[0] if first else planned.evaluate(tensors_of(given))
         return plain()
@@ -107,19 +112,21 @@ class AcceleratedForward:
         self,
         leaves: list[Any],
         numbers: list[bool],
+        values: tuple[float, ...],
         structure: Any,
         device: torch.device,
         plain: Callable[[], Any],
     ) -> tuple[PlannedCall | None, list[Any]]:
-        """The plan for a call, or None with the reason in `_last`; and in a list what a new plan returned.
+        """The plan for a call, or None with the reason in `_last`; and in a list what it returned, if it ran.
 
-        numbers: the leaves that stand for one. plain: the call of the module itself, with which a new plan is
-        compared.
+        numbers: the leaves that stand for one. values: these numbers. plain: the call of the module itself,
+        with which a plan is compared when it is new, and once more when it first has other numbers.
         """
         key = (structure, tuple(map(_key_of, leaves)), tuple(numbers), _native.simd_in_use())
         with self._lock:
             known = key in vars(self._thread_local).get("plans", ()) or key in self._reasons
         if not known:
+            self._last = "the call of the module itself has failed"
             plain()  # before a plan takes memory, and before the module's state is noted
         with self._lock:
             # Another plan packs weights anew, so that all must still be those of the plans before.
@@ -143,34 +150,74 @@ class AcceleratedForward:
         if key in self._reasons:
             self._last = self._reasons[key]
             return None, []
-        plans: OrderedDict[tuple, PlannedCall] = vars(thread_local).setdefault("plans", OrderedDict())
+        of_thread = vars(thread_local)
+        plans: OrderedDict[tuple, PlannedCall] = of_thread.setdefault("plans", OrderedDict())
+        # The numbers with which a plan was compared when it was new.
+        compared: dict[tuple, tuple[float, ...]] = of_thread.setdefault("compared", {})
+        of_thread["calls"] = of_thread.get("calls", 0) + 1  # since the last new plan
         first: list[Any] = []
-        if key not in plans:
-            if len(plans) >= MAX_PLANS:
-                plans.popitem(last=False)
-                vars(thread_local).pop("pool", None)  # frees the memory that only the plan holds
-            try:
+        try:
+            if key not in plans:
+                postponed = self._postponed(of_thread, key, [] if values else leaves, structure)
+                if postponed is not None:
+                    self._last = postponed
+                    return None, []
                 make = functools.partial(self._made, device=device)
-                made = plan_call(self._module, leaves, numbers, structure, device, state, make)
-                try:
-                    first = [made.evaluate(tensors_of(leaves))]
-                except Exception as error:
-                    raise Untraceable(failure(error)) from error
-                wrong = difference(plain(), first[0], narrow=self._is_narrow())
-                if wrong is not None:
-                    raise Untraceable(f"a plan gives another result, {wrong}")
-            except Untraceable as error:
-                self._reasons[key] = self._last = str(error)
-                while len(self._reasons) > MAX_REASONS:
-                    self._reasons.popitem(last=False)
-                return None, []
-            if self._released is not None:
-                self._released.leave_memory()
-            plans[key] = made
+                made, result = _new_plan(self._module, leaves, numbers, structure, device, state, make)
+                self._compare(result, plain())
+                if self._released is not None:
+                    self._released.leave_memory()
+                plans[key], compared[key], first = made, values, [result]
+            elif compared.get(key, values) != values and not _captures(device):
+                first = [plans[key].evaluate(tensors_of(leaves))]
+                self._compare(first[0], plain())
+                del compared[key]
+        except Untraceable as error:
+            plans.pop(key, None)
+            compared.pop(key, None)
+            self._reasons[key] = self._last = str(error)
+            while len(self._reasons) > MAX_REASONS:
+                self._reasons.popitem(last=False)
+            return None, []
         plans.move_to_end(key)
         self._last = ""
-        vars(thread_local)["last"] = plans[key]
+        of_thread["last"] = plans[key]
         return plans[key], first
+
+    def _postponed(
+        self, of_thread: dict[str, Any], key: tuple, leaves: list[Any], structure: Any
+    ) -> str | None:
+        """The reason why no new plan is made now; otherwise there is room for one.
+
+        leaves: of the arguments, if the network needs the numbers among them. A plan costs about as much as
+        CALLS_OF_PLAN / 2 calls, which plans that take turns would not earn back.
+        """
+        if any(type(leaf) in _NUMBERS for leaf in leaves):
+            rest = (
+                structure,
+                tuple(type(leaf) if type(leaf) in _NUMBERS else _key_of(leaf) for leaf in leaves),
+            )
+            if self._literals[rest] >= MAX_PLANS:
+                return f"it reads numbers among its arguments, and {MAX_PLANS} values of these have had plans"
+            self._literals[rest] += 1
+        dropped: OrderedDict[tuple, None] = of_thread.setdefault("dropped", OrderedDict())
+        if key in dropped and of_thread["calls"] < CALLS_OF_PLAN:
+            return f"arguments of more than {MAX_PLANS} shapes take turns"
+        if len(of_thread["plans"]) >= MAX_PLANS:
+            last, _ = of_thread["plans"].popitem(last=False)
+            of_thread["compared"].pop(last, None)
+            of_thread.pop("pool", None)  # frees the memory that only the plan holds
+            dropped[last] = None
+            while len(dropped) > MAX_REASONS:
+                dropped.popitem(last=False)
+        of_thread["calls"] = 0
+        return None
+
+    def _compare(self, result: Any, expected: Any) -> None:
+        """Untraceable: the result of a plan is not the module's."""
+        wrong = difference(expected, result, narrow=self._is_narrow())
+        if wrong is not None:
+            raise Untraceable(f"a plan gives another result, {wrong}")
 
     def _made(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> Plan | EagerPlan:
         if device.type != "cpu":
@@ -179,6 +226,8 @@ class AcceleratedForward:
             narrow = self.precision == "fast" and dtype == torch.float32 and multiplies_bfloat16(device)
             maps = torch.bfloat16 if narrow else dtype
             self._weights = Weights(list(self._module.parameters()), maps)
+        if self._weights.dtype == torch.float32 and graph.rounds_to_16_bits():
+            raise Untraceable("it rounds feature maps to 16 bits")
         pool = vars(self._thread_local).setdefault("pool", Pool())  # the thread runs one plan at a time
         return Plan(graph, self._weights, pool)
 
@@ -194,5 +243,47 @@ class AcceleratedForward:
         return "\n".join(lines)
 
 
+def _new_plan(
+    module: nn.Module,
+    leaves: list[Any],
+    numbers: list[bool],
+    structure: Any,
+    device: torch.device,
+    state: ModuleState,
+    make: Callable[[Graph, torch.dtype], Plan | EagerPlan],
+) -> tuple[PlannedCall, Any]:
+    """A plan, and what it returns for these arguments. Untraceable: it draws numbers, or see `plan_call`."""
+    before = _random_states(device)
+    planned = plan_call(module, leaves, numbers, structure, device, state, make)
+    try:
+        result = planned.evaluate(tensors_of(leaves))
+    except Exception as error:
+        raise Untraceable(failure(error)) from error
+    if not all(map(torch.equal, before, _random_states(device))):
+        torch.set_rng_state(before[0])
+        if len(before) > 1:
+            torch.cuda.set_rng_state(before[1], device)
+        raise Untraceable("it draws random numbers")
+    return planned, result
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """The states of PyTorch's generators of random numbers, on the CPU and on the device."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _fits(leaf: Any) -> bool:
+    """Whether a leaf is a number that a tensor can hold in its place."""
+    return type(leaf) is float or (type(leaf) is int and abs(leaf) < 2**31)
+
+
 def _key_of(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    return type(leaf), leaf.hex() if isinstance(leaf, float) else leaf  # -0.0 == 0.0

@@ -118,6 +118,13 @@ class Graph:
         values = {value for node in self.nodes for value in node.reads()} | {*self.outputs, *self.read}
         return [value.constant for value in values if value.constant is not None]
 
+    def rounds_to_16_bits(self) -> bool:
+        """Whether a node makes floating-point numbers of 16 bits of other ones."""
+        return any(
+            any(map(_is_narrow, node.outputs)) and not any(map(_is_narrow, node.inputs))
+            for node in self.nodes
+        )
+
     def drop_unused(self) -> None:
         """Removes the nodes whose outputs nobody reads."""
         needed = set(self.outputs)
@@ -129,6 +136,10 @@ class Graph:
                 needed.update(node.reads())
                 kept.append(node)
         self.nodes = kept[::-1]
+
+
+def _is_narrow(value: Value | None) -> bool:
+    return value is not None and value.dtype in FLOATS and value.dtype.itemsize == 2
 
 
 def is_view(node: Node | None) -> bool:
@@ -213,20 +224,34 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def map_of(value: Value) -> Value:
+    """The map [N, C, H, W] that this value shows as it is, by views; for other values, the value itself."""
+    source, seen = _map_behind(value)
+    same = seen is not None and seen.shape == source.shape and is_channels_last(seen)
+    return source if same else value
+
+
+def rows_of(value: Value) -> Value:
     """The map [N, C, H, W] whose pixels' channels are the rows of this value, in their order.
 
     Views [N, H W, C] and [N, H, W, C] of a map in channels_last are such rows; for other values, the value
     itself.
     """
+    source, seen = _map_behind(value)
+    rows = seen is not None and seen.shape[-1] == source.shape[1] and seen.is_contiguous()
+    return source if rows else value
+
+
+def _map_behind(value: Value) -> tuple[Value, Tensor | None]:
+    """The map of which this value is a view, and the view of such a map in channels_last.
+
+    None: it is no view of a map, not of all of it, or not image by image.
+    """
     source = viewed(value)
     heads = source.node is not None and source.node.op in ("attention", "linear_attention")
     if heads or source.ndim != 4 or value.ndim not in (3, 4) or value is source:
-        return value
+        return source, None
     like = torch.empty_strided(source.shape, channels_last_strides(source.shape), device="meta")
     seen = apply_views(value, source, like)
-    n, c = source.shape[:2]
-    if seen is None or seen.numel() != like.numel() or seen.shape[0] != n:
-        return value
-    rows = seen.shape[-1] == c and seen.is_contiguous()
-    same = seen.shape == source.shape and is_channels_last(seen)
-    return source if rows or same else value
+    if seen is None or seen.numel() != like.numel() or seen.shape[0] != source.shape[0]:
+        return source, None
+    return source, seen

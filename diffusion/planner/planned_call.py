@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,23 @@ from .graph import FLOATS, Graph, Value
 from .plan import Plan
 from .state import ModuleState
 from .trace import Untraceable, WrittenData, are_kept, trace
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Stands for a tensor among the leaves of a call's arguments that is also an earlier one."""
+
+    of: int
+
+
+def with_repeats(leaves: list[Any]) -> list[Any]:
+    """The leaves, with a Repeat in the place of a tensor that came before."""
+    first: dict[int, int] = {}
+    found = []
+    for i, leaf in enumerate(leaves):
+        earlier = first.setdefault(id(leaf), i) if isinstance(leaf, Tensor) else i
+        found.append(leaf if earlier == i else Repeat(earlier))
+    return found
 
 
 class PlannedCall(NamedTuple):
@@ -62,6 +80,7 @@ def plan_call(
     def run(**arguments: Tensor) -> Any:
         values = iter(arguments.values())
         filled = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        filled = [filled[leaf.of] if isinstance(leaf, Repeat) else leaf for leaf in filled]
         args, kwargs = pytree.tree_unflatten(filled, structure)
         result = type(module).forward(module, *args, **kwargs)
         left, same = pytree.tree_flatten((args, kwargs))
@@ -134,6 +153,6 @@ def _plan_dtype(tensors: list[Tensor], device: torch.device) -> torch.dtype:
     found = {t.dtype for t in tensors if t.dtype.is_floating_point and isinstance(t, nn.Parameter)}
     unknown = found - set(FLOATS)
     if not found or unknown or any(t.device != device for t in tensors):
-        kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors})
-        raise Untraceable(f"its weights are {', '.join(kinds) or 'missing'}")
+        kinds = sorted({f"{t.dtype} on {t.device}" for t in tensors if isinstance(t, nn.Parameter)})
+        raise Untraceable(f"its weights are {', '.join(kinds)}" if kinds else "it has no parameters")
     return functools.reduce(torch.promote_types, found)

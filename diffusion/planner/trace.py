@@ -38,6 +38,7 @@ class Tracer(TorchFunctionMode):
     def __init__(self, constants: Mapping[str, tuple[Tensor, Tensor]]):
         super().__init__()
         self.nodes: list[Node] = []
+        self._autocasts = _autocasts()
         self.read: list[Value] = []  # constants whose numbers the network's own code may have read
         self._noted: set[Value] = set()  # these, and what was computed from them
         self._values: dict[int, Value] = {}
@@ -69,6 +70,8 @@ class Tracer(TorchFunctionMode):
         name = calls.name_of(function)
         options = in_order(name, kwargs or {})
         before = calls.tensors_in((args, options))
+        if _autocasts() != self._autocasts:
+            raise Untraceable("it enables autocast as it runs")
         versions = list(map(_version, before))
         written = calls.writes_in_place(name, options) or calls.updates_statistics(function, args, options)
         # Both are decided before the call, since it could change a tensor of the network, or draw numbers.
@@ -156,6 +159,11 @@ def are_kept(tensors: list[Tensor]) -> bool:
     if any(refers() is not None for refers in references):
         gc.collect()
     return any(refers() is not None for refers in references)
+
+
+def _autocasts() -> tuple[bool, bool]:
+    """Whether autocast is enabled on the CPU and on a GPU."""
+    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 def _has_data(tensor: Tensor) -> bool:

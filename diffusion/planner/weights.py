@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+from collections.abc import MutableMapping
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -43,6 +45,8 @@ class Weights:
         self.affine_rows = 4 if uses_limbs else 3
         self._packed: dict[tuple[Key, Packing, bool], PackedWeight] = {}
         self._copies: dict[tuple[Key, torch.dtype], Tensor] = {}
+        # Of tensors that are computed anew for each plan, such as a table of positions; plans keep them.
+        self._passing: MutableMapping[tuple[Key, torch.dtype], Tensor] = WeakValueDictionary()
         self._parameters = parameters  # memory that was freed could become another tensor's
         self._memory = {parameter.data_ptr() for parameter in parameters}
 
@@ -93,9 +97,11 @@ class Weights:
         """A constant's copy, in its own dtype or in another one."""
         source = self._constant(value)
         key = self._key(source), source.dtype if dtype is None else dtype
-        if key not in self._copies:
-            self._copies[key] = source.detach().to(key[1]).clone(memory_format=torch.contiguous_format)
-        return self._copies[key]
+        copies = self._copies if source.data_ptr() in self._memory else self._passing
+        found = copies.get(key)
+        if found is None:
+            found = copies[key] = source.detach().to(key[1]).clone(memory_format=torch.contiguous_format)
+        return found
 
     def packings(self) -> list[Packing]:
         """The formats in use."""
@@ -103,7 +109,11 @@ class Weights:
 
     def packed_bytes(self) -> int:
         """Bytes of all packed weights and copies."""
-        tensors = [*self._copies.values(), *(weight.data for weight in self._packed.values())]
+        tensors = [
+            *self._copies.values(),
+            *self._passing.values(),
+            *(weight.data for weight in self._packed.values()),
+        ]
         return sum(tensor.nbytes for tensor in tensors)
 
     def _constant(self, value: Value) -> Tensor:

@@ -19,6 +19,7 @@ from ..graph import (
     is_channels_last,
     leaf_uses,
     map_of,
+    rows_of,
     viewed,
 )
 from .inputs import AVERAGE_INPUTS, CONVOLUTION_INPUTS, factor_of, first_input, is_fusable, other_operand
@@ -53,7 +54,7 @@ def fuse_convolutions(graph: Graph) -> None:
         options: dict[str, Any] = {"kernel": weight.shape[-1] if weight.ndim == 4 else 1, "scale": 1}
         options |= {"stride": node.options.get("stride", 1), "padding": node.options.get("padding", 0)}
         options["activation"] = node.options.get("activation", "none")
-        source = map_of(x)
+        source = rows_of(x) if node.op == "linear" else map_of(x)
         before = source.node
         options["size"] = tuple(node.output.shape[2:]) if node.op == "conv" else None
         padded = (options["kernel"], options["stride"], options["padding"]) == (3, 2, 0)
@@ -84,7 +85,8 @@ def _affine_value(x: Value) -> Value:
 def _all_convolve(value: Value) -> bool:
     """Whether all that reads a map is convolutions that can apply a norm or a doubling as they read it."""
     for user, read in leaf_uses(value):
-        if map_of(read) is not value:
+        rows = user.op == "linear"
+        if (rows_of(read) if rows else map_of(read)) is not value or (rows and read is value):
             return False
         if user.op == "double":
             fits = _all_convolve(user.output)
