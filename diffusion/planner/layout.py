@@ -138,6 +138,10 @@ class Layout:
         image = self._pixels(self.placement.tensor(x), options["reads_rows"], size, out.dtype)
         if kernel == stride == scale == 1 and image.shape[2:] != out.shape[2:]:
             image = image.flatten(2).unflatten(2, out.shape[2:])
+        padded = ([scale * n + 2 * padding + more for n in image.shape[2:]] for more in (0, 1))
+        sizes = [[(n - kernel) // stride + 1 for n in size] for size in padded]
+        if list(out.shape[2:]) not in sizes:  # the second one has zeros to the right and below
+            raise ValueError(f"a convolution of {list(image.shape)} does not give {list(out.shape)}")
         residual = None
         if inputs["residual"] is not None:
             shape = tuple(out.shape[2:])

@@ -1,4 +1,4 @@
-"""Linear maps and convolutions over other dimensions of a map than its channels, of the same size."""
+"""Maps that are read in another order, or written in another shape, than their own."""
 
 import copy
 
@@ -59,12 +59,69 @@ CASES = [(name, (batch, 8, 8, 8)) for name in NETWORKS for batch in (1, 2)]
 CASES += [(name, (3, 8, height, 8)) for name in ONE_ROW for height in (1, 6)]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_a_dimension_is_not_taken_for_the_channels(name, shape):
+def check(network, shape):
     torch.manual_seed(0)
-    network, x = Network(NETWORKS[name]).eval(), torch.randn(shape)
+    network, x = network.eval(), torch.randn(shape)
     expected, peer = copy.deepcopy(network).double()(x.double()), network(x)
     actual = diffusion.accelerate(network)(x)
     assert "planned, exact" in network.report()
     assert_close(actual, peer, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_a_dimension_is_not_taken_for_the_channels(name, shape):
+    check(Network(NETWORKS[name]), shape)
+
+
+class Convolved(Network):
+    """A network of one convolution or linear map."""
+
+    def __init__(self, function, conv):
+        super().__init__(function)
+        self.one = conv
+
+
+def conv(**options):
+    return nn.Conv2d(8, 8, options.pop("kernel_size", 3), **options)
+
+
+RESHAPED = {
+    "one column": (lambda m, x: m.one(x).view(2, 8, -1, 1) * 0.5, conv(padding=1)),
+    "a sum of columns": (
+        lambda m, x: m.one(x).flatten(2)[..., None] + x.flatten(2)[..., None],
+        conv(padding=1),
+    ),
+    "one row": (lambda m, x: F.silu(m.one(x)).reshape(2, 8, 1, 16) * 0.5, conv(padding=1)),
+    "without padding": (lambda m, x: m.one(x).reshape(2, 8, 1, 4) * 0.5, conv()),
+    "a stride": (lambda m, x: m.one(x).reshape(2, 8, 1, 4) * 0.5, conv(stride=2, padding=1)),
+    "padded below": (lambda m, x: m.one(F.pad(x, (0, 1, 0, 1))).reshape(2, 8, 1, 4) * 0.5, conv(stride=2)),
+    "a kernel of one": (lambda m, x: m.one(x).reshape(2, 8, 1, 16) * 0.5, conv(kernel_size=1)),
+    "its stride": (lambda m, x: m.one(x).reshape(2, 8, 1, 4) * 0.5, conv(kernel_size=1, stride=2)),
+    "its padding": (lambda m, x: m.one(x).reshape(2, 8, 4, 9) * 0.5, conv(kernel_size=1, padding=1)),
+    "a doubled map": (
+        lambda m, x: m.one(F.interpolate(x, scale_factor=2)).reshape(2, 8, 4, 16) * 0.5,
+        conv(padding=1),
+    ),
+    "pixels of a square, repeated": (
+        lambda m, x: m.one(x[:, :, None, ::2, ::2].expand(2, 8, 4, 2, 2).reshape(2, 32, 2, 2)),
+        nn.Conv2d(32, 8, 1),
+    ),
+    "a channel of a square twice": (
+        lambda m, x: m.one(F.pixel_unshuffle(x, 2)[:, [0, 0, *range(2, 32)]]),
+        nn.Conv2d(32, 8, 1),
+    ),
+    "short vectors": (lambda m, x: m.one(F.normalize(x * 3e-7, dim=-1, eps=1e-6)), nn.Linear(4, 8)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RESHAPED)
+def test_another_height_and_width(name):
+    check(Convolved(*RESHAPED[name]), (2, 8, 4, 4))
+
+
+@torch.no_grad()
+def test_a_map_of_one_row_transposed():
+    network = Convolved(lambda m, x: m.one(x).transpose(2, 3) * 0.5 + x.transpose(2, 3), conv(padding=1))
+    check(network, (2, 8, 1, 6))

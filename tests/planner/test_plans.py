@@ -181,7 +181,7 @@ def channel_norms(net: Network, x: Tensor, v: Tensor) -> Tensor:
     h = F.silu(h * h.pow(2).mean(1, keepdim=True).add(1e-3).rsqrt() + shift)
     centred = h - h.mean(1, keepdim=True)
     h = x + centred / ((centred * centred).mean(1, keepdim=True) + 1e-4) ** 0.5
-    h = F.silu(h / torch.linalg.vector_norm(h, dim=1, keepdim=True).clamp(min=1e-6) * 2)
+    h = F.silu(h / torch.linalg.vector_norm(h, dim=1, keepdim=True).clamp(min=1e-12) * 2)
     rows = h.permute(0, 2, 3, 1)
     rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return torch.cat([rows.permute(0, 3, 1, 2), h * net.b.norm()], dim=1)

@@ -10,7 +10,7 @@ from .following import Joined, join_following
 from .inputs import CHANNEL_NORM_INPUTS, first_input, other_operand
 from .norms import channel_constant, vector_of
 
-SMALL = 1e-6  # largest length below which x / length is bounded that counts as a guard against zeros
+SMALL = 1e-10  # largest length below which x / length is bounded that counts as a guard against zeros
 
 
 class _Core(NamedTuple):

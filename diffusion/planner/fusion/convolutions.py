@@ -138,7 +138,8 @@ def _adds(user: Node, value: Value, other: Value | None, node: Node, graph: Grap
 def _layout(value: Value, node: Node) -> str | None:
     """How a value holds the output of a convolution or linear map: "map" [N, C, H, W], or "rows" [..., C].
 
-    None if it holds the numbers in another order than pixel by pixel.
+    None if it holds the numbers in another order than pixel by pixel, or if it is a map of another height and
+    width, which only a linear map or a kernel of one can write.
     """
     output, linear = node.output, node.op == "linear"
     if value is output:
@@ -152,8 +153,16 @@ def _layout(value: Value, node: Node) -> str | None:
     if seen is None or seen.numel() != like.numel() or seen.shape[0] != like.shape[0]:
         return None
     if seen.ndim == 4 and seen.shape[1] == channels and is_channels_last(seen):
-        return "map"
+        return "map" if linear or seen.shape == output.shape or _maps_pixels(node) else None
     return "rows" if seen.shape[-1] == channels and seen.is_contiguous() else None
+
+
+def _maps_pixels(node: Node) -> bool:
+    """Whether each pixel of a convolution's output is of one pixel of its input."""
+    weight = node.inputs[1]
+    assert weight is not None
+    padded = (node.options.get("stride", 1), node.options.get("padding", 0)) != (1, 0)
+    return weight.shape[2:] == (1, 1) and not padded
 
 
 def _takes_rather(other: Value, node: Node, graph: Graph) -> bool:

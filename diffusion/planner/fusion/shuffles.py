@@ -57,7 +57,10 @@ def _source(value: Value) -> Value | None:
 
 
 def _order(value: Value, source: Value) -> Tensor | None:
-    """The channels of `value` in the order of the source's pixels, or None if they are no squares of it."""
+    """The channels of `value` in the order of the source's pixels, or None if they are no squares of it.
+
+    Each pixel of a square must be there once.
+    """
     n, c, height, width = source.shape
     side = height // value.shape[2]
     positions = torch.arange(source.shape.numel(), dtype=torch.int32, device="cpu").view(source.shape)
@@ -73,7 +76,9 @@ def _order(value: Value, source: Value) -> Tensor | None:
     channel, row, column = first // (height * width), first // width % height, first % width
     if int(row.max()) >= side or int(column.max()) >= side:
         return None
-    return ((row * side + column) * c + channel).argsort()
+    places, order = ((row * side + column) * c + channel).sort()
+    whole = torch.equal(places, torch.arange(len(places), dtype=places.dtype, device="cpu"))
+    return order if whole else None
 
 
 def _applied(value: Value, source: Value, tensor: Tensor) -> Tensor:
