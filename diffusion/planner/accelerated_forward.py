@@ -59,7 +59,6 @@ class AcceleratedForward:
         self._weights: Weights | None = None
         self._thread_local = threading.local()
         self._reasons: OrderedDict[tuple, str] = OrderedDict()  # against a plan, by the key of the call
-        self._literals: Counter[tuple] = Counter()  # plans for some values of numbers, by the rest of the key
         self._last = "it has not been called"
 
     def __reduce__(self) -> tuple[Callable, tuple]:
@@ -123,8 +122,11 @@ class AcceleratedForward:
         with which a plan is compared when it is new, and once more when it first has other numbers.
         """
         key = (structure, tuple(map(_key_of, leaves)), tuple(numbers), _native.simd_in_use())
+        literal = None if values else _without_numbers(structure, leaves)
         with self._lock:
-            known = key in vars(self._thread_local).get("plans", ()) or key in self._reasons
+            of_thread = vars(self._thread_local)
+            known = key in of_thread.get("plans", ()) or key in self._reasons
+            known = known or _postponed(of_thread, key, literal) is not None
         if not known:
             self._last = "the call of the module itself has failed"
             plain()  # before a plan takes memory, and before the module's state is noted
@@ -158,10 +160,11 @@ class AcceleratedForward:
         first: list[Any] = []
         try:
             if key not in plans:
-                postponed = self._postponed(of_thread, key, [] if values else leaves, structure)
+                postponed = _postponed(of_thread, key, literal)
                 if postponed is not None:
                     self._last = postponed
                     return None, []
+                _make_room(of_thread, literal)
                 make = functools.partial(self._made, device=device)
                 made, result = _new_plan(self._module, leaves, numbers, structure, device, state, make)
                 self._compare(result, plain())
@@ -183,35 +186,6 @@ class AcceleratedForward:
         self._last = ""
         of_thread["last"] = plans[key]
         return plans[key], first
-
-    def _postponed(
-        self, of_thread: dict[str, Any], key: tuple, leaves: list[Any], structure: Any
-    ) -> str | None:
-        """The reason why no new plan is made now; otherwise there is room for one.
-
-        leaves: of the arguments, if the network needs the numbers among them. A plan costs about as much as
-        CALLS_OF_PLAN / 2 calls, which plans that take turns would not earn back.
-        """
-        if any(type(leaf) in _NUMBERS for leaf in leaves):
-            rest = (
-                structure,
-                tuple(type(leaf) if type(leaf) in _NUMBERS else _key_of(leaf) for leaf in leaves),
-            )
-            if self._literals[rest] >= MAX_PLANS:
-                return f"it reads numbers among its arguments, and {MAX_PLANS} values of these have had plans"
-            self._literals[rest] += 1
-        dropped: OrderedDict[tuple, None] = of_thread.setdefault("dropped", OrderedDict())
-        if key in dropped and of_thread["calls"] < CALLS_OF_PLAN:
-            return f"arguments of more than {MAX_PLANS} shapes take turns"
-        if len(of_thread["plans"]) >= MAX_PLANS:
-            last, _ = of_thread["plans"].popitem(last=False)
-            of_thread["compared"].pop(last, None)
-            of_thread.pop("pool", None)  # frees the memory that only the plan holds
-            dropped[last] = None
-            while len(dropped) > MAX_REASONS:
-                dropped.popitem(last=False)
-        of_thread["calls"] = 0
-        return None
 
     def _compare(self, result: Any, expected: Any) -> None:
         """Untraceable: the result of a plan is not the module's."""
@@ -241,6 +215,41 @@ class AcceleratedForward:
             return f"{type(self._module).__name__}: as its modules\n  not planned: {self._last}"
         lines = [f"{type(self._module).__name__}: planned, {self.precision}", *planned.plan.report(calls)]
         return "\n".join(lines)
+
+
+def _without_numbers(structure: Any, leaves: list[Any]) -> tuple | None:
+    """The key of a call without the values of its numbers, or None for a call without numbers."""
+    if not any(type(leaf) in _NUMBERS for leaf in leaves):
+        return None
+    return structure, tuple(type(leaf) if type(leaf) in _NUMBERS else _key_of(leaf) for leaf in leaves)
+
+
+def _postponed(of_thread: dict[str, Any], key: tuple, literal: tuple | None) -> str | None:
+    """The reason why a call that has no plan gets none now.
+
+    A plan costs about as much as CALLS_OF_PLAN / 2 calls, which plans that take turns would not earn back.
+    literal: of a network that needs the numbers among its arguments, its key without them.
+    """
+    if literal is not None and of_thread.get("literals", {}).get(literal, 0) >= MAX_PLANS:
+        return f"it reads numbers among its arguments, and {MAX_PLANS} values of these have had plans"
+    if key in of_thread.get("dropped", ()) and of_thread["calls"] < CALLS_OF_PLAN:
+        return f"arguments of more than {MAX_PLANS} shapes take turns"
+    return None
+
+
+def _make_room(of_thread: dict[str, Any], literal: tuple | None) -> None:
+    """Counts a new plan of a thread, and drops the one that was used least recently, if there are many."""
+    if literal is not None:
+        of_thread.setdefault("literals", Counter())[literal] += 1
+    dropped: OrderedDict[tuple, None] = of_thread.setdefault("dropped", OrderedDict())
+    if len(of_thread["plans"]) >= MAX_PLANS:
+        last, _ = of_thread["plans"].popitem(last=False)
+        of_thread["compared"].pop(last, None)
+        of_thread.pop("pool", None)  # frees the memory that only the plan holds
+        dropped[last] = None
+        while len(dropped) > MAX_REASONS:
+            dropped.popitem(last=False)
+    of_thread["calls"] = 0
 
 
 def _new_plan(
