@@ -166,7 +166,9 @@ class AcceleratedForward:
                     return None, []
                 _make_room(of_thread, literal)
                 make = functools.partial(self._made, device=device)
-                made, result = _new_plan(self._module, leaves, numbers, structure, device, state, make)
+                arguments = leaves, numbers, structure, device, state, make
+                plan = functools.partial(plan_call, self._module, *arguments)
+                made, result = _first_result(plan, tensors_of(leaves), device)
                 self._compare(result, plain())
                 if self._released is not None:
                     self._released.leave_memory()
@@ -252,20 +254,14 @@ def _make_room(of_thread: dict[str, Any], literal: tuple | None) -> None:
     of_thread["calls"] = 0
 
 
-def _new_plan(
-    module: nn.Module,
-    leaves: list[Any],
-    numbers: list[bool],
-    structure: Any,
-    device: torch.device,
-    state: ModuleState,
-    make: Callable[[Graph, torch.dtype], Plan | EagerPlan],
+def _first_result(
+    plan: Callable[[], PlannedCall], tensors: list[Tensor], device: torch.device
 ) -> tuple[PlannedCall, Any]:
-    """A plan, and what it returns for these arguments. Untraceable: it draws numbers, or see `plan_call`."""
+    """A new plan and what it returns for these tensors. Untraceable: it draws random numbers, or fails."""
     before = _random_states(device)
-    planned = plan_call(module, leaves, numbers, structure, device, state, make)
+    planned = plan()
     try:
-        result = planned.evaluate(tensors_of(leaves))
+        result = planned.evaluate(tensors)
     except Exception as error:
         raise Untraceable(failure(error)) from error
     if not all(map(torch.equal, before, _random_states(device))):
